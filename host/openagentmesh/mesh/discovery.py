@@ -1,0 +1,117 @@
+"""What is known of the others: catalog, contract, discover (protocol §3, §4)."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from openagentmesh.bus.buckets import Buckets
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
+from openagentmesh.protocol.errors import MeshError, NotFound
+
+log = logging.getLogger(__name__)
+
+# How long a read waits for the copy to be as new as the server's own state.
+_CATCH_UP: Final = 1.0
+
+
+class Directory:
+    """A live copy of the registry, begun when it is first read.
+
+    The catalog's single key gives the order; the registry, one key an agent, gives what the
+    key has no room for. `changed` is called with the name of each agent whose registry key
+    changes, None as its document when it was deleted.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.changed: Callable[[str, bytes | None], None] = lambda _name, _document: None
+        self._buckets = buckets
+        self._documents: dict[str, bytes] = {}
+        self._revision = 0
+        self._progress = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+
+    def follow(self) -> None:
+        """Begin to follow the registry; more calls do nothing."""
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        """Follow no more."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+
+    async def catalog(self) -> list[CatalogEntry]:
+        """All agents, in the catalog's order, then those it has no room for."""
+        listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
+        await self._catch_up()
+        names = {entry.name for entry in listed}
+        missing = [self._contract(name) for name in self._documents if name not in names]
+        return listed + [contract.to_catalog_entry() for contract in missing if contract]
+
+    async def discover(self) -> list[AgentContract]:
+        """The contracts of all agents, in the catalog's order."""
+        contracts = [self._contract(entry.name) for entry in await self.catalog()]
+        return [contract for contract in contracts if contract]
+
+    async def contract(self, name: str) -> AgentContract:
+        """One agent's contract.
+
+        Raises:
+            NotFound: no agent has this name.
+
+        """
+        contract = await self.find(name)
+        if contract is None:
+            raise NotFound(f"Agent '{name}' is not in the catalog", agent=name)
+        return contract
+
+    async def find(self, name: str) -> AgentContract | None:
+        """One agent's contract as it is now, or None."""
+        if subjects.invalid_name(name):
+            return None
+        document = await self._buckets.get(subjects.REGISTRY_BUCKET, name)
+        return AgentContract.read(document) if document else None
+
+    async def _catch_up(self) -> None:
+        """Wait until the copy has everything that was written before now."""
+        self.follow()
+        newest = await self._buckets.last_revision(subjects.REGISTRY_BUCKET)
+        # A revision that was purged never arrives; then what is here is as new as it gets.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP):
+                while self._revision < newest:
+                    self._progress.clear()
+                    await self._progress.wait()
+
+    async def _follow(self) -> None:
+        loading: dict[str, bytes] = self._documents
+        async for entry in self._buckets.watch(subjects.REGISTRY_BUCKET):
+            if entry == "begin":
+                loading, self._revision = {}, 0
+            elif entry == "current":
+                self._documents = loading
+            elif isinstance(entry, str):
+                raise AssertionError(entry)
+            else:
+                document = None if entry.operation else entry.value
+                if document:
+                    loading[entry.key] = document
+                else:
+                    loading.pop(entry.key, None)
+                self._revision = entry.revision or 0
+                self.changed(entry.key, document)
+            self._progress.set()
+
+    def _contract(self, name: str) -> AgentContract | None:
+        document = self._documents.get(name)
+        if document is None:
+            return None
+        try:
+            return AgentContract.read(document)
+        except MeshError as exc:
+            log.warning("registry key '%s': %s", name, exc)
+            return None

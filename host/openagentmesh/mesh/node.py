@@ -1,0 +1,195 @@
+"""One participant: a bus, the agents it serves, what it knows of the others."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic_core import to_json
+
+from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.connection import Bus, Target
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.mesh.calling import Caller
+from openagentmesh.mesh.discovery import Directory
+from openagentmesh.mesh.presence import Presence
+from openagentmesh.mesh.registry import Registry
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.contract import AgentContract
+from openagentmesh.serving.agent import DEFAULT_LIMITS, Agent, Limits
+from openagentmesh.serving.router import Router
+
+log = logging.getLogger(__name__)
+
+# Registered agents that somebody else's clean-up removed come back after this much quiet.
+_REPAIR_WAIT = 0.5
+
+
+class Node:
+    """Serves agents and calls others, over one connection.
+
+    Args:
+        target: where to connect.
+        instance_id: this instance's id on the wire.
+        about: what the instance record tells besides the agents.
+        limits: the limits of an agent, by name.
+
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        instance_id: str,
+        *,
+        about: dict[str, Any] | None = None,
+        limits: Callable[[str], Limits] = lambda _: DEFAULT_LIMITS,
+    ) -> None:
+        self.instance_id = instance_id
+        self.started_at = time.time()
+        self.bus = Bus(target, f"oam-host-{instance_id}")
+        self.inbox = Inbox(self.bus)
+        self.buckets = Buckets(self.bus)
+        self.router = Router(self.bus, self.inbox, instance_id)
+        self.directory = Directory(self.buckets)
+        self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
+        self.presence = Presence(self.bus, self.buckets, instance_id, about or {})
+        self.caller = Caller(self.bus, self.inbox, self.directory, instance_id, self.own)
+        self.describe: Callable[[], dict[str, Any]] = self.description
+        self._limits = limits
+        self._unbound: dict[str, Agent] = {}
+        self._binding: asyncio.Task[None] | None = None
+        self._repairing: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._started = False
+
+    async def start(self, agents: Iterable[Agent] = ()) -> None:
+        """Connect, serve `agents`, publish their contracts.
+
+        Raises:
+            ConnectionFailed: no server, or one without JetStream.
+            ConnectionDenied: the server refuses the credentials.
+
+        """
+        await self.bus.connect()
+        self.bus.restore = self._restore
+        try:
+            await self.inbox.open()
+            await self.caller.open()
+            await self.bus.listen(subjects.host(self.instance_id, "*"), self._on_host_request)
+            await self.buckets.make()
+            self._started = True
+            for agent in agents:
+                self.bind(agent)
+            await self.settled()
+        except BaseException:
+            await self.bus.close()
+            raise
+
+    def bind(self, agent: Agent) -> None:
+        """Serve an agent, in place of one of the same name; `settled` waits until it is up."""
+        self._unbound[agent.name] = agent.limited(self._limits(agent.name))
+        if self._started and self._binding is None:
+            self._binding = asyncio.create_task(self._bind())
+
+    async def settled(self) -> None:
+        """Wait until every agent bound so far is up; raises what kept it from that."""
+        while self._binding is not None:
+            await asyncio.shield(self._binding)
+
+    async def _bind(self) -> None:
+        try:
+            while self._unbound:
+                agents, self._unbound = self._unbound, {}
+                for agent in agents.values():
+                    await self.router.point(agent)
+                await self.bus.flush()  # from here on they can be called
+                await self.registry.publish([agent.contract for agent in agents.values()])
+                await self.presence.announce(agents)
+                self.directory.changed = self._on_registry_change
+                self.directory.follow()
+        finally:
+            self._binding = None
+
+    async def stop(self, drain_timeout: float) -> None:
+        """Leave queue groups, finish what runs while replies still work, deregister, close."""
+        self._started = False
+        for task in (self._binding, self._repairing):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        await self.directory.close()
+        try:
+            if self.bus.connected:
+                await self.router.drain(drain_timeout)
+                lonely = await self.presence.withdraw()
+                await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
+                await self.presence.notify_deaths(lonely)
+                await self.bus.flush()
+        finally:
+            await self.bus.close()
+
+    def own(self, name: str) -> AgentContract | None:
+        """The contract of an agent served here."""
+        route = self.router.get(name)
+        return route.agent.contract if route else None
+
+    def description(self) -> dict[str, Any]:
+        """What this node does, for `oam status`; JSON."""
+        return {
+            "instance_id": self.instance_id,
+            "started_at": self.started_at,
+            "agents": [
+                {
+                    "name": route.agent.name,
+                    "version": route.agent.contract.version,
+                    "source": route.agent.source,
+                    "in_flight": route.in_flight,
+                    "requests": route.counts.requests,
+                    "errors": route.counts.errors,
+                    "refused": route.counts.refused,
+                    "limits": {
+                        "concurrency": route.agent.limits.concurrency,
+                        "queue": route.agent.limits.queue,
+                        "timeout": route.agent.limits.timeout,
+                    },
+                }
+                for route in self.router
+            ],
+            "connection": {
+                "url": self.bus.target.shown,
+                "server": self.bus.server.get("version"),
+                "reconnects": self.bus.reconnects,
+                "history": [{"at": event.at.isoformat(), "what": event.what} for event in self.bus.history],
+            },
+        }
+
+    async def _restore(self) -> None:
+        """Make everything true again that was true before the connection was lost."""
+        await self.buckets.restore()
+        await self.registry.restore()
+        await self.presence.restore()
+
+    def _on_registry_change(self, name: str, document: bytes | None) -> None:
+        """Put back what is ours: a stock replica removes the agent for all when it stops."""
+        if document is None and self.registry.owns(name) and self._repairing is None:
+            self._repairing = asyncio.create_task(self._repair())
+
+    async def _repair(self) -> None:
+        try:
+            await asyncio.sleep(_REPAIR_WAIT)  # let the other finish what it removes
+            await self.registry.restore()
+        finally:
+            self._repairing = None
+
+    def _on_host_request(self, message: Message) -> None:
+        if not message.reply:
+            return
+        body = to_json(self.describe()) if message.subject.endswith(".info") else b"{}"
+        task = asyncio.create_task(self._answer_host_request(message.reply, body))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _answer_host_request(self, reply: str, body: bytes) -> None:
+        await self.bus.publish(reply, body)

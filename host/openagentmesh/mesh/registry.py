@@ -1,0 +1,96 @@
+"""Publish and withdraw contracts: a key an agent, one change of the catalog for all of them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from openagentmesh.bus.buckets import ROOM_FOR_HEADERS, Buckets
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.contract import (
+    AgentContract,
+    CatalogEntry,
+    read_catalog,
+    write_catalog,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The contracts this node has published, and what keeps them published."""
+
+    def __init__(self, buckets: Buckets, max_payload: Callable[[], int]) -> None:
+        self._buckets = buckets
+        self._max_payload = max_payload
+        self._own: dict[str, bytes] = {}
+        self._entries: dict[str, CatalogEntry] = {}
+
+    def owns(self, name: str) -> bool:
+        """Whether this node has published `name`."""
+        return name in self._own
+
+    async def publish(self, contracts: Iterable[AgentContract]) -> None:
+        """Publish these contracts; one published before is replaced and moves to the end."""
+        documents = {c.name: c.to_registry_json().encode() for c in contracts}
+        entries = {c.name: c.to_catalog_entry() for c in contracts}
+        for name in documents:
+            self._entries.pop(name, None)
+        self._own |= documents
+        self._entries |= entries
+        await self._put(documents)
+        await self._change_catalog(entries)
+
+    async def withdraw(self, names: Iterable[str], *, everywhere: Iterable[str]) -> None:
+        """Keep `names` published no more; delete those of `everywhere`, which nobody else serves."""
+        for name in names:
+            self._own.pop(name, None)
+            self._entries.pop(name, None)
+        gone = set(everywhere)
+        await asyncio.gather(*[self._buckets.delete(subjects.REGISTRY_BUCKET, name) for name in gone])
+        await self._change_catalog({}, gone)
+
+    async def restore(self) -> None:
+        """Publish again what is missing, whoever lost it: a new server, or a peer that stopped."""
+        if not self._own:
+            return
+        found = await self._buckets.read(subjects.REGISTRY_BUCKET)
+        missing = {name: own for name, own in self._own.items() if name not in found}
+        await self._put(missing)
+        listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
+        names = {entry.name for entry in listed}
+        unlisted = {name: entry for name, entry in self._entries.items() if name not in names}
+        if unlisted:
+            await self._change_catalog(unlisted)
+
+    async def _put(self, documents: dict[str, bytes]) -> None:
+        await asyncio.gather(
+            *[self._buckets.put(subjects.REGISTRY_BUCKET, name, doc) for name, doc in documents.items()]
+        )
+
+    async def _change_catalog(self, added: dict[str, CatalogEntry], removed: Iterable[str] = ()) -> None:
+        away = set(added) | set(removed)
+
+        def changed(old: bytes | None) -> bytes | None:
+            before = read_catalog(old)
+            after = [entry for entry in before if entry.name not in away] + list(added.values())
+            return self._fitting(after) if after != before else None
+
+        await self._buckets.change(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, changed)
+
+    def _fitting(self, entries: list[CatalogEntry]) -> bytes:
+        """The key's value, without the newest entries where it would outgrow the server's limit.
+
+        Those stay in the registry, which our readers read as well.
+        """
+        limit = self._max_payload() - ROOM_FOR_HEADERS
+        document = write_catalog(entries)
+        kept = len(entries)
+        while len(document) > limit:
+            kept = min(kept - 1, int(kept * limit / len(document)))
+            document = write_catalog(entries[:kept])
+        if kept < len(entries):
+            log.info(
+                "the catalog's key has room for %d of %d agents; the others are in the registry only",
+                kept, len(entries),
+            )  # fmt: skip
+        return document

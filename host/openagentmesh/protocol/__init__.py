@@ -1,0 +1,1 @@
+"""What travels between participants: pure data, no input or output."""

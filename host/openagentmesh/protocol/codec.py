@@ -1,0 +1,261 @@
+"""Bytes and headers to requests, replies, errors and frames, and back (protocol §6–§8).
+
+Nothing else in the project reads or writes a header.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import uuid4
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import PydanticSerializationError, to_json
+
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.errors import InvalidInput, MeshError
+
+_VERSION_LINE: Final = "NATS/1.0"
+NO_RESPONDERS: Final = "503"
+_INLINE_STATUS: Final = "Status"
+_ANYTHING: Final = TypeAdapter[Any](Any)
+# More detail than this helps nobody and may not fit into a message.
+MAX_ERROR_BODY: Final = 64 * 1024
+_MAX_DETAIL: Final = 16 * 1024
+# An id is echoed in headers, so what a stranger sends as one is bounded.
+_ID_RE: Final = re.compile(r"[!-~]{1,256}")
+
+
+def new_id() -> str:
+    """A fresh request or instance id: 32 hexadecimal digits."""
+    return uuid4().hex
+
+
+def write_headers(headers: Mapping[str, str]) -> bytes:
+    """Headers as NATS puts them before a body; empty for none.
+
+    Raises:
+        InvalidInput: a name or a value would break the message apart.
+
+    """
+    if not headers:
+        return b""
+    block = "\r\n".join([_VERSION_LINE, *[f"{k}: {v}" for k, v in headers.items()], "", ""])
+    # One comparison for the usual case: every line break must be one we put there.
+    if block.count("\n") != len(headers) + 2 or block.count("\r") != len(headers) + 2:
+        raise InvalidInput("A header has a line break in its name or value. Take it out.")
+    return block.encode()
+
+
+def read_headers(head: bytes) -> dict[str, str]:
+    """A header block as a dict; an inline status such as `503` is under `Status`."""
+    first, *lines = head.decode("utf-8", "replace").split("\r\n")
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    if len(first) > len(_VERSION_LINE):
+        headers[_INLINE_STATUS] = first[len(_VERSION_LINE) :].strip()[:3]
+    return headers
+
+
+def dump(payload: object) -> bytes:
+    """A payload as it goes out: None is empty, bytes as they are, everything else JSON.
+
+    Raises:
+        InvalidInput: the payload is not JSON.
+
+    """
+    if payload is None:
+        return b""
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    try:
+        if isinstance(payload, BaseModel):
+            return payload.model_dump_json().encode()
+        return to_json(payload, inf_nan_mode="null")
+    except (PydanticSerializationError, ValueError, RecursionError) as exc:
+        raise InvalidInput(
+            f"The payload cannot be sent as JSON: {exc}. Send a pydantic model, bytes or plain values."
+        ) from exc
+
+
+def load(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """A received body as the JSON value it is; an empty one is None.
+
+    Raises:
+        MeshError: the body is no JSON.
+
+    """
+    if not body:
+        return None
+    try:
+        return _ANYTHING.validate_json(body)
+    except ValueError as exc:
+        raise MeshError(f"A body of {len(body)} bytes is no JSON: {exc}") from exc
+
+
+@dataclass(slots=True, frozen=True)
+class Request:
+    """One request as it came off the wire."""
+
+    request_id: str
+    caller: str
+    streaming: bool
+    timeout: float | None
+    credit: int
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def read_request(head: bytes, body: bytes) -> Request:
+    """Take a request apart. Never raises: what is malformed counts as not sent."""
+    headers = read_headers(head) if head else {}
+    get = headers.get
+    timeout_ms = _whole_number(get(subjects.TIMEOUT_MS))
+    request_id = get(subjects.REQUEST_ID, "")
+    return Request(
+        request_id if _ID_RE.fullmatch(request_id) else "",
+        get(subjects.INSTANCE_ID, ""),
+        get(subjects.STREAM) == "true",
+        None if timeout_ms is None else timeout_ms / 1000,
+        _whole_number(get(subjects.CREDIT)) or 0,
+        body,
+        headers,
+    )
+
+
+def request_headers(  # noqa: PLR0913 - one parameter a header
+    request_id: str,
+    instance_id: str,
+    *,
+    timeout: float | None,
+    streaming: bool = False,
+    credit: int = 0,
+    extra: Mapping[str, str] | None = None,
+) -> bytes:
+    """The header block of a request; `timeout` in seconds, `extra` are the user's own."""
+    headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
+    if timeout is not None:
+        headers[subjects.TIMEOUT_MS] = str(max(1, int(timeout * 1000)))
+    if streaming:
+        headers[subjects.STREAM] = "true"
+    if credit:
+        headers[subjects.CREDIT] = str(credit)
+    if extra:
+        headers.update(extra)
+    return write_headers(headers)
+
+
+def reply_headers(request_id: str, instance_id: str, agent: str) -> bytes:
+    """The header block of an ok reply."""
+    return (
+        f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n"
+        f"X-Mesh-Status: ok\r\nX-Mesh-Source: {agent}\r\n\r\n"
+    ).encode()
+
+
+def frame_headers(request_id: str, instance_id: str, seq: int, *, end: bool) -> bytes:
+    """The header block of a chunk, or of the end frame, whose `seq` is the count of chunks."""
+    return (
+        f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n"
+        f"X-Mesh-Stream-Seq: {seq}\r\nX-Mesh-Stream-End: {'true' if end else 'false'}\r\n\r\n"
+    ).encode()
+
+
+def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> bytes:
+    """The header block of an error reply or copy; of a stream's error frame with `frame`."""
+    headers = {
+        subjects.REQUEST_ID: request_id,
+        subjects.INSTANCE_ID: instance_id,
+        subjects.STATUS: "error",
+    }
+    if frame:
+        headers[subjects.STREAM_END] = "true"
+    return write_headers(headers)
+
+
+def error_body(error: MeshError) -> bytes:
+    """An error as its envelope; always JSON, whatever the details are."""
+    envelope = error.to_dict()
+    try:
+        body = to_json(envelope, inf_nan_mode="null", serialize_unknown=True)
+    except (PydanticSerializationError, ValueError, RecursionError):
+        body = to_json(envelope | {"details": {"repr": repr(error.details)[:_MAX_DETAIL]}})
+    return body
+
+
+def short_error_body(error: MeshError) -> bytes:
+    """The envelope without what made it too large to send."""
+    return error_body(
+        MeshError(
+            error.code,
+            error.message[:_MAX_DETAIL],
+            error.agent,
+            error.request_id,
+            {"truncated": True},
+        )
+    )
+
+
+def read_error(body: bytes) -> MeshError:
+    """An error envelope as the error it stands for; a broken one is a plain MeshError."""
+    try:
+        envelope = json.loads(body)
+    except ValueError:
+        envelope = None
+    if not isinstance(envelope, dict):
+        shown = body[:200].decode("utf-8", "replace")
+        return MeshError(f"The peer sent an error that is no error envelope: {shown!r}")
+    details = envelope.get("details")
+    return MeshError.from_code(
+        str(envelope.get("code") or MeshError.code),
+        str(envelope.get("message") or ""),
+        str(envelope.get("agent") or ""),
+        str(envelope.get("request_id") or ""),
+        details if isinstance(details, dict) else {},
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Answer:
+    """A reply or a frame, as a caller sees it."""
+
+    body: bytes
+    error: bool
+    nobody: bool
+    seq: int | None
+    end: bool
+
+
+def read_answer(head: bytes, body: bytes) -> Answer:
+    """Take a reply or a frame apart."""
+    if not head:
+        return Answer(body, error=False, nobody=False, seq=None, end=False)
+    headers = read_headers(head)
+    return Answer(
+        body,
+        error=headers.get(subjects.STATUS) == "error",
+        nobody=headers.get(_INLINE_STATUS) == NO_RESPONDERS,
+        seq=_whole_number(headers.get(subjects.STREAM_SEQ)),
+        end=headers.get(subjects.STREAM_END) == "true",
+    )
+
+
+def credit_headers(credit: int) -> bytes:
+    """The header block of a stream reader's grant; a grant of 0 says that it is gone."""
+    return write_headers({subjects.CREDIT: str(credit)})
+
+
+def read_credit(head: bytes) -> int:
+    """How many chunks more a reader takes; 0 when it is gone (also NATS' 503)."""
+    return _whole_number(read_headers(head).get(subjects.CREDIT)) or 0
+
+
+def _whole_number(text: str | None) -> int | None:
+    # str.isdigit also accepts digits of other scripts, and int() of a huge one is slow.
+    if text and len(text) <= 12 and text.isascii() and text.isdigit():  # noqa: PLR2004 - a trillion
+        return int(text)
+    return None

@@ -1,0 +1,227 @@
+"""What an author declares, and what is published of it (protocol §3–§5, §7)."""
+
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.errors import InvocationMismatch, MeshError
+
+Verb = Literal["call", "stream", "send", "subscribe"]
+
+_TO: Final = {"call": "called", "stream": "streamed", "send": "sent to"}
+_REFUSED: Final[dict[tuple[Verb, bool, bool], str]] = {
+    ("call", True, True): "is streaming-only. Use stream() instead",
+    ("stream", True, False): "does not support streaming. Use call() instead",
+    ("subscribe", True, True): "streams responses to requests. Use stream() instead",
+    ("subscribe", True, False): "does not publish events. Use call() instead",
+    ("subscribe", False, False): "is a background task and does not publish events",
+}
+
+
+def _refusal(verb: Verb, *, invocable: bool, streaming: bool) -> str | None:
+    if verb in _TO and not invocable:
+        what = "publisher" if streaming else "background task"
+        instead = ". Subscribe to its events instead" if streaming else ""
+        return f"is a {what} and cannot be {_TO[verb]}{instead}"
+    return _REFUSED.get((verb, invocable, streaming))
+
+
+class AgentSpec(BaseModel):
+    """What the author says of an agent; an empty `description` is the handler's docstring."""
+
+    name: str
+    description: str = ""
+    tags: list[str] = Field(default_factory=list)
+    version: str = "0.1.0"
+
+
+class CatalogEntry(BaseModel):
+    """One line of the catalog."""
+
+    name: str
+    description: str = ""
+    version: str = "0.1.0"
+    tags: list[str] = Field(default_factory=list)
+    invocable: bool = True
+    streaming: bool = False
+
+
+class AgentContract(BaseModel):
+    """An agent's published form, read from and written as the document of protocol §4.
+
+    Schemas are JSON Schema; None where the agent has no input, output or chunk.
+    """
+
+    name: str
+    description: str = ""
+    version: str = "0.1.0"
+    capabilities: dict[str, Any] = Field(default_factory=dict)
+    skills: list[dict[str, Any]] = Field(default_factory=list)
+    subject: str = ""
+    tags: list[str] = Field(default_factory=list)
+    invocable: bool = True
+    streaming: bool = False
+    input_schema: dict[str, Any] | None = None
+    output_schema: dict[str, Any] | None = None
+    chunk_schema: dict[str, Any] | None = None
+    mcp: dict[str, Any] | bool | None = None
+    registered_at: datetime
+
+    @classmethod
+    def of(  # noqa: PLR0913 - one parameter a part of the contract
+        cls,
+        spec: AgentSpec,
+        *,
+        invocable: bool,
+        streaming: bool,
+        input_schema: dict[str, Any] | None,
+        output_schema: dict[str, Any] | None,
+        chunk_schema: dict[str, Any] | None,
+    ) -> Self:
+        """The contract of an agent declared here and now."""
+        skill = {
+            "id": spec.name,
+            "name": spec.name,
+            "description": spec.description,
+            "tags": spec.tags,
+            "inputSchema": input_schema,
+            "outputSchema": output_schema,
+        }
+        # Everything here is ours and of the right type; validating 10,000 of them costs a second.
+        return cls.model_construct(
+            name=spec.name,
+            description=spec.description,
+            version=spec.version,
+            capabilities={"streaming": streaming, "invocable": invocable},
+            skills=[{key: value for key, value in skill.items() if value is not None}],
+            subject=subjects.agent(spec.name),
+            tags=spec.tags,
+            invocable=invocable,
+            streaming=streaming,
+            input_schema=input_schema,
+            output_schema=output_schema,
+            chunk_schema=chunk_schema,
+            registered_at=datetime.now(UTC),
+        )
+
+    @classmethod
+    def read(cls, document: bytes) -> Self:
+        """A contract from its published document; unknown keys are ignored.
+
+        Raises:
+            MeshError: the document is no contract.
+
+        """
+        try:
+            found = from_json(document)
+            own = found.get("x-agentmesh") or {}
+            capabilities = found.get("capabilities") or {}
+            skills = found.get("skills") or []
+            skill = skills[0] if skills else {}
+            return cls(
+                name=found["name"],
+                description=found.get("description") or "",
+                version=found.get("version") or "0.1.0",
+                capabilities=capabilities,
+                skills=skills,
+                subject=own.get("subject") or subjects.agent(found["name"]),
+                tags=own.get("tags") or skill.get("tags") or [],
+                invocable=capabilities.get("invocable", True),
+                streaming=capabilities.get("streaming", False),
+                input_schema=skill.get("inputSchema"),
+                output_schema=skill.get("outputSchema"),
+                chunk_schema=own.get("chunk_schema"),
+                mcp=own.get("mcp"),
+                registered_at=own.get("registered_at") or datetime.fromtimestamp(0, UTC),
+            )
+        except (ValueError, ValidationError, AttributeError, KeyError, TypeError, IndexError) as exc:
+            raise MeshError(
+                f"A peer published a contract that cannot be read ({type(exc).__name__}: {exc}): "
+                f"{document[:120]!r}"
+            ) from exc
+
+    def document(self) -> dict[str, Any]:
+        """The contract as it is published (protocol §4)."""
+        own: dict[str, Any] = {
+            "subject": self.subject,
+            "tags": self.tags,
+            "registered_at": self.registered_at.isoformat(),
+        }
+        if self.chunk_schema is not None:
+            own["chunk_schema"] = self.chunk_schema
+        if self.mcp is not None:
+            own["mcp"] = self.mcp
+        return {
+            "name": self.name,
+            "description": self.description,
+            "version": self.version,
+            "capabilities": self.capabilities,
+            "skills": self.skills,
+            "x-agentmesh": own,
+        }
+
+    def to_registry_json(self) -> str:
+        """The published document as JSON."""
+        return _DOCUMENT.dump_json(self.document()).decode()
+
+    def to_catalog_entry(self) -> CatalogEntry:
+        """The contract's line in the catalog."""
+        return CatalogEntry.model_construct(
+            name=self.name,
+            description=self.description,
+            version=self.version,
+            tags=self.tags,
+            invocable=self.invocable,
+            streaming=self.streaming,
+        )
+
+    def check_verb(self, verb: Verb) -> None:
+        """Refuse a verb that this agent is not made for (protocol §7).
+
+        Raises:
+            InvocationMismatch: with the verb to use instead.
+
+        """
+        suffix = _refusal(verb, invocable=self.invocable, streaming=self.streaming)
+        if suffix:
+            raise InvocationMismatch(f"Agent '{self.name}' {suffix}", agent=self.name)
+
+
+_DOCUMENT: Final = TypeAdapter(dict[str, Any])
+_ENTRIES: Final = TypeAdapter(list[CatalogEntry])
+
+
+def read_catalog(document: bytes | None) -> list[CatalogEntry]:
+    """The entries of the catalog's key; what is no entry is left out, never an error.
+
+    A peer may have written anything there, and one bad entry must not hide the others.
+    """
+    if not document:
+        return []
+    try:
+        return _ENTRIES.validate_json(document)
+    except ValidationError:
+        return [entry for entry in map(_entry, _array(document)) if entry is not None]
+
+
+def write_catalog(entries: list[CatalogEntry]) -> bytes:
+    """The catalog's key for these entries."""
+    return _ENTRIES.dump_json(entries)
+
+
+def _array(document: bytes) -> list[object]:
+    try:
+        found = from_json(document)
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _entry(found: object) -> CatalogEntry | None:
+    try:
+        return CatalogEntry.model_validate(found)
+    except ValidationError:
+        return None

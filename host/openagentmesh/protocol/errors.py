@@ -1,0 +1,162 @@
+"""Everything that can go wrong on the mesh, each with its code on the wire (protocol §8, §10)."""
+
+from typing import Any, ClassVar, Self
+
+
+class MeshError(Exception):
+    """The base of all errors of the mesh, and any error whose code is not known here.
+
+    All have one constructor. A single text is the message and the class gives the code:
+    `NotFound("Agent 'x' is not in the catalog")`; two are a code of your own and the message:
+    `MeshError("quota_used_up", "Try again tomorrow")`.
+
+    Attributes:
+        code: the code on the wire.
+        message: one readable sentence or two.
+        agent: the agent it concerns; empty when there is none.
+        request_id: the request it ended; empty when there is none.
+        details: facts for programs, JSON.
+
+    """
+
+    code: str = "mesh_error"
+    hint: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        code: str = "",
+        message: str | None = None,
+        agent: str = "",
+        request_id: str = "",
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        self.code = code if message is not None and code else type(self).code
+        self.message = message if message is not None else code
+        self.agent = agent
+        self.request_id = request_id
+        self.details = details or {}
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        """Copies and pickles keep everything."""
+        return type(self), (self.code, self.message, self.agent, self.request_id, self.details)
+
+    def located(self, *, agent: str, request_id: str) -> "MeshError":
+        """The same error with the agent and the request it belongs to, where it had none."""
+        self.agent = self.agent or agent
+        self.request_id = self.request_id or request_id
+        return self
+
+    @staticmethod
+    def from_code(
+        code: str, message: str, agent: str, request_id: str, details: dict[str, Any]
+    ) -> "MeshError":
+        """The error that a received envelope stands for; an unknown code is kept."""
+        error = _BY_CODE.get(code, MeshError)
+        return error(code, message, agent, request_id, details)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The envelope (protocol §8)."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "agent": self.agent,
+            "request_id": self.request_id,
+            "details": self.details,
+        }
+
+
+class InvalidInput(MeshError):
+    """The caller's input does not fit the agent, or cannot be sent at all."""
+
+    code = "invalid_input"
+    hint = "See what it takes: oam agent contract NAME"
+
+
+class InvalidAgent(MeshError, TypeError):
+    """A function or a spec cannot be an agent. Raised where it is declared, never sent."""
+
+    code = "invalid_agent"
+
+
+class HandlerError(MeshError):
+    """The handler raised something that is no MeshError."""
+
+    code = "handler_error"
+    hint = "The agent's own log has the traceback."
+
+
+class InvocationMismatch(MeshError):
+    """The agent cannot be used in this way."""
+
+    code = "invocation_mismatch"
+
+
+class NotFound(MeshError):
+    """No such agent is in the catalog."""
+
+    code = "not_found"
+    hint = "See what there is: oam mesh catalog"
+
+
+class NotAvailable(MeshError):
+    """The agent is in the catalog, but nobody answers for it now."""
+
+    code = "not_available"
+    hint = "See who is there: oam status"
+
+
+class MeshTimeout(MeshError):
+    """No answer came in time."""
+
+    code = "timeout"
+    hint = "Give it longer with --timeout SECONDS, or see what the agent does: oam status"
+
+
+class AgentDied(MeshError):
+    """The last instance serving the agent went away; `details` is the death notice."""
+
+    code = "agent_died"
+
+
+class ChunkSequenceError(MeshError):
+    """A chunk of a stream is missing; details `expected_seq`, `got_seq`."""
+
+    code = "chunk_sequence_error"
+
+
+class ConnectionFailed(MeshError):
+    """There is no connection to a NATS server."""
+
+    code = "connection_failed"
+    hint = "Start a host with `oam up`, or say where one is with --url or OAM_URL."
+
+
+class ConnectionDenied(MeshError):
+    """The NATS server refuses the credentials."""
+
+    code = "connection_denied"
+    hint = "Give a credentials file: OAM_CREDS, or `oam mesh connect URL --creds FILE`."
+
+
+class Overloaded(MeshError):
+    """The agent has as many requests as it may; details `retry_after_ms`."""
+
+    code = "overloaded"
+
+
+class PayloadTooLarge(MeshError):
+    """A message exceeds the server's limit; details `size` and `limit` in bytes."""
+
+    code = "payload_too_large"
+
+
+class Cancelled(MeshError):
+    """The handler was stopped before it had answered, because its host stops."""
+
+    code = "cancelled"
+
+
+_BY_CODE: dict[str, type[MeshError]] = {
+    error.code: error for error in MeshError.__subclasses__() if error is not InvalidAgent
+}

@@ -1,0 +1,101 @@
+"""Every name on the wire: subjects, headers, buckets (protocol §1–§3, §6)."""
+
+import re
+from typing import Final
+
+NAME_RE: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+TOKEN_RE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+# A subject may be 4096 bytes with all the rest of its line; this leaves room for both.
+MAX_NAME: Final = 255
+
+CATALOG_BUCKET: Final = "mesh-catalog"
+CATALOG_KEY: Final = "catalog"
+REGISTRY_BUCKET: Final = "mesh-registry"
+INSTANCES_BUCKET: Final = "mesh-instances"
+OBSERVABILITY_BUCKET: Final = "mesh-observability"
+CONTEXT_BUCKET: Final = "mesh-context"
+KV_BUCKETS: Final = (
+    CATALOG_BUCKET,
+    REGISTRY_BUCKET,
+    INSTANCES_BUCKET,
+    OBSERVABILITY_BUCKET,
+    CONTEXT_BUCKET,
+)
+
+REQUEST_ID: Final = "X-Mesh-Request-Id"
+INSTANCE_ID: Final = "X-Mesh-Instance-Id"
+STREAM: Final = "X-Mesh-Stream"
+STATUS: Final = "X-Mesh-Status"
+SOURCE: Final = "X-Mesh-Source"
+STREAM_SEQ: Final = "X-Mesh-Stream-Seq"
+STREAM_END: Final = "X-Mesh-Stream-End"
+TIMEOUT_MS: Final = "X-Mesh-Timeout-Ms"
+CREDIT: Final = "X-Mesh-Credit"
+
+# Names under which the mesh itself keeps something, so no agent may have them.
+RESERVED_NAMES: Final = frozenset({"global"})
+RESERVED_TAIL: Final = ".events"
+
+
+def invalid_name(name: str) -> str | None:
+    """Why `name` cannot name an agent, or None when it can (protocol §1)."""
+    if not isinstance(name, str) or not NAME_RE.fullmatch(name):
+        return (
+            "a name is made of segments of letters, digits, '_' and '-', joined by single dots, "
+            "as in 'nlp.summarizer'"
+        )
+    if len(name) > MAX_NAME:
+        return f"a name has at most {MAX_NAME} characters, this one has {len(name)}"
+    if name in RESERVED_NAMES:
+        return f"'{name}' is the key of the mesh-wide observability settings"
+    if name.endswith(RESERVED_TAIL):
+        return f"'{RESERVED_TAIL}' at the end belongs to what a publisher emits"
+    return None
+
+
+def is_token(text: str) -> bool:
+    """Whether `text` can stand between two dots of a subject."""
+    return TOKEN_RE.fullmatch(text) is not None
+
+
+def channel_of(name: str) -> str:
+    """The leading segments of an agent's name; empty for a name of one segment."""
+    return name.rpartition(".")[0]
+
+
+def in_channel(name: str, channel: str) -> bool:
+    """Whether `name` is `channel` itself or lies below it, at any depth."""
+    return name == channel or name.startswith(channel + ".")
+
+
+def agent(name: str) -> str:
+    """Where `name` is invoked."""
+    return f"mesh.agent.{name}"
+
+
+def queue_group(name: str) -> str:
+    """The queue group in which all instances of `name` share its requests."""
+    return f"q.{name}"
+
+
+def stream(request_id: str) -> str:
+    """Where the chunks of one stream go."""
+    return f"mesh.stream.{request_id}"
+
+
+def errors(name: str) -> str:
+    """Where a copy of every error envelope of `name` goes."""
+    return f"mesh.errors.{name}"
+
+
+def death(name: str) -> str:
+    """Where the last instance serving `name` is reported gone."""
+    return f"mesh.death.{name}"
+
+
+DEATHS: Final = "mesh.death.>"
+
+
+def host(instance_id: str, verb: str) -> str:
+    """One host's own subject; `verb` is `ping`, `info` or `*`."""
+    return f"mesh.host.{instance_id}.{verb}"

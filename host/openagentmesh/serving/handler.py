@@ -1,0 +1,201 @@
+"""An author's function: its shape, and the types of what goes in and comes out (protocol §5)."""
+
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput
+from openagentmesh.serving.call import Call, Endpoint
+
+Shape = Literal["responder", "streamer", "trigger"]
+_ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
+_NOTHING: Final = b"{}"
+
+
+@dataclass(slots=True, frozen=True)
+class Handler:
+    """A function with its shape and types; `output` is the type of a chunk for a streamer."""
+
+    function: Callable[..., Any]
+    shape: Shape
+    takes: type | None
+    input: TypeAdapter[Any] | None
+    output: TypeAdapter[Any] | None
+    input_optional: bool
+
+    def read(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
+        """A request's body as the handler's input.
+
+        Raises:
+            InvalidInput: with pydantic's list of what is wrong under `errors`.
+
+        """
+        if self.input is None or (not body and self.input_optional):
+            return None
+        try:
+            if not body:
+                return self.input.validate_python(None)
+            return self.input.validate_json(body)
+        except ValidationError as exc:
+            errors = _NO_BODY if not body else from_json(exc.json(include_url=False))
+            raise InvalidInput(
+                f"Input failed validation for agent '{agent}'", details={"errors": errors}
+            ) from exc
+
+    def dump(self, value: object) -> bytes:
+        """What the handler gave back, as the JSON of its declared type.
+
+        Raises:
+            HandlerError: it is of another type and cannot be made into it.
+
+        """
+        if value is None:
+            return _NOTHING
+        try:
+            if self.output is None:
+                return value.model_dump_json().encode() if isinstance(value, BaseModel) else to_json(value)
+            try:
+                return self.output.dump_json(value, warnings="error")
+            except PydanticSerializationError:
+                return self.output.dump_json(self.output.validate_python(value), warnings="error")
+        except (PydanticSerializationError, ValueError, RecursionError) as exc:
+            raise HandlerError(f"The handler gave back what it does not declare: {exc}") from exc
+
+    def endpoint(self) -> Endpoint:
+        """The innermost endpoint: the call's input into the function."""
+        function = self.function
+        if self.shape == "streamer":
+
+            async def stream(call: Call) -> None:
+                async with aclosing(_invoke(function, self, call)) as chunks:
+                    async for chunk in chunks:
+                        await call.send(chunk)
+
+            return stream
+
+        async def respond(call: Call) -> object:
+            return await _invoke(function, self, call)
+
+        return respond
+
+
+_NO_BODY: Final = [{"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}]
+
+
+def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
+    if handler.input is None or (not call.request.body and handler.input_optional):
+        return function()
+    return function(call.input)
+
+
+def inspect_handler(function: Callable[..., Any], agent: str) -> Handler:
+    """Take a function's shape and types from its signature.
+
+    Raises:
+        InvalidAgent: it is not async, takes more than one parameter, or a type is missing,
+            unknown or nothing that pydantic can validate.
+
+    """
+    streaming = inspect.isasyncgenfunction(_plain(function))
+    if not streaming and not inspect.iscoroutinefunction(_plain(function)):
+        raise _invalid(agent, function, "it must be an `async def`")
+    parameter, hints = _parameter(function, agent), _hints(function, agent)
+    returns = hints.get("return")
+    if parameter is None:
+        if streaming or returns in {None, type(None)}:
+            raise _invalid(
+                agent,
+                function,
+                "it takes nothing and returns nothing or yields events, which makes it a watcher or a "
+                "publisher; this version serves responders, triggers and streamers. "
+                "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)",
+            )
+        takes = None
+    else:
+        if parameter.name not in hints:
+            raise _invalid(
+                agent, function, f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
+            )
+        takes = hints[parameter.name]
+    if streaming and get_origin(returns) in _ITERATORS:
+        returns = get_args(returns)[0]
+    nothing = returns in {None, type(None)}
+    return Handler(
+        function,
+        "streamer" if streaming else "trigger" if takes is None else "responder",
+        takes,
+        None if takes is None else _adapter(takes, agent, function),
+        None if nothing else _adapter(returns, agent, function),
+        input_optional=parameter is not None and parameter.default is not parameter.empty,
+    )
+
+
+def schema(adapter: TypeAdapter[Any] | None, agent: str) -> dict[str, Any] | None:
+    """The JSON Schema of a type, as contracts carry it."""
+    if adapter is None:
+        return None
+    try:
+        return adapter.json_schema(mode="validation")
+    except PydanticUserError as exc:
+        raise InvalidAgent(
+            f"Agent '{agent}' declares a type that has no JSON Schema: {exc.message}", agent=agent
+        ) from exc
+
+
+def where(function: Callable[..., Any]) -> str:
+    """File and line of a function, for messages."""
+    code = getattr(inspect.unwrap(_plain(function)), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _parameter(function: Callable[..., Any], agent: str) -> inspect.Parameter | None:
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [p for p in parameters[1:] if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    if needed:
+        raise _invalid(
+            agent, function, "it takes more than one parameter; put what it needs into one pydantic model"
+        )
+    if parameters and parameters[0].kind not in {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }:
+        raise _invalid(agent, function, "its parameter must be an ordinary one, as in `req: MyInput`")
+    return parameters[0] if parameters else None
+
+
+def _hints(function: Callable[..., Any], agent: str) -> dict[str, Any]:
+    try:
+        return get_type_hints(_plain(function), include_extras=True)
+    except NameError as exc:
+        raise _invalid(
+            agent, function, f"the type '{exc.name}' is not known; define or import it at the top of the module"
+        ) from exc
+    except (TypeError, SyntaxError, AttributeError) as exc:
+        raise _invalid(agent, function, f"its types cannot be understood: {exc}") from exc
+
+
+def _adapter(hint: object, agent: str, function: Callable[..., Any]) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint)
+    except (PydanticUserError, NameError, TypeError) as exc:
+        raise _invalid(agent, function, f"pydantic cannot use the type {hint!r}: {exc}") from exc
+
+
+def _invalid(agent: str, function: Callable[..., Any], why: str) -> InvalidAgent:
+    name = getattr(_plain(function), "__name__", repr(function))
+    return InvalidAgent(
+        f"The handler '{name}' of agent '{agent}' ({where(function)}) cannot serve: {why}.", agent=agent
+    )
