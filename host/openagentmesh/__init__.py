@@ -20,6 +20,7 @@ from openagentmesh.protocol.errors import (
     PayloadTooLarge,
 )
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.runtime.host import Host
 from openagentmesh.serving.call import Call, Endpoint, current_call
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "DeathNotice",
     "Endpoint",
     "HandlerError",
+    "Host",
     "InvalidAgent",
     "InvalidInput",
     "InvocationMismatch",

@@ -1,0 +1,30 @@
+"""Finds other agents in the catalog and calls them by name: no imports, no addresses."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from openagentmesh import AgentMesh, AgentSpec
+
+mesh = AgentMesh()
+
+
+class Question(BaseModel):
+    text: str
+    tag: str = "text"
+
+
+class Answers(BaseModel):
+    asked: list[str]
+    answers: dict[str, Any]
+
+
+@mesh.agent(AgentSpec(name="guide", description="Asks every agent with a tag the same text."))
+async def guide(req: Question) -> Answers:
+    found = await mesh.catalog(tags=[req.tag], invocable=True, streaming=False)
+    answers = {entry.name: await mesh.call(entry.name, {"text": req.text}) for entry in found}
+    return Answers(asked=[entry.name for entry in found], answers=answers)
+
+
+if __name__ == "__main__":
+    mesh.run()

@@ -1,0 +1,1 @@
+"""The host: config, modules, one node."""

@@ -1,0 +1,190 @@
+"""mesh.toml: read, filled from the environment, validated, frozen."""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from openagentmesh.mesh.mesh import DRAIN_TIMEOUT
+from openagentmesh.protocol.errors import MeshError
+from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
+
+FILE_NAME: Final = "mesh.toml"
+_VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
+
+Concurrency = Annotated[int, Field(ge=1, le=100_000)]
+Queue = Annotated[int, Field(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ConfigError(MeshError):
+    """mesh.toml cannot be used; the message names file, key, what was expected and what to do."""
+
+    code = "invalid_config"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeshSection(_Section):
+    """`[mesh]`: where to connect. Without `url` an embedded server starts with the host."""
+
+    url: str | None = None
+    creds: str | None = None
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+
+class ServerSection(_Section):
+    """`[server]`: the embedded server. Port 0 is any free one, an empty store is thrown away."""
+
+    port: Annotated[int, Field(ge=0, le=65_535)] = 4222
+    store: str = ".oam/nats"
+    websocket: bool = False
+
+
+class HostSection(_Section):
+    """`[host]`: what is loaded, and how the host stops. `drain_timeout` in seconds."""
+
+    name: str = ""
+    agents: list[str] | None = None
+    entry_points: bool | list[str] = True
+    strict: bool = False
+    drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
+
+
+class LimitsSection(_Section):
+    """`[limits]`: every agent's defaults; `timeout` in seconds."""
+
+    concurrency: Concurrency = DEFAULT_LIMITS.concurrency
+    queue: Queue = DEFAULT_LIMITS.queue
+    timeout: Seconds = DEFAULT_LIMITS.timeout
+
+
+class AgentSection(_Section):
+    """`[agents."name"]`: one agent; what is left out is the default."""
+
+    enabled: bool = True
+    concurrency: Concurrency | None = None
+    queue: Queue | None = None
+    timeout: Seconds | None = None
+
+
+class Config(_Section):
+    """A whole mesh.toml. Relative paths in it start at `folder`, the file's own."""
+
+    folder: Annotated[Path, Field(exclude=True)] = Path()
+    mesh: MeshSection = MeshSection()
+    server: ServerSection = ServerSection()
+    host: HostSection = HostSection()
+    limits: LimitsSection = LimitsSection()
+    agents: dict[str, AgentSection] = {}
+    settings: dict[str, dict[str, Any]] = {}
+
+    def limits_of(self, name: str) -> Limits:
+        """The limits of one agent."""
+        own = self.agents.get(name, AgentSection()).model_dump(exclude={"enabled"}, exclude_none=True)
+        return Limits(**(self.limits.model_dump() | own))
+
+    def enabled(self, name: str) -> bool:
+        """Whether an agent is to be served."""
+        return name not in self.agents or self.agents[name].enabled
+
+    def path(self, text: str | None) -> str | None:
+        """A path of this file as an absolute one."""
+        return str(self.folder / Path(text).expanduser()) if text else None
+
+
+def load_config(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read a mesh.toml; without a path, `mesh.toml` here, or defaults when there is none.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or does not fit.
+
+    """
+    file = path or Path(FILE_NAME)
+    if path is None and not file.exists():
+        return Config(folder=Path.cwd())
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{file} cannot be read: {exc.strerror}. Say where it is with --config.") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{file} is no TOML: {exc}.") from exc
+    problems: list[str] = []
+    tables = {key: _filled(value, key, environ, problems) for key, value in tables.items()}
+    if problems:
+        raise _error(file, problems)
+    if "folder" in tables:
+        raise _error(file, [_unknown(("folder",))])
+    try:
+        return Config(folder=file.resolve().parent, **tables)
+    except ValidationError as exc:
+        raise _error(file, list(_problems(exc))) from exc
+
+
+def _error(file: Path, problems: list[str]) -> ConfigError:
+    return ConfigError(f"{file} cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _filled(value: object, key: str, environ: Mapping[str, str], problems: list[str]) -> object:
+    """`value` with `${NAME}` and `${NAME:-default}` filled in, at any depth."""
+    if isinstance(value, dict):
+        return {k: _filled(v, f"{key}.{k}", environ, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(v, f"{key}[{i}]", environ, problems) for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match["name"], match["default"]
+        found = environ.get(name, default)
+        if found is None:
+            problems.append(f"{key}: the variable {name} is not set; set it, or write ${{{name}:-default}}")
+        return found or ""
+
+    return _VARIABLE_RE.sub(replace, value)
+
+
+def _problems(exc: ValidationError) -> Iterator[str]:
+    for error in exc.errors(include_url=False):
+        if error["type"] == "extra_forbidden":
+            yield _unknown(error["loc"])
+        else:
+            shown = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+            yield f"{_key(error['loc'])}: {_lowered(error['msg'])}{shown}"
+
+
+def _unknown(loc: tuple[int | str, ...]) -> str:
+    known = _known_keys(loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"{_key(loc)}: unknown key; {hint}"
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `loc`."""
+    model: type[BaseModel] = Config
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # the name of an agent, below `agents`
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [name for name in model.model_fields if name != "folder"]
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f'."{part}"' if "." in part else f".{part}" for part in loc]
+    return "".join(parts).lstrip(".")
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]

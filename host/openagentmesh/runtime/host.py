@@ -1,0 +1,180 @@
+"""The host: a server when needed, modules, one node. Start, serve, stop."""
+
+import logging
+import os
+import platform
+from collections import deque
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from openagentmesh.bus import address
+from openagentmesh.bus.connection import Target
+from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.mesh.node import Node
+from openagentmesh.protocol.codec import new_id
+from openagentmesh.protocol.errors import MeshError
+from openagentmesh.runtime.config import Config
+from openagentmesh.runtime.loader import Loader, Module
+from openagentmesh.runtime.origins import find_origins
+from openagentmesh.serving.agent import Agent
+
+log = logging.getLogger(__name__)
+
+
+class StartFailed(MeshError):
+    """The host was told to be strict, and a module failed to load."""
+
+    code = "start_failed"
+
+
+class Host:
+    """Keeps the agents of one mesh.toml running.
+
+    Use it as an async context manager, or call `start` and `stop`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.name = config.host.name or config.folder.name or platform.node()
+        self.modules: list[Module] = []
+        self.server: EmbeddedServer | None = None
+        self._node: Node | None = None
+        self._loader: Loader | None = None
+        self._server_events: deque[dict[str, str]] = deque(maxlen=20)
+
+    @property
+    def node(self) -> Node:
+        """The one node that all modules share; only while the host runs."""
+        assert self._node is not None, "the host is not started"
+        return self._node
+
+    @property
+    def agents(self) -> list[Agent]:
+        """The agents served now."""
+        return [route.agent for route in self.node.router] if self._node else []
+
+    async def start(self) -> None:
+        """Start everything; when anything fails, stop what was started.
+
+        Raises:
+            MeshError: in words for the person who started it.
+
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
+        origins = find_origins(self.config)
+        target = await self._target()
+        instance_id = new_id()
+        about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
+        self._node = Node(target, instance_id, about=about, limits=self.config.limits_of)
+        self._node.describe = self.describe
+        self._loader = Loader(self._node, self.config.settings)
+        for origin in origins:
+            self.modules.append(self._loader.load(origin))
+        self._refuse_duplicates()
+        self._report()
+        agents = [agent for module in self.modules for agent in module.agents]
+        await self._node.start([agent for agent in agents if self.config.enabled(agent.name)])
+
+    async def stop(self) -> None:
+        """Drain, deregister, close the connection, then stop the server."""
+        if self._node is not None:
+            node, self._node = self._node, None
+            await node.stop(self.config.host.drain_timeout)
+        if self._loader is not None:
+            self._loader.close()
+        if self.server is not None:
+            await self.server.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _target(self) -> Target:
+        mesh, path = self.config.mesh, self.config.path
+        if mesh.url:
+            creds = path(mesh.creds) or address.creds_or_none()
+            return Target(mesh.url, creds, path(mesh.tls_cert), path(mesh.tls_key), path(mesh.tls_ca))
+        server = self.config.server
+        self.server = EmbeddedServer(
+            server.port, path(server.store) or "", websocket=server.websocket, on_event=self._on_server_event
+        )
+        await self.server.start()
+        return Target(self.server.url)
+
+    def _on_server_event(self, what: str) -> None:
+        log.warning("%s", what)
+        self._server_events.append({"at": datetime.now(UTC).isoformat(), "what": what})
+
+    def _refuse_duplicates(self) -> None:
+        """The module that claims a name first has it; a later one is refused whole."""
+        claimed: dict[str, Module] = {}
+        for module in self.modules:
+            names = [agent.name for agent in module.agents]
+            twice = [agent for agent in module.agents if agent.name in claimed]
+            if twice:
+                name, first = twice[0].name, claimed[twice[0].name]
+                sources = next(a.source for a in first.agents if a.name == name), twice[0].source
+                module.fail(
+                    f"agent '{name}' is declared twice: {_shown(sources[0])} has it, so {_shown(sources[1])} "
+                    "is refused; rename one of them",
+                    line=sources[1],
+                )
+            else:
+                claimed |= dict.fromkeys(names, module)
+
+    def _report(self) -> None:
+        failed = [module for module in self.modules if module.state == "failed"]
+        for module in failed:
+            log.error("%s failed to load: %s\n%s", module.origin.shown, module.error, module.traceback)
+        if failed and self.config.host.strict:
+            listed = "\n".join(f"  {m.origin.shown}: {m.error} ({_shown(m.line)})" for m in failed)
+            raise StartFailed(f"{len(failed)} of {len(self.modules)} modules failed to load:\n{listed}")
+        known = {agent.name for module in self.modules for agent in module.agents}
+        for name in self.config.agents.keys() - known:
+            log.warning('mesh.toml has [agents."%s"], but no loaded module declares that agent', name)
+
+    def describe(self) -> dict[str, Any]:
+        """What the host does, for `oam status`; JSON."""
+        server = self.server
+        return self.node.description() | {
+            "host": self.name,
+            "pid": os.getpid(),
+            "version": version("openagentmesh"),
+            "modules": [
+                {
+                    "origin": module.origin.shown,
+                    "state": module.state,
+                    "agents": [agent.name for agent in module.agents],
+                    "error": module.error,
+                    "line": module.line,
+                    "traceback": module.traceback,
+                }
+                for module in self.modules
+            ],
+            "embedded_server": None
+            if server is None
+            else {
+                "url": server.url,
+                "pid": server.pid,
+                "starts": server.starts,
+                "websocket": server.websocket_url,
+                "history": list(self._server_events),
+            },
+        }
+
+
+def _shown(line: str) -> str:
+    """A `file:line`, its file from the working folder on where it lies below it."""
+    path = Path(line)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else line

@@ -1,0 +1,92 @@
+"""Where agent modules come from: folders, files, dotted names and entry points."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from openagentmesh.runtime.config import Config, ConfigError
+
+ENTRY_POINT_GROUP: Final = "openagentmesh.agents"
+DEFAULT_FOLDER: Final = "agents"
+_DOTTED_RE: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclass(slots=True, frozen=True)
+class Origin:
+    """Where one module comes from: a `path` (a file, or a package's folder) or a dotted `module`.
+
+    `shown` is how messages call it, `key` is its name in `[settings.<key>]`.
+    """
+
+    shown: str
+    key: str
+    path: Path | None = None
+    module: str = ""
+    attribute: str = ""
+
+
+def find_origins(config: Config) -> list[Origin]:
+    """All modules that mesh.toml asks for, in the order they are loaded.
+
+    Raises:
+        ConfigError: a place or an entry point does not exist.
+
+    """
+    places = config.host.agents
+    if places is None:
+        places = [DEFAULT_FOLDER] if (config.folder / DEFAULT_FOLDER).is_dir() else []
+    found = [origin for place in places for origin in _at(place, config.folder)]
+    return found + list(_entry_points(config.host.entry_points))
+
+
+def _at(place: str, folder: Path) -> Iterator[Origin]:
+    path = folder / Path(place).expanduser()
+    if path.is_dir():
+        yield from _in_folder(path.resolve(), folder)
+    elif path.is_file() and path.suffix == ".py":
+        yield _from_path(path.resolve(), folder)
+    elif "/" in place or place.endswith(".py") or not _DOTTED_RE.fullmatch(place) or place == DEFAULT_FOLDER:
+        raise ConfigError(
+            f"host.agents: '{place}' is no folder and no Python file (looked for {path}). "
+            "Give a folder, a file, or a dotted module name."
+        )
+    else:
+        yield Origin(place, place.rpartition(".")[2], module=place)
+
+
+def _in_folder(path: Path, shown_from: Path) -> Iterator[Origin]:
+    if (path / "__init__.py").is_file():
+        yield _from_path(path, shown_from)
+        return
+    for item in sorted(path.iterdir()):
+        if item.name.startswith(("_", ".")):
+            continue
+        if item.is_dir():
+            yield from _in_folder(item, shown_from)
+        elif item.suffix == ".py" and item.is_file():
+            yield _from_path(item, shown_from)
+
+
+def _from_path(path: Path, shown_from: Path) -> Origin:
+    shown = path.relative_to(shown_from) if path.is_relative_to(shown_from) else path
+    return Origin(str(shown), path.stem, path=path)
+
+
+def _entry_points(wanted: bool | list[str]) -> Iterator[Origin]:  # noqa: FBT001 - mesh.toml's own value
+    if wanted is False:
+        return
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    names = sorted(installed) if wanted is True else wanted
+    for name in names:
+        if name not in installed:
+            known = ", ".join(sorted(installed)) or "none"
+            raise ConfigError(
+                f"host.entry_points: no installed package has an agent entry point '{name}' "
+                f"(group '{ENTRY_POINT_GROUP}'; installed: {known})."
+            )
+        point = installed[name]
+        package = point.dist.name if point.dist else point.module
+        yield Origin(f"{package} (entry point {name})", name, module=point.module, attribute=point.attr)
