@@ -83,6 +83,8 @@ class Node:
             for agent in agents:
                 self.bind(agent)
             await self.settled()
+            if not len(self.router):
+                await self.presence.restore()  # a host without agents is there all the same
         except BaseException:
             await self.bus.close()
             raise

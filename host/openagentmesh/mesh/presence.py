@@ -32,13 +32,13 @@ class Presence:
 
     async def restore(self) -> None:
         """Write the record again."""
-        if self._agents:
+        if self._agents or self._about:
             record = self._about | {"agents": sorted(self._agents)}
             await self._buckets.put(subjects.INSTANCES_BUCKET, self._instance_id, to_json(record))
 
     async def withdraw(self) -> set[str]:
         """Delete the record; returns those of its agents that no other instance serves."""
-        if not self._agents:
+        if not self._agents and not self._about:
             return set()
         await self._buckets.delete(subjects.INSTANCES_BUCKET, self._instance_id)
         others = await instances(self._buckets)

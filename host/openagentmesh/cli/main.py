@@ -1,0 +1,31 @@
+"""`oam`: all commands, and the place where errors become words."""
+
+import sys
+
+import typer
+
+from openagentmesh.cli import agent, mesh, status, up
+
+app = typer.Typer(
+    name="oam",
+    help="Keep agents running, find them and call them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(up.up)
+app.command()(status.status)
+app.add_typer(mesh.app, name="mesh")
+app.add_typer(agent.app, name="agent")
+
+
+def run() -> None:
+    """The console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

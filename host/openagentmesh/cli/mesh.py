@@ -1,0 +1,185 @@
+"""`oam mesh`: a development server, the catalog, and what goes over the wire."""
+
+import asyncio
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from openagentmesh.bus import address
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.connection import Bus, Target
+from openagentmesh.bus.server import HOST, EmbeddedServer, find_binary
+from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
+from openagentmesh.mesh.running import stop_event
+from openagentmesh.protocol.codec import read_headers
+from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.protocol.subjects import in_channel
+
+app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
+
+_STORE: Final = Path(".oam/nats")
+_PID_FILE: Final = _STORE / "server.pid"
+_LOG_FILE: Final = _STORE / "server.log"
+_START_TIMEOUT: Final = 10.0
+_MOST_BACKLOG: Final = 10_000
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option("-p", "--port", min=1, max=65535, help="Where it listens.")] = 4222,
+    foreground: Annotated[bool, typer.Option("-f", "--foreground", help="Stay until Ctrl-C.")] = False,  # noqa: FBT002 - a flag
+) -> None:
+    """Start a NATS server for development, without agents, and write .oam-url."""
+    run(_foreground(port) if foreground else _background(port))
+
+
+async def _foreground(port: int) -> None:
+    server = EmbeddedServer(port, str(_STORE), on_event=note)
+    await server.start()
+    path = address.write(Path.cwd(), server.url)
+    try:
+        note(f"nats-server is running on {server.url}; Ctrl-C stops it")
+        await stop_event().wait()
+    finally:
+        path.unlink(missing_ok=True)
+        await server.stop()
+
+
+async def _background(port: int) -> None:
+    url = f"nats://{HOST}:{port}"
+    _STORE.mkdir(parents=True, exist_ok=True)
+    _LOG_FILE.write_text("")
+    process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
+        [find_binary(), "-a", HOST, "-p", str(port), "-js", "-sd", str(_STORE), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(ConnectionFailed),
+        wait=wait_fixed(0.05),
+        stop=stop_after_delay(_START_TIMEOUT),
+        reraise=True,
+    ):
+        with attempt:
+            if process.poll() is not None:
+                break
+            await _try(Target(url))
+    if process.poll() is not None:
+        fatal = [line for line in _LOG_FILE.read_text().splitlines() if "[FTL]" in line]
+        raise ConnectionFailed(f"nats-server did not start: {fatal[-1] if fatal else f'see {_LOG_FILE}'}")
+    address.write(Path.cwd(), url)
+    note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
+
+
+@app.command()
+def down() -> None:
+    """Stop the server that `oam mesh up` started here."""
+    if not _PID_FILE.is_file():
+        note("no server was started here with `oam mesh up`")
+        raise typer.Exit(1)
+    done = subprocess.run(
+        [find_binary(), "--signal", f"stop={_PID_FILE}"], check=False, capture_output=True, text=True
+    )
+    _PID_FILE.unlink(missing_ok=True)
+    (Path.cwd() / address.FILE_NAME).unlink(missing_ok=True)
+    note("stopped" if done.returncode == 0 else f"it was not running: {done.stderr.strip()}")
+
+
+@app.command()
+def connect(
+    url: Annotated[str, typer.Argument(help="The NATS server, as in nats://mesh.example.com:4222.")],
+    creds: Annotated[Path | None, typer.Option(help="A credentials file for it.")] = None,
+) -> None:
+    """Check a server and remember it in .oam-url for the commands run here and below."""
+
+    async def main() -> None:
+        await _try(Target(url, str(creds) if creds else None))
+        path = address.write(Path.cwd(), url, str(creds.resolve()) if creds else None)
+        note(f"{url} answers; {path.name} written")
+
+    run(main())
+
+
+async def _try(target: Target) -> None:
+    bus = Bus(target, "oam")
+    await bus.connect()
+    await bus.close()
+
+
+@app.command()
+def catalog(
+    channel: Annotated[str | None, typer.Option(help="Only this name and what lies below it.")] = None,
+    url: Url = None,
+    *,
+    json_: Json = False,
+) -> None:
+    """List the agents of the mesh."""
+
+    async def main() -> None:
+        async with connected(url) as node:
+            entries = [
+                entry
+                for entry in await node.directory.catalog()
+                if channel is None or in_channel(entry.name, channel)
+            ]
+        if json_:
+            say(as_json([entry.model_dump() for entry in entries]))
+            return
+        if not entries:
+            note("no agents" if channel is None else f"no agents in '{channel}'")
+        width = max((len(entry.name) for entry in entries), default=0)
+        for entry in entries:
+            kind = "stream" if entry.streaming else "call" if entry.invocable else "-"
+            say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {entry.description.partition(chr(10))[0]}")
+
+    run(main())
+
+
+@app.command()
+def listen(
+    subject: Annotated[str, typer.Argument(help="A NATS subject; '>' and '*' match, as in 'mesh.errors.>'.")],
+    url: Url = None,
+    *,
+    json_: Json = False,
+) -> None:
+    """Print every message on a subject until Ctrl-C, one line each."""
+
+    async def main() -> None:
+        messages: asyncio.Queue[Message] = asyncio.Queue(_MOST_BACKLOG)
+
+        def receive(message: Message) -> None:
+            # A terminal slower than the mesh loses lines; it must not take all memory.
+            with suppress(asyncio.QueueFull):
+                messages.put_nowait(message)
+
+        stop = stop_event()
+        async with connected(url) as node:
+            await node.bus.listen(subject, receive)
+            await node.bus.flush()
+            note(f"listening on {subject}; Ctrl-C stops")
+            stopping = asyncio.create_task(stop.wait())
+            while not stop.is_set():
+                getting = asyncio.create_task(messages.get())
+                await asyncio.wait([getting, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    say(_line(getting.result(), as_record=json_))
+                else:
+                    getting.cancel()
+
+    if any(c.isspace() for c in subject) or not subject:
+        raise typer.BadParameter("a subject has no spaces")
+    run(main())
+
+
+def _line(message: Message, *, as_record: bool) -> str:
+    body = message.body.decode("utf-8", "replace")
+    if not as_record:
+        return f"{message.subject}  {body}"
+    headers = read_headers(message.head) if message.head else {}
+    return as_json({"subject": message.subject, "reply": message.reply, "headers": headers, "body": body})

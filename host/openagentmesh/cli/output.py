@@ -1,0 +1,107 @@
+"""What commands share: addresses, connections, and how results and errors are shown."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+
+from openagentmesh.bus import address
+from openagentmesh.bus.connection import Target
+from openagentmesh.mesh.node import Node
+from openagentmesh.protocol.codec import new_id
+from openagentmesh.protocol.errors import MeshError
+
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_MOST_DETAILS: Final = 2000
+
+
+@asynccontextmanager
+async def connected(url: str | None) -> AsyncIterator[Node]:
+    """A node for one command, which serves nothing."""
+    node = Node(Target(address.url_or_default(url), address.creds_or_none()), new_id())
+    await node.start()
+    try:
+        yield node
+    finally:
+        await node.stop(0)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run one command; an error of the mesh is told in a line, and the exit code is 1."""
+    try:
+        asyncio.run(main)
+    except MeshError as exc:
+        fail(exc)
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody to tell.
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+
+
+def fail(error: MeshError) -> NoReturn:
+    """Show an error and end with exit code 1."""
+    typer.echo(f"Error [{error.code}] {error.message}", err=True)
+    if error.details:
+        typer.echo(f"  {as_json(error.details)[:_MOST_DETAILS]}", err=True)
+    if error.hint:
+        typer.echo(f"  {error.hint.replace('NAME', error.agent or 'NAME')}", err=True)
+    raise typer.Exit(1)
+
+
+def as_json(value: object, *, indent: int | None = None) -> str:
+    """A value as JSON, readable in any language."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def say(text: str) -> None:
+    """Print a line of data at once, also into a pipe."""
+    typer.echo(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a line that is no data."""
+    typer.echo(text, err=True)
+
+
+def usage_error(text: str) -> NoReturn:
+    """End with exit code 2."""
+    raise typer.BadParameter(text)
+
+
+def example_input(schema: dict[str, Any] | None) -> object:
+    """A small input that fits a JSON Schema well enough to be shown as an example."""
+    if schema is None:
+        return None
+    shape = _resolved(schema, schema)
+    if "properties" not in shape:
+        return _EXAMPLES.get(str(shape.get("type")), lambda: "hello")()
+    wanted = shape.get("required") or list(shape["properties"])[:1]
+    return {
+        name: _EXAMPLES.get(str(_resolved(shape["properties"][name], schema).get("type")), lambda: "hello")()
+        for name in wanted
+    }
+
+
+def _resolved(shape: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    reference = str(shape.get("$ref", ""))
+    found: dict[str, Any] = root.get("$defs", {}).get(reference.rpartition("/")[2], shape)
+    return found
+
+
+_EXAMPLES: Final[dict[str, Callable[[], object]]] = {
+    "integer": lambda: 1,
+    "number": lambda: 1.5,
+    "boolean": lambda: True,
+    "array": list,
+    "object": dict,
+}

@@ -1,0 +1,108 @@
+"""`oam up`: the host, until Ctrl-C."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openagentmesh.cli.logs import LogFormat, set_up_logging
+from openagentmesh.cli.output import as_json, example_input, fail, note
+from openagentmesh.mesh.running import run, stop_event
+from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.runtime.config import Config, load_config
+from openagentmesh.runtime.host import Host
+
+log = logging.getLogger("openagentmesh.up")
+
+_MOST_SHOWN = 20
+
+
+def up(  # noqa: PLR0913 - one parameter an option
+    config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="The embedded server's port; 0 for any free one.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Use this NATS server instead of an embedded one.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when a module fails to load.")] = False,  # noqa: FBT002 - a flag
+    log_format: Annotated[LogFormat, typer.Option(help="How events are shown.")] = LogFormat.AUTO,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run the agents of mesh.toml: one process, one connection, until Ctrl-C."""
+    if log_level.upper() not in logging.getLevelNamesMapping():
+        raise typer.BadParameter(f"'{log_level}' is no level; take debug, info, warning or error")
+    pretty = set_up_logging(log_format, log_level)
+    try:
+        run(_serve(_configured(config, port, url, strict=strict), pretty=pretty))
+    except MeshError as exc:
+        fail(exc)
+
+
+def _configured(path: Path | None, port: int | None, url: str | None, *, strict: bool) -> Config:
+    """mesh.toml, with what the command line says instead."""
+    config = load_config(path)
+    if url is not None:
+        config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": url})})
+    if port is not None:
+        if config.mesh.url:
+            raise typer.BadParameter(f"--port is for the embedded server, but {config.mesh.url} is to be used")
+        config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
+    if strict:
+        config = config.model_copy(update={"host": config.host.model_copy(update={"strict": True})})
+    return config
+
+
+async def _serve(config: Config, *, pretty: bool) -> None:
+    host = Host(config)
+    async with host:
+        if pretty:
+            note(_banner(host))
+        else:
+            log.info("serving %d agents on %s", len(host.agents), host.node.bus.target.shown)
+        stop = stop_event(lambda: _say_stopping(host))
+        waits = [asyncio.create_task(stop.wait()), asyncio.create_task(host.node.bus.closed.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            raise ConnectionFailed(f"The connection to {host.node.bus.target.shown} closed for good.")
+        waits[1].cancel()
+    log.info("stopped")
+
+
+def _say_stopping(host: Host) -> None:
+    running = sum(route.in_flight for route in host.node.router)
+    what = f"finishing {running} requests" if running else "nothing is running"
+    log.info("stopping: %s; Ctrl-C again stops at once", what)
+
+
+def _banner(host: Host) -> str:
+    config, agents = host.config, host.agents
+    bold = lambda text: typer.style(text, bold=True)  # noqa: E731 - shorter than it would be named
+    dim = lambda text: typer.style(text, dim=True)  # noqa: E731
+    kind = f"embedded, store {config.server.store or 'thrown away'}" if host.server else "remote"
+    lines = ["", f"  {bold('openagentmesh')} · host {bold(host.name)}", f"  {bold(host.node.bus.target.shown)} {dim(kind)}"]
+    failed = [module for module in host.modules if module.state == "failed"]
+    lines += ["", f"  {len(agents)} agents from {len(host.modules) - len(failed)} modules"]
+    width = max((len(agent.name) for agent in agents[:_MOST_SHOWN]), default=0)
+    for agent in agents[:_MOST_SHOWN]:
+        about = agent.contract.description.partition("\n")[0][:60]
+        lines.append(f"    {agent.name:<{width}}  {dim(agent.contract.version)}  {about}")
+    if len(agents) > _MOST_SHOWN:
+        lines.append(dim(f"    and {len(agents) - _MOST_SHOWN} more: oam mesh catalog"))
+    lines += [typer.style(f"    {m.origin.shown} failed: {m.error}", fg=typer.colors.RED) for m in failed]
+    lines += ["", *_how_to_call(host), f"  {dim('Ctrl-C finishes what runs, then stops.')}", ""]
+    return "\n".join(lines)
+
+
+def _how_to_call(host: Host) -> list[str]:
+    if not host.agents:
+        return ["  Put a Python file with an agent into agents/ and start again."]
+    agents = host.agents
+    agent = next((a for a in agents if a.name == "nlp.summarizer"), agents[0])
+    verb = "stream" if agent.contract.streaming else "call"
+    given = example_input(agent.contract.input_schema)
+    payload = "" if given is None else f" '{as_json(given)}'"
+    url = host.node.bus.target.url
+    where = "" if url in {"nats://127.0.0.1:4222", "nats://localhost:4222"} else f" --url {host.node.bus.target.shown}"
+    return [f"  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]
