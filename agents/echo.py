@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, current_call
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 
@@ -19,9 +18,7 @@ class Echo(BaseModel):
 @mesh.agent(AgentSpec(name="echo", description="Gives back any JSON it gets, and who asked."))
 async def echo(req: Any) -> Echo:
     call = current_call()
-    return Echo(
-        said=req, caller=call.caller, request_id=call.request_id, seconds_left=call.remaining
-    )
+    return Echo(said=req, caller=call.caller, request_id=call.request_id, seconds_left=call.remaining)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 

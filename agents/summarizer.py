@@ -1,8 +1,7 @@
 """Summarizes text: the smallest useful agent."""
 
-from pydantic import BaseModel, Field
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel, Field
 
 mesh = AgentMesh()
 

@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, Field
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel, Field
 
 mesh = AgentMesh()
 

@@ -50,7 +50,8 @@ async def _explained(what: str) -> AsyncIterator[None]:
         raise PayloadTooLarge(f"{what} is larger than the server takes.") from exc
     except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
         raise ConnectionFailed(
-            f"{what} failed: {exc or type(exc).__name__}. Is JetStream enabled on the server (`nats-server -js`)?"
+            f"{what} failed: {exc or type(exc).__name__}. "
+            "Is JetStream enabled on the server (`nats-server -js`)?"
         ) from exc
 
 
@@ -102,9 +103,7 @@ class Buckets:
         async with self._gate, _explained(f"Deleting '{key}' of '{bucket}'"):
             await self._open[bucket].delete(key)
 
-    async def change(
-        self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]
-    ) -> None:
+    async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
         store = self._open[bucket]
         async with _explained(f"Changing '{key}' of '{bucket}'"):

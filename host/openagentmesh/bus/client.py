@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nats.aio.client import Client, Subscription
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
@@ -77,9 +78,7 @@ class HardenedClient(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += size
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         receiver = self._receivers.get(sid)
         if receiver is None:
             await super()._process_msg(sid, subject, reply, data, headers)

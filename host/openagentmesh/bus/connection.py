@@ -20,7 +20,7 @@ from openagentmesh.protocol.errors import ConnectionDenied, ConnectionFailed, Pa
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT: Final = 5.0
-FLUSH_TIMEOUT: Final = 10.0
+FLUSH_TIMEOUT: Final = 10
 # What may wait for the server while it is away.
 _PENDING_SIZE: Final = 8 * 1024 * 1024
 _PING_INTERVAL: Final = 15
@@ -44,7 +44,11 @@ class Target:
     def shown(self) -> str:
         """The url without a password or a token, fit for a message."""
         parts = urlsplit(self.url)
-        return self.url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@", 1) if "@" in parts.netloc else self.url
+        return (
+            self.url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@", 1)
+            if "@" in parts.netloc
+            else self.url
+        )
 
 
 @dataclass(slots=True, frozen=True)
@@ -73,9 +77,10 @@ class Bus:
         self.restore: Restore | None = None
         self._client = HardenedClient()
         self._restoring: asyncio.Task[None] | None = None
+        self._last_error: Exception | None = None
         self.closed = asyncio.Event()
 
-    async def connect(self, timeout: float = CONNECT_TIMEOUT) -> None:  # noqa: ASYNC109 - bounds the library's loop
+    async def connect(self, timeout: float = CONNECT_TIMEOUT) -> None:
         """Connect once; afterwards the connection comes back by itself.
 
         Raises:
@@ -131,7 +136,9 @@ class Bus:
         return context
 
     def _explain(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
-        reason = str(self._client.last_error or exc) or type(exc).__name__
+        # The library ends with "no servers available"; why is what it said before.
+        cause = self._last_error or exc
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         if "authorization" in reason.lower() or "authentication" in reason.lower():
             used = f"credentials '{self.target.creds}'" if self.target.creds else "no credentials"
             return ConnectionDenied(
@@ -248,6 +255,7 @@ class Bus:
     async def _on_error(self, exc: Exception) -> None:
         # Called inside the read loop: must not wait.
         log.debug("connection: %s", exc)
+        self._last_error = exc
         if "permissions violation" in str(exc).lower():
             self.history.append(Event(f"not permitted: {exc}"))
             log.error("the server does not permit it: %s", exc)
@@ -274,4 +282,3 @@ class Bus:
 
     async def _on_closed(self) -> None:
         self.closed.set()
-

@@ -2,11 +2,26 @@
 
 import asyncio
 from itertools import count
+from typing import Any, TypeVar
 
 from openagentmesh.bus.client import Message, Receiver
 from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import MeshTimeout
+from openagentmesh.protocol.errors import MeshError, MeshTimeout
+
+T = TypeVar("T")
+
+
+def settle(future: asyncio.Future[T], result: T) -> None:
+    """Give a future its result, unless somebody was faster or waits no more."""
+    if not future.done():
+        future.set_result(result)
+
+
+def fail(future: asyncio.Future[Any], error: MeshError) -> None:
+    """Give a future its error, unless somebody was faster or waits no more."""
+    if not future.done():
+        future.set_exception(error)
 
 
 class Inbox:
@@ -32,7 +47,7 @@ class Inbox:
         """Pass nothing on for this subject any more."""
         self._receivers.pop(subject, None)
 
-    async def request(self, subject: str, body: bytes = b"", *, timeout: float) -> Message:  # noqa: ASYNC109 - part of the request
+    async def request(self, subject: str, body: bytes = b"", *, timeout: float) -> Message:
         """Send and wait for the first answer, which may be NATS' 503; `timeout` in seconds.
 
         Raises:
@@ -40,7 +55,7 @@ class Inbox:
 
         """
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        reply = self.expect(lambda message: answer.done() or answer.set_result(message))
+        reply = self.expect(lambda message: settle(answer, message))
         try:
             await self._bus.publish(subject, body, reply=reply)
             async with asyncio.timeout(timeout):

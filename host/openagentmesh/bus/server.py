@@ -216,8 +216,8 @@ class EmbeddedServer:
         said = " ".join(self._said)
         if "address already in use" in said:
             return (
-                f"Port {self.port} of {HOST} is in use, perhaps by another `oam up`. See what runs there with "
-                f"`oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any free "
+                f"Port {self.port} of {HOST} is in use, perhaps by another `oam up`. See what runs there "
+                f"with `oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any free "
                 "port with `oam up --port 0`."
             )
         return f"nats-server did not start: {said or 'it said nothing'}."

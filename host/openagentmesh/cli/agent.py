@@ -15,11 +15,15 @@ Name = Annotated[str, typer.Argument(help="The agent, as in nlp.summarizer.")]
 Payload = Annotated[
     str | None, typer.Argument(metavar="[JSON]", help="The input as JSON; read from stdin when left out.")
 ]
-Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds to wait; for a stream, from chunk to chunk.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.001, help="Seconds to wait; for a stream, from chunk to chunk.")
+]
 
 
 @app.command()
-def call(name: Name, payload: Payload = None, timeout: Timeout = 30.0, url: Url = None, *, json_: Json = False) -> None:
+def call(
+    name: Name, payload: Payload = None, timeout: Timeout = 30.0, url: Url = None, *, json_: Json = False
+) -> None:
     """Call an agent and print its reply, one line of JSON."""
     given = _payload(payload)
 
@@ -27,11 +31,13 @@ def call(name: Name, payload: Payload = None, timeout: Timeout = 30.0, url: Url 
         async with connected(url) as node:
             say(as_json(await node.caller.call(name, given, timeout, None)))
 
-    run(main())
+    run(main(), json_=json_)
 
 
 @app.command()
-def stream(name: Name, payload: Payload = None, timeout: Timeout = 60.0, url: Url = None, *, json_: Json = False) -> None:
+def stream(
+    name: Name, payload: Payload = None, timeout: Timeout = 60.0, url: Url = None, *, json_: Json = False
+) -> None:
     """Call a streamer and print its chunks, one line of JSON each."""
     given = _payload(payload)
 
@@ -40,7 +46,7 @@ def stream(name: Name, payload: Payload = None, timeout: Timeout = 60.0, url: Ur
             async for chunk in node.caller.stream(name, given, timeout, None):
                 say(as_json(chunk))
 
-    run(main())
+    run(main(), json_=json_)
 
 
 @app.command()
@@ -58,7 +64,7 @@ def contract(
             found = await node.directory.contract(name)
             say(_as_text(found) if text else as_json(json.loads(found.to_registry_json()), indent=2))
 
-    run(main())
+    run(main(), json_=json_)
 
 
 def _payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape
@@ -69,7 +75,9 @@ def _payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any sha
     try:
         return json.loads(text)
     except ValueError as exc:
-        usage_error(f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'")
+        usage_error(
+            f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'"
+        )
 
 
 def _as_text(contract: AgentContract) -> str:

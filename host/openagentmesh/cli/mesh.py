@@ -54,7 +54,20 @@ async def _background(port: int) -> None:
     _STORE.mkdir(parents=True, exist_ok=True)
     _LOG_FILE.write_text("")
     process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
-        [find_binary(), "-a", HOST, "-p", str(port), "-js", "-sd", str(_STORE), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
+        [
+            find_binary(),
+            "-a",
+            HOST,
+            "-p",
+            str(port),
+            "-js",
+            "-sd",
+            str(_STORE),
+            "-P",
+            str(_PID_FILE),
+            "-l",
+            str(_LOG_FILE),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -136,9 +149,10 @@ def catalog(
         width = max((len(entry.name) for entry in entries), default=0)
         for entry in entries:
             kind = "stream" if entry.streaming else "call" if entry.invocable else "-"
-            say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {entry.description.partition(chr(10))[0]}")
+            about = entry.description.partition("\n")[0]
+            say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
 
-    run(main())
+    run(main(), json_=json_)
 
 
 @app.command()
@@ -174,7 +188,7 @@ def listen(
 
     if any(c.isspace() for c in subject) or not subject:
         raise typer.BadParameter("a subject has no spaces")
-    run(main())
+    run(main(), json_=json_)
 
 
 def _line(message: Message, *, as_record: bool) -> str:

@@ -17,9 +17,11 @@ from openagentmesh.protocol.errors import MeshError
 
 Url = Annotated[
     str | None,
-    typer.Option("--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."),
+    typer.Option(
+        "--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, for programs.")]
 
 _MOST_DETAILS: Final = 2000
 
@@ -35,20 +37,23 @@ async def connected(url: str | None) -> AsyncIterator[Node]:
         await node.stop(0)
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, None], *, json_: bool = False) -> None:
     """Run one command; an error of the mesh is told in a line, and the exit code is 1."""
     try:
         asyncio.run(main)
     except MeshError as exc:
-        fail(exc)
+        fail(exc, json_=json_)
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody to tell.
         sys.stderr.close()
         raise typer.Exit(1) from None
 
 
-def fail(error: MeshError) -> NoReturn:
-    """Show an error and end with exit code 1."""
+def fail(error: MeshError, *, json_: bool = False) -> NoReturn:
+    """Show an error, as its envelope with `json_`, and end with exit code 1."""
+    if json_:
+        typer.echo(as_json(error.to_dict()), err=True)
+        raise typer.Exit(1)
     typer.echo(f"Error [{error.code}] {error.message}", err=True)
     if error.details:
         typer.echo(f"  {as_json(error.details)[:_MOST_DETAILS]}", err=True)

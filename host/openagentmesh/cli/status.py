@@ -34,7 +34,7 @@ def status(url: Url = None, *, json_: Json = False) -> None:
             for host in hosts:
                 say("\n".join(_lines(host)))
 
-    run(main())
+    run(main(), json_=json_)
 
 
 async def _ask(node: Node, instance_id: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,10 @@ def _lines(host: dict[str, Any]) -> list[str]:
     connection = host["connection"]
     title = f"{host.get('host', 'a mesh of its own')}"
     up = _ago(time.time() - host["started_at"])
-    lines = [f"{_good('●')} {typer.style(title, bold=True)}  pid {host.get('pid', '?')}  up {up}  {connection['url']}"]
+    lines = [
+        f"{_good('●')} {typer.style(title, bold=True)}  pid {host.get('pid', '?')}  up {up}"
+        f"  {connection['url']}"
+    ]
     for module in host.get("modules", []):
         if module["state"] == "failed":
             lines.append(f"  {_bad('✗')} {module['origin']}: {module['error']}")

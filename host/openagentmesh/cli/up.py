@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ log = logging.getLogger("openagentmesh.up")
 _MOST_SHOWN = 20
 
 
-def up(  # noqa: PLR0913 - one parameter an option
+def up(  # noqa: PLR0913, PLR0917 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="The embedded server's port; 0 for any free one.")
@@ -47,7 +46,9 @@ def _configured(path: Path | None, port: int | None, url: str | None, *, strict:
         config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": url})})
     if port is not None:
         if config.mesh.url:
-            raise typer.BadParameter(f"--port is for the embedded server, but {config.mesh.url} is to be used")
+            raise typer.BadParameter(
+                f"--port is for the embedded server, but {config.mesh.url} is to be used"
+            )
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
     if strict:
         config = config.model_copy(update={"host": config.host.model_copy(update={"strict": True})})
@@ -78,21 +79,31 @@ def _say_stopping(host: Host) -> None:
 
 def _banner(host: Host) -> str:
     config, agents = host.config, host.agents
-    bold = lambda text: typer.style(text, bold=True)  # noqa: E731 - shorter than it would be named
-    dim = lambda text: typer.style(text, dim=True)  # noqa: E731
     kind = f"embedded, store {config.server.store or 'thrown away'}" if host.server else "remote"
-    lines = ["", f"  {bold('openagentmesh')} · host {bold(host.name)}", f"  {bold(host.node.bus.target.shown)} {dim(kind)}"]
+    lines = [
+        "",
+        f"  {_bold('openagentmesh')} · host {_bold(host.name)}",
+        f"  {_bold(host.node.bus.target.shown)} {_dim(kind)}",
+    ]
     failed = [module for module in host.modules if module.state == "failed"]
     lines += ["", f"  {len(agents)} agents from {len(host.modules) - len(failed)} modules"]
     width = max((len(agent.name) for agent in agents[:_MOST_SHOWN]), default=0)
     for agent in agents[:_MOST_SHOWN]:
         about = agent.contract.description.partition("\n")[0][:60]
-        lines.append(f"    {agent.name:<{width}}  {dim(agent.contract.version)}  {about}")
+        lines.append(f"    {agent.name:<{width}}  {_dim(agent.contract.version)}  {about}")
     if len(agents) > _MOST_SHOWN:
-        lines.append(dim(f"    and {len(agents) - _MOST_SHOWN} more: oam mesh catalog"))
+        lines.append(_dim(f"    and {len(agents) - _MOST_SHOWN} more: oam mesh catalog"))
     lines += [typer.style(f"    {m.origin.shown} failed: {m.error}", fg=typer.colors.RED) for m in failed]
-    lines += ["", *_how_to_call(host), f"  {dim('Ctrl-C finishes what runs, then stops.')}", ""]
+    lines += ["", *_how_to_call(host), f"  {_dim('Ctrl-C finishes what runs, then stops.')}", ""]
     return "\n".join(lines)
+
+
+def _bold(text: str) -> str:
+    return typer.style(text, bold=True)
+
+
+def _dim(text: str) -> str:
+    return typer.style(text, dim=True)
 
 
 def _how_to_call(host: Host) -> list[str]:
@@ -104,5 +115,9 @@ def _how_to_call(host: Host) -> list[str]:
     given = example_input(agent.contract.input_schema)
     payload = "" if given is None else f" '{as_json(given)}'"
     url = host.node.bus.target.url
-    where = "" if url in {"nats://127.0.0.1:4222", "nats://localhost:4222"} else f" --url {host.node.bus.target.shown}"
-    return [f"  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]
+    where = (
+        ""
+        if url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
+        else f" --url {host.node.bus.target.shown}"
+    )
+    return ["  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.requests import Inbox, fail, settle
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract, Verb
@@ -35,7 +35,7 @@ class Waiting:
     """A request under way: whom it asks, and what to do when that cannot answer any more."""
 
     name: str
-    fail: Callable[[MeshError], object]
+    fail: Callable[[MeshError], None]
     looking: asyncio.Task[None] | None = field(default=None)
 
 
@@ -63,7 +63,11 @@ class Caller:
         await self._bus.listen(subjects.DEATHS, self._on_death)
 
     async def call(
-        self, name: str, payload: object, timeout: float | None, headers: Mapping[str, str] | None  # noqa: ASYNC109 - a deadline the callee is told of
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
     ) -> Any:  # noqa: ANN401 - a JSON value of any shape
         """Send one request and return the first answer, or raise what came instead."""
         self._check(name, "call")
@@ -71,9 +75,9 @@ class Caller:
         request_id = _request_id(headers)
         head = codec.request_headers(request_id, self._instance_id, timeout=timeout, extra=headers)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        reply = self._inbox.expect(lambda message: answer.done() or answer.set_result(message))
+        reply = self._inbox.expect(lambda message: settle(answer, message))
         try:
-            with self._watched(name, "call", lambda exc: answer.done() or answer.set_exception(exc)):
+            with self._watched(name, "call", lambda exc: fail(answer, exc)):
                 await self._bus.publish(subjects.agent(name), body, head, reply)
                 async with asyncio.timeout(timeout):
                     message = await answer
@@ -86,7 +90,11 @@ class Caller:
             self._inbox.forget(reply)
 
     async def stream(
-        self, name: str, payload: object, timeout: float | None, headers: Mapping[str, str] | None  # noqa: ASYNC109 - a deadline the callee is told of
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
     ) -> AsyncIterator[Any]:
         """Send one request and yield its chunks; `timeout` seconds from one to the next."""
         self._check(name, "stream")
@@ -142,7 +150,7 @@ class Caller:
         return NotAvailable(f"Agent '{name}' is in the catalog, but nobody answers for it", agent=name)
 
     @contextmanager
-    def _watched(self, name: str, verb: Verb, fail: Callable[[MeshError], object]) -> Iterator[None]:
+    def _watched(self, name: str, verb: Verb, fail: Callable[[MeshError], None]) -> Iterator[None]:
         """Call `fail` when it turns out that no answer will come."""
         waiting = Waiting(name, fail)
         self._waiting.add(waiting)

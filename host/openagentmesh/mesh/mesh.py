@@ -32,9 +32,13 @@ class _LocalMesh:
     """`local` of a class makes a new mesh, `local` of a mesh uses that one."""
 
     @overload
-    def __get__(self, mesh: None, owner: type["AgentMesh"]) -> Callable[[], AbstractAsyncContextManager["AgentMesh"]]: ...
+    def __get__(
+        self, mesh: None, owner: type["AgentMesh"]
+    ) -> Callable[[], AbstractAsyncContextManager["AgentMesh"]]: ...
     @overload
-    def __get__(self, mesh: "AgentMesh", owner: type["AgentMesh"]) -> Callable[[], AbstractAsyncContextManager["AgentMesh"]]: ...
+    def __get__(
+        self, mesh: "AgentMesh", owner: type["AgentMesh"]
+    ) -> Callable[[], AbstractAsyncContextManager["AgentMesh"]]: ...
     def __get__(
         self, mesh: "AgentMesh | None", owner: type["AgentMesh"]
     ) -> Callable[[], AbstractAsyncContextManager["AgentMesh"]]:
@@ -108,7 +112,8 @@ class AgentMesh:
         if not isinstance(spec, AgentSpec):
             shown = getattr(spec, "__name__", repr(spec))
             raise InvalidAgent(
-                f"@mesh.agent needs a spec: write @mesh.agent(AgentSpec(name=..., description=...)) above '{shown}'."
+                "@mesh.agent needs a spec: "
+                f"write @mesh.agent(AgentSpec(name=..., description=...)) above '{shown}'."
             )
 
         def decorate(function: HandlerT) -> HandlerT:
@@ -139,7 +144,7 @@ class AgentMesh:
         self,
         name: str,
         payload: object = None,
-        timeout: float | None = 30.0,  # noqa: ASYNC109 - the callee is told of it
+        timeout: float | None = 30.0,
         *,
         headers: Mapping[str, str] | None = None,
     ) -> Any:  # noqa: ANN401 - a JSON value of any shape
@@ -162,7 +167,7 @@ class AgentMesh:
         self,
         name: str,
         payload: object = None,
-        timeout: float | None = 60.0,  # noqa: ASYNC109 - the callee is told of it
+        timeout: float | None = 60.0,
         *,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Any]:
@@ -238,7 +243,13 @@ class AgentMesh:
             raise ConnectionFailed("This mesh is connected already; leave its `async with` block first.")
         target = self._target
         node = Node(
-            Target(target.url, address.creds_or_none(target.creds), target.tls_cert, target.tls_key, target.tls_ca),
+            Target(
+                target.url,
+                address.creds_or_none(target.creds),
+                target.tls_cert,
+                target.tls_key,
+                target.tls_ca,
+            ),
             self._instance_id,
         )
         await node.start(self._agents.values())
@@ -277,5 +288,3 @@ async def _local(mesh: AgentMesh) -> AsyncIterator[AgentMesh]:
     finally:
         mesh._target = before  # noqa: SLF001
         await server.stop()
-
-

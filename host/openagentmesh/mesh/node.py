@@ -54,18 +54,21 @@ class Node:
         self.router = Router(self.bus, self.inbox, instance_id)
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
-        self.presence = Presence(self.bus, self.buckets, instance_id, about or {})
+        self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
         self.caller = Caller(self.bus, self.inbox, self.directory, instance_id, self.own)
         self.describe: Callable[[], dict[str, Any]] = self.description
         self._limits = limits
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
         self._repairing: asyncio.Task[None] | None = None
+        self._watching_over: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._started = False
 
-    async def start(self, agents: Iterable[Agent] = ()) -> None:
+    async def start(self, agents: Iterable[Agent] = (), *, serves: bool = False) -> None:
         """Connect, serve `agents`, publish their contracts.
+
+        With `serves` it is recorded as an instance even while it has no agents.
 
         Raises:
             ConnectionFailed: no server, or one without JetStream.
@@ -83,8 +86,8 @@ class Node:
             for agent in agents:
                 self.bind(agent)
             await self.settled()
-            if not len(self.router):
-                await self.presence.restore()  # a host without agents is there all the same
+            if serves and not len(self.router):
+                await self._announce([])  # a host without agents is there all the same
         except BaseException:
             await self.bus.close()
             raise
@@ -108,16 +111,24 @@ class Node:
                     await self.router.point(agent)
                 await self.bus.flush()  # from here on they can be called
                 await self.registry.publish([agent.contract for agent in agents.values()])
-                await self.presence.announce(agents)
-                self.directory.changed = self._on_registry_change
-                self.directory.follow()
+                await self._announce(agents)
         finally:
             self._binding = None
+
+    async def _announce(self, agents: Iterable[str]) -> None:
+        await self.presence.announce(agents)
+        if self._watching_over is None:
+            self.directory.changed = self._on_registry_change
+            self.directory.follow()
+            self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
+
+    async def _clear(self, agents: set[str]) -> None:
+        await self.registry.withdraw([], everywhere=agents)
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
         self._started = False
-        for task in (self._binding, self._repairing):
+        for task in (self._binding, self._repairing, self._watching_over):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
@@ -127,7 +138,7 @@ class Node:
                 await self.router.drain(drain_timeout)
                 lonely = await self.presence.withdraw()
                 await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
-                await self.presence.notify_deaths(lonely)
+                await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
                 await self.bus.flush()
         finally:
             await self.bus.close()

@@ -1,60 +1,142 @@
-"""Who is alive: the instance record and death notices (protocol §3, §9)."""
+"""Who is alive: the instance record, death notices, and clearing up after the dead (protocol §9)."""
 
+import asyncio
 import logging
-from collections.abc import Iterable
+import random
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic_core import from_json, to_json
 
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.connection import Bus
-from openagentmesh.protocol import subjects
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import DeathNotice
 
 log = logging.getLogger(__name__)
 
+Records = dict[str, dict[str, Any]]
+# How often each instance asks its neighbour whether it lives, in seconds.
+HEARTBEAT: Final = 3.0
+_PING_TIMEOUT: Final = 1.0
+# Only instances that say so in their record answer pings; peers of other makes do not.
+_ANSWERS_PINGS: Final = "answers_pings"
+
 
 class Presence:
-    """This instance's record; `about` is what it tells of itself besides its agents."""
+    """This instance's record, and an eye on the others'.
 
-    def __init__(self, bus: Bus, buckets: Buckets, instance_id: str, about: dict[str, Any]) -> None:
+    Args:
+        bus: the connection.
+        inbox: its reply subjects.
+        buckets: its KV buckets.
+        instance_id: this instance.
+        about: what the record tells besides the agents.
+
+    """
+
+    def __init__(
+        self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str, about: dict[str, Any]
+    ) -> None:
         self._bus = bus
+        self._inbox = inbox
         self._buckets = buckets
         self._instance_id = instance_id
-        self._about = about
+        self._about = about | {_ANSWERS_PINGS: True}
         self._agents: set[str] = set()
+        self._recorded = False
 
     async def announce(self, agents: Iterable[str]) -> None:
         """Say that this instance serves these agents as well."""
         self._agents |= set(agents)
+        self._recorded = True
         await self.restore()
 
     async def restore(self) -> None:
-        """Write the record again."""
-        if self._agents or self._about:
+        """Write the record again, if there was one."""
+        if self._recorded:
             record = self._about | {"agents": sorted(self._agents)}
             await self._buckets.put(subjects.INSTANCES_BUCKET, self._instance_id, to_json(record))
 
     async def withdraw(self) -> set[str]:
         """Delete the record; returns those of its agents that no other instance serves."""
-        if not self._agents and not self._about:
+        if not self._recorded:
             return set()
+        self._recorded = False
         await self._buckets.delete(subjects.INSTANCES_BUCKET, self._instance_id)
-        others = await instances(self._buckets)
-        return self._agents - {name for record in others.values() for name in record["agents"]}
+        return self._agents - _served(await instances(self._buckets))
 
-    async def notify_deaths(self, agents: Iterable[str]) -> None:
-        """Tell everyone that the last instance of these agents stops (clean stop)."""
+    async def notify_deaths(
+        self,
+        agents: Iterable[str],
+        instance_id: str,
+        reason: Literal["graceful_shutdown", "disconnect"],
+    ) -> None:
+        """Tell everyone that the last instance of these agents is gone."""
         now = datetime.now(UTC).isoformat()
         for name in sorted(agents):
-            notice = DeathNotice(
-                agent=name, reason="graceful_shutdown", detected_at=now, instance_id=self._instance_id
-            )
+            notice = DeathNotice(agent=name, reason=reason, detected_at=now, instance_id=instance_id)
             await self._bus.publish(subjects.death(name), notice.model_dump_json().encode())
 
+    async def watch_over(self, clear: Callable[[set[str]], Awaitable[None]]) -> None:
+        """Clear up after instances that died without a word; runs until cancelled.
 
-async def instances(buckets: Buckets) -> dict[str, dict[str, Any]]:
+        At first all records are looked at, then each instance looks after the next one in
+        the order of their ids. `clear` is given the agents that nobody serves any more.
+        """
+        suspects = await self._silent(await instances(self._buckets))
+        while True:
+            await asyncio.sleep(HEARTBEAT * random.uniform(0.8, 1.2))  # noqa: S311 - no secret depends on it
+            if not self._bus.connected:
+                continue
+            try:
+                records = await instances(self._buckets)
+                watched = suspects | self._neighbour(records)
+                # Twice in a row: a peer that lost its connection for a moment comes back.
+                silent = await self._silent({key: records[key] for key in watched if key in records})
+                for instance_id in silent & suspects:
+                    await self._bury(instance_id, records, clear)
+                suspects = silent
+            except MeshError as exc:
+                log.debug("looking after the others: %s", exc)
+
+    def _neighbour(self, records: Records) -> set[str]:
+        others = sorted(records.keys() - {self._instance_id})
+        after = [key for key in others if key > self._instance_id]
+        return set((after or others)[:1])
+
+    async def _silent(self, records: Records) -> set[str]:
+        """Those of these instances whose ping subject nobody listens to."""
+        asked = [
+            key for key, record in records.items() if record.get(_ANSWERS_PINGS) and key != self._instance_id
+        ]
+        gone = await asyncio.gather(*[self._is_gone(key) for key in asked])
+        return {key for key, is_gone in zip(asked, gone, strict=True) if is_gone}
+
+    async def _is_gone(self, instance_id: str) -> bool:
+        try:
+            message = await self._inbox.request(subjects.host(instance_id, "ping"), timeout=_PING_TIMEOUT)
+        except MeshError:
+            return False  # too busy to answer is not dead
+        return codec.read_answer(message.head, message.body).nobody
+
+    async def _bury(
+        self, instance_id: str, records: Records, clear: Callable[[set[str]], Awaitable[None]]
+    ) -> None:
+        record = records.pop(instance_id)
+        await self._buckets.delete(subjects.INSTANCES_BUCKET, instance_id)
+        lonely = set(record["agents"]) - _served(records)
+        log.warning(
+            "instance %s died; nobody serves %s now", instance_id[:8], ", ".join(sorted(lonely)[:5]) or "less"
+        )
+        await clear(lonely)
+        await self.notify_deaths(lonely, instance_id, "disconnect")
+
+
+async def instances(buckets: Buckets) -> Records:
     """All instance records by instance id; what is no record is left out."""
     found = {}
     for instance_id, value in (await buckets.read(subjects.INSTANCES_BUCKET)).items():
@@ -62,6 +144,11 @@ async def instances(buckets: Buckets) -> dict[str, dict[str, Any]]:
             record = from_json(value)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("agents"), list):
+        agents = record.get("agents") if isinstance(record, dict) else None
+        if isinstance(agents, list) and all(isinstance(name, str) for name in agents):
             found[instance_id] = record
     return found
+
+
+def _served(records: Records) -> set[str]:
+    return {name for record in records.values() for name in record["agents"]}

@@ -182,7 +182,9 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f'."{part}"' if "." in part else f".{part}" for part in loc]
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f'."{part}"' if "." in part else f".{part}" for part in loc
+    ]
     return "".join(parts).lstrip(".")
 
 

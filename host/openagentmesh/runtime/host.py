@@ -81,7 +81,7 @@ class Host:
         self._refuse_duplicates()
         self._report()
         agents = [agent for module in self.modules for agent in module.agents]
-        await self._node.start([agent for agent in agents if self.config.enabled(agent.name)])
+        await self._node.start([a for a in agents if self.config.enabled(a.name)], serves=True)
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""

@@ -79,7 +79,9 @@ def declare(spec: AgentSpec, function: Callable[..., Any]) -> Agent:
 
     """
     if why := subjects.invalid_name(spec.name):
-        raise InvalidAgent(f"Agent name {spec.name!r} ({where(function)}) cannot be used: {why}.", agent=spec.name)
+        raise InvalidAgent(
+            f"Agent name {spec.name!r} ({where(function)}) cannot be used: {why}.", agent=spec.name
+        )
     if not spec.description:
         spec = spec.model_copy(update={"description": (function.__doc__ or "").strip()})
     handler = inspect_handler(function, spec.name)

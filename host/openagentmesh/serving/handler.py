@@ -86,7 +86,9 @@ class Handler:
         return respond
 
 
-_NO_BODY: Final = [{"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}]
+_NO_BODY: Final[list[dict[str, Any]]] = [
+    {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
+]
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
@@ -121,7 +123,9 @@ def inspect_handler(function: Callable[..., Any], agent: str) -> Handler:
     else:
         if parameter.name not in hints:
             raise _invalid(
-                agent, function, f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
+                agent,
+                function,
+                f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`",
             )
         takes = hints[parameter.name]
     if streaming and get_origin(returns) in _ITERATORS:
@@ -163,7 +167,9 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _parameter(function: Callable[..., Any], agent: str) -> inspect.Parameter | None:
     parameters = list(inspect.signature(function).parameters.values())
-    needed = [p for p in parameters[1:] if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    needed = [
+        p for p in parameters[1:] if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}
+    ]
     if needed:
         raise _invalid(
             agent, function, "it takes more than one parameter; put what it needs into one pydantic model"
@@ -181,13 +187,15 @@ def _hints(function: Callable[..., Any], agent: str) -> dict[str, Any]:
         return get_type_hints(_plain(function), include_extras=True)
     except NameError as exc:
         raise _invalid(
-            agent, function, f"the type '{exc.name}' is not known; define or import it at the top of the module"
+            agent,
+            function,
+            f"the type '{exc.name}' is not known; define or import it at the top of the module",
         ) from exc
     except (TypeError, SyntaxError, AttributeError) as exc:
         raise _invalid(agent, function, f"its types cannot be understood: {exc}") from exc
 
 
-def _adapter(hint: object, agent: str, function: Callable[..., Any]) -> TypeAdapter[Any]:
+def _adapter(hint: Any, agent: str, function: Callable[..., Any]) -> TypeAdapter[Any]:  # noqa: ANN401 - whatever an author writes
     try:
         return TypeAdapter(hint)
     except (PydanticUserError, NameError, TypeError) as exc:
