@@ -71,9 +71,8 @@ class Buckets:
             ConnectionFailed: JetStream is not there, or may not be used.
 
         """
-        async with asyncio.TaskGroup() as tasks:
-            made = [tasks.create_task(self._make(name)) for name in KV_BUCKETS]
-        self._open = dict(zip(KV_BUCKETS, [task.result() for task in made], strict=True))
+        made = await asyncio.gather(*[self._make(name) for name in KV_BUCKETS])
+        self._open = dict(zip(KV_BUCKETS, made, strict=True))
 
     async def _make(self, bucket: str) -> KeyValue:
         async with _explained(f"Opening the bucket '{bucket}'"):

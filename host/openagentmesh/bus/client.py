@@ -78,6 +78,14 @@ class HardenedClient(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += size
 
+    async def close(self) -> None:
+        """Close for good; what waits for a server that is away is dropped."""
+        if not self.is_connected:
+            # The base class would write it into a dead socket, and leave its tasks behind.
+            self._pending.clear()
+            self._pending_data_size = 0
+        await super().close()
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         receiver = self._receivers.get(sid)
         if receiver is None:
@@ -97,9 +105,10 @@ class HardenedClient(Client):
     ) -> None:
         # The base class checks the body alone; the server counts the headers too, and
         # ends the connection.
-        size = payload_size + sum(len(k) + len(v.encode()) + 4 for k, v in (headers or {}).items())
-        if size + _HEADER_FRAME > self.max_payload:
-            raise MaxPayloadError
+        if headers:
+            size = sum(len(k) + len(v.encode()) + 4 for k, v in headers.items()) + _HEADER_FRAME
+            if size + payload_size > self.max_payload:
+                raise MaxPayloadError
         await super()._send_publish(subject, reply, payload, payload_size, headers)
 
     async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:

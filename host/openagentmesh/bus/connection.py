@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -93,6 +94,7 @@ class Bus:
             async with asyncio.timeout(timeout):
                 await self._client.connect(self.target.url, **options)
         except (TimeoutError, OSError, NatsError, ValueError) as exc:
+            await self._client.close()
             raise self._explain(exc, timeout) from exc
         # The first connect is bounded, every later one is not.
         self._client.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1}
@@ -138,7 +140,8 @@ class Bus:
     def _explain(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
         # The library ends with "no servers available"; why is what it said before.
         cause = self._last_error or exc
-        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        number = getattr(cause, "errno", None)
+        reason = os.strerror(number) if number else str(cause) or type(cause).__name__
         if "authorization" in reason.lower() or "authentication" in reason.lower():
             used = f"credentials '{self.target.creds}'" if self.target.creds else "no credentials"
             return ConnectionDenied(

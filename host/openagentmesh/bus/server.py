@@ -17,6 +17,7 @@ from typing import Final
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
+from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class EmbeddedServer:
         self.store = store
         self.websocket = websocket
         self.websocket_url = ""
+        self.jetstream = True
+        self.extra_arguments: tuple[str, ...] = ()
         self.pid = 0
         self.starts = 0
         self._on_event = on_event
@@ -114,9 +117,7 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """Stop it and wait until it is gone."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
+        await end(self._watching)
         await self._end()
 
     async def _end(self) -> None:
@@ -137,7 +138,7 @@ class EmbeddedServer:
     async def _launch(self) -> None:
         scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
         command = [find_binary(), "-a", HOST, "-p", str(self.port or -1)]
-        command += ["-js", "-sd", self._store(scratch)]
+        command += [*(["-js"] if self.jetstream else []), "-sd", self._store(scratch), *self.extra_arguments]
         if self.websocket:
             command += ["-c", self._websocket_config(scratch or self.store)]
         self._ready = asyncio.get_running_loop().create_future()
@@ -217,7 +218,7 @@ class EmbeddedServer:
         if "address already in use" in said:
             return (
                 f"Port {self.port} of {HOST} is in use, perhaps by another `oam up`. See what runs there "
-                f"with `oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any free "
-                "port with `oam up --port 0`."
+                f"with `oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any "
+                "free port with `oam up --port 0`."
             )
         return f"nats-server did not start: {said or 'it said nothing'}."

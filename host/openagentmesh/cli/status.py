@@ -57,12 +57,9 @@ def _lines(host: dict[str, Any]) -> list[str]:
         name = record.get("host", host["instance_id"][:8])
         return [f"{_bad('?')} {name}: recorded with {len(record['agents'])} agents, but does not answer"]
     connection = host["connection"]
-    title = f"{host.get('host', 'a mesh of its own')}"
+    title = f"{_good('●')} {typer.style(host.get('host', 'a mesh of its own'), bold=True)}"
     up = _ago(time.time() - host["started_at"])
-    lines = [
-        f"{_good('●')} {typer.style(title, bold=True)}  pid {host.get('pid', '?')}  up {up}"
-        f"  {connection['url']}"
-    ]
+    lines = [f"{title}  pid {host.get('pid', '?')}  up {up}  {connection['url']}"]
     for module in host.get("modules", []):
         if module["state"] == "failed":
             lines.append(f"  {_bad('✗')} {module['origin']}: {module['error']}")

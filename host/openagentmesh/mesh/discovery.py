@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Final
 
 from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
 from openagentmesh.protocol.errors import MeshError, NotFound
@@ -40,9 +41,7 @@ class Directory:
 
     async def close(self) -> None:
         """Follow no more."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+        await end(self._following)
 
     async def catalog(self) -> list[CatalogEntry]:
         """All agents, in the catalog's order, then those it has no room for."""

@@ -12,6 +12,7 @@ from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.presence import Presence
@@ -128,10 +129,7 @@ class Node:
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
         self._started = False
-        for task in (self._binding, self._repairing, self._watching_over):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
+        await end(self._binding, self._repairing, self._watching_over)
         await self.directory.close()
         try:
             if self.bus.connected:

@@ -14,6 +14,7 @@ from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import (
     Cancelled,
     HandlerError,
+    InvalidInput,
     MeshError,
     MeshTimeout,
     Overloaded,
@@ -117,6 +118,11 @@ class Route:
 
     async def _stream(self, agent: Agent, call: Call, deadline: asyncio.Timeout) -> None:
         router, request, task = self._router, call.request, asyncio.current_task()
+        if not subjects.is_token(request.request_id):
+            raise InvalidInput(
+                f"A stream needs the header {subjects.REQUEST_ID}: "
+                "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
+            )
         writer = ChunkWriter(router.bus, router.inbox, router.instance_id, request, agent.dump)
 
         async def send(chunk: object) -> None:

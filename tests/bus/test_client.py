@@ -1,0 +1,125 @@
+"""Each override of the nats-py client, proved against the real server."""
+
+import asyncio
+import contextlib
+
+import pytest
+from nats.errors import MaxPayloadError
+
+from openagentmesh.bus.client import HardenedClient, Message
+
+
+@pytest.fixture
+async def client(url: str) -> HardenedClient:
+    """A connected client that has no other cure than its own overrides."""
+    client = HardenedClient()
+    await client.connect(url, reconnect_time_wait=0.02, max_reconnect_attempts=-1)
+    return client
+
+
+async def _answers(client: HardenedClient) -> bool:
+    """Whether the client still reads what the server sends."""
+    return await client.rtt(timeout=5) >= 0
+
+
+async def test_a_cancelled_flush_leaves_the_client_alive(client: HardenedClient) -> None:
+    """The late PONG of a cancelled flush is passed over, and the next flush gets its own."""
+    for _ in range(20):
+        flushing = asyncio.ensure_future(client.flush())
+        await asyncio.sleep(0)
+        flushing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await flushing
+    assert await _answers(client)
+    assert not client._pongs
+    await client.close()
+
+
+async def test_flush_is_written_in_order(client: HardenedClient, name: str) -> None:
+    """With writing held back, PING stands behind the SUB before it."""
+    written: list[bytes] = []
+    transport = client._transport
+    assert transport is not None
+    forward = transport.writelines
+    transport.writelines = lambda lines: (written.extend(lines), forward(lines))[1]
+    await client.listen(name, lambda _: None)
+    await client.flush()
+    wire = b"".join(written)
+    assert wire.index(b"SUB " + name.encode()) < wire.index(b"PING")
+    await client.close()
+
+
+async def test_an_error_of_the_server_does_not_close_for_good(client: HardenedClient, name: str) -> None:
+    """After an -ERR that ends the connection, the client comes back with its subscriptions."""
+    received: list[Message] = []
+    back = asyncio.Event()
+
+    async def reconnected() -> None:
+        back.set()
+
+    client._reconnected_cb = reconnected
+    await client.listen(name, received.append)
+    await client.flush()
+    await client.write(b"SUB  broken..subject>> 9 9 9\r\n")
+    async with asyncio.timeout(5):
+        await back.wait()
+    await client.publish(name, b"again")
+    await client.flush()
+    assert [b"again"] == [message.body for message in received]
+    await client.close()
+
+
+async def test_headers_count_towards_the_limit(client: HardenedClient, name: str) -> None:
+    """A body that only its headers make too large is refused here, and the connection lives on."""
+    body = b"x" * client.max_payload
+    await client.publish(name, body)
+    with pytest.raises(MaxPayloadError):
+        await client.publish(name, body, headers={"A": "b"})
+    assert await _answers(client)
+    await client.close()
+
+
+async def test_an_error_while_reading_reconnects(client: HardenedClient, name: str) -> None:
+    """A receiver that raises ends the read loop; the client starts another one."""
+    back = asyncio.Event()
+
+    async def reconnected() -> None:
+        back.set()
+
+    def raises(message: Message) -> None:
+        raise ValueError(message.subject)
+
+    client._reconnected_cb = reconnected
+    await client.listen(name, raises)
+    await client.publish(name, b"")
+    async with asyncio.timeout(5):
+        await back.wait()
+    assert await _answers(client)
+    await client.close()
+
+
+async def test_messages_are_dispatched_from_the_read_loop(client: HardenedClient, name: str) -> None:
+    """A listened subject has no task of its own, and its messages come in order."""
+    received: list[bytes] = []
+    before = len(asyncio.all_tasks())
+    for number in range(100):
+        await client.listen(f"{name}.{number}", lambda message: received.append(message.body))
+    assert before == len(asyncio.all_tasks())
+    for number in range(100):
+        await client.publish(f"{name}.{number}", str(number).encode())
+    await client.flush()
+    assert [str(number).encode() for number in range(100)] == received
+    await client.close()
+
+
+async def test_after_leave_messages_under_way_are_still_received(client: HardenedClient, name: str) -> None:
+    """UNSUB keeps the receiver until it is forgotten, so nothing that was sent to it is lost."""
+    received: list[Message] = []
+    sid = await client.listen(name, received.append, "group")
+    await client.publish(name, b"first")
+    await client.leave(sid)
+    await client.publish(name, b"second")
+    await client.flush()
+    client.forget(sid)
+    assert [b"first"] == [message.body for message in received]
+    await client.close()
