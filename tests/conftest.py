@@ -47,7 +47,8 @@ def new_mesh(url: str) -> Callable[[], AgentMesh]:
 
 
 @pytest.fixture
-async def mesh(url: str) -> AsyncIterator[AgentMesh]:
-    """A connected mesh."""
+async def mesh(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AgentMesh]:
+    """A connected mesh that waits a second, not half a minute, for handlers that hang."""
+    monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT", 1.0)
     async with AgentMesh(url) as connected:
         yield connected

@@ -1,0 +1,107 @@
+"""The registry at scale, and beside peers that clean up too much."""
+
+import asyncio
+import time
+
+import pytest
+from pydantic import BaseModel
+
+from openagentmesh import AgentMesh, AgentSpec
+from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.mesh.node import Node
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.contract import read_catalog
+from tests.mesh.test_mesh import serve
+from tests.serving.test_router import node_of
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+async def catalog_key(node: Node) -> list[str]:
+    """The names in the catalog's single key."""
+    document = await node.buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY)
+    return [entry.name for entry in read_catalog(document)]
+
+
+async def until(holds: object, seconds: float = 10) -> None:
+    """Wait until an async condition holds, asking the server again and again."""
+    async with asyncio.timeout(seconds):
+        while not await holds():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+async def test_thirty_hosts_that_start_together_all_register(url: str, mesh: AgentMesh, name: str) -> None:
+    """Compare-and-set with full jitter: every agent of every host is in the catalog."""
+    meshes = [AgentMesh(url) for _ in range(30)]
+    for number, provider in enumerate(meshes):
+        for part in range(3):
+            serve(provider, f"{name}.h{number}.p{part}")
+    await asyncio.gather(*[provider.__aenter__() for provider in meshes])
+    listed = [entry.name for entry in await mesh.catalog(channel=name)]
+    await asyncio.gather(*[provider.__aexit__(None, None, None) for provider in meshes])
+    assert {f"{name}.h{n}.p{p}" for n in range(30) for p in range(3)} == set(listed)
+    assert len(listed) == 90
+    assert [] == await mesh.catalog(channel=name)
+
+
+async def test_ten_thousand_agents_in_one_host() -> None:
+    """They outgrow the catalog's single key, and are listed, found and called all the same."""
+    server = EmbeddedServer()
+    await server.start()
+    provider = AgentMesh(server.url)
+    for number in range(10_000):
+
+        @provider.agent(AgentSpec(name=f"many.a{number}", description="one of very many " * 4))
+        async def same(req: Text) -> Text:
+            return req
+
+    async with provider, AgentMesh(server.url) as caller:
+        began = time.perf_counter()
+        listed = {entry.name for entry in await caller.catalog()}
+        assert {f"many.a{number}" for number in range(10_000)} == listed
+        assert 0 < len(await catalog_key(node_of(caller))) < 10_000
+        assert time.perf_counter() - began < 20
+        assert {"text": "x"} == await caller.call("many.a9999", {"text": "x"})
+        assert "many.a9999" == (await caller.contract("many.a9999")).name
+    await server.stop()
+
+
+async def test_what_a_peer_removes_comes_back(mesh: AgentMesh, url: str, name: str) -> None:
+    """A stock replica deletes the shared entry when it stops; the one still serving puts it back."""
+    serve(mesh, name)
+    async with AgentMesh(url) as other:
+        assert [name] == [entry.name for entry in await other.catalog(channel=name)]
+        node = node_of(other)
+        await node.registry.withdraw([], everywhere=[name])
+
+        async def listed() -> bool:
+            return name in await catalog_key(node)
+
+        await until(listed)
+        assert name == (await other.contract(name)).name
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"nonsense", b"{}", b'["x", 1, null]', b'[{"name": 5}]', b"\xff"])
+async def test_a_broken_catalog_key_hides_nobody(mesh: AgentMesh, name: str, rubbish: bytes) -> None:
+    """Whatever a peer wrote into the key, agents are still listed, and registering mends it."""
+    serve(mesh, f"{name}.a")
+    await mesh.catalog()
+    node = node_of(mesh)
+    await node.buckets.put(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, rubbish)
+    assert [f"{name}.a"] == [entry.name for entry in await mesh.catalog(channel=name)]
+    serve(mesh, f"{name}.b")
+    assert {f"{name}.a", f"{name}.b"} == {entry.name for entry in await mesh.catalog(channel=name)}
+    assert f"{name}.b" in await catalog_key(node)
+
+
+async def test_a_broken_contract_hides_only_itself(mesh: AgentMesh, name: str) -> None:
+    """A registry key that is no contract is left out, and the others are listed."""
+    serve(mesh, f"{name}.good")
+    await mesh.catalog()
+    node = node_of(mesh)
+    await node.buckets.put(subjects.REGISTRY_BUCKET, f"{name}.bad", b"{not a contract")
+    assert [f"{name}.good"] == [entry.name for entry in await mesh.catalog(channel=name)]
+    assert [f"{name}.good"] == [contract.name for contract in await mesh.discover(channel=name)]
+    await node.buckets.delete(subjects.REGISTRY_BUCKET, f"{name}.bad")
