@@ -3,19 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
-from openagentmesh.protocol.errors import MeshError, NotFound
+from openagentmesh.protocol.errors import ConnectionFailed, MeshError, NotFound
 
 log = logging.getLogger(__name__)
 
-# How long a read waits for the copy to be as new as the server's own state.
-_CATCH_UP: Final = 1.0
+# A copy that is complete and hears nothing for this long, in seconds, is as new as it gets.
+_STANDSTILL: Final = 1.0
 
 
 class Directory:
@@ -31,6 +30,7 @@ class Directory:
         self._buckets = buckets
         self._documents: dict[str, bytes] = {}
         self._revision = 0
+        self._current = False
         self._progress = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -79,20 +79,30 @@ class Directory:
         """Wait until the copy has everything that was written before now."""
         self.follow()
         newest = await self._buckets.last_revision(subjects.REGISTRY_BUCKET)
-        # A revision that was purged never arrives; then what is here is as new as it gets.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CATCH_UP):
-                while self._revision < newest:
-                    self._progress.clear()
+        while self._revision < newest or not self._current:
+            self._progress.clear()
+            try:
+                async with asyncio.timeout(_STANDSTILL):
                     await self._progress.wait()
+            except TimeoutError:
+                if self._current:  # a revision that was purged never arrives
+                    return
+                if self._following is None or self._following.done():
+                    raise ConnectionFailed("The registry cannot be followed; the log says why.") from None
 
     async def _follow(self) -> None:
+        try:
+            await self._copy()
+        except MeshError as exc:
+            log.warning("the registry is not followed any more: %s", exc)
+
+    async def _copy(self) -> None:
         loading: dict[str, bytes] = self._documents
         async for entry in self._buckets.watch(subjects.REGISTRY_BUCKET):
             if entry == "begin":
-                loading, self._revision = {}, 0
+                loading, self._revision, self._current = {}, 0, False
             elif entry == "current":
-                self._documents = loading
+                self._documents, self._current = loading, True
             elif isinstance(entry, str):
                 raise AssertionError(entry)
             else:

@@ -19,6 +19,7 @@ from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEnt
 from openagentmesh.protocol.errors import ConnectionFailed, InvalidAgent
 from openagentmesh.protocol.subjects import in_channel
 from openagentmesh.serving.agent import Agent, declare
+from openagentmesh.serving.handler import Types
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class AgentMesh:
         self._target = Target(url, creds, tls_cert, tls_key, tls_ca)
         self._instance_id = new_id()
         self._agents: dict[str, Agent] = {}
+        self._types = Types()
         self._node: Node | None = None
         self._hosted = False
         loading = current_loading()
@@ -117,7 +119,7 @@ class AgentMesh:
             )
 
         def decorate(function: HandlerT) -> HandlerT:
-            agent, loading = declare(spec, function), current_loading()
+            agent, loading = declare(spec, function, self._types), current_loading()
             if loading is not None:
                 loading.declare(agent)
             elif self._node is not None:

@@ -181,6 +181,8 @@ class Node:
         await self.buckets.restore()
         await self.registry.restore()
         await self.presence.restore()
+        if self._watching_over is not None:
+            self.directory.follow()
 
     def _on_registry_change(self, name: str, document: bytes | None) -> None:
         """Put back what is ours: a stock replica removes the agent for all when it stops."""

@@ -9,7 +9,7 @@ from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import AgentContract, AgentSpec
 from openagentmesh.protocol.errors import InvalidAgent
 from openagentmesh.serving.call import Call, Endpoint
-from openagentmesh.serving.handler import Handler, inspect_handler, schema, where
+from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,7 +71,7 @@ class Agent:
         return self.handler.dump(value)
 
 
-def declare(spec: AgentSpec, function: Callable[..., Any]) -> Agent:
+def declare(spec: AgentSpec, function: Callable[..., Any], types: Types) -> Agent:
     """Make an agent of a spec and a function.
 
     Raises:
@@ -84,14 +84,14 @@ def declare(spec: AgentSpec, function: Callable[..., Any]) -> Agent:
         )
     if not spec.description:
         spec = spec.model_copy(update={"description": (function.__doc__ or "").strip()})
-    handler = inspect_handler(function, spec.name)
+    handler = inspect_handler(function, spec.name, types)
     streaming = handler.shape == "streamer"
-    output = schema(handler.output, spec.name)
+    output = handler.output.schema if handler.output else None
     contract = AgentContract.of(
         spec,
         invocable=True,
         streaming=streaming,
-        input_schema=schema(handler.input, spec.name),
+        input_schema=handler.input.schema if handler.input else None,
         output_schema=None if streaming else output,
         chunk_schema=output if streaming else None,
     )
