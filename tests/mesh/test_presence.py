@@ -119,7 +119,7 @@ async def test_everything_is_true_again_after_a_restart(kept: bool, tmp_path: Pa
 
 
 async def test_a_call_in_flight_survives_a_restart(tmp_path: Path) -> None:
-    """A reply that is made while the server is away is delivered when it is back."""
+    """A handler that is at work while the server restarts answers its caller afterwards."""
     server = EmbeddedServer(store=str(tmp_path / "store"))
     await server.start()
     async with AgentMesh(server.url) as provider, AgentMesh(server.url) as caller:
@@ -135,8 +135,13 @@ async def test_a_call_in_flight_survives_a_restart(tmp_path: Path) -> None:
         call = asyncio.create_task(caller.call("slow", {"text": "kept"}, timeout=10))
         await started.wait()
         await server.stop()
-        go.set()
         again = EmbeddedServer(server.port, str(tmp_path / "store"))
         await again.start()
+
+        async def both_are_back() -> bool:
+            return all(node_of(mesh).bus.reconnects for mesh in (provider, caller))
+
+        await until(both_are_back)
+        go.set()
         assert {"text": "kept"} == await call
     await again.stop()

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import ssl
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ _RECONNECT_WAIT: Final = 0.1
 # After UNSUB and its PONG, messages still arrive for a moment.
 LINGER: Final = 0.15
 _HISTORY: Final = 50
+# After a server's restart its clients come back within about this many seconds.
+_OTHERS_RETURN: Final = 2.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,6 +78,8 @@ class Bus:
         self.name = name
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self.reconnects = 0
+        self._reconnected_at = -_OTHERS_RETURN
+        self._away = False
         self.restore: Restore | None = None
         self._client = HardenedClient()
         self._restoring: asyncio.Task[None] | None = None
@@ -159,6 +164,11 @@ class Bus:
     def connected(self) -> bool:
         """Whether the server is there right now."""
         return bool(self._client.is_connected)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the server was away until just now, so that others may not be back yet."""
+        return self._away or time.monotonic() - self._reconnected_at < _OTHERS_RETURN
 
     @property
     def max_payload(self) -> int:
@@ -265,11 +275,14 @@ class Bus:
 
     async def _on_disconnected(self) -> None:
         if not self._client.is_closed:
+            self._away = True
             self.history.append(Event(f"lost {self.target.shown}"))
             log.warning("lost the connection to %s; trying to get it back", self.target.shown)
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
+        self._reconnected_at = time.monotonic()
+        self._away = False
         self.history.append(Event(f"reconnected to {self.target.shown}"))
         log.info("connected to %s again", self.target.shown)
         # Not awaited here: an error would end the reconnecting, and a wait would hold it up.

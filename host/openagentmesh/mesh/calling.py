@@ -28,6 +28,9 @@ from openagentmesh.serving.streams import WINDOW, ChunkReader
 # An agent that has just begun to listen may still be about to publish its contract.
 _SECOND_LOOK: Final = 0.25
 _MOST_KNOWN: Final = 100_000
+# While everybody returns to a restarted server, a request that reached nobody is sent again
+# this often, in seconds.
+_RETURNING: Final = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -74,18 +77,27 @@ class Caller:
         body = codec.dump(payload)
         request_id = _request_id(headers)
         head = codec.request_headers(request_id, self._instance_id, timeout=timeout, extra=headers)
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self._ask(name, body, head)
+                while answer.nobody and self._bus.unsettled:
+                    await asyncio.sleep(_RETURNING)
+                    answer = await self._ask(name, body, head)
+            return codec.load(await self._body(answer, name, "call"))
+        except TimeoutError:
+            raise _timeout(subjects.agent(name), timeout, name, request_id) from None
+        except MeshError as exc:
+            raise _with_id(exc, name, request_id) from exc.__cause__
+
+    async def _ask(self, name: str, body: bytes, head: bytes) -> codec.Answer:
+        """One message out, the first answer back."""
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         reply = self._inbox.expect(lambda message: settle(answer, message))
         try:
             with self._watched(name, "call", lambda exc: fail(answer, exc)):
                 await self._bus.publish(subjects.agent(name), body, head, reply)
-                async with asyncio.timeout(timeout):
-                    message = await answer
-            return codec.load(await self._body(codec.read_answer(message.head, message.body), name, "call"))
-        except TimeoutError:
-            raise _timeout(subjects.agent(name), timeout, name, request_id) from None
-        except MeshError as exc:
-            raise _with_id(exc, name, request_id) from exc.__cause__
+                message = await answer
+            return codec.read_answer(message.head, message.body)
         finally:
             self._inbox.forget(reply)
 
@@ -113,6 +125,10 @@ class Caller:
                 while True:
                     async with asyncio.timeout(timeout):
                         frame = await reader.next()
+                    if frame.nobody and self._bus.unsettled:
+                        await asyncio.sleep(_RETURNING)
+                        await self._bus.publish(subjects.agent(name), body, head, subject)
+                        continue
                     chunk = await self._body(frame, name, "stream")
                     if frame.end:
                         return
@@ -170,6 +186,9 @@ class Caller:
         """
         try:
             contract = self._own(waiting.name) or await self._directory.find(waiting.name)
+            while contract is None and self._bus.unsettled:
+                await asyncio.sleep(_RETURNING)
+                contract = await self._directory.find(waiting.name)
             if contract is None:
                 await asyncio.sleep(_SECOND_LOOK)
                 contract = await self._directory.find(waiting.name)
