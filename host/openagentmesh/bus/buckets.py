@@ -63,6 +63,9 @@ class Buckets:
         self._open: dict[str, KeyValue] = {}
         self._watchers: set[KeyValue.KeyWatcher] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
+        # Clear from when the server is lost until its buckets are known to be there.
+        self._ready = asyncio.Event()
+        bus.on_lost = self._ready.clear
 
     async def make(self) -> None:
         """Make the mesh's buckets where they are missing.
@@ -73,6 +76,7 @@ class Buckets:
         """
         made = await asyncio.gather(*[self._make(name) for name in KV_BUCKETS])
         self._open = dict(zip(KV_BUCKETS, made, strict=True))
+        self._ready.set()
 
     async def _make(self, bucket: str) -> KeyValue:
         async with _explained(f"Opening the bucket '{bucket}'"):
@@ -85,27 +89,34 @@ class Buckets:
                     return await jetstream.create_key_value(KeyValueConfig(bucket=bucket))
         raise AssertionError("unreachable: the last attempt raises")
 
+    @asynccontextmanager
+    async def _using(self, what: str) -> AsyncIterator[None]:
+        async with _explained(what):
+            async with asyncio.timeout(_PATIENCE):
+                await self._ready.wait()
+            yield
+
     async def get(self, bucket: str, key: str) -> bytes | None:
         """The value of a key, or None."""
-        async with _explained(f"Reading '{key}' of '{bucket}'"):
+        async with self._using(f"Reading '{key}' of '{bucket}'"):
             with suppress(KeyNotFoundError):
                 return (await self._open[bucket].get(key)).value or b""
         return None
 
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         """Set a key; many of these may run at once, a bounded number is under way."""
-        async with self._gate, _explained(f"Writing '{key}' of '{bucket}'"):
+        async with self._gate, self._using(f"Writing '{key}' of '{bucket}'"):
             await self._open[bucket].put(key, value)
 
     async def delete(self, bucket: str, key: str) -> None:
         """Remove a key; one that is not there is no error."""
-        async with self._gate, _explained(f"Deleting '{key}' of '{bucket}'"):
+        async with self._gate, self._using(f"Deleting '{key}' of '{bucket}'"):
             await self._open[bucket].delete(key)
 
     async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
-        store = self._open[bucket]
-        async with _explained(f"Changing '{key}' of '{bucket}'"):
+        async with self._using(f"Changing '{key}' of '{bucket}'"):
+            store = self._open[bucket]
             async for attempt in _retrying(KeyWrongLastSequenceError):
                 with attempt:
                     try:
@@ -123,7 +134,7 @@ class Buckets:
     async def read(self, bucket: str) -> dict[str, bytes]:
         """All keys and values as they are now."""
         found: dict[str, bytes] = {}
-        async with _explained(f"Reading all of '{bucket}'"):
+        async with self._using(f"Reading all of '{bucket}'"):
             watcher = await self._open[bucket].watch(">", ignore_deletes=True)
             try:
                 async with asyncio.timeout(_PATIENCE):
@@ -142,7 +153,7 @@ class Buckets:
         after each reconnect, since changes made meanwhile are not told.
         """
         while True:
-            async with _explained(f"Watching '{bucket}'"):
+            async with self._using(f"Watching '{bucket}'"):
                 async for attempt in _retrying((NatsError, TimeoutError)):
                     with attempt:
                         watcher = await self._open[bucket].watch(">")
@@ -162,5 +173,5 @@ class Buckets:
 
     async def last_revision(self, bucket: str) -> int:
         """The revision of the newest change, deletions among them."""
-        async with _explained(f"Asking for the state of '{bucket}'"):
+        async with self._using(f"Asking for the state of '{bucket}'"):
             return (await self._open[bucket].status()).stream_info.state.last_seq

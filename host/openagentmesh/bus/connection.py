@@ -70,7 +70,8 @@ class Bus:
     """The one NATS connection of a node.
 
     `history` tells the last things that happened to it. `restore` runs in a task of its own
-    after each reconnect; a reconnect in the middle of it starts it anew.
+    after each reconnect; a reconnect in the middle of it starts it anew. `on_lost` is called
+    when the server is lost.
     """
 
     def __init__(self, target: Target, name: str) -> None:
@@ -81,6 +82,7 @@ class Bus:
         self._reconnected_at = -_OTHERS_RETURN
         self._away = False
         self.restore: Restore | None = None
+        self.on_lost: Callable[[], None] = lambda: None
         self._client = HardenedClient()
         self._restoring: asyncio.Task[None] | None = None
         self._last_error: Exception | None = None
@@ -276,6 +278,7 @@ class Bus:
     async def _on_disconnected(self) -> None:
         if not self._client.is_closed:
             self._away = True
+            self.on_lost()
             self.history.append(Event(f"lost {self.target.shown}"))
             log.warning("lost the connection to %s; trying to get it back", self.target.shown)
 
