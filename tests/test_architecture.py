@@ -1,0 +1,72 @@
+"""The house keeps its shape: layers, sizes, and what samples may import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "host" / "openagentmesh"
+LAYERS = ["protocol", "bus", "serving", "mesh", "runtime", "cli"]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+SAMPLES = sorted((ROOT / "agents").glob("*.py"))
+
+
+def imported(path: Path) -> list[str]:
+    """The full names of all modules a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+    return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != PACKAGE], ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    """A module imports only from its own folder and those below it."""
+    layer = LAYERS.index(path.relative_to(PACKAGE).parts[0])
+    above = {f"openagentmesh.{name}" for name in LAYERS[layer + 1 :]}
+    assert [] == [name for name in imported(path) if ".".join(name.split(".")[:2]) in above]
+
+
+def test_no_folder_has_a_cycle() -> None:
+    """Within a folder, modules can be put in an order in which each imports only earlier ones."""
+    names = {module_name(path): path for path in SOURCES}
+    graph = {
+        name: {other for other in imported(path) if other in names and other != name}
+        for name, path in names.items()
+        if path.name != "__init__.py"
+    }
+    while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+    assert {} == graph
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_files_and_functions_fit(path: Path) -> None:
+    """No file has over 400 lines, no function over 60."""
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {
+        node.name: (node.end_lineno or 0) - node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, functions)
+    }
+    assert {} == {name: length for name, length in lengths.items() if length > 60}
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_samples_are_short_and_use_the_public_api(path: Path) -> None:
+    """A sample agent has under 40 lines and imports from `openagentmesh` only what is public."""
+    assert path.read_text().count("\n") < 40
+    ours = [name for name in imported(path) if name.startswith("openagentmesh")]
+    public = {f"openagentmesh.{name}" for name in __import__("openagentmesh").__all__} | {"openagentmesh"}
+    assert set(ours) <= public

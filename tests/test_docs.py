@@ -1,0 +1,107 @@
+"""What the docs show is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openagentmesh.runtime.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: str, language: str = "python") -> list[str]:
+    """The fenced blocks of one language in a document."""
+    return [text for kind, text in BLOCK.findall((ROOT / document).read_text()) if kind == language]
+
+
+def promised() -> list[tuple[str, str]]:
+    """Each complete program of docs/agents.md with the output printed after it."""
+    found = BLOCK.findall((ROOT / "docs/agents.md").read_text())
+    return [
+        (code, output)
+        for (kind, code), (_, output) in zip(found, found[1:], strict=False)
+        if kind == "python"
+    ]
+
+
+@pytest.mark.parametrize(("code", "output"), promised(), ids=range(len(promised())))
+def test_programs_print_what_the_docs_say(code: str, output: str, tmp_path: Path) -> None:
+    """A program of docs/agents.md, saved and run, prints what stands below it."""
+    (tmp_path / "program.py").write_text(code)
+    ran = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (output, 0) == (ran.stdout, ran.returncode), ran.stderr
+
+
+def test_the_recipe_runs_as_two_processes(tmp_path: Path, url: str) -> None:
+    """Provider and consumer of docs/multi-process.md print what it says, knowing only a name."""
+    provider, consumer = (
+        code.replace("AgentMesh()", f"AgentMesh({url!r})") for code in blocks("docs/multi-process.md")
+    )
+    (tmp_path / "provider.py").write_text(
+        provider.replace("mesh.run()", 'print("up", flush=True)\nmesh.run()')
+    )
+    (tmp_path / "consumer.py").write_text(
+        consumer.replace("in await mesh.catalog()", 'in await mesh.catalog(channel="nlp")')
+    )
+    process = subprocess.Popen([sys.executable, tmp_path / "provider.py"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "up\n" == process.stdout.readline()
+        wait = (
+            "import asyncio, sys; from openagentmesh import AgentMesh, MeshError\n"
+            "async def main():\n"
+            f"    async with AgentMesh({url!r}) as mesh:\n"
+            "        async with asyncio.timeout(20):\n"
+            "            while not await mesh.catalog(channel='nlp'): await asyncio.sleep(0.05)\n"
+            "asyncio.run(main())"
+        )
+        subprocess.run([sys.executable, "-c", wait], check=True, timeout=30)
+        ran = subprocess.run(
+            [sys.executable, tmp_path / "consumer.py"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    [output] = blocks("docs/multi-process.md", "")
+    assert output == ran.stdout, ran.stderr
+
+
+def test_the_configuration_in_the_docs_is_valid(tmp_path: Path) -> None:
+    """All of docs/mesh-toml.md can be loaded, with the defaults it says."""
+    [text] = blocks("docs/mesh-toml.md", "toml")
+    (tmp_path / "mesh.toml").write_text(text)
+    documented = load_config(tmp_path / "mesh.toml", {})
+    default = Config()
+    assert (default.server, default.limits) == (documented.server, documented.limits)
+    assert default.host == documented.host.model_copy(update={"name": "", "agents": None})
+
+
+def test_the_readme_names_both_commands() -> None:
+    """The two commands of the README are there as written, for people and for CI."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.count("    pip install uv && uv run oam up") == 1
+    assert lines.count("    pip install uv && uv run pytest") == 1
+
+
+def test_the_tour_of_the_readme(tmp_path: Path) -> None:
+    """The greeter of the README runs as a module of a test, as the README says."""
+    agent, _, use = blocks("README.md")
+    program = agent.partition('\n\nif __name__ == "__main__"')[0] + (
+        "\n\nasync def main():\n    " + use.replace("\n", "\n    ") + "\n    print('fine')\n"
+        "import asyncio\nasyncio.run(main())\n"
+    )
+    (tmp_path / "tour.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "tour.py"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert "fine\n" == ran.stdout, ran.stderr
