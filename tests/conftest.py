@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 
 import pytest
-
 from openagentmesh import AgentMesh
 from openagentmesh.bus.server import find_binary
 

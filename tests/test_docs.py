@@ -3,10 +3,10 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
 from openagentmesh.runtime.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -21,11 +21,7 @@ def blocks(document: str, language: str = "python") -> list[str]:
 def promised() -> list[tuple[str, str]]:
     """Each complete program of docs/agents.md with the output printed after it."""
     found = BLOCK.findall((ROOT / "docs/agents.md").read_text())
-    return [
-        (code, output)
-        for (kind, code), (_, output) in zip(found, found[1:], strict=False)
-        if kind == "python"
-    ]
+    return [(code, output) for (kind, code), (_, output) in pairwise(found) if kind == "python"]
 
 
 @pytest.mark.parametrize(("code", "output"), promised(), ids=range(len(promised())))

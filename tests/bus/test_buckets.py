@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-
 from openagentmesh import ConnectionFailed, PayloadTooLarge
 from openagentmesh.bus.buckets import Buckets, Entry
 from openagentmesh.bus.connection import Bus, Target
@@ -70,7 +69,7 @@ async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-thrown-away"])
-async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path, name: str) -> None:  # noqa: FBT001
+async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path, name: str) -> None:
     """After a restart a watch begins anew with what is there, and hears of every later change."""
     store = str(tmp_path / "store") if kept else ""
     server = EmbeddedServer(store=store)

@@ -5,7 +5,6 @@ import contextlib
 
 import pytest
 from nats.errors import MaxPayloadError
-
 from openagentmesh.bus.client import HardenedClient, Message
 
 
@@ -13,7 +12,7 @@ from openagentmesh.bus.client import HardenedClient, Message
 async def client(url: str) -> HardenedClient:
     """A connected client that has no other cure than its own overrides."""
     client = HardenedClient()
-    await client.connect(url, reconnect_time_wait=0.02, max_reconnect_attempts=-1)
+    await client.connect(url, reconnect_time_wait=0, max_reconnect_attempts=-1)
     return client
 
 
@@ -35,13 +34,20 @@ async def test_a_cancelled_flush_leaves_the_client_alive(client: HardenedClient)
     await client.close()
 
 
-async def test_flush_is_written_in_order(client: HardenedClient, name: str) -> None:
-    """With writing held back, PING stands behind the SUB before it."""
+async def test_flush_is_written_in_order(
+    client: HardenedClient, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PING stands behind the SUB before it, so its PONG proves that the server has both."""
     written: list[bytes] = []
     transport = client._transport
     assert transport is not None
     forward = transport.writelines
-    transport.writelines = lambda lines: (written.extend(lines), forward(lines))[1]
+
+    def writelines(payload: list[bytes]) -> None:
+        written.extend(payload)
+        forward(payload)
+
+    monkeypatch.setattr(transport, "writelines", writelines)
     await client.listen(name, lambda _: None)
     await client.flush()
     wire = b"".join(written)

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from openagentmesh import ConnectionDenied, ConnectionFailed, PayloadTooLarge
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.server import EmbeddedServer

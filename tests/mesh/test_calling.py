@@ -5,8 +5,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from pydantic import BaseModel
-
 from openagentmesh import (
     AgentDied,
     AgentMesh,
@@ -23,6 +21,8 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.messages import DeathNotice
+from pydantic import BaseModel
+
 from tests.mesh.test_mesh import Text, serve
 from tests.serving.test_router import node_of
 
@@ -86,7 +86,7 @@ async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
     serve(mesh, name)
 
     @mesh.agent(AgentSpec(name=f"{name}.s"))
-    async def stream(req: Text) -> Text:
+    async def stream(req: Text) -> AsyncIterator[Text]:
         yield req
 
     with pytest.raises(InvocationMismatch, match=r"does not support streaming\. Use call\(\) instead"):
@@ -101,7 +101,11 @@ async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
 )
 @pytest.mark.parametrize("verb", ["call", "stream"])
 async def test_agents_that_take_no_requests(
-    mesh: AgentMesh, name: str, verb: str, streaming: bool, what: str  # noqa: FBT001 - a parameter
+    mesh: AgentMesh,
+    name: str,
+    verb: str,
+    streaming: bool,
+    what: str,
 ) -> None:
     """A peer's publisher or watcher has nobody at its subject; the contract says why."""
     serve(mesh, name)
@@ -156,7 +160,7 @@ async def test_timeouts_are_mesh_errors(mesh: AgentMesh, name: str, verb: str) -
         return req
 
     @mesh.agent(AgentSpec(name=f"{name}.stream"))
-    async def hang_too(req: Text) -> Text:
+    async def hang_too(req: Text) -> AsyncIterator[Text]:
         await asyncio.sleep(60)
         yield req
 
@@ -180,7 +184,7 @@ async def test_a_death_notice_ends_the_wait(mesh: AgentMesh, name: str, verb: st
         return req
 
     @mesh.agent(AgentSpec(name=f"{name}.stream"))
-    async def hang_too(req: Text) -> Text:
+    async def hang_too(req: Text) -> AsyncIterator[Text]:
         started.set()
         await asyncio.sleep(60)
         yield req
@@ -231,12 +235,14 @@ async def test_a_cancelled_call_leaves_nothing_behind(mesh: AgentMesh, name: str
     assert not node.inbox._receivers
 
 
-async def test_a_stopping_host_ends_its_streams(mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str) -> None:
+async def test_a_stopping_host_ends_its_streams(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
     """The reader of a stream that a stopping host cuts is told so, after its chunks."""
     provider = new_mesh()
 
     @provider.agent(AgentSpec(name=name))
-    async def chunks(req: Text) -> Text:
+    async def chunks(req: Text) -> AsyncIterator[Text]:
         yield req
         await asyncio.sleep(60)
 

@@ -1,12 +1,11 @@
 """The handle: registering, verbs, local meshes."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, CatalogEntry, ConnectionFailed, InvalidAgent, NotFound
+from pydantic import BaseModel
 
 
 class Text(BaseModel):
@@ -24,7 +23,13 @@ def serve(mesh: AgentMesh, name: str, answer: str = "ok", **spec: object) -> Non
 async def test_before_connecting_every_verb_says_so() -> None:
     """A mesh outside its `async with` raises ConnectionFailed that says what to do."""
     mesh = AgentMesh()
-    for verb in (mesh.call("x"), mesh.catalog(), mesh.contract("x"), mesh.discover(), anext(mesh.stream("x"))):
+    for verb in (
+        mesh.call("x"),
+        mesh.catalog(),
+        mesh.contract("x"),
+        mesh.discover(),
+        anext(mesh.stream("x")),
+    ):
         with pytest.raises(ConnectionFailed, match="async with mesh"):
             await verb
 
@@ -93,7 +98,7 @@ async def test_the_catalog_can_be_filtered(mesh: AgentMesh, name: str) -> None:
     serve(mesh, f"{name}.a.deep", tags=["x"])
 
     @mesh.agent(AgentSpec(name=f"{name}.s", tags=["y"]))
-    async def stream(req: Text) -> Text:
+    async def stream(req: Text) -> AsyncIterator[Text]:
         yield req
 
     async def names(**filters: object) -> list[str]:
@@ -159,7 +164,9 @@ async def test_leaving_deregisters(mesh: AgentMesh, new_mesh: Callable[[], Agent
         await mesh.call(name, {}, timeout=5)
 
 
-async def test_one_of_two_replicas_leaves(mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str) -> None:
+async def test_one_of_two_replicas_leaves(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
     """While another instance serves an agent, it stays in the catalog and answers."""
     first, second = new_mesh(), new_mesh()
     serve(first, name, "first")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, NotFound
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh import presence
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.messages import DeathNotice
+
 from tests.mesh.test_mesh import Text, serve
 from tests.mesh.test_registry import until
 from tests.serving.test_router import node_of
@@ -40,9 +40,8 @@ async def test_only_the_last_instance_gives_notice(
     first, second = new_mesh(), new_mesh()
     serve(first, name)
     serve(second, name)
-    async with first:
-        async with second:
-            await node_of(mesh).bus.flush()
+    async with first, second:
+        await node_of(mesh).bus.flush()
     notice = DeathNotice.model_validate_json((await notices.get()).body)
     assert (name, "graceful_shutdown", first.instance_id) == (notice.agent, notice.reason, notice.instance_id)
     assert notices.empty()
@@ -90,7 +89,7 @@ async def test_after_a_killed_process_others_clear_up(
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-thrown-away"])
-async def test_everything_is_true_again_after_a_restart(kept: bool, tmp_path: Path) -> None:  # noqa: FBT001 - a parameter
+async def test_everything_is_true_again_after_a_restart(kept: bool, tmp_path: Path) -> None:
     """A new server on the same port: calls, catalog, contracts and records, with nobody touching it."""
     store = str(tmp_path / "store") if kept else ""
     server = EmbeddedServer(store=store)

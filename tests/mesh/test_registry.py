@@ -4,13 +4,13 @@ import asyncio
 import time
 
 import pytest
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import read_catalog
+from pydantic import BaseModel
+
 from tests.mesh.test_mesh import serve
 from tests.serving.test_router import node_of
 

@@ -5,10 +5,9 @@ import json
 import logging
 import sys
 import time
+from collections.abc import AsyncIterator
 
 import pytest
-from pydantic import BaseModel
-
 from openagentmesh import (
     AgentMesh,
     AgentSpec,
@@ -26,6 +25,7 @@ from openagentmesh.bus.client import Message
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.serving.agent import Limits
+from pydantic import BaseModel
 
 
 class Number(BaseModel):
@@ -243,7 +243,7 @@ async def test_a_stranger_cannot_break_the_wire(mesh: AgentMesh, name: str) -> N
     node = node_of(mesh)
 
     @mesh.agent(AgentSpec(name=name))
-    async def chunks(req: Number) -> Number:
+    async def chunks(req: Number) -> AsyncIterator[Number]:
         yield req
 
     await mesh.catalog()
@@ -262,7 +262,7 @@ async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: st
     node = node_of(mesh)
 
     @mesh.agent(AgentSpec(name=name))
-    async def chunks(req: Number) -> Number:
+    async def chunks(req: Number) -> AsyncIterator[Number]:
         yield req
 
     await mesh.catalog()

@@ -1,15 +1,16 @@
 """Streams: in order, never more than a window ahead, and stopped when nobody reads."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, ChunkSequenceError, HandlerError, MeshTimeout, PayloadTooLarge
 from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.serving.streams import WINDOW, ChunkReader
+from pydantic import BaseModel
+
 from tests.serving.test_router import node_of
 
 
@@ -22,7 +23,7 @@ async def test_chunks_come_in_order_and_end(mesh: AgentMesh, name: str) -> None:
     """All chunks of a stream far longer than the window arrive, each once."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
 
@@ -35,7 +36,7 @@ async def test_a_slow_reader_holds_the_producer(mesh: AgentMesh, name: str) -> N
     made = 0
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         nonlocal made
         for number in range(req.count):
             made = number + 1
@@ -55,7 +56,7 @@ async def test_an_abandoned_stream_stops_its_producer(mesh: AgentMesh, name: str
     made, stopped = 0, asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         nonlocal made
         try:
             for number in range(req.count):
@@ -77,7 +78,7 @@ async def test_a_stock_readers_abandoned_stream_is_noticed(mesh: AgentMesh, name
     first: asyncio.Event = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         try:
             for number in range(req.count):
                 yield number
@@ -99,7 +100,7 @@ async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> No
     node, frames = node_of(mesh), asyncio.Queue[Message]()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
         if req.size > 1:
@@ -127,7 +128,7 @@ async def test_an_error_in_the_middle_is_raised(mesh: AgentMesh, name: str) -> N
     """The reader gets the chunks before the error, then the error."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> int:
+    async def count(req: Wanted) -> AsyncIterator[int]:
         yield 1
         raise ValueError("late")
 
@@ -141,7 +142,7 @@ async def test_a_chunk_that_is_too_large(mesh: AgentMesh, name: str) -> None:
     """A large chunk ends its stream with the sizes; the next stream works."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def big(req: Wanted) -> str:
+    async def big(req: Wanted) -> AsyncIterator[str]:
         yield "x" * req.size
 
     with pytest.raises(PayloadTooLarge):
@@ -153,7 +154,7 @@ async def test_the_timeout_counts_from_the_last_chunk(mesh: AgentMesh, name: str
     """A stream may take longer than its timeout, as long as no single chunk does."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def slow(req: Wanted) -> int:
+    async def slow(req: Wanted) -> AsyncIterator[int]:
         for number in range(req.count):
             await asyncio.sleep(0.15)
             yield number

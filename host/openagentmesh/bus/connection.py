@@ -14,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from nats.errors import Error as NatsError
+from nats.errors import NoServersError
 from nats.js import JetStreamContext
 
 from openagentmesh.bus.client import HardenedClient, Receiver
@@ -146,7 +147,7 @@ class Bus:
 
     def _explain(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
         # The library ends with "no servers available"; why is what it said before.
-        cause = self._last_error or exc
+        cause = self._last_error if isinstance(exc, NoServersError) and self._last_error else exc
         number = getattr(cause, "errno", None)
         reason = os.strerror(number) if number else str(cause) or type(cause).__name__
         if "authorization" in reason.lower() or "authentication" in reason.lower():

@@ -1,7 +1,7 @@
 """AgentMesh: the handle a user holds. Every verb is one call into its node."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
@@ -172,7 +172,7 @@ class AgentMesh:
         timeout: float | None = 60.0,
         *,
         headers: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Call a streamer and yield its chunks, JSON values (protocol §7).
 
         `timeout` is the seconds from one chunk to the next. A reader that stops reading

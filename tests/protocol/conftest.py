@@ -1,0 +1,6 @@
+"""The same strangers at every run, and no deadline: a busy machine is no bug."""
+
+from hypothesis import settings
+
+settings.register_profile("openagentmesh", deadline=None, derandomize=True, database=None)
+settings.load_profile("openagentmesh")

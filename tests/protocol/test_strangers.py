@@ -1,0 +1,162 @@
+"""What strangers send: whatever it is, nothing but a MeshError comes of it."""
+
+import json
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+from openagentmesh import AgentContract, InvalidInput, MeshError
+from openagentmesh.protocol import codec
+from openagentmesh.protocol.contract import Verb, read_catalog
+
+DEEP = b"[" * 2000
+KEYS = st.sampled_from(
+    ["name", "description", "version", "tags", "capabilities", "invocable", "streaming", "skills", "mcp"]
+    + ["x-agentmesh", "subject", "registered_at", "inputSchema", "outputSchema", "chunk_schema"]
+    + ["code", "message", "agent", "request_id", "details"]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+# JSON with the keys that are looked for, so that reading gets past the first of them.
+JSON: st.SearchStrategy[Any] = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(
+    ["Request-Id", "Instance-Id", "Stream", "Status", "Stream-Seq", "Stream-End", "Timeout-Ms", "Credit"]
+).map("X-Mesh-{}".format)
+LINES = st.lists(st.tuples(NAMES | st.text(max_size=5), st.text(max_size=12)), max_size=6)
+HEADS = st.binary(max_size=200) | LINES.map(
+    lambda lines: ("NATS/1.0\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines) + "\r\n").encode()
+)
+
+
+@given(HEADS, st.binary(max_size=20))
+@example(b"NATS/1.0\r\nX-Mesh-Timeout-Ms: " + b"9" * 10_000 + b"\r\n\r\n", b"")
+@example(b"\xff\xfe:\r\n:\r\n", b"")
+def test_any_request_and_any_answer_can_be_read(head: bytes, body: bytes) -> None:
+    """Reading headers never raises, keeps the body, and lets only a harmless id through."""
+    request = codec.read_request(head, body)
+    assert (body, body) == (request.body, codec.read_answer(head, body).body)
+    assert (True, True) == (request.timeout is None or request.timeout >= 0, request.credit >= 0)
+    assert codec.read_credit(head) >= 0
+    echoed = codec.read_headers(codec.error_headers(request.request_id, "i"))
+    assert {
+        "X-Mesh-Request-Id": request.request_id,
+        "X-Mesh-Instance-Id": "i",
+        "X-Mesh-Status": "error",
+    } == echoed
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text(max_size=12), max_size=4))
+@example({"a": "b\r\nX-Mesh-Status: ok"})
+@example({"a\n": "b"})
+def test_no_header_brings_another_with_it(headers: dict[str, str]) -> None:
+    """Any headers are refused, or make a block with one line for each."""
+    try:
+        block = codec.write_headers(headers)
+    except InvalidInput:
+        assert any(c in k + v for k, v in headers.items() for c in "\r\n")
+        return
+    lines = block.replace(b"\r", b"\n").split(b"\n\n")
+    assert len(headers) == sum(bool(line) for line in lines[1:] if not line.startswith(b"NATS/1.0"))
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z-]{1,10}", fullmatch=True),
+        st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20),
+        min_size=1,
+    )
+)
+def test_ordinary_headers_arrive_as_they_left(headers: dict[str, str]) -> None:
+    """Names and values of printable text survive the wire, colons included."""
+    assert headers == codec.read_headers(codec.write_headers(headers))
+
+
+@given(st.binary(max_size=100) | JSON.map(lambda found: json.dumps(found).encode()))
+@example(DEEP)
+@example(b'{"details":' + DEEP)
+@example(b"1" * 5000)
+@example(b'{"code":"invalid_input","details":[1],"message":null}')
+def test_any_error_body_is_an_error(body: bytes) -> None:
+    """Whatever a peer sends as its error, the caller gets a MeshError that can itself be sent on."""
+    error = codec.read_error(body)
+    assert (str, str, str, str, dict) == tuple(type(value) for value in error.to_dict().values())
+    assert error.code
+
+
+@given(st.binary(max_size=100) | JSON.map(lambda found: json.dumps(found).encode()))
+@example(DEEP)
+def test_any_body_is_json_or_a_mesh_error(body: bytes) -> None:
+    """A reply's body is a value or a MeshError."""
+    try:
+        codec.load(body)
+    except MeshError as exc:
+        assert "no JSON" in exc.message
+
+
+@given(st.binary(max_size=100) | st.lists(JSON, max_size=4).map(lambda found: json.dumps(found).encode()))
+@example(DEEP)
+def test_any_catalog_is_a_list(document: bytes) -> None:
+    """Reading the catalog never fails, and gives only entries with a name."""
+    assert all(isinstance(entry.name, str) for entry in read_catalog(document))
+
+
+@given(
+    st.fixed_dictionaries(
+        {"name": st.just("a") | JSON},
+        optional={
+            "skills": st.lists(JSON, max_size=2) | JSON,
+            "capabilities": st.dictionaries(KEYS, st.booleans()) | JSON,
+            "x-agentmesh": st.dictionaries(KEYS, JSON, max_size=5) | JSON,
+            "description": JSON,
+        },
+    )
+)
+@example({"name": "a", "x-agentmesh": {"registered_at": 1e300}})
+@example({"name": "a", "x-agentmesh": {"registered_at": float("nan")}})
+def test_any_contract_is_usable_or_a_mesh_error(document: dict[str, Any]) -> None:
+    """A contract that can be read can be used and published again; all others are MeshErrors."""
+    try:
+        read = AgentContract.read(json.dumps(document).encode())
+    except MeshError as exc:
+        assert "cannot be read" in exc.message
+        return
+    assert document["name"] == json.loads(read.to_registry_json())["name"] == read.to_catalog_entry().name
+    verbs: tuple[Verb, ...] = ("call", "stream", "send", "subscribe")
+    refused = 0
+    for verb in verbs:
+        try:
+            read.check_verb(verb)
+        except MeshError:
+            refused += 1
+    assert refused < len(verbs) or not read.invocable
+
+
+DETAILS: st.SearchStrategy[Any] = st.recursive(
+    SCALARS
+    | st.binary(max_size=5)
+    | st.builds(object)
+    | st.builds(ValueError, st.text(max_size=5))
+    | st.text(st.characters(), max_size=5)
+    | st.complex_numbers(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(SCALARS | st.tuples(SCALARS), inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), DETAILS, max_size=3))
+def test_any_details_make_a_json_envelope(details: dict[str, Any]) -> None:
+    """An error body is strict JSON with the error's code, whatever was put into its details."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    envelope = json.loads(codec.error_body(InvalidInput("m", details=details)), parse_constant=refuse)
+    assert ("invalid_input", "m") == (envelope["code"], envelope["message"])
+    assert isinstance(envelope["details"], dict)

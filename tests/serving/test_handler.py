@@ -1,0 +1,372 @@
+"""An author's function: its shape, its types, and what goes in and comes out."""
+
+import json
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial, wraps
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput
+from openagentmesh.serving.agent import Agent
+
+
+class In(BaseModel):
+    text: str
+
+
+class Out(BaseModel):
+    length: int = 0
+
+
+class Odd(BaseModel):
+    n: int
+
+    @field_validator("n")
+    @classmethod
+    def odd(cls, n: int) -> int:
+        if n == 0:
+            raise PydanticCustomError("zero", "is zero", {"what": object()})
+        if n % 2 == 0:
+            raise ValueError("is even")
+        return n
+
+
+Handler = Callable[..., Any]
+
+
+def declared(function: Handler) -> Agent:
+    mesh = AgentMesh()
+    mesh.agent(AgentSpec(name="a"))(function)
+    return mesh._agents["a"]
+
+
+async def responder(req: In) -> Out:
+    return Out(length=len(req.text))
+
+
+async def silent(req: In) -> None:
+    assert req
+
+
+async def unsaid(req: In):  # type: ignore[no-untyped-def]  # noqa: ANN201 - what is tested
+    assert req
+
+
+async def trigger() -> Out:
+    return Out(length=1)
+
+
+async def chunks(req: In) -> Out:  # type: ignore[misc]
+    for letter in req.text:
+        yield Out(length=ord(letter))
+
+
+async def iterator(req: In) -> AsyncIterator[Out]:
+    for letter in req.text:
+        yield Out(length=ord(letter))
+
+
+async def generator(req: In) -> AsyncGenerator[Out, None]:
+    for letter in req.text:
+        yield Out(length=ord(letter))
+
+
+class Team:
+    async def member(self, req: In) -> Out:
+        return Out(length=len(req.text))
+
+
+async def with_prefix(prefix: str, req: In) -> Out:
+    return Out(length=len(prefix + req.text))
+
+
+def counted(function: Handler) -> Handler:
+    @wraps(function)
+    async def wrapper(*args: Any) -> Any:
+        return await function(*args)
+
+    return wrapper
+
+
+IN, OUT = In.model_json_schema(), Out.model_json_schema()
+
+
+@pytest.mark.parametrize(
+    ("function", "streaming", "takes", "output", "chunk"),
+    [
+        (responder, False, IN, OUT, None),
+        (silent, False, IN, None, None),
+        (unsaid, False, IN, None, None),
+        (trigger, False, None, OUT, None),
+        (chunks, True, IN, None, OUT),
+        (iterator, True, IN, None, OUT),
+        (generator, True, IN, None, OUT),
+        (Team().member, False, IN, OUT, None),
+        (partial(with_prefix, "p"), False, IN, OUT, None),
+        (counted(responder), False, IN, OUT, None),
+    ],
+)
+def test_a_signature_makes_the_contract(
+    function: Handler,
+    takes: dict[str, Any] | None,
+    output: dict[str, Any] | None,
+    chunk: dict[str, Any] | None,
+    *,
+    streaming: bool,
+) -> None:
+    """Shape and types of a function are what its contract says (protocol §5)."""
+    contract = declared(function).contract
+    assert {"streaming": streaming, "invocable": True} == contract.capabilities
+    assert (takes, output, chunk) == (contract.input_schema, contract.output_schema, contract.chunk_schema)
+
+
+@pytest.mark.parametrize(
+    ("hint", "schema"),
+    [
+        (str, {"type": "string"}),
+        (list[int], {"items": {"type": "integer"}, "type": "array"}),
+        (Literal["a", "b"], {"enum": ["a", "b"], "type": "string"}),
+        (Annotated[str, Field(max_length=3)], {"maxLength": 3, "type": "string"}),
+        (Annotated[int, ["unhashable"]], {"type": "integer"}),
+        (dict[str, Any], {"additionalProperties": True, "type": "object"}),
+        (Any, {}),
+    ],
+)
+def test_schemas_are_pydantics_and_not_wrapped(hint: Any, schema: dict[str, Any]) -> None:
+    """Any type pydantic knows is published as its own schema, on both sides."""
+
+    async def handler(req: Any) -> Any:
+        return req
+
+    handler.__annotations__ = {"req": hint, "return": hint}
+    skill = declared(handler).contract.document()["skills"][0]
+    assert (schema, schema) == (skill["inputSchema"], skill["outputSchema"])
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "reply"),
+    [
+        (responder, {"text": "abc"}, {"length": 3}),
+        (silent, {"text": "abc"}, {}),
+        (unsaid, {"text": "abc"}, {}),
+        (trigger, None, {"length": 1}),
+        (trigger, {"ignored": 1}, {"length": 1}),
+        (trigger, b"not even JSON", {"length": 1}),
+        (Team().member, {"text": "abc"}, {"length": 3}),
+        (partial(with_prefix, "pre"), {"text": "abc"}, {"length": 6}),
+        (counted(responder), {"text": "abc"}, {"length": 3}),
+    ],
+)
+async def test_a_call_gets_the_functions_result(
+    mesh: AgentMesh, name: str, function: Handler, payload: object, reply: object
+) -> None:
+    """Every shape of responder replies the JSON of its type, `{}` for nothing."""
+    mesh.agent(AgentSpec(name=name))(function)
+    assert reply == await mesh.call(name, payload)
+
+
+@pytest.mark.parametrize("function", [chunks, iterator, generator])
+async def test_a_stream_gets_what_the_function_yields(mesh: AgentMesh, name: str, function: Handler) -> None:
+    """The chunk's type may stand in the annotation by itself or in an iterator."""
+    mesh.agent(AgentSpec(name=name))(function)
+    assert [{"length": 97}, {"length": 98}] == [chunk async for chunk in mesh.stream(name, {"text": "ab"})]
+
+
+async def test_an_optional_result_is_an_empty_object_for_none(mesh: AgentMesh, name: str) -> None:
+    """`Out | None` replies `{}` for None and the model otherwise."""
+
+    @mesh.agent(AgentSpec(name=name))
+    async def maybe(req: In) -> Out | None:
+        return Out(length=1) if req.text else None
+
+    assert [{}, {"length": 1}] == [await mesh.call(name, {"text": text}) for text in ("", "x")]
+
+
+async def test_an_empty_body_uses_the_default_or_is_none(mesh: AgentMesh, name: str) -> None:
+    """A parameter with a default, or one that may be None, makes the body optional."""
+
+    @mesh.agent(AgentSpec(name=f"{name}.default"))
+    async def default(req: In = In(text="default")) -> str:  # noqa: B008 - what is tested
+        return req.text
+
+    @mesh.agent(AgentSpec(name=f"{name}.none"))
+    async def none(req: In | None) -> str:
+        return "none" if req is None else req.text
+
+    given: list[object] = [None, {"text": "given"}]
+    assert ["default", "given"] == [await mesh.call(f"{name}.default", payload) for payload in given]
+    assert ["none", "given"] == [await mesh.call(f"{name}.none", payload) for payload in given]
+
+
+@pytest.mark.parametrize(
+    ("payload", "kind", "loc"),
+    [
+        ({}, "missing", ["n"]),
+        ({"n": "x"}, "int_parsing", ["n"]),
+        ({"n": 2}, "value_error", ["n"]),
+        ({"n": 0}, "zero", ["n"]),
+        ({"n": [{"deep": [1]}]}, "int_type", ["n"]),
+        (None, "missing", []),
+        (b"", "missing", []),
+        (b"{", "json_invalid", []),
+        (b"[" * 2000, "json_invalid", []),
+        (b'{"n":NaN}', "finite_number", ["n"]),
+        (b'{"n":"\xff"}', "json_invalid", []),
+        (b"\xff\xfe", "json_invalid", []),
+    ],
+)
+async def test_input_that_does_not_fit_is_the_callers_fault(
+    mesh: AgentMesh, name: str, payload: object, kind: str, loc: list[str]
+) -> None:
+    """Validators that raise (fault 5), empty bodies (fault 6) and broken JSON are all `invalid_input`."""
+
+    @mesh.agent(AgentSpec(name=name))
+    async def handler(req: Odd) -> Odd:
+        return req
+
+    with pytest.raises(InvalidInput) as caught:
+        await mesh.call(name, payload)
+    error = caught.value
+    assert (f"Input failed validation for agent '{name}'", name) == (error.message, error.agent)
+    (found,) = error.details["errors"]
+    assert (kind, loc) == (found["type"], found["loc"])
+    assert "url" not in found
+    assert {"n": 3} == await mesh.call(name, {"n": 3})
+
+
+@pytest.mark.parametrize(
+    ("hint", "result", "body"),
+    [
+        (Out, {"length": "5"}, {"length": 5}),
+        (list[Out], [{"length": 5}, Out()], [{"length": 5}, {"length": 0}]),
+        (int, "5", 5),
+        (str, "text", "text"),
+        (float, math.nan, None),
+        (Any, {"a": [1, Out()]}, {"a": [1, {"length": 0}]}),
+        (None, {"any": "json"}, {"any": "json"}),
+        (None, Out(length=2), {"length": 2}),
+        (None, {"x": math.nan}, {"x": None}),
+        (Out, None, {}),
+    ],
+)
+def test_a_result_goes_out_as_its_declared_type(hint: Any, result: object, body: object) -> None:
+    """What comes close is made into the declared type; without one, any JSON value goes, never NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    assert body == json.loads(returning(hint).dump(result), parse_constant=refuse)
+
+
+def returning(hint: Any) -> Agent:
+    async def handler(req: In) -> Any:
+        return req
+
+    handler.__annotations__ = {"req": In, "return": hint}
+    return declared(handler)
+
+
+@pytest.mark.parametrize(
+    ("hint", "result"),
+    [(Out, {"length": "x"}), (Out, 5), (Out, In(text="x")), (int, "x"), (list[Out], [5]), (int | str, [])]
+    + [(Any, object()), (None, object()), (str, "\ud800"), (bytes, b"\xff")],
+)
+def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) -> None:
+    """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""
+    with pytest.raises(HandlerError, match="what it does not declare"):
+        returning(hint).dump(result)
+
+
+def synchronous(req: In) -> Out:
+    return Out(length=len(req.text))
+
+
+def synchronous_generator(req: In) -> Any:
+    yield req
+
+
+async def untyped(req) -> Out:  # type: ignore[no-untyped-def]  # noqa: ANN001 - what is tested
+    return Out(length=len(req))
+
+
+async def two(req: In, more: int) -> Out:
+    return Out(length=len(req.text) + more)
+
+
+async def keyword_only(*, req: In) -> Out:
+    return Out(length=len(req.text))
+
+
+async def variadic(*req: In) -> Out:
+    return Out(length=len(req))
+
+
+async def unknown_type(req: "Nowhere") -> Out:  # type: ignore[name-defined]  # noqa: F821 - what is tested
+    return Out(length=len(req))
+
+
+async def unknown_result(req: In) -> "Nowhere":  # type: ignore[name-defined]  # noqa: F821 - what is tested
+    return req
+
+
+async def strange_type(req: Team) -> Out:
+    return Out(length=len(repr(req)))
+
+
+async def no_schema(req: Callable[[int], int]) -> Out:
+    return Out(length=req(1))
+
+
+async def watcher() -> None:
+    return
+
+
+async def publisher() -> AsyncIterator[Out]:
+    yield Out()
+
+
+@pytest.mark.parametrize(
+    ("function", "remedy"),
+    [
+        (synchronous, "`async def`"),
+        (synchronous_generator, "`async def`"),
+        (untyped, "write `req: MyInput`"),
+        (two, "put what it needs into one pydantic model"),
+        (keyword_only, "must be an ordinary one, as in `req: MyInput`"),
+        (variadic, "must be an ordinary one, as in `req: MyInput`"),
+        (unknown_type, "'Nowhere' is not known; define or import it"),
+        (unknown_result, "'Nowhere' is not known; define or import it"),
+        (strange_type, "pydantic cannot use the type"),
+        (no_schema, "pydantic cannot use the type"),
+        (watcher, "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)"),
+        (publisher, "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_function_that_cannot_serve_is_refused_where_it_is_declared(function: Handler, remedy: str) -> None:
+    """The message names agent, function, file and line, and says what to do (fault 17)."""
+    with pytest.raises(InvalidAgent) as caught:
+        declared(function)
+    message = caught.value.message
+    place = f"{__file__}:{function.__code__.co_firstlineno}"
+    assert f"The handler '{function.__name__}' of agent 'a' ({place}) cannot serve" in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("name", ["x.events", "global", "a b", "", "a..b"])
+def test_a_name_no_agent_may_have_is_refused_where_it_is_declared(name: str) -> None:
+    """The message has the name and the function's file and line."""
+    with pytest.raises(InvalidAgent) as caught:
+        AgentMesh().agent(AgentSpec(name=name))(responder)
+    assert f"{name!r} ({__file__}:{responder.__code__.co_firstlineno}) cannot be used" in caught.value.message
+
+
+def test_an_agent_knows_where_its_function_stands() -> None:
+    """File and line of an agent are its function's own, through decorators and partials."""
+    expected = [f"{__file__}:{f.__code__.co_firstlineno}" for f in (responder, with_prefix, responder)]
+    found = (responder, partial(with_prefix, "p"), counted(responder))
+    assert expected == [declared(function).source for function in found]
