@@ -59,8 +59,9 @@ def _read(path: Path) -> Address:
 def write(folder: Path, url: str, creds: str | None = None) -> Path:
     """Leave a `.oam-url` in `folder`."""
     path = folder / FILE_NAME
-    lines = [f'url = "{url}"'] + ([f'creds = "{creds}"'] if creds else [])
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # A bare url where that is enough: peers read no more than that.
+    text = f'url = "{url}"\ncreds = "{creds}"\n' if creds else f"{url}\n"
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from openagentmesh.bus.buckets import ROOM_FOR_HEADERS, Buckets
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import (
     AgentContract,
     CatalogEntry,
+    catalog_array,
     read_catalog,
     write_catalog,
 )
@@ -71,13 +73,14 @@ class Registry:
         away = set(added) | set(removed)
 
         def changed(old: bytes | None) -> bytes | None:
-            before = read_catalog(old)
-            after = [entry for entry in before if entry.name not in away] + list(added.values())
+            before = catalog_array(old)
+            kept = [entry for entry in before if entry.get("name") not in away]
+            after = kept + [entry.model_dump() for entry in added.values()]
             return self._fitting(after) if after != before else None
 
         await self._buckets.change(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, changed)
 
-    def _fitting(self, entries: list[CatalogEntry]) -> bytes:
+    def _fitting(self, entries: list[dict[str, Any]]) -> bytes:
         """The key's value, without the newest entries where it would outgrow the server's limit.
 
         Those stay in the registry, which our readers read as well.

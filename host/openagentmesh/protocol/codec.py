@@ -4,6 +4,7 @@ Nothing else in the project reads or writes a header.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from pydantic import BaseModel, TypeAdapter
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, MeshError
@@ -45,7 +46,10 @@ def write_headers(headers: Mapping[str, str]) -> bytes:
     # One comparison for the usual case: every line break must be one we put there.
     if block.count("\n") != len(headers) + 2 or block.count("\r") != len(headers) + 2:
         raise InvalidInput("A header has a line break in its name or value. Take it out.")
-    return block.encode()
+    try:
+        return block.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInput(f"A header cannot be sent as UTF-8: {exc}.") from exc
 
 
 def read_headers(head: bytes) -> dict[str, str]:
@@ -138,7 +142,9 @@ def request_headers(  # noqa: PLR0913 - one parameter a header
 ) -> bytes:
     """The header block of a request; `timeout` in seconds, `extra` are the user's own."""
     headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
-    if timeout is not None:
+    if timeout is not None and timeout != math.inf:
+        if not timeout > -math.inf:
+            raise InvalidInput(f"A timeout is a number of seconds, or None for ever; this is {timeout!r}.")
         headers[subjects.TIMEOUT_MS] = str(max(1, int(timeout * 1000)))
     if streaming:
         headers[subjects.STREAM] = "true"
@@ -180,11 +186,12 @@ def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> 
 def error_body(error: MeshError) -> bytes:
     """An error as its envelope; always JSON, whatever the details are."""
     envelope = error.to_dict()
+    # What a handler puts into its error may refuse everything, even to be printed.
     try:
-        body = to_json(envelope, inf_nan_mode="null", serialize_unknown=True)
-    except (PydanticSerializationError, ValueError, RecursionError):
-        body = to_json(envelope | {"details": {"repr": repr(error.details)[:_MAX_DETAIL]}})
-    return body
+        return to_json(envelope, inf_nan_mode="null", serialize_unknown=True)
+    except Exception:  # noqa: BLE001 - answered with what is left of it
+        texts = {key: str(value) for key, value in envelope.items() if key != "details"}
+        return json.dumps(texts | {"details": {"unprintable": True}}).encode()
 
 
 def short_error_body(error: MeshError) -> bytes:
@@ -203,7 +210,7 @@ def short_error_body(error: MeshError) -> bytes:
 def read_error(body: bytes) -> MeshError:
     """An error envelope as the error it stands for; a broken one is a plain MeshError."""
     try:
-        envelope = json.loads(body)
+        envelope = from_json(body)
     except ValueError:
         envelope = None
     if not isinstance(envelope, dict):

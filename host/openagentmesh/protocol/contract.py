@@ -3,8 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json, to_json
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvocationMismatch, MeshError
@@ -165,7 +165,7 @@ class AgentContract(BaseModel):
 
     def to_registry_json(self) -> str:
         """The published document as JSON."""
-        return _DOCUMENT.dump_json(self.document()).decode()
+        return to_json(self.document()).decode()
 
     def to_catalog_entry(self) -> CatalogEntry:
         """The contract's line in the catalog."""
@@ -190,37 +190,29 @@ class AgentContract(BaseModel):
             raise InvocationMismatch(f"Agent '{self.name}' {suffix}", agent=self.name)
 
 
-_DOCUMENT: Final = TypeAdapter(dict[str, Any])
-_ENTRIES: Final = TypeAdapter(list[CatalogEntry])
-
-
 def read_catalog(document: bytes | None) -> list[CatalogEntry]:
     """The entries of the catalog's key; what is no entry is left out, never an error.
 
     A peer may have written anything there, and one bad entry must not hide the others.
     """
-    if not document:
-        return []
+    return [entry for entry in map(_entry, catalog_array(document)) if entry is not None]
+
+
+def catalog_array(document: bytes | None) -> list[dict[str, Any]]:
+    """The catalog's key as it is, with the keys that peers added to their entries."""
     try:
-        return _ENTRIES.validate_json(document)
-    except ValidationError:
-        return [entry for entry in map(_entry, _array(document)) if entry is not None]
-
-
-def write_catalog(entries: list[CatalogEntry]) -> bytes:
-    """The catalog's key for these entries."""
-    return _ENTRIES.dump_json(entries)
-
-
-def _array(document: bytes) -> list[object]:
-    try:
-        found = from_json(document)
+        found = from_json(document or b"[]")
     except ValueError:
         return []
-    return found if isinstance(found, list) else []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
-def _entry(found: object) -> CatalogEntry | None:
+def write_catalog(entries: list[dict[str, Any]]) -> bytes:
+    """The catalog's key for these entries."""
+    return to_json(entries)
+
+
+def _entry(found: dict[str, Any]) -> CatalogEntry | None:
     try:
         return CatalogEntry.model_validate(found)
     except ValidationError:

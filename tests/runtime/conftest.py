@@ -1,0 +1,89 @@
+"""Folders of modules on disk, loaded without a server, or served by a host."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openagentmesh.bus.connection import Target
+from openagentmesh.mesh.node import Node
+from openagentmesh.runtime.config import Config, HostSection, MeshSection
+from openagentmesh.runtime.loader import Loader, Module
+from openagentmesh.runtime.origins import find_origins
+
+HOST_URL = "nats://127.0.0.1:1"
+MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
+
+Load = Callable[..., dict[str, Module]]
+Configure = Callable[..., Config]
+
+
+def agent(name: str, result: str = "'ok'") -> str:
+    """The source of an agent that returns `result`; `mesh` and `AgentSpec` are there already."""
+    return f"""
+@mesh.agent(AgentSpec(name={name!r}))
+async def agent_{name.replace(".", "_")}(req: dict) -> object:
+    return {result}
+"""
+
+
+def write(folder: Path, files: Mapping[str, str]) -> None:
+    """Put the files below the folder."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+async def ask(module: Module, number: int = 0) -> Any:
+    """What a module's agent returns."""
+    return await module.agents[number].handler.function({})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_modules() -> Iterator[None]:
+    """What one test imported, the next one does not find."""
+    before, finders = set(sys.modules), list(sys.meta_path)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("oam_"):
+            del sys.modules[name]
+    sys.meta_path[:] = finders
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Load]:
+    """Write files below `agents/` and load what is there, or what a config says.
+
+    Gives the modules by their shown names, those below `agents/` without that.
+    """
+    loaders = []
+
+    def load_(
+        what: Mapping[str, str] | Config, *, settings: Mapping[str, dict[str, Any]] | None = None
+    ) -> dict[str, Module]:
+        if not isinstance(what, Config):
+            write(tmp_path / "agents", what)
+            what = Config(folder=tmp_path.resolve(), host=HostSection(agents=["agents"], entry_points=False))
+        loaders.append(Loader(Node(Target(HOST_URL), "0" * 32), settings or {}))
+        return {
+            origin.shown.removeprefix("agents/"): loaders[-1].load(origin) for origin in find_origins(what)
+        }
+
+    yield load_
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.fixture
+def configure(tmp_path: Path, url: str) -> Configure:
+    """Write files below `agents/` and make the config of a host that serves them."""
+
+    def configure_(files: Mapping[str, str], *, folder: Path = tmp_path, **more: Any) -> Config:
+        write(folder / "agents", files)
+        host = {"agents": ["agents"], "entry_points": False, "drain_timeout": 1.0, **more.pop("host", {})}
+        return Config(folder=folder, mesh=MeshSection(url=url), host=HostSection(**host), **more)
+
+    return configure_

@@ -1,0 +1,187 @@
+"""Where modules come from, in which order, and what is no module."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from openagentmesh.runtime.config import Config, ConfigError, HostSection
+from openagentmesh.runtime.loader import Module
+from openagentmesh.runtime.origins import Origin, find_origins
+from tests.runtime.conftest import MESH, Configure, Load, agent, ask, write
+
+
+def found(
+    folder: Path, places: list[str] | None = None, entry_points: bool | list[str] = False  # noqa: FBT001, FBT002 - mesh.toml's own
+) -> list[Origin]:  # fmt: skip
+    return find_origins(Config(folder=folder, host=HostSection(agents=places, entry_points=entry_points)))
+
+
+def shown(origins: list[Origin]) -> list[str]:
+    return [origin.shown for origin in origins]
+
+
+def distribution(folder: Path, name: str, entry_points: dict[str, str]) -> None:
+    """An installed package `name` with agent entry points, once `folder` is on sys.path."""
+    points = "".join(f"{key} = {value}\n" for key, value in entry_points.items())
+    write(
+        folder / f"{name}-1.0.dist-info",
+        {
+            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+            "entry_points.txt": f"[openagentmesh.agents]\n{points}[other.group]\nunrelated = nowhere\n",
+        },
+    )
+
+
+FILES = {
+    "b.py": "",
+    "a.py": "",
+    "my-agent.py": "",
+    "_common.py": "",
+    ".hidden.py": "",
+    "notes.txt": "",
+    "data.json": "{}",
+    "sub/c.py": "",
+    "sub/deeper/d.py": "",
+    "package/__init__.py": "",
+    "package/part.py": "",
+    "_skipped/x.py": "",
+    ".git/x.py": "",
+    "__pycache__/a.py": "",
+}
+ALL = ["a.py", "b.py", "my-agent.py", "package", "sub/c.py", "sub/deeper/d.py"]
+
+
+def test_a_folder_gives_its_files_and_packages_at_any_depth(tmp_path: Path) -> None:
+    """In order of their names; what begins with `_` or `.` and what is no Python is no agent module."""
+    write(tmp_path / "agents", FILES)
+    origins = found(tmp_path, ["agents"])
+    assert [f"agents/{name}" for name in ALL] == shown(origins)
+    assert [tmp_path.resolve() / "agents" / name for name in ALL] == [origin.path for origin in origins]
+    assert ["a", "b", "my-agent", "package", "c", "d"] == [origin.key for origin in origins]
+
+
+def test_a_file_or_a_package_stands_for_itself(tmp_path: Path) -> None:
+    """A place may be one file, also one that a folder would skip, or one package, in the order given."""
+    write(tmp_path / "agents", FILES)
+    places = ["agents/sub/c.py", "agents/package", "agents/_common.py", str(tmp_path / "agents/a.py")]
+    expected = ["agents/sub/c.py", "agents/package", "agents/_common.py", "agents/a.py"]
+    assert expected == shown(found(tmp_path.resolve(), places))
+
+
+def test_a_place_outside_is_shown_whole(tmp_path: Path) -> None:
+    """A file beside mesh.toml's folder is called by its absolute path."""
+    write(tmp_path, {"mesh/mesh.toml": "", "elsewhere/a.py": ""})
+    assert [str(tmp_path.resolve() / "elsewhere/a.py")] == shown(found(tmp_path / "mesh", ["../elsewhere"]))
+
+
+def test_places_start_at_mesh_tomls_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder does not matter."""
+    write(tmp_path / "agents", {"a.py": ""})
+    monkeypatch.chdir("/")
+    assert ["agents/a.py"] == shown(found(tmp_path.resolve(), ["agents"]))
+
+
+def test_without_places_the_folder_agents_is_taken_when_it_is_there(tmp_path: Path) -> None:
+    """No `[host] agents` means `agents/`; no such folder then is no error, and an empty list is none."""
+    assert [] == found(tmp_path)
+    write(tmp_path / "agents", {"a.py": ""})
+    assert ["agents/a.py"] == shown(found(tmp_path.resolve()))
+    assert [] == found(tmp_path, [])
+
+
+def test_a_dotted_name_is_a_module_on_the_path(tmp_path: Path) -> None:
+    """What is no file and looks like a module's name is imported; its last part names its settings."""
+    assert [Origin("my_company.agents.billing", "billing", module="my_company.agents.billing")] == found(
+        tmp_path, ["my_company.agents.billing"]
+    )
+
+
+@pytest.mark.parametrize("place", ["nowhere/agents", "missing.py", "agents", "no-such", "../x", "", "a..b"])
+def test_a_place_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> None:
+    """The message names the key, the place, where it was looked for, and what may stand there."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        find_origins(Config(folder=folder, host=HostSection(agents=[place], entry_points=False)))
+    message = caught.value.message
+    assert f"host.agents: '{place}'" in message
+    assert str(folder / place) in message
+    assert "Give a folder, a file, or a dotted module name" in message
+
+
+def test_entry_points_of_installed_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All with `true`, in order of their names; chosen ones in the order of the list; none with `false`."""
+    distribution(tmp_path, "fake_agents", {"two": "fake_agents.two", "one": "fake_agents.one:mesh"})
+    monkeypatch.syspath_prepend(tmp_path)
+    one = Origin("fake_agents (entry point one)", "one", module="fake_agents.one", attribute="mesh")
+    two = Origin("fake_agents (entry point two)", "two", module="fake_agents.two")
+    assert [one, two] == found(tmp_path, [], entry_points=True)
+    assert [two, one] == found(tmp_path, [], entry_points=["two", "one"])
+    assert [] == found(tmp_path, [], entry_points=False)
+
+
+def test_an_entry_point_that_is_not_installed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names it, the group, and those that are installed."""
+    distribution(tmp_path, "fake_agents", {"one": "fake_agents.one"})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'two' \(group 'openagentmesh.agents'; installed: one\)"):
+        found(tmp_path, [], entry_points=["two"])
+
+
+async def test_dotted_modules_and_entry_points_are_loaded(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, load: Load, configure: Configure
+) -> None:
+    """Both declare agents like files do, and an entry point's own settings reach it."""
+    package = f"pkg_{name}"
+    source = f"from pydantic import BaseModel\n{MESH}"
+    source += "class S(BaseModel):\n    greeting: str = 'default'\nsettings = mesh.settings(S)\n"
+    write(
+        tmp_path / "site",
+        {
+            f"{package}/__init__.py": "",
+            f"{package}/dotted.py": source + agent("dotted", "settings.greeting"),
+            f"{package}/point.py": source + agent("point", "settings.greeting"),
+        },
+    )
+    distribution(tmp_path / "site", package, {"greeter": f"{package}.point:mesh"})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    config = configure({}, host={"agents": [f"{package}.dotted"], "entry_points": ["greeter"]})
+    modules = load_all(load, config, {"dotted": {"greeting": "hello"}, "greeter": {"greeting": "hi"}})
+    assert [("serving", ["dotted"]), ("serving", ["point"])] == [
+        (module.state, [agent.name for agent in module.agents]) for module in modules
+    ]
+    assert ["hello", "hi"] == [await ask(module) for module in modules]
+
+
+def load_all(load: Load, config: Config, settings: dict[str, dict[str, str]]) -> list[Module]:
+    """The modules of a config, by the loader that the fixture closes."""
+    return list(load(config, settings=settings).values())
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [("{}.missing", "ModuleNotFoundError"), ("{}:nothing", "AttributeError"), ("{}.broken", "ZeroDivisionError")],
+)
+async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913 - fixtures
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    load: Load,
+    configure: Configure,
+    target: str,
+    error: str,
+) -> None:
+    """A module that is not there, an attribute it lacks, an import that fails: told, never raised."""
+    package = f"pkg_{name}"
+    write(tmp_path / "site" / package, {"__init__.py": "", "broken.py": "1/0"})
+    distribution(tmp_path / "site", package, {"greeter": target.format(package)})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (module,) = load_all(load, configure({}, host={"agents": [], "entry_points": ["greeter"]}), {})
+    assert ("failed", f"{package} (entry point greeter)", []) == (
+        module.state, module.origin.shown, module.agents,
+    )  # fmt: skip
+    assert module.error.startswith(error)
+    sys.modules.pop(f"{package}.broken", None)
