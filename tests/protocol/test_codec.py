@@ -299,8 +299,20 @@ def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [object, Unspeakable, circle, well, lambda: "\udcff", lambda: math.nan, lambda: b"\xff", lambda: {1: {2}}]
-    + [lambda: {None: 1}, lambda: {(1, 2): 3}, lambda: ValueError("v"), lambda: [Unspeakable(), "\udcff"]],
+    [
+        object,
+        Unspeakable,
+        circle,
+        well,
+        lambda: "\udcff",
+        lambda: math.nan,
+        lambda: b"\xff",
+        lambda: {1: {2}},
+        lambda: {None: 1},
+        lambda: {(1, 2): 3},
+        lambda: ValueError("v"),
+        lambda: [Unspeakable(), "\udcff"],
+    ],
 )
 def test_an_error_body_is_json_whatever_its_details_are(make: Callable[[], object]) -> None:
     """No detail keeps an error from being sent: fault 5 left the caller waiting."""
@@ -310,8 +322,10 @@ def test_an_error_body_is_json_whatever_its_details_are(make: Callable[[], objec
 
 def test_an_error_body_is_json_whatever_its_message_is() -> None:
     """A file name that is no UTF-8, in an exception's text, still reaches the caller as an error."""
-    envelope = strict_json(codec.error_body(MeshError("[Errno 2] No such file: '\udcff.txt'")))
-    assert "No such file" in envelope["message"]
+    body = codec.error_body(NotFound("No such file: '\udcff.txt'", agent="a", request_id="r"))
+    read = codec.read_error(body)
+    assert (NotFound, "not_found", "a", "r") == (type(read), read.code, read.agent, read.request_id)
+    assert all("No such file" in message for message in (read.message, strict_json(body)["message"]))
 
 
 def test_a_short_error_fits_and_keeps_what_matters() -> None:

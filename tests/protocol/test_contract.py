@@ -1,6 +1,7 @@
 """The contract document, the catalog's lines, and which verb an agent takes."""
 
 import json
+import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -175,8 +176,13 @@ def test_a_wrong_verb_is_refused_in_the_protocols_words(verb: Verb, shape: str, 
 
 @pytest.mark.parametrize(
     ("verb", "shape"),
-    [("call", "responder"), ("stream", "streamer"), ("send", "responder"), ("send", "streamer")]
-    + [("subscribe", "publisher")],
+    [
+        ("call", "responder"),
+        ("stream", "streamer"),
+        ("send", "responder"),
+        ("send", "streamer"),
+        ("subscribe", "publisher"),
+    ],
 )
 def test_the_right_verb_passes(verb: Verb, shape: str) -> None:
     """Each shape has its verbs, and they raise nothing."""
@@ -190,8 +196,15 @@ def test_a_catalog_entry_has_exactly_the_protocols_keys() -> None:
         "name": "nlp.a", "description": "Does a.", "version": "2.0.0", "tags": ["x", "y"],
         "invocable": True, "streaming": True,
     }  # fmt: skip
-    entries = write_catalog([contract(streaming=True).to_catalog_entry()])
+    entries = write_catalog([contract(streaming=True).to_catalog_entry().model_dump()])
     assert [expected] == json.loads(entries)
+
+
+def test_a_document_is_json_that_everybody_reads() -> None:
+    """A default of NaN in a schema is not published as `NaN`, which is no JSON."""
+    document = contract(takes=IN | {"default": math.nan}).to_registry_json()
+    assert "NaN" not in document
+    assert document == json.dumps(json.loads(document), separators=(",", ":"))
 
 
 def test_an_empty_catalog_is_an_array() -> None:

@@ -21,7 +21,7 @@ def test_a_name_of_plain_segments_is_accepted(name: str) -> None:
     ["", ".", ".a", "a.", "a..b", "a b", "a\n", "a*", ">", "a.>", "a/b", "naïve", "\u0661", "a$", "a\x00"],
 )
 def test_a_name_that_breaks_a_subject_is_refused(name: str) -> None:
-    """What is empty, a wildcard, white space or not ASCII names no agent, and the reason shows one that does."""
+    """What is empty, a wildcard, white space or not ASCII is refused, and the reason shows a name."""
     assert "nlp.summarizer" in str(subjects.invalid_name(name))
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from openagentmesh.bus.connection import Target
 from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.config import Config, HostSection, MeshSection

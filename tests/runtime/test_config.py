@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
-
 from openagentmesh.runtime.config import Config, ConfigError, load_config
 from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
+from pydantic import ValidationError
 
 Read = Callable[..., Config]
 
@@ -78,7 +77,10 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "drain_timeout": 0,
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
-    assert (Limits(8, 0, 60), Limits(64, 0, 60)) == (config.limits_of("nlp.summarizer"), config.limits_of("x"))
+    assert (Limits(8, 0, 60), Limits(64, 0, 60)) == (
+        config.limits_of("nlp.summarizer"),
+        config.limits_of("x"),
+    )
     assert [False, True, True] == [config.enabled(name) for name in ("off", "nlp.summarizer", "x")]
 
 

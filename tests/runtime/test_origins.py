@@ -4,16 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from openagentmesh.runtime.config import Config, ConfigError, HostSection
 from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.origins import Origin, find_origins
+
 from tests.runtime.conftest import MESH, Configure, Load, agent, ask, write
 
 
 def found(
-    folder: Path, places: list[str] | None = None, entry_points: bool | list[str] = False  # noqa: FBT001, FBT002 - mesh.toml's own
-) -> list[Origin]:  # fmt: skip
+    folder: Path, places: list[str] | None = None, *, entry_points: bool | list[str] = False
+) -> list[Origin]:
     return find_origins(Config(folder=folder, host=HostSection(agents=places, entry_points=entry_points)))
 
 
@@ -97,7 +97,7 @@ def test_a_dotted_name_is_a_module_on_the_path(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("place", ["nowhere/agents", "missing.py", "agents", "no-such", "../x", "", "a..b"])
+@pytest.mark.parametrize("place", ["nowhere/agents", "missing.py", "agents", "no-such", "../x", "a..b"])
 def test_a_place_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> None:
     """The message names the key, the place, where it was looked for, and what may stand there."""
     folder = tmp_path / "empty"
@@ -110,15 +110,21 @@ def test_a_place_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> No
     assert "Give a folder, a file, or a dotted module name" in message
 
 
-def test_entry_points_of_installed_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_points_of_installed_packages_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All with `true`, in order of their names; chosen ones in the order of the list; none with `false`."""
     distribution(tmp_path, "fake_agents", {"two": "fake_agents.two", "one": "fake_agents.one:mesh"})
     monkeypatch.syspath_prepend(tmp_path)
-    one = Origin("fake_agents (entry point one)", "one", module="fake_agents.one", attribute="mesh")
-    two = Origin("fake_agents (entry point two)", "two", module="fake_agents.two")
-    assert [one, two] == found(tmp_path, [], entry_points=True)
-    assert [two, one] == found(tmp_path, [], entry_points=["two", "one"])
-    assert [] == found(tmp_path, [], entry_points=False)
+    one = ("fake_agents (entry point one)", "one", "fake_agents.one")
+    two = ("fake_agents (entry point two)", "two", "fake_agents.two")
+
+    def points(*, wanted: bool | list[str]) -> list[tuple[str, str, str]]:
+        return [(o.shown, o.key, o.module) for o in found(tmp_path, [], entry_points=wanted)]
+
+    assert [[one, two], [two, one], []] == [
+        points(wanted=True), points(wanted=["two", "one"]), points(wanted=False),
+    ]  # fmt: skip
 
 
 def test_an_entry_point_that_is_not_installed_is_an_error(
@@ -163,9 +169,13 @@ def load_all(load: Load, config: Config, settings: dict[str, dict[str, str]]) ->
 
 @pytest.mark.parametrize(
     ("target", "error"),
-    [("{}.missing", "ModuleNotFoundError"), ("{}:nothing", "AttributeError"), ("{}.broken", "ZeroDivisionError")],
+    [
+        ("{}.missing", "ModuleNotFoundError"),
+        ("{}:nothing", "AttributeError"),
+        ("{}.broken", "ZeroDivisionError"),
+    ],
 )
-async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913 - fixtures
+async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913, PLR0917 - fixtures
     tmp_path: Path,
     name: str,
     monkeypatch: pytest.MonkeyPatch,

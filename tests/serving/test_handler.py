@@ -7,11 +7,10 @@ from functools import partial, wraps
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field, field_validator
-from pydantic_core import PydanticCustomError
-
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput
 from openagentmesh.serving.agent import Agent
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class In(BaseModel):
@@ -272,8 +271,20 @@ def returning(hint: Any) -> Agent:
 
 @pytest.mark.parametrize(
     ("hint", "result"),
-    [(Out, {"length": "x"}), (Out, 5), (Out, In(text="x")), (int, "x"), (list[Out], [5]), (int | str, [])]
-    + [(Any, object()), (None, object()), (str, "\ud800"), (bytes, b"\xff")],
+    [
+        (Out, {"length": "x"}),
+        (Out, 5),
+        (Out, In(text="x")),
+        (In, Out()),
+        (list[In], [Out()]),
+        (int, "x"),
+        (list[Out], [5]),
+        (int | str, []),
+        (Any, object()),
+        (None, object()),
+        (str, "\ud800"),
+        (bytes, b"\xff"),
+    ],
 )
 def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) -> None:
     """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""

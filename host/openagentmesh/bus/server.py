@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
@@ -65,6 +66,34 @@ def find_binary() -> str:
     return found
 
 
+def lock_store(folder: Path) -> IO[str]:
+    """Make a server's store and lock it; two servers on one store would spoil it.
+
+    The lock is held as long as any process has the returned file open, so give it to the
+    server (`pass_fds`).
+
+    Raises:
+        ConnectionFailed: the folder cannot be made, or another server uses it.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as exc:
+        raise ConnectionFailed(
+            f"The server's store '{folder}' cannot be made: {exc}. Set [server] store."
+        ) from exc
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        lock.close()
+        raise ConnectionFailed(
+            f"Another server uses the store '{folder}', perhaps that of another `oam up` here. "
+            "See it with `oam status`, or set [server] store to another folder."
+        ) from exc
+    return lock
+
+
 class EmbeddedServer:
     """A nats-server with JetStream on 127.0.0.1 that lives as long as this object is open.
 
@@ -97,6 +126,7 @@ class EmbeddedServer:
         self._on_event = on_event
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._lock: IO[str] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._said: deque[str] = deque(maxlen=20)
 
@@ -112,13 +142,25 @@ class EmbeddedServer:
             ConnectionFailed: no binary, the port is in use, or the store cannot be used.
 
         """
-        await self._launch()
+        if self.store:
+            self._lock = lock_store(Path(self.store))
+        try:
+            await self._launch()
+        except BaseException:
+            self._unlock()
+            raise
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Stop it and wait until it is gone."""
         await end(self._watching)
         await self._end()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -138,7 +180,7 @@ class EmbeddedServer:
     async def _launch(self) -> None:
         scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
         command = [find_binary(), "-a", HOST, "-p", str(self.port or -1)]
-        command += [*(["-js"] if self.jetstream else []), "-sd", self._store(scratch), *self.extra_arguments]
+        command += [*(["-js"] if self.jetstream else []), "-sd", scratch or self.store, *self.extra_arguments]
         if self.websocket:
             command += ["-c", self._websocket_config(scratch or self.store)]
         self._ready = asyncio.get_running_loop().create_future()
@@ -147,6 +189,7 @@ class EmbeddedServer:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            pass_fds=[self._lock.fileno()] if self._lock else [],
             start_new_session=True,  # our terminal's Ctrl-C must not end it before us
         )  # fmt: skip
         self.starts += 1
@@ -159,17 +202,6 @@ class EmbeddedServer:
         if not self._ready.done():
             await self._end()
             raise ConnectionFailed(self._why_not())
-
-    def _store(self, scratch: str) -> str:
-        if scratch:
-            return scratch
-        try:
-            Path(self.store).mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise ConnectionFailed(
-                f"The server's store '{self.store}' cannot be made: {exc}. Set [server] store."
-            ) from exc
-        return self.store
 
     def _websocket_config(self, folder: str) -> str:
         path = Path(folder) / "websocket.conf"

@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from openagentmesh.bus import address
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.server import HOST, EmbeddedServer, find_binary
+from openagentmesh.bus.server import HOST, EmbeddedServer, find_binary, lock_store
 from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.codec import read_headers
@@ -51,7 +51,7 @@ async def _foreground(port: int) -> None:
 
 async def _background(port: int) -> None:
     url = f"nats://{HOST}:{port}"
-    _STORE.mkdir(parents=True, exist_ok=True)
+    lock = lock_store(_STORE)
     _LOG_FILE.write_text("")
     process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
         [
@@ -72,7 +72,9 @@ async def _background(port: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        pass_fds=[lock.fileno()],
     )
+    lock.close()
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(ConnectionFailed),
         wait=wait_fixed(0.05),

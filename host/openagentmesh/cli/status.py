@@ -70,6 +70,8 @@ def _lines(host: dict[str, Any]) -> list[str]:
             f"  {agent['name']:<{width}}  {agent['version']}  {agent['requests']} requests"
             f"  {agent['errors']} errors  {agent['in_flight']} running"
         )
+    if host["agent_count"] > len(host["agents"]):
+        lines.append(f"  and {host['agent_count'] - len(host['agents'])} more agents")
     server = host.get("embedded_server") or {"history": []}
     story = sorted(connection["history"] + server["history"], key=lambda event: str(event["at"]))
     lines += [f"  {_clock(event['at'])}  {event['what']}" for event in story[-_RECENT:]]

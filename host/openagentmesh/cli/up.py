@@ -1,6 +1,5 @@
 """`oam up`: the host, until Ctrl-C."""
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +8,8 @@ import typer
 
 from openagentmesh.cli.logs import LogFormat, set_up_logging
 from openagentmesh.cli.output import as_json, example_input, fail, note
-from openagentmesh.mesh.running import run, stop_event
-from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.mesh.running import run, until_stopped
+from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import Config, load_config
 from openagentmesh.runtime.host import Host
 
@@ -62,12 +61,7 @@ async def _serve(config: Config, *, pretty: bool) -> None:
             note(_banner(host))
         else:
             log.info("serving %d agents on %s", len(host.agents), host.node.bus.target.shown)
-        stop = stop_event(lambda: _say_stopping(host))
-        waits = [asyncio.create_task(stop.wait()), asyncio.create_task(host.node.bus.closed.wait())]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set():
-            raise ConnectionFailed(f"The connection to {host.node.bus.target.shown} closed for good.")
-        waits[1].cancel()
+        await until_stopped(host.node.bus.closed, lambda: _say_stopping(host))
     log.info("stopped")
 
 

@@ -1,6 +1,7 @@
 """A caller's side: call and stream (protocol §7)."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from openagentmesh.protocol.contract import AgentContract, Verb
 from openagentmesh.protocol.errors import (
     AgentDied,
     InvalidInput,
+    InvocationMismatch,
     MeshError,
     MeshTimeout,
     NotAvailable,
@@ -24,6 +26,8 @@ from openagentmesh.protocol.errors import (
 )
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.serving.streams import WINDOW, ChunkReader
+
+log = logging.getLogger(__name__)
 
 # An agent that has just begun to listen may still be about to publish its contract.
 _SECOND_LOOK: Final = 0.25
@@ -139,8 +143,9 @@ class Caller:
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
         finally:
-            await reader.abandon()
-            await self._bus.quit(sid)
+            if not self._bus.closed.is_set():
+                await reader.abandon()
+                await self._bus.quit(sid)
 
     def _check(self, name: str, verb: Verb) -> None:
         own = self._own(name)
@@ -196,8 +201,12 @@ class Caller:
                 waiting.fail(NotFound(f"Agent '{waiting.name}' is not in the catalog", agent=waiting.name))
                 return
             contract.check_verb(verb)
-        except MeshError as exc:
+        except InvocationMismatch as exc:
             waiting.fail(exc)
+            return
+        except MeshError as exc:
+            # The request itself may well be answered.
+            log.debug("looking up '%s': %s", waiting.name, exc)
             return
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()

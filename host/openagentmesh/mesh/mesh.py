@@ -13,7 +13,7 @@ from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.running import run, stop_event
+from openagentmesh.mesh.running import run, until_stopped
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import ConnectionFailed, InvalidAgent
@@ -235,6 +235,8 @@ class AgentMesh:
         In a module that a host loads this does nothing: the host serves it.
         """
         if current_loading() is None:
+            # This is a program's main; where it set up no logging, events go to stderr.
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
             run(self._serve())
 
     async def __aenter__(self) -> Self:
@@ -273,10 +275,10 @@ class AgentMesh:
         return self._node
 
     async def _serve(self) -> None:
-        stop = stop_event()
         async with self:
-            log.info("serving %d agents on %s", len(self._agents), self.url)
-            await stop.wait()
+            node = await self._ready()
+            log.info("serving %d agents on %s", len(node.router), node.bus.target.shown)
+            await until_stopped(node.bus.closed)
 
 
 @asynccontextmanager

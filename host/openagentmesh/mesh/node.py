@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from pydantic_core import to_json
@@ -19,11 +20,14 @@ from openagentmesh.mesh.presence import Presence
 from openagentmesh.mesh.registry import Registry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
+from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.agent import DEFAULT_LIMITS, Agent, Limits
 from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
 
+# More agents than this do not fit into an answer to `oam status`.
+_MOST_DESCRIBED = 1000
 # Registered agents that somebody else's clean-up removed come back after this much quiet.
 _REPAIR_WAIT = 0.5
 
@@ -90,7 +94,7 @@ class Node:
             if serves and not len(self.router):
                 await self._announce([])  # a host without agents is there all the same
         except BaseException:
-            await self.bus.close()
+            await self._close()
             raise
 
     def bind(self, agent: Agent) -> None:
@@ -129,17 +133,24 @@ class Node:
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
         self._started = False
+        served = self._watching_over is not None
         await end(self._binding, self._repairing, self._watching_over)
-        await self.directory.close()
         try:
-            if self.bus.connected:
+            if self.bus.connected and served:
                 await self.router.drain(drain_timeout)
                 lonely = await self.presence.withdraw()
                 await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
                 await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
                 await self.bus.flush()
+        except MeshError as exc:
+            log.warning("not deregistered, others will clear up: %s", exc)
         finally:
-            await self.bus.close()
+            await self._close()
+
+    async def _close(self) -> None:
+        await end(self._binding, self._repairing, self._watching_over)
+        await self.directory.close()
+        await self.bus.close()
 
     def own(self, name: str) -> AgentContract | None:
         """The contract of an agent served here."""
@@ -151,6 +162,7 @@ class Node:
         return {
             "instance_id": self.instance_id,
             "started_at": self.started_at,
+            "agent_count": len(self.router),
             "agents": [
                 {
                     "name": route.agent.name,
@@ -166,7 +178,7 @@ class Node:
                         "timeout": route.agent.limits.timeout,
                     },
                 }
-                for route in self.router
+                for route in islice(self.router, _MOST_DESCRIBED)
             ],
             "connection": {
                 "url": self.bus.target.shown,
@@ -205,4 +217,7 @@ class Node:
         task.add_done_callback(self._background.discard)
 
     async def _answer_host_request(self, reply: str, body: bytes) -> None:
-        await self.bus.publish(reply, body)
+        try:
+            await self.bus.publish(reply, body)
+        except MeshError as exc:
+            log.warning("a question about this host could not be answered: %s", exc)

@@ -87,14 +87,16 @@ class Presence:
         At first all records are looked at, then each instance looks after the next one in
         the order of their ids. `clear` is given the agents that nobody serves any more.
         """
-        suspects = await self._silent(await instances(self._buckets))
+        suspects: set[str] = set()
+        newcomer = True
         while True:
             await asyncio.sleep(HEARTBEAT * random.uniform(0.8, 1.2))  # noqa: S311 - no secret depends on it
             if not self._bus.connected:
                 continue
             try:
                 records = await instances(self._buckets)
-                watched = suspects | self._neighbour(records)
+                watched = set(records) if newcomer else suspects | self._neighbour(records)
+                newcomer = False
                 # Twice in a row: a peer that lost its connection for a moment comes back.
                 silent = await self._silent({key: records[key] for key in watched if key in records})
                 for instance_id in silent & suspects:

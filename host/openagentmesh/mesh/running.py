@@ -8,6 +8,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, TypeVar
 
+from openagentmesh.bus.tasks import end
+from openagentmesh.protocol.errors import ConnectionFailed
+
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -25,6 +28,21 @@ def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = import_module("uvloop").new_event_loop
     return factory
+
+
+async def until_stopped(closed: asyncio.Event, on_first: Callable[[], None] = lambda: None) -> None:
+    """Wait for a signal; `on_first` is told of the first one.
+
+    Raises:
+        ConnectionFailed: the connection closed for good before.
+
+    """
+    stop = stop_event(on_first)
+    waits = [asyncio.create_task(event.wait()) for event in (stop, closed)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await end(*waits)
+    if not stop.is_set():
+        raise ConnectionFailed("The connection closed for good.")
 
 
 def stop_event(on_first: Callable[[], None] = lambda: None) -> asyncio.Event:

@@ -7,7 +7,7 @@ from collections import deque
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from openagentmesh.bus import address
 from openagentmesh.bus.connection import Target
@@ -21,6 +21,10 @@ from openagentmesh.runtime.origins import find_origins
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
+
+# What `oam status` is told has to fit into one message; failed modules come first.
+_MOST_MODULES: Final = 200
+_MOST_TRACEBACK: Final = 2000
 
 
 class StartFailed(MeshError):
@@ -155,12 +159,12 @@ class Host:
                 {
                     "origin": module.origin.shown,
                     "state": module.state,
-                    "agents": [agent.name for agent in module.agents],
+                    "agents": len(module.agents),
                     "error": module.error,
                     "line": module.line,
-                    "traceback": module.traceback,
+                    "traceback": module.traceback[-_MOST_TRACEBACK:],
                 }
-                for module in self.modules
+                for module in sorted(self.modules, key=lambda module: module.state)[:_MOST_MODULES]
             ],
             "embedded_server": None
             if server is None

@@ -144,9 +144,9 @@ def inspect_handler(function: Callable[..., Any], agent: str, types: Types) -> H
     if not streaming and not inspect.iscoroutinefunction(_plain(function)):
         raise _invalid(agent, function, "it must be an `async def`")
     parameter, hints = _parameter(function, agent), _hints(function, agent)
-    returns = hints.get("return")
+    returns = hints.get("return", type(None))
     if parameter is None:
-        if streaming or returns in {None, type(None)}:
+        if streaming or returns is type(None):
             raise _invalid(
                 agent,
                 function,
@@ -165,12 +165,11 @@ def inspect_handler(function: Callable[..., Any], agent: str, types: Types) -> H
         takes = hints[parameter.name]
     if streaming and get_origin(returns) in _ITERATORS:
         returns = get_args(returns)[0]
-    nothing = returns in {None, type(None)}
     return Handler(
         function,
         "streamer" if streaming else "trigger" if takes is None else "responder",
         None if takes is None else _type(takes, types, agent, function),
-        None if nothing else _type(returns, types, agent, function),
+        None if returns is type(None) else _type(returns, types, agent, function),
         input_optional=parameter is not None and parameter.default is not parameter.empty,
     )
 

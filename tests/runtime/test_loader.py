@@ -1,0 +1,265 @@
+"""From files to agents: siblings, packages, shared meshes, settings, and what a host changes."""
+
+import email
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.conftest import HOST_URL, MESH, Load, agent, ask, write
+
+
+def serving(modules: dict[str, Any]) -> dict[str, list[str]]:
+    """The agents of each module, none of which may have failed."""
+    assert {} == {shown: module.error for shown, module in modules.items() if module.state == "failed"}
+    return {shown: [found.name for found in module.agents] for shown, module in modules.items()}
+
+
+async def test_a_file_declares_its_agents(load: Load) -> None:
+    """Each module has the agents that its own file declares, in their order, and they can run."""
+    modules = load({"a.py": MESH + agent("one", "1") + agent("two", "2"), "b.py": MESH + agent("three", "3")})
+    assert {"a.py": ["one", "two"], "b.py": ["three"]} == serving(modules)
+    assert [1, 2, 3] == [
+        await ask(modules["a.py"]),
+        await ask(modules["a.py"], 1),
+        await ask(modules["b.py"]),
+    ]
+
+
+def test_a_module_without_agents_is_no_failure(load: Load) -> None:
+    """A file of plain functions among the agents serves nothing, and nobody minds."""
+    assert {"tools.py": []} == serving(load({"tools.py": "def double(n): return 2 * n\n"}))
+
+
+@pytest.mark.parametrize("file", ["my-agent.py", "1st.py", "class.py", "agents.py", "naïve.py"])
+def test_any_file_name_will_do(load: Load, file: str) -> None:
+    """A script's name need not be one that can be imported."""
+    assert {file: ["a"]} == serving(load({file: MESH + agent("a")}))
+
+
+async def test_an_unguarded_run_does_nothing(load: Load) -> None:
+    """`mesh.run()` at a script's end returns at once in a host, and what follows it is declared too."""
+    modules = load({"a.py": MESH + agent("one", "1") + "\nmesh.run()\n" + agent("two", "2")})
+    assert {"a.py": ["one", "two"]} == serving(modules)
+
+
+def test_a_main_guard_stays_closed(load: Load) -> None:
+    """A hosted file is not `__main__`."""
+    source = MESH + agent("a") + "\nif __name__ == '__main__':\n    raise SystemExit('ran')\n"
+    assert {"a.py": ["a"]} == serving(load({"a.py": source}))
+
+
+async def test_modules_share_a_mesh(load: Load) -> None:
+    """Agents belong to the file that declares them, whoever made the mesh and whoever imports whom first."""
+    files = {
+        "mesh.py": MESH,
+        "a.py": "from mesh import mesh, AgentSpec\nimport b\n" + agent("a", "'a of ' + b.NAME"),
+        "b.py": "from mesh import mesh, AgentSpec\nNAME = 'b'\n" + agent("b"),
+    }
+    modules = load(files)
+    assert {"a.py": ["a"], "b.py": ["b"], "mesh.py": []} == serving(modules)
+    assert "a of b" == await ask(modules["a.py"])
+
+
+def test_modules_that_import_each_other_load(load: Load) -> None:
+    """A circle of imports works as in any Python program, and each agent is declared once."""
+    files = {"a.py": "import b\n" + MESH + agent("a"), "b.py": "import a\n" + MESH + agent("b")}
+    assert {"a.py": ["a"], "b.py": ["b"]} == serving(load(files))
+
+
+IMPORTS = {
+    "from": "from _common import NAME\n",
+    "import": "import _common\nNAME = _common.NAME\n",
+    "as": "import _common as c\nNAME = c.NAME\n",
+    "star": "from _common import *\n",
+    "nested": "import _lib.deep\nNAME = _lib.deep.NAME\n",
+    "nested-from": "from _lib import deep\nNAME = deep.NAME\n",
+}
+
+
+@pytest.mark.parametrize("style", IMPORTS)
+async def test_siblings_of_two_folders_are_kept_apart(load: Load, style: str) -> None:
+    """Each folder's modules import the `_common` beside them, as when one of them is run alone."""
+    files: dict[str, str] = {}
+    for folder in ("", "x/", "y/"):
+        files |= {
+            f"{folder}m.py": IMPORTS[style] + MESH + agent(f"{folder[:1]}m", "NAME"),
+            f"{folder}_common.py": f"NAME = 'of {folder}'\n",
+            f"{folder}_lib/__init__.py": "",
+            f"{folder}_lib/deep.py": f"NAME = 'of {folder}'\n",
+        }
+    modules = load(files)
+    assert {"m.py": ["m"], "x/m.py": ["xm"], "y/m.py": ["ym"]} == serving(modules)
+    assert ["of ", "of x/", "of y/"] == [await ask(module) for module in modules.values()]
+    assert "_common" not in sys.modules
+
+
+async def test_a_folder_without_init_is_imported_as_alone(load: Load) -> None:
+    """A sibling folder that is no package in the strict sense is one all the same, as in any script."""
+    modules = load(
+        {"a.py": "from _tools.clean import NAME\n" + MESH + agent("a", "NAME"), "_tools/clean.py": "NAME = 1"}
+    )
+    assert {"a.py": ["a"]} == serving(modules)
+    assert 1 == await ask(modules["a.py"])
+
+
+async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
+    """An import inside a function works when it is called, long after loading, in each folder by itself."""
+    lazy = MESH + "def name():\n    from _late import NAME\n    return NAME\n" + agent("a", "name()")
+    files = {"x/a.py": lazy, "x/_late.py": "NAME = 'x'", "y/a.py": lazy, "y/_late.py": "NAME = 'y'"}
+    modules = load(files)
+    assert ["x", "y"] == [await ask(module) for module in modules.values()]
+
+
+async def test_a_package_is_one_module(load: Load) -> None:
+    """Relative and absolute imports within a package work, and all its agents are the package's."""
+    modules = load(
+        {
+            "team/__init__.py": "from ._mesh import mesh\nfrom . import first\nimport team.sub.second\n",
+            "team/_mesh.py": MESH,
+            "team/first.py": "from ._mesh import mesh, AgentSpec\nfrom _common import N\n"
+            + agent("first", "N"),
+            "team/sub/__init__.py": "",
+            "team/sub/second.py": "from .._mesh import mesh, AgentSpec\n" + agent("second", "2"),
+            "_common.py": "N = 1\n",
+        }
+    )
+    assert {"team": ["first", "second"]} == serving(modules)
+    assert [1, 2] == [await ask(modules["team"]), await ask(modules["team"], 1)]
+
+
+async def test_a_file_named_like_the_standard_library_hurts_nobody(load: Load) -> None:
+    """An agent `email.py` serves; the real `email` stays what it is for everybody else."""
+    modules = load(
+        {
+            "email.py": MESH + agent("mail", "__name__"),
+            "other.py": "import smtplib, logging.handlers\n"
+            + MESH
+            + agent("other", "smtplib.email.message.__name__"),
+            "sub/third.py": "import email.message\n" + MESH + agent("third", "email.message.__name__"),
+        }
+    )
+    assert {"email.py": ["mail"], "other.py": ["other"], "sub/third.py": ["third"]} == serving(modules)
+    assert ["email.message", "email.message"] == [await ask(modules[f]) for f in ("other.py", "sub/third.py")]
+    assert email is sys.modules["email"]
+
+
+async def test_two_hosts_in_a_process_load_each_their_own(load: Load, tmp_path: Path) -> None:
+    """A second loader serves the files of its own folder, whatever one of the same name has loaded."""
+    first = load({"a.py": "from _c import N\n" + MESH + agent("first", "N"), "_c.py": "N = 1"})
+    write(tmp_path / "agents", {"a.py": "from _c import N\n" + MESH + agent("second", "N"), "_c.py": "N = 2"})
+    second = load({})
+    assert [{"a.py": ["first"]}, {"a.py": ["second"]}] == [serving(first), serving(second)]
+    assert [1, 2] == [await ask(first["a.py"]), await ask(second["a.py"])]
+
+
+async def test_what_is_on_disk_is_loaded(load: Load) -> None:
+    """An edit within the second, of the same length, is seen: no stale bytecode."""
+    first = load({"x/a.py": MESH + agent("a", "1")})
+    for name in [name for name in sys.modules if name.startswith("oam_")]:
+        del sys.modules[name]
+    second = load({"x/a.py": MESH + agent("a", "2")})
+    assert [1, 2] == [await ask(first["x/a.py"]), await ask(second["x/a.py"])]
+
+
+SETTINGS = f"""
+from pydantic import BaseModel
+{MESH}
+class S(BaseModel):
+    model: str = "small"
+    tries: int = 3
+settings = mesh.settings(S)
+{agent("a", "[settings.model, settings.tries]")}
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "table", "expected"),
+    [
+        ("greeter.py", {"greeter": {"model": "large", "tries": "5"}}, ["large", 5]),
+        ("greeter.py", {"other": {"model": "large"}}, ["small", 3]),
+        ("greeter.py", {}, ["small", 3]),
+        ("sub/greeter.py", {"greeter": {"tries": 1}}, ["small", 1]),
+        ("greeter/__init__.py", {"greeter": {"tries": 1}}, ["small", 1]),
+    ],
+)
+async def test_a_module_has_its_settings_table(
+    load: Load, file: str, table: dict[str, dict[str, Any]], expected: list[object]
+) -> None:
+    """`mesh.settings(Model)` is `[settings.<module>]`, validated; the model's defaults without one."""
+    (module,) = load({file: SETTINGS}, settings=table).values()
+    assert expected == await ask(module)
+
+
+def test_settings_that_do_not_fit_fail_the_module_with_their_key(load: Load) -> None:
+    """The one-line reason says which setting is wrong and why."""
+    module = load({"greeter.py": SETTINGS}, settings={"greeter": {"tries": "many"}})["greeter.py"]
+    assert "failed" == module.state
+    assert "tries" in module.error
+    assert "valid integer" in module.error
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("nats://elsewhere:4222", True),
+        ("nats://u:secret@elsewhere:4222", True),
+        (HOST_URL, False),
+        ("nats://localhost:4222", False),
+    ],
+)
+def test_another_url_than_the_hosts_gives_a_warning(
+    load: Load, caplog: pytest.LogCaptureFixture, url: str, *, warned: bool
+) -> None:
+    """The warning names the file and both addresses, no password; the default url is none of its own."""
+    source = MESH.replace("AgentMesh()", f"AgentMesh({url!r})")
+    with caplog.at_level(logging.WARNING):
+        modules = load({"a.py": source + agent("a")})
+    assert {"a.py": ["a"]} == serving(modules)
+    assert warned == bool(caplog.messages)
+    for message in caplog.messages:
+        assert all(part in message for part in ("a.py", "elsewhere:4222", HOST_URL))
+        assert "secret" not in message
+
+
+ALONE = """
+import logging
+from openagentmesh import AgentMesh, AgentSpec
+from _common import greet
+
+logging.basicConfig(level=logging.INFO)
+mesh = AgentMesh({url!r})
+
+
+@mesh.agent(AgentSpec(name={name!r}))
+async def greeter(req: str) -> str:
+    return greet(req)
+
+mesh.run()
+"""
+
+
+def test_the_same_file_loads_hosted_and_runs_alone(load: Load, url: str, name: str, tmp_path: Path) -> None:
+    """A provider script is a drop-in: hosted it declares its agent; alone it serves, drains and exits 0."""
+    modules = load({"a.py": ALONE.format(url=url, name=name), "_common.py": "def greet(n): return f'hi {n}'"})
+    assert {"a.py": [name]} == serving(modules)
+    command = [sys.executable, str(tmp_path / "agents/a.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/") as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "serving" in line or "Error" in line)
+        assert f"serving 1 agents on {url}" in said
+        caller = f"""
+import asyncio
+from openagentmesh import AgentMesh
+async def main():
+    async with AgentMesh({url!r}) as mesh:
+        print(await mesh.call({name!r}, "you"))
+asyncio.run(main())
+"""
+        answer = subprocess.run([sys.executable, "-c", caller], capture_output=True, text=True, check=False)
+        process.terminate()
+        assert ("hi you\n", "") == (answer.stdout, answer.stderr)
+        assert 0 == process.wait(10)
