@@ -146,33 +146,34 @@ def test_schemas_are_pydantics_and_not_wrapped(hint: Any, schema: dict[str, Any]
     assert (schema, schema) == (skill["inputSchema"], skill["outputSchema"])
 
 
-@pytest.mark.parametrize(
-    ("function", "payload", "reply"),
-    [
-        (responder, {"text": "abc"}, {"length": 3}),
-        (silent, {"text": "abc"}, {}),
-        (unsaid, {"text": "abc"}, {}),
-        (trigger, None, {"length": 1}),
-        (trigger, {"ignored": 1}, {"length": 1}),
-        (trigger, b"not even JSON", {"length": 1}),
-        (Team().member, {"text": "abc"}, {"length": 3}),
-        (partial(with_prefix, "pre"), {"text": "abc"}, {"length": 6}),
-        (counted(responder), {"text": "abc"}, {"length": 3}),
-    ],
-)
-async def test_a_call_gets_the_functions_result(
-    mesh: AgentMesh, name: str, function: Handler, payload: object, reply: object
-) -> None:
+CALLS: list[tuple[Handler, object, object]] = [
+    (responder, {"text": "abc"}, {"length": 3}),
+    (silent, {"text": "abc"}, {}),
+    (unsaid, {"text": "abc"}, {}),
+    (trigger, None, {"length": 1}),
+    (trigger, {"ignored": 1}, {"length": 1}),
+    (trigger, b"not even JSON", {"length": 1}),
+    (Team().member, {"text": "abc"}, {"length": 3}),
+    (partial(with_prefix, "pre"), {"text": "abc"}, {"length": 6}),
+    (counted(responder), {"text": "abc"}, {"length": 3}),
+]
+
+
+async def test_a_call_gets_the_functions_result(mesh: AgentMesh, name: str) -> None:
     """Every shape of responder replies the JSON of its type, `{}` for nothing."""
-    mesh.agent(AgentSpec(name=name))(function)
-    assert reply == await mesh.call(name, payload)
+    for number, (function, _, _) in enumerate(CALLS):
+        mesh.agent(AgentSpec(name=f"{name}.{number}"))(function)
+    replies = [await mesh.call(f"{name}.{number}", payload) for number, (_, payload, _) in enumerate(CALLS)]
+    assert [reply for _, _, reply in CALLS] == replies
 
 
-@pytest.mark.parametrize("function", [chunks, iterator, generator])
-async def test_a_stream_gets_what_the_function_yields(mesh: AgentMesh, name: str, function: Handler) -> None:
+async def test_a_stream_gets_what_the_function_yields(mesh: AgentMesh, name: str) -> None:
     """The chunk's type may stand in the annotation by itself or in an iterator."""
-    mesh.agent(AgentSpec(name=name))(function)
-    assert [{"length": 97}, {"length": 98}] == [chunk async for chunk in mesh.stream(name, {"text": "ab"})]
+    streamed = []
+    for number, function in enumerate((chunks, iterator, generator)):
+        mesh.agent(AgentSpec(name=f"{name}.{number}"))(function)
+        streamed.append([chunk async for chunk in mesh.stream(f"{name}.{number}", {"text": "ab"})])
+    assert [[{"length": 97}, {"length": 98}]] * 3 == streamed
 
 
 async def test_an_optional_result_is_an_empty_object_for_none(mesh: AgentMesh, name: str) -> None:
@@ -201,15 +202,18 @@ async def test_an_empty_body_uses_the_default_or_is_none(mesh: AgentMesh, name: 
     assert ["none", "given"] == [await mesh.call(f"{name}.none", payload) for payload in given]
 
 
+async def oddly(req: Odd) -> Odd:
+    return req
+
+
 @pytest.mark.parametrize(
-    ("payload", "kind", "loc"),
+    ("body", "kind", "loc"),
     [
-        ({}, "missing", ["n"]),
-        ({"n": "x"}, "int_parsing", ["n"]),
-        ({"n": 2}, "value_error", ["n"]),
-        ({"n": 0}, "zero", ["n"]),
-        ({"n": [{"deep": [1]}]}, "int_type", ["n"]),
-        (None, "missing", []),
+        (b"{}", "missing", ["n"]),
+        (b'{"n":"x"}', "int_parsing", ["n"]),
+        (b'{"n":2}', "value_error", ["n"]),
+        (b'{"n":0}', "zero", ["n"]),
+        (b'{"n":[{"deep":[1]}]}', "int_type", ["n"]),
         (b"", "missing", []),
         (b"{", "json_invalid", []),
         (b"[" * 2000, "json_invalid", []),
@@ -218,22 +222,29 @@ async def test_an_empty_body_uses_the_default_or_is_none(mesh: AgentMesh, name: 
         (b"\xff\xfe", "json_invalid", []),
     ],
 )
-async def test_input_that_does_not_fit_is_the_callers_fault(
-    mesh: AgentMesh, name: str, payload: object, kind: str, loc: list[str]
+def test_input_that_does_not_fit_is_the_callers_fault(body: bytes, kind: str, loc: list[str]) -> None:
+    """Whatever is wrong with a body, its details are pydantic's list as plain JSON, without urls."""
+    with pytest.raises(InvalidInput) as caught:
+        declared(oddly).handler.read("a", body)
+    assert "Input failed validation for agent 'a'" == caught.value.message
+    (found,) = json.loads(json.dumps(caught.value.details["errors"]))
+    assert (kind, loc) == (found["type"], found["loc"])
+    assert "url" not in found
+
+
+@pytest.mark.parametrize(
+    "payload", [{"n": 2}, None, b'{"n":"\xff"}'], ids=["raising-validator", "empty", "no-utf8"]
+)
+async def test_the_caller_is_told_at_once_what_does_not_fit(
+    mesh: AgentMesh, name: str, payload: object
 ) -> None:
-    """Validators that raise (fault 5), empty bodies (fault 6) and broken JSON are all `invalid_input`."""
-
-    @mesh.agent(AgentSpec(name=name))
-    async def handler(req: Odd) -> Odd:
-        return req
-
+    """A validator that raises (fault 5), an empty body (fault 6), bytes that are no text: `invalid_input`."""
+    mesh.agent(AgentSpec(name=name))(oddly)
     with pytest.raises(InvalidInput) as caught:
         await mesh.call(name, payload)
     error = caught.value
     assert (f"Input failed validation for agent '{name}'", name) == (error.message, error.agent)
-    (found,) = error.details["errors"]
-    assert (kind, loc) == (found["type"], found["loc"])
-    assert "url" not in found
+    assert 1 == len(error.details["errors"])
     assert {"n": 3} == await mesh.call(name, {"n": 3})
 
 

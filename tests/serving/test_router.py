@@ -28,6 +28,11 @@ from openagentmesh.serving.agent import Limits
 from pydantic import BaseModel
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
 class Number(BaseModel):
     value: int = 0
 
@@ -69,6 +74,7 @@ async def test_an_agent_calls_itself(mesh: AgentMesh, name: str) -> None:
         (ValueError("boom"), "handler_error", "boom"),
         (KeyError("k"), "handler_error", "'k'"),
         (ValueError(), "handler_error", "ValueError"),
+        (Unspeakable(), "handler_error", "Unspeakable: <exception str() failed>"),
         (SystemExit(3), "handler_error", "3"),
         (KeyboardInterrupt(), "handler_error", "KeyboardInterrupt"),
         (GeneratorExit(), "handler_error", "GeneratorExit"),

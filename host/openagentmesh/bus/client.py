@@ -80,6 +80,8 @@ class HardenedClient(Client):
 
     async def close(self) -> None:
         """Close for good; what waits for a server that is away is dropped."""
+        if self._flush_queue is None:
+            return  # never connected, nothing to close
         if not self.is_connected:
             # The base class would write it into a dead socket, and leave its tasks behind.
             self._pending.clear()

@@ -3,7 +3,6 @@
 Nothing else in the project reads or writes a header.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -190,8 +189,12 @@ def error_body(error: MeshError) -> bytes:
     try:
         return to_json(envelope, inf_nan_mode="null", serialize_unknown=True)
     except Exception:  # noqa: BLE001 - answered with what is left of it
-        texts = {key: str(value) for key, value in envelope.items() if key != "details"}
-        return json.dumps(texts | {"details": {"unprintable": True}}).encode()
+        texts = {
+            key: str(value).encode("utf-8", "replace").decode()
+            for key, value in envelope.items()
+            if key != "details"
+        }
+        return to_json(texts | {"details": {"unprintable": True}})
 
 
 def short_error_body(error: MeshError) -> bytes:

@@ -165,7 +165,7 @@ class AgentContract(BaseModel):
 
     def to_registry_json(self) -> str:
         """The published document as JSON."""
-        return to_json(self.document()).decode()
+        return to_json(self.document(), inf_nan_mode="null").decode()
 
     def to_catalog_entry(self) -> CatalogEntry:
         """The contract's line in the catalog."""
@@ -209,7 +209,7 @@ def catalog_array(document: bytes | None) -> list[dict[str, Any]]:
 
 def write_catalog(entries: list[dict[str, Any]]) -> bytes:
     """The catalog's key for these entries."""
-    return to_json(entries)
+    return to_json(entries, inf_nan_mode="null")
 
 
 def _entry(found: dict[str, Any]) -> CatalogEntry | None:

@@ -3,6 +3,14 @@
 from typing import Any, ClassVar, Self
 
 
+def text_of(exc: BaseException) -> str:
+    """An exception's own text, or its type's name when it has none."""
+    try:
+        return str(exc) or type(exc).__name__
+    except Exception:  # noqa: BLE001 - an author's exception may fail even at this
+        return f"{type(exc).__name__}: <exception str() failed>"
+
+
 class MeshError(Exception):
     """The base of all errors of the mesh, and any error whose code is not known here.
 

@@ -6,9 +6,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from openagentmesh.mesh.mesh import DRAIN_TIMEOUT
 from openagentmesh.protocol.errors import MeshError
@@ -17,8 +18,23 @@ from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
 FILE_NAME: Final = "mesh.toml"
 _VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
 
-Concurrency = Annotated[int, Field(ge=1, le=100_000)]
-Queue = Annotated[int, Field(ge=0, le=1_000_000)]
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "input should be a valid integer")
+    return value
+
+
+def _names(value: object) -> object:
+    if isinstance(value, bool) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return value
+    raise PydanticCustomError("names", "input should be true, false or a list of names")
+
+
+# TOML's own booleans are no numbers; texts are, for `${PORT}` is one.
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Concurrency = Annotated[Whole, Field(ge=1, le=100_000)]
+Queue = Annotated[Whole, Field(ge=0, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -45,7 +61,7 @@ class MeshSection(_Section):
 class ServerSection(_Section):
     """`[server]`: the embedded server. Port 0 is any free one, an empty store is thrown away."""
 
-    port: Annotated[int, Field(ge=0, le=65_535)] = 4222
+    port: Annotated[Whole, Field(ge=0, le=65_535)] = 4222
     store: str = ".oam/nats"
     websocket: bool = False
 
@@ -55,7 +71,7 @@ class HostSection(_Section):
 
     name: str = ""
     agents: list[str] | None = None
-    entry_points: bool | list[str] = True
+    entry_points: Annotated[bool | list[str], BeforeValidator(_names)] = True
     strict: bool = False
     drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
 
@@ -120,14 +136,17 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
         raise ConfigError(f"{file} is no TOML: {exc}.") from exc
     problems: list[str] = []
     tables = {key: _filled(value, key, environ, problems) for key, value in tables.items()}
+    told = {problem.partition(":")[0] for problem in problems}
+    if tables.pop("folder", None) is not None:
+        problems.append(_unknown(("folder",)))
+    try:
+        config = Config(folder=file.resolve().parent, **tables)
+    except ValidationError as exc:
+        more = [problem for problem in _problems(exc) if problem.partition(":")[0] not in told]
+        raise _error(file, problems + more) from exc
     if problems:
         raise _error(file, problems)
-    if "folder" in tables:
-        raise _error(file, [_unknown(("folder",))])
-    try:
-        return Config(folder=file.resolve().parent, **tables)
-    except ValidationError as exc:
-        raise _error(file, list(_problems(exc))) from exc
+    return config
 
 
 def _error(file: Path, problems: list[str]) -> ConfigError:
@@ -171,13 +190,13 @@ def _unknown(loc: tuple[int | str, ...]) -> str:
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at `loc`."""
-    model: type[BaseModel] = Config
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue  # the name of an agent, below `agents`
-        candidates = [field.annotation, *get_args(field.annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    model: type[BaseModel] = AgentSection
+    if loc[:1] != ("agents",):
+        model = Config
+        for part in loc:
+            section = model.model_fields[str(part)].annotation
+            assert isinstance(section, type)
+            model = section
     return [name for name in model.model_fields if name != "folder"]
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 from collections import deque
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,8 @@ class Host:
         self.modules: list[Module] = []
         self.server: EmbeddedServer | None = None
         self._node: Node | None = None
-        self._loader: Loader | None = None
+        # What was started, to be stopped in the reverse order, whatever fails meanwhile.
+        self._running = AsyncExitStack()
         self._server_events: deque[dict[str, str]] = deque(maxlen=20)
 
     @property
@@ -73,15 +75,18 @@ class Host:
             raise
 
     async def _start(self) -> None:
+        self.modules.clear()
         origins = find_origins(self.config)
         target = await self._target()
         instance_id = new_id()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
         self._node = Node(target, instance_id, about=about, limits=self.config.limits_of)
         self._node.describe = self.describe
-        self._loader = Loader(self._node, self.config.settings)
+        loader = Loader(self._node, self.config.settings)
+        self._running.callback(loader.close)
+        self._running.push_async_callback(self._node.stop, self.config.host.drain_timeout)
         for origin in origins:
-            self.modules.append(self._loader.load(origin))
+            self.modules.append(loader.load(origin))
         self._refuse_duplicates()
         self._report()
         agents = [agent for module in self.modules for agent in module.agents]
@@ -89,13 +94,8 @@ class Host:
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""
-        if self._node is not None:
-            node, self._node = self._node, None
-            await node.stop(self.config.host.drain_timeout)
-        if self._loader is not None:
-            self._loader.close()
-        if self.server is not None:
-            await self.server.stop()
+        await self._running.aclose()
+        self._node = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -113,6 +113,7 @@ class Host:
         self.server = EmbeddedServer(
             server.port, path(server.store) or "", websocket=server.websocket, on_event=self._on_server_event
         )
+        self._running.push_async_callback(self.server.stop)
         await self.server.start()
         return Target(self.server.url)
 

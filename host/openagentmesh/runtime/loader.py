@@ -1,6 +1,5 @@
 """From an origin to a module with its agents. Never touches NATS."""
 
-import asyncio
 import builtins
 import importlib
 import importlib.util
@@ -12,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from itertools import count
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Final, Literal
 
+from pydantic import ValidationError
+
 from openagentmesh.mesh.loading import Loading, reset_loading, set_loading
 from openagentmesh.mesh.node import Node
-from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.serving.agent import Agent
 
@@ -82,15 +84,19 @@ class Loader:
             raise
         # Code of others may raise anything while it is imported, SystemExit among it.
         except BaseException as exc:  # noqa: BLE001 - a load ends here, and is told
-            module.fail(_explain(exc), _readable_traceback(exc), _line(exc))
+            module.fail(_explain(exc), _readable_traceback(exc), _line(exc) or str(origin.path or ""))
         return module
 
     def close(self) -> None:
         """Find nothing more for the modules that were loaded."""
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
+        for name in [name for name in sys.modules if self.folder_of(name) is not None]:
+            del sys.modules[name]
 
     def _load_path(self, path: Path, module: Module) -> None:
+        if "." in path.stem:
+            raise ImportError(f"'{path.name}' cannot be imported with a dot in its name; rename it")
         folder = self.folder(path.parent)
         importlib.import_module(f"{folder.package}.{path.stem}")
         module.agents = folder.declared.get(path.stem, [])
@@ -104,10 +110,9 @@ class Loader:
     def folder(self, path: Path) -> "_Folder":
         """The folder at `path`, with a package name that nothing else has."""
         if path not in self._folders:
-            taken = {folder.package for folder in self._folders.values()}
             stem = "".join(c if c.isalnum() else "_" for c in path.name) or "agents"
-            names = (f"oam_{stem}{number or ''}" for number in range(len(taken) + 1))
-            package = next(name for name in names if name not in taken)
+            names = (f"oam_{stem}{number or ''}" for number in count())
+            package = next(name for name in names if name not in sys.modules)
             self._folders[path] = _Folder(path, package)
             parent = sys.modules[package] = ModuleType(package)
             parent.__path__ = [str(path)]
@@ -138,7 +143,10 @@ class _Folder:
     declared: dict[str, list[Agent]] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        return (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file()
+        if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
+            return True
+        # A folder without __init__ comes after everything that is installed, as in Python itself.
+        return (self.path / name).is_dir() and importlib.util.find_spec(name) is None
 
     def importer(self) -> Callable[..., ModuleType]:
         """An `__import__` that looks in this folder first."""
@@ -193,6 +201,8 @@ class _FileLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._folder.importer()}
         key = module.__name__.split(".")[1]
+        if module.__name__ == f"{self._folder.package}.{key}":
+            self._folder.declared[key] = []  # an earlier try may have failed half way
         agents = self._folder.declared.setdefault(key, [])
         with self._loader.declaring(self.path, key, agents):
             super().exec_module(module)
@@ -205,9 +215,14 @@ def _explain(exc: BaseException) -> str:
         return _GUARD
     if isinstance(exc, SystemExit):
         return f"it ends the program while it is imported (sys.exit({exc.code!r}))"
-    if isinstance(exc, asyncio.CancelledError):
-        return "it raises CancelledError while it is imported"
-    return "".join(traceback.format_exception_only(exc)).strip().splitlines()[-1]
+    kind = type(exc).__name__
+    if isinstance(exc, SyntaxError):
+        return f"{kind}: {exc.msg}"
+    if isinstance(exc, ValidationError):
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors(include_url=False)]
+        return f"{exc.title}: {'; '.join(wrong)}"
+    text = text_of(exc).partition("\n")[0]
+    return text if text == kind else f"{kind}: {text}"
 
 
 def _readable_traceback(exc: BaseException) -> str:
@@ -220,7 +235,7 @@ def _readable_traceback(exc: BaseException) -> str:
 
 
 def _line(exc: BaseException) -> str:
-    """`file:line` where it went wrong: in a file that does not parse, or deepest in the traceback."""
+    """`file:line` where it went wrong: in a file that does not parse, or where the author's code begins."""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{exc.filename}:{exc.lineno}"
     frames = [

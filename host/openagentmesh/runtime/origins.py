@@ -89,4 +89,4 @@ def _entry_points(wanted: bool | list[str]) -> Iterator[Origin]:  # noqa: FBT001
             )
         point = installed[name]
         package = point.dist.name if point.dist else point.module
-        yield Origin(f"{package} (entry point {name})", name, module=point.module, attribute=point.attr)
+        yield Origin(f"{package} (entry point {name})", name, module=point.module, attribute=point.attr or "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -78,7 +78,7 @@ class Handler:
                 return self.input.adapter.validate_python(None)
             return self.input.adapter.validate_json(body)
         except ValidationError as exc:
-            errors = _NO_BODY if not body else from_json(exc.json(include_url=False))
+            errors = _NO_BODY if not body else _as_json(exc)
             raise InvalidInput(
                 f"Input failed validation for agent '{agent}'", details={"errors": errors}
             ) from exc
@@ -94,12 +94,10 @@ class Handler:
             return _NOTHING
         try:
             if self.output is None:
-                return value.model_dump_json().encode() if isinstance(value, BaseModel) else to_json(value)
-            output = self.output.adapter
-            try:
-                return output.dump_json(value, warnings="error")
-            except PydanticSerializationError:
-                return output.dump_json(output.validate_python(value), warnings="error")
+                return to_json(value, inf_nan_mode="null")
+            adapter = self.output.adapter
+            # An instance of the declared model passes as it is; anything else is made into one.
+            return adapter.dump_json(adapter.validate_python(value), warnings="error")
         except (PydanticSerializationError, ValueError, RecursionError) as exc:
             raise HandlerError(f"The handler gave back what it does not declare: {exc}") from exc
 
@@ -124,6 +122,16 @@ class Handler:
 _NO_BODY: Final[list[dict[str, Any]]] = [
     {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
 ]
+
+
+def _as_json(exc: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's list of what is wrong; exceptions in it become texts."""
+    try:
+        document = exc.json(include_url=False)
+    except ValueError:  # the input itself cannot be shown, for it is no text
+        document = exc.json(include_url=False, include_input=False)
+    found: list[dict[str, Any]] = from_json(document)
+    return found
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator

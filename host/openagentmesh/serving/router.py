@@ -18,6 +18,7 @@ from openagentmesh.protocol.errors import (
     MeshError,
     MeshTimeout,
     Overloaded,
+    text_of,
 )
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call, set_current_call
@@ -178,7 +179,7 @@ def _as_mesh_error(exc: BaseException, call: Call, deadline: asyncio.Timeout) ->
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
         return Cancelled(f"Agent '{call.agent}' was stopped before it had answered.")
     log.error("%s: the handler failed", call.agent, exc_info=exc)
-    return HandlerError(str(exc) or type(exc).__name__)
+    return HandlerError(text_of(exc))
 
 
 class Router:
