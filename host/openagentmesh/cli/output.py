@@ -67,6 +67,11 @@ def as_json(value: object, *, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+def count(number: int, thing: str) -> str:
+    """A number of things, in words: `1 agent`, `2 agents`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def say(text: str) -> None:
     """Print a line of data at once, also into a pipe."""
     typer.echo(text)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from openagentmesh.cli.logs import LogFormat, set_up_logging
-from openagentmesh.cli.output import as_json, example_input, fail, note
+from openagentmesh.cli.output import as_json, count, example_input, fail, note
 from openagentmesh.mesh.running import run, until_stopped
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import Config, load_config
@@ -60,14 +60,14 @@ async def _serve(config: Config, *, pretty: bool) -> None:
         if pretty:
             note(_banner(host))
         else:
-            log.info("serving %d agents on %s", len(host.agents), host.node.bus.target.shown)
+            log.info("serving %s on %s", count(len(host.agents), "agent"), host.node.bus.target.shown)
         await until_stopped(host.node.bus.closed, lambda: _say_stopping(host))
     log.info("stopped")
 
 
 def _say_stopping(host: Host) -> None:
     running = sum(route.in_flight for route in host.node.router)
-    what = f"finishing {running} requests" if running else "nothing is running"
+    what = f"finishing {count(running, 'request')}" if running else "nothing is running"
     log.info("stopping: %s; Ctrl-C again stops at once", what)
 
 
@@ -80,7 +80,7 @@ def _banner(host: Host) -> str:
         f"  {_bold(host.node.bus.target.shown)} {_dim(kind)}",
     ]
     failed = [module for module in host.modules if module.state == "failed"]
-    lines += ["", f"  {len(agents)} agents from {len(host.modules) - len(failed)} modules"]
+    lines += ["", f"  {count(len(agents), 'agent')} from {count(len(host.modules) - len(failed), 'module')}"]
     width = max((len(agent.name) for agent in agents[:_MOST_SHOWN]), default=0)
     for agent in agents[:_MOST_SHOWN]:
         about = agent.contract.description.partition("\n")[0][:60]

@@ -35,6 +35,7 @@ _GUARD: Final = (
     '`if __name__ == "__main__":`, so that the file still runs alone and the host can load it'
 )
 _OUR_FRAMES: Final = (__file__, "<frozen importlib", importlib.__file__ or "importlib")
+_OURSELVES: Final = str(Path(__file__).parents[1])
 
 
 @dataclass(slots=True)
@@ -227,9 +228,11 @@ def _explain(exc: BaseException) -> str:
 
 def _readable_traceback(exc: BaseException) -> str:
     """The traceback from the author's own code on, without the import machinery's frames."""
+    # What we refuse in our own words needs no look inside us.
+    inside = (*_OUR_FRAMES, _OURSELVES) if isinstance(exc, MeshError) else _OUR_FRAMES
     shown = traceback.TracebackException.from_exception(exc)
     shown.stack = traceback.StackSummary.from_list(
-        [frame for frame in shown.stack if not frame.filename.startswith(_OUR_FRAMES)]
+        [frame for frame in shown.stack if not frame.filename.startswith(inside)]
     )
     return "".join(shown.format()).rstrip()
 
