@@ -1,0 +1,1 @@
+"""How fast the house is, against bare NATS and against the published SDK: `python -m tests.benchmarks`."""

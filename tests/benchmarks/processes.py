@@ -1,0 +1,94 @@
+"""Processes of a benchmark: started, listened to, stopped by their pid."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any, Final
+
+from openagentmesh.bus.server import EmbeddedServer
+
+ROOT: Final = Path(__file__).parents[2]
+_LONGEST: Final = 120.0
+_STOP: Final = 15.0
+
+
+class ProgramFailed(Exception):
+    """A program ended or said nothing for too long; the message is what it wrote last."""
+
+
+class Program:
+    """A running process that says JSON lines."""
+
+    def __init__(self, process: asyncio.subprocess.Process, errors: IO[bytes]) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._errors = errors
+
+    async def said(self) -> dict[str, Any]:
+        """The next thing it says.
+
+        Raises:
+            ProgramFailed: it ended, or took too long.
+
+        """
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), _LONGEST)
+        except TimeoutError:
+            raise ProgramFailed(f"it said nothing for {_LONGEST:g} s") from None
+        if not line:
+            self._errors.seek(0)
+            raise ProgramFailed(self._errors.read().decode("utf-8", "replace").strip() or "it ended")
+        values: dict[str, Any] = json.loads(line)
+        return values
+
+    async def go(self) -> None:
+        """Tell it to go on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        await self._process.stdin.drain()
+
+    async def stop(self) -> None:
+        """End it, and wait until it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+@asynccontextmanager
+async def started(command: Sequence[str | Path], folder: Path = ROOT) -> AsyncIterator[Program]:
+    """A process, from its start to its end."""
+    with tempfile.TemporaryFile() as errors:
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=folder, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors
+        )
+        program = Program(process, errors)
+        try:
+            yield program
+        finally:
+            await program.stop()
+
+
+def program(name: str, *arguments: object, python: Path = Path(sys.executable)) -> list[str | Path]:
+    """The command of one of our programs."""
+    return [python, "-m", f"tests.benchmarks.programs.{name}", *map(str, arguments)]
+
+
+@asynccontextmanager
+async def nats_server() -> AsyncIterator[EmbeddedServer]:
+    """A fresh nats-server: nothing of the one before is left."""
+    server = EmbeddedServer()
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()

@@ -1,0 +1,1 @@
+"""What the benchmarks start: each of these files is one process, and talks in JSON lines."""
