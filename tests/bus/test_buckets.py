@@ -9,6 +9,7 @@ import pytest
 from openagentmesh import ConnectionFailed, PayloadTooLarge
 from openagentmesh.bus.buckets import Buckets, Entry
 from openagentmesh.bus.connection import Bus, Target
+from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
 
@@ -17,7 +18,9 @@ from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
 async def buckets(url: str, name: str) -> AsyncIterator[Buckets]:
     bus = Bus(Target(url), name)
     await bus.connect()
-    buckets = Buckets(bus)
+    inbox = Inbox(bus)
+    await inbox.open()
+    buckets = Buckets(bus, inbox)
     await buckets.make()
     yield buckets
     await bus.close()
@@ -28,8 +31,8 @@ async def test_a_key_comes_and_goes(buckets: Buckets, name: str) -> None:
     assert await buckets.get(CONTEXT_BUCKET, name) is None
     await buckets.put(CONTEXT_BUCKET, name, b"")
     assert b"" == await buckets.get(CONTEXT_BUCKET, name)
-    await buckets.delete(CONTEXT_BUCKET, name)
-    await buckets.delete(CONTEXT_BUCKET, name)
+    await buckets.delete_all(CONTEXT_BUCKET, [name])
+    await buckets.delete_all(CONTEXT_BUCKET, [name])
     assert await buckets.get(CONTEXT_BUCKET, name) is None
     assert name not in await buckets.read(CONTEXT_BUCKET)
 
@@ -63,7 +66,7 @@ async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: p
     bus = Bus(Target(server.url), name)
     await bus.connect()
     with pytest.raises(ConnectionFailed, match="JetStream"):
-        await Buckets(bus).make()
+        await Buckets(bus, Inbox(bus)).make()
     await bus.close()
     await server.stop()
 
@@ -76,7 +79,9 @@ async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path, name: s
     await server.start()
     bus = Bus(Target(server.url), name)
     await bus.connect()
-    buckets = Buckets(bus)
+    inbox = Inbox(bus)
+    await inbox.open()
+    buckets = Buckets(bus, inbox)
     bus.restore = buckets.restore
     await buckets.make()
     await buckets.put(CONTEXT_BUCKET, "before", b"1")

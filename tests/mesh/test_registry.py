@@ -104,4 +104,4 @@ async def test_a_broken_contract_hides_only_itself(mesh: AgentMesh, name: str) -
     await node.buckets.put(subjects.REGISTRY_BUCKET, f"{name}.bad", b"{not a contract")
     assert [f"{name}.good"] == [entry.name for entry in await mesh.catalog(channel=name)]
     assert [f"{name}.good"] == [contract.name for contract in await mesh.discover(channel=name)]
-    await node.buckets.delete(subjects.REGISTRY_BUCKET, f"{name}.bad")
+    await node.buckets.delete_all(subjects.REGISTRY_BUCKET, [f"{name}.bad"])

@@ -1,7 +1,7 @@
 """KV buckets: made when missing, changed by compare-and-set, watched across reconnects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Literal
 
@@ -10,6 +10,7 @@ from nats.errors import MaxPayloadError
 from nats.js.api import KeyValueConfig
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
+from pydantic_core import from_json
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -17,7 +18,10 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
@@ -27,7 +31,8 @@ Mark = Literal["begin", "current"]
 
 # A put's own protocol headers count towards the server's limit as well.
 ROOM_FOR_HEADERS: Final = 1024
-_AT_ONCE: Final = 64
+_AT_ONCE: Final = 256
+_DELETE: Final = codec.write_headers({"KV-Operation": "DEL"})
 _PATIENCE: Final = 30.0
 
 
@@ -55,14 +60,23 @@ async def _explained(what: str) -> AsyncIterator[None]:
         ) from exc
 
 
+async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
+    """Wait for one acknowledgement of a write."""
+    async with asyncio.timeout(_PATIENCE):
+        message = await acks.get()
+    ack = from_json(message.body) if message.body else {"error": "nobody stores this bucket"}
+    if "error" in ack:
+        raise ConnectionFailed(f"A write to a bucket was refused: {ack['error']}.")
+
+
 class Buckets:
     """The KV buckets of the mesh over one bus."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, inbox: Inbox) -> None:
         self._bus = bus
+        self._inbox = inbox
         self._open: dict[str, KeyValue] = {}
         self._watchers: set[KeyValue.KeyWatcher] = set()
-        self._gate = asyncio.Semaphore(_AT_ONCE)
         # Clear from when the server is lost until its buckets are known to be there.
         self._ready = asyncio.Event()
         bus.on_lost = self._ready.clear
@@ -92,8 +106,9 @@ class Buckets:
     @asynccontextmanager
     async def _using(self, what: str) -> AsyncIterator[None]:
         async with _explained(what):
-            async with asyncio.timeout(_PATIENCE):
-                await self._ready.wait()
+            if not self._ready.is_set():
+                async with asyncio.timeout(_PATIENCE):
+                    await self._ready.wait()
             yield
 
     async def get(self, bucket: str, key: str) -> bytes | None:
@@ -104,14 +119,34 @@ class Buckets:
         return None
 
     async def put(self, bucket: str, key: str, value: bytes) -> None:
-        """Set a key; many of these may run at once, a bounded number is under way."""
-        async with self._gate, self._using(f"Writing '{key}' of '{bucket}'"):
-            await self._open[bucket].put(key, value)
+        """Set a key."""
+        await self.put_all(bucket, {key: value})
 
-    async def delete(self, bucket: str, key: str) -> None:
-        """Remove a key; one that is not there is no error."""
-        async with self._gate, self._using(f"Deleting '{key}' of '{bucket}'"):
-            await self._open[bucket].delete(key)
+    async def put_all(self, bucket: str, values: Mapping[str, bytes]) -> None:
+        """Set many keys, a bounded number of them under way at once."""
+        await self._write(bucket, values, b"")
+
+    async def delete_all(self, bucket: str, keys: Iterable[str]) -> None:
+        """Remove keys; one that is not there is no error."""
+        await self._write(bucket, dict.fromkeys(keys, b""), _DELETE)
+
+    async def _write(self, bucket: str, values: Mapping[str, bytes], head: bytes) -> None:
+        """Publish all values with one reply subject, and count the stream's acknowledgements.
+
+        The library's own way takes four times as long, which 10,000 contracts would feel.
+        """
+        async with self._using(f"Writing to '{bucket}'"):
+            acks: asyncio.Queue[Message] = asyncio.Queue()
+            reply = self._inbox.expect(acks.put_nowait)
+            try:
+                for number, (key, value) in enumerate(values.items()):
+                    if number >= _AT_ONCE:
+                        await _acknowledged(acks)
+                    await self._bus.publish(f"$KV.{bucket}.{key}", value, head, reply)
+                for _ in range(min(_AT_ONCE, len(values))):
+                    await _acknowledged(acks)
+            finally:
+                self._inbox.forget(reply)
 
     async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""

@@ -55,7 +55,7 @@ class Node:
         self.started_at = time.time()
         self.bus = Bus(target, f"oam-host-{instance_id}")
         self.inbox = Inbox(self.bus)
-        self.buckets = Buckets(self.bus)
+        self.buckets = Buckets(self.bus, self.inbox)
         self.router = Router(self.bus, self.inbox, instance_id)
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)

@@ -66,7 +66,7 @@ class Presence:
         if not self._recorded:
             return set()
         self._recorded = False
-        await self._buckets.delete(subjects.INSTANCES_BUCKET, self._instance_id)
+        await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [self._instance_id])
         return self._agents - _served(await instances(self._buckets))
 
     async def notify_deaths(
@@ -129,7 +129,7 @@ class Presence:
         self, instance_id: str, records: Records, clear: Callable[[set[str]], Awaitable[None]]
     ) -> None:
         record = records.pop(instance_id)
-        await self._buckets.delete(subjects.INSTANCES_BUCKET, instance_id)
+        await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [instance_id])
         lonely = set(record["agents"]) - _served(records)
         log.warning("instance %s died; nobody serves %d of its agents now", instance_id[:8], len(lonely))
         await clear(lonely)

@@ -1,6 +1,5 @@
 """Publish and withdraw contracts: a key an agent, one change of the catalog for all of them."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,7 +38,7 @@ class Registry:
             self._entries.pop(name, None)
         self._own |= documents
         self._entries |= entries
-        await self._put(documents)
+        await self._buckets.put_all(subjects.REGISTRY_BUCKET, documents)
         await self._change_catalog(entries)
 
     async def withdraw(self, names: Iterable[str], *, everywhere: Iterable[str]) -> None:
@@ -48,7 +47,7 @@ class Registry:
             self._own.pop(name, None)
             self._entries.pop(name, None)
         gone = set(everywhere)
-        await asyncio.gather(*[self._buckets.delete(subjects.REGISTRY_BUCKET, name) for name in gone])
+        await self._buckets.delete_all(subjects.REGISTRY_BUCKET, gone)
         await self._change_catalog({}, gone)
 
     async def restore(self) -> None:
@@ -57,17 +56,12 @@ class Registry:
             return
         found = await self._buckets.read(subjects.REGISTRY_BUCKET)
         missing = {name: own for name, own in self._own.items() if name not in found}
-        await self._put(missing)
+        await self._buckets.put_all(subjects.REGISTRY_BUCKET, missing)
         listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
         names = {entry.name for entry in listed}
         unlisted = {name: entry for name, entry in self._entries.items() if name not in names}
         if unlisted:
             await self._change_catalog(unlisted)
-
-    async def _put(self, documents: dict[str, bytes]) -> None:
-        await asyncio.gather(
-            *[self._buckets.put(subjects.REGISTRY_BUCKET, name, doc) for name, doc in documents.items()]
-        )
 
     async def _change_catalog(self, added: dict[str, CatalogEntry], removed: Iterable[str] = ()) -> None:
         away = set(added) | set(removed)
