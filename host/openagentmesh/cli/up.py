@@ -8,7 +8,7 @@ import typer
 
 from openagentmesh.cli.logs import LogFormat, set_up_logging
 from openagentmesh.cli.output import as_json, count, example_input, fail, note
-from openagentmesh.mesh.running import run, until_stopped
+from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import Config, load_config
 from openagentmesh.runtime.host import Host
@@ -57,11 +57,13 @@ def _configured(path: Path | None, port: int | None, url: str | None, *, strict:
 async def _serve(config: Config, *, pretty: bool) -> None:
     host = Host(config)
     async with host:
+        # Before anything is said: who reads it may send a signal at once.
+        stop = stop_event(lambda: _say_stopping(host))
         if pretty:
             note(_banner(host))
         else:
             log.info("serving %s on %s", count(len(host.agents), "agent"), host.node.bus.target.shown)
-        await until_stopped(host.node.bus.closed, lambda: _say_stopping(host))
+        await until_stopped(stop, host.node.bus.closed)
     log.info("stopped")
 
 

@@ -13,7 +13,7 @@ from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.running import run, until_stopped
+from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import ConnectionFailed, InvalidAgent
@@ -277,8 +277,9 @@ class AgentMesh:
     async def _serve(self) -> None:
         async with self:
             node = await self._ready()
+            stop = stop_event()
             log.info("serving %d agents on %s", len(node.router), node.bus.target.shown)
-            await until_stopped(node.bus.closed)
+            await until_stopped(stop, node.bus.closed)
 
 
 @asynccontextmanager

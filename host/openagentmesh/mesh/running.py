@@ -30,14 +30,13 @@ def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def until_stopped(closed: asyncio.Event, on_first: Callable[[], None] = lambda: None) -> None:
-    """Wait for a signal; `on_first` is told of the first one.
+async def until_stopped(stop: asyncio.Event, closed: asyncio.Event) -> None:
+    """Wait until `stop` is set.
 
     Raises:
         ConnectionFailed: the connection closed for good before.
 
     """
-    stop = stop_event(on_first)
     waits = [asyncio.create_task(event.wait()) for event in (stop, closed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     await end(*waits)
