@@ -252,3 +252,16 @@ async def test_a_stopping_host_ends_its_streams(
     await node_of(provider).stop(0.1)
     with pytest.raises(Cancelled):
         await anext(stream)
+
+
+async def test_a_call_is_one_message_and_no_subscription(mesh: AgentMesh, name: str) -> None:
+    """After the first call of an agent, each is one message out; deaths are heard of without asking."""
+    serve(mesh, name)
+    await mesh.call(name, {})
+    async with AgentMesh(mesh.url) as caller:
+        await caller.call(name, {})
+        client = node_of(caller).bus._client
+        messages, subscriptions = client.stats["out_msgs"], client._sid
+        for _ in range(50):
+            await caller.call(name, {})
+        assert (messages + 50, subscriptions) == (client.stats["out_msgs"], client._sid)

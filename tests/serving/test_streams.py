@@ -191,3 +191,18 @@ async def test_frames_without_a_sequence_are_tolerated() -> None:
     for body in (b"1", b"2"):
         reader.receive(Message("s", "", b"", body))
     assert [b"1", b"2"] == [(await reader.next()).body for _ in range(2)]
+
+
+async def test_chunks_are_not_flushed_one_by_one(mesh: AgentMesh, name: str) -> None:
+    """A thousand chunks cost no round trip each: the host asks the server for no answer meanwhile."""
+
+    @mesh.agent(AgentSpec(name=name))
+    async def count(req: Wanted) -> AsyncIterator[int]:
+        for number in range(req.count):
+            yield number
+
+    assert [0] == [chunk async for chunk in mesh.stream(name, {"count": 1})]
+    client = node_of(mesh).bus._client
+    pongs = client._pongs_received
+    assert 1000 == len([chunk async for chunk in mesh.stream(name, {"count": 1000})])
+    assert client._pongs_received - pongs <= 1  # the keep-alive may fall into it
