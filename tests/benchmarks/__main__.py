@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from tests.benchmarks.competitors import Competitor, Pythons, Unavailable
 from tests.benchmarks.processes import ProgramFailed
-from tests.benchmarks.results import Results, as_markdown, as_table, machine
+from tests.benchmarks.results import Results, as_markdown, as_table, legend, machine
 from tests.benchmarks.rows import Row, rows
 
 
@@ -62,15 +63,15 @@ async def take(
 
 def main() -> None:
     """The command."""
-    given, console = options(), Console()
+    given, console, load = options(), Console(), os.getloadavg()[0]
     chosen = [row for row in rows(quick=given.quick) if row.name in given.rows.split(",")]
     with ExitStack() as stack:
         folder = given.peer_env or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oam-peer-")))
         pythons = Pythons(None if given.no_peer else folder)
         results = asyncio.run(measure(chosen, given.rounds, pythons, console))
-    lines, facts = results.lines(chosen), machine(given.rounds)
-    console.print(as_table(lines), *facts, sep="\n")
-    given.output.write_text(as_markdown(lines, facts))
+    lines, about, facts = results.lines(chosen), legend(chosen), machine(given.rounds, load)
+    console.print(as_table(lines), *about, "", *facts, sep="\n", highlight=False)
+    given.output.write_text(as_markdown(lines, about, facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Size(BaseModel):
 """
 _AGENT: Final = """
 
-@mesh.agent(AgentSpec(name="many.agent{number}", description="Number {number} of many agents.", tags=["many"]))
+@mesh.agent(AgentSpec(name="many.agent{number}", description="Number {number} of many.", tags=["many"]))
 async def agent{number}(req: Text) -> {output}:
     return {output}({value})
 """
@@ -72,12 +72,12 @@ async def up(_: Competitor, python: Path) -> float:
     command = python.with_name("oam")
     if not command.exists():
         raise Unavailable("no `oam` beside this Python")
-    port = _free_port()
+    port, agents = _free_port(), json.dumps(str(ROOT / "agents"))
     async with started(program("asker", port, "nlp.summarizer")) as asker:
         await asker.said()
         with tempfile.TemporaryDirectory(prefix="oam-bench-") as folder:
             (Path(folder) / "mesh.toml").write_text(
-                f'[server]\nport = {port}\nstore = ""\n[host]\nagents = [{json.dumps(str(ROOT / "agents"))}]\n'
+                f'[server]\nport = {port}\nstore = ""\n[host]\nagents = [{agents}]\n'
             )
             began = monotonic()
             async with started([command, "up"], Path(folder)):

@@ -13,9 +13,9 @@ from openagentmesh.bus.server import find_binary
 from rich.table import Table
 
 from tests.benchmarks.competitors import Competitor
-from tests.benchmarks.rows import Row
+from tests.benchmarks.rows import Row, Target
 
-HEADERS = ("row", "who", "median", "rounds", "ratio to base", "target", "")
+HEADERS = ("row", "who", "median", "range", "ratio (range)", "target", "reached in rounds")
 
 
 @dataclass
@@ -32,39 +32,51 @@ class Results:
     def _line(self, row: Row, competitor: Competitor) -> tuple[str, ...]:
         key = row.name, competitor.name
         if key in self.skipped:
-            return f"{row.name}: {row.title}", competitor.name, "–", self.skipped[key], "", "", ""
-        found = self.samples[key]
-        ratio = self._ratio(row, key)
+            return row.name, competitor.name, "–", self.skipped[key], "", "", ""
+        found, ratios = self.samples[key], self._ratios(row, key)
         ours = row.target is not None and competitor.name.startswith("our")
-        met = ours and row.target is not None and row.target.met(median(found), ratio or 0)
         return (
-            f"{row.name}: {row.title}",
+            row.name,
             competitor.name,
             _number(median(found)),
             f"{_number(min(found))} – {_number(max(found))}",
-            "" if ratio is None else f"{ratio:.2f}",
+            f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "",
             row.target_text if ours else "",
-            "" if not ours else "met" if met else "missed",
+            _verdict(row.target, found, ratios) if ours and row.target is not None else "",
         )
 
-    def _ratio(self, row: Row, key: tuple[str, str]) -> float | None:
-        """The median of each round's ratio: what disturbs a round disturbs both sides of it."""
+    def _ratios(self, row: Row, key: tuple[str, str]) -> list[float]:
+        """Each round's ratio: what disturbs a round disturbs both sides of it."""
         base = self.samples[row.base[0], row.base[1].name] if row.base else []
-        return median(a / b for a, b in zip(self.samples[key], base, strict=False)) if base else None
+        return [a / b for a, b in zip(self.samples[key], base, strict=False)]
+
+
+def _verdict(target: Target, found: list[float], ratios: list[float]) -> str:
+    """Whether the median reaches the target, and how many of the rounds do: few, and it may be luck."""
+    values = ratios if target.of_base else found
+    if not values:
+        return "no base"
+    rounds = sum(target.met(value) for value in values)
+    return f"{'met' if target.met(median(values)) else 'missed'}, {rounds} of {len(values)}"
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def machine(rounds: int) -> list[str]:
-    """What the numbers depend on."""
+def legend(rows: list[Row]) -> list[str]:
+    """What the rows measure."""
+    return [f"{row.name}: {row.title}{row.base_text}" for row in rows]
+
+
+def machine(rounds: int, load: float) -> list[str]:
+    """What the numbers depend on; `load` is how busy the machine was before."""
     server = subprocess.run([find_binary(), "--version"], check=True, capture_output=True, text=True).stdout
     return [
         f"{datetime.now(UTC):%Y-%m-%d}, median of {rounds} rounds",
-        f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
+        f"{os.cpu_count()} CPUs (load {load:.1f} before the first round), {platform.system()} {platform.machine()}",
         f"{platform.python_implementation()} {platform.python_version()}",
-        f"nats-server {server.rpartition(' ')[2].strip().removeprefix('v')}, nats-py {version('nats-py')}, "
+        f"nats-server {server.rpartition(' ')[2].strip().removeprefix('v')}, nats-py {version('nats-py')}",
         f"pydantic {version('pydantic')}",
     ]
 
@@ -81,7 +93,7 @@ def as_table(lines: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def as_markdown(lines: list[tuple[str, ...]], facts: list[str]) -> str:
+def as_markdown(lines: list[tuple[str, ...]], about: list[str], facts: list[str]) -> str:
     """The table for a document, below what it depends on."""
     body = [HEADERS, ("---",) * len(HEADERS), *lines]
     return "\n".join(
@@ -93,6 +105,8 @@ def as_markdown(lines: list[tuple[str, ...]], facts: list[str]) -> str:
             *[f"- {fact}" for fact in facts],
             "",
             *[f"| {' | '.join(line)} |" for line in body],
+            "",
+            *[f"- {line}" for line in about],
             "",
         ]
     )

@@ -22,10 +22,9 @@ class Target:
     of_base: bool = False
     at_least: bool = False
 
-    def met(self, value: float, ratio: float) -> bool:
-        """Whether a result is good enough."""
-        found = ratio if self.of_base else value
-        return found >= self.limit if self.at_least else found <= self.limit
+    def met(self, value: float) -> bool:
+        """Whether a value, or a ratio where the target is one, is good enough."""
+        return value >= self.limit if self.at_least else value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,17 @@ class Row:
     target: Target | None = None
 
     @property
+    def base_text(self) -> str:
+        """What ratios are ratios to, in words."""
+        return f" (ratio to {self.base[0]}, {self.base[1].name})" if self.base else ""
+
+    @property
     def target_text(self) -> str:
         """The target in words."""
         if self.target is None:
             return ""
         sign = "≥" if self.target.at_least else "≤"
-        return f"{sign} {self.target.limit:g}{' × base' if self.target.of_base else ''}"
+        return f"{sign} {self.target.limit:g}{' times' if self.target.of_base else ''}"
 
 
 async def under_load(measure: str, count: int, competitor: Competitor, python: Path) -> float:

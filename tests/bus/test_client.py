@@ -85,22 +85,41 @@ async def test_headers_count_towards_the_limit(client: HardenedClient, name: str
     await client.close()
 
 
-async def test_an_error_while_reading_reconnects(client: HardenedClient, name: str) -> None:
-    """A receiver that raises ends the read loop; the client starts another one."""
+async def test_an_error_while_reading_reconnects(
+    client: HardenedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the read loop ends of an error, the client starts another one."""
     back = asyncio.Event()
 
     async def reconnected() -> None:
         back.set()
 
-    def raises(message: Message) -> None:
-        raise ValueError(message.subject)
+    async def broken(_: bytes) -> None:
+        monkeypatch.undo()
+        raise ValueError("a bug in the parser")
 
     client._reconnected_cb = reconnected
-    await client.listen(name, raises)
-    await client.publish(name, b"")
+    monkeypatch.setattr(client._ps, "parse", broken)
+    client._pending.append(b"PING\r\n")
+    await client._flush_pending()
     async with asyncio.timeout(5):
         await back.wait()
     assert await _answers(client)
+    await client.close()
+
+
+async def test_what_a_receiver_raises_ends_its_message_only(
+    client: HardenedClient, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A message that cannot be taken is logged, also one on a subject that is no text; reading goes on."""
+
+    def raises(message: Message) -> None:
+        raise ValueError(message.subject)
+
+    await client.listen(f"{name}.>", raises)
+    await client.write(f"PUB {name}.".encode() + b"\xff 0\r\n\r\n")
+    assert await _answers(client)
+    assert "could not be taken" in caplog.text
     await client.close()
 
 

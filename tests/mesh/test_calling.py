@@ -10,6 +10,7 @@ from openagentmesh import (
     AgentMesh,
     AgentSpec,
     Cancelled,
+    ConnectionFailed,
     InvalidInput,
     InvocationMismatch,
     MeshError,
@@ -265,3 +266,31 @@ async def test_a_call_is_one_message_and_no_subscription(mesh: AgentMesh, name: 
         for _ in range(50):
             await caller.call(name, {})
         assert (messages + 50, subscriptions) == (client.stats["out_msgs"], client._sid)
+
+
+async def test_leaving_a_mesh_ends_its_own_calls(
+    new_mesh: Callable[[], AgentMesh], mesh: AgentMesh, name: str
+) -> None:
+    """Who waits for an answer on a connection that closes is told at once."""
+    started = asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name))
+    async def hang(req: Text) -> Text:
+        started.set()
+        await asyncio.sleep(60)
+        return req
+
+    await mesh.catalog()
+    async with new_mesh() as caller:
+        call = asyncio.create_task(caller.call(name, {}, timeout=None))
+        await started.wait()
+    with pytest.raises(ConnectionFailed):
+        await call
+
+
+async def test_a_streams_request_id_must_fit_into_a_subject(mesh: AgentMesh, name: str) -> None:
+    """An id of the caller's own that would break the wire is refused here."""
+    for bad in ("a b", ">", "a.*"):
+        with pytest.raises(InvalidInput, match="request id"):
+            await anext(mesh.stream(name, {}, headers={"X-Mesh-Request-Id": bad}))
+    assert node_of(mesh).bus.reconnects == 0

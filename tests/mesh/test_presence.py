@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from openagentmesh import AgentDied, AgentMesh, AgentSpec, NotFound
+from openagentmesh import AgentDied, AgentMesh, AgentSpec, ConnectionFailed, NotFound
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh import presence
@@ -143,4 +143,34 @@ async def test_a_call_in_flight_survives_a_restart(tmp_path: Path) -> None:
         await until(both_are_back)
         go.set()
         assert {"text": "kept"} == await call
+    await again.stop()
+
+
+async def test_a_restore_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One failure after a restart is not the last word: the catalog is whole in the end."""
+    server = EmbeddedServer()
+    await server.start()
+    async with AgentMesh(server.url) as provider:
+        serve(provider, "survivor")
+        await provider.catalog()
+        registry = node_of(provider).registry
+        tries, restore = 0, registry.restore
+
+        async def fails_once() -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise ConnectionFailed("not yet")
+            await restore()
+
+        monkeypatch.setattr(registry, "restore", fails_once)
+        await server.stop()
+        again = EmbeddedServer(server.port)
+        await again.start()
+
+        async def listed() -> bool:
+            return tries == 2 and ["survivor"] == [entry.name for entry in await provider.catalog()]
+
+        await until(listed)
+        assert ["survivor"] == [entry.name for entry in await provider.catalog()]
     await again.stop()

@@ -99,11 +99,14 @@ def test_the_envelope_has_exactly_the_protocols_keys() -> None:
     assert expected == NotFound("m").to_dict()
 
 
-def test_an_error_is_located_only_where_it_was_not() -> None:
-    """The host fills in agent and request, and never overwrites those of an agent further down."""
+def test_an_error_is_located_in_the_request_at_hand() -> None:
+    """The host sends the id of this request, names itself unless an agent further down is named,
+    and leaves the raised object as it was.
+    """
     assert ("a", "r") == _place(MeshError("m").located(agent="a", request_id="r"))
     inner = MeshError("m", agent="inner", request_id="ri")
-    assert ("inner", "ri") == _place(inner.located(agent="a", request_id="r"))
+    assert ("inner", "r") == _place(inner.located(agent="a", request_id="r"))
+    assert ("inner", "ri") == _place(inner)
 
 
 def _place(error: MeshError) -> tuple[str, str]:

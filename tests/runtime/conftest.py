@@ -66,10 +66,9 @@ def load(tmp_path: Path) -> Iterator[Load]:
         if not isinstance(what, Config):
             write(tmp_path / "agents", what)
             what = Config(folder=tmp_path.resolve(), host=HostSection(agents=["agents"], entry_points=False))
-        loaders.append(Loader(Node(Target(HOST_URL), "0" * 32), settings or {}))
-        return {
-            origin.shown.removeprefix("agents/"): loaders[-1].load(origin) for origin in find_origins(what)
-        }
+        origins = find_origins(what)
+        loaders.append(Loader(Node(Target(HOST_URL), "0" * 32), settings or {}, origins))
+        return {origin.shown.removeprefix("agents/"): loaders[-1].load(origin) for origin in origins}
 
     yield load_
     for loader in loaders:

@@ -263,3 +263,19 @@ asyncio.run(main())
         process.terminate()
         assert ("hi you\n", "") == (answer.stdout, answer.stderr)
         assert 0 == process.wait(10)
+
+
+def test_a_helper_declares_for_the_module_that_imports_it(load: Load) -> None:
+    """Agents split over files that are no modules of their own are served, once."""
+    modules = load(
+        {
+            "main.py": "from _mesh import mesh\nimport _handlers\nfrom openagentmesh import AgentSpec\n"
+            + agent("split.a"),
+            "_mesh.py": MESH,
+            "_handlers.py": "from _mesh import mesh\nfrom openagentmesh import AgentSpec\n"
+            + agent("split.b"),
+        }
+    )
+    assert {"main.py": ["split.a", "split.b"]} == {
+        shown: sorted(names) for shown, names in serving(modules).items()
+    }

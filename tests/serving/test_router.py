@@ -329,3 +329,57 @@ async def test_a_failing_handler_is_logged(
     assert [ZeroDivisionError] == [r.exc_info[0] for r in caplog.records if r.exc_info]
     assert name in caplog.text
     assert sys.exc_info() == (None, None, None)
+
+
+async def test_one_error_raised_twice_belongs_to_each_request(mesh: AgentMesh, name: str) -> None:
+    """An error that an author keeps and raises again carries the id of the request at hand."""
+    limit = MeshError("limit", "enough")
+    replies: asyncio.Queue[Message] = asyncio.Queue()
+    node = node_of(mesh)
+
+    @mesh.agent(AgentSpec(name=name))
+    async def fail(req: Number) -> str:
+        raise limit
+
+    await mesh.catalog()
+    for request_id in ("first", "second"):
+        head = codec.write_headers({"X-Mesh-Request-Id": request_id})
+        await node.bus.publish(subjects.agent(name), b"{}", head, node.inbox.expect(replies.put_nowait))
+        assert request_id == json.loads((await replies.get()).body)["request_id"]
+
+
+async def test_a_large_input_that_does_not_fit_says_why(mesh: AgentMesh, name: str) -> None:
+    """Pydantic's list arrives, without the input that would crowd it out."""
+
+    class Long(BaseModel):
+        text: str
+        needed: int
+
+    @mesh.agent(AgentSpec(name=name))
+    async def take(req: Long) -> str:
+        return req.text
+
+    with pytest.raises(InvalidInput) as caught:
+        await mesh.call(name, {"text": "x" * 200_000})
+    assert [["needed"]] == [error["loc"] for error in caught.value.details["errors"]]
+
+
+async def test_a_handler_may_call_others_while_its_mesh_stops(url: str, mesh: AgentMesh, name: str) -> None:
+    """What runs finishes, nested calls included."""
+    provider, started = AgentMesh(url), asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=f"{name}.other"))
+    async def other(req: Number) -> Number:
+        return req
+
+    @provider.agent(AgentSpec(name=name))
+    async def nested(req: Number) -> Number:
+        started.set()
+        await asyncio.sleep(0.3)
+        return Number.model_validate(await provider.call(f"{name}.other", req))
+
+    await mesh.catalog()
+    async with provider:
+        call = asyncio.create_task(mesh.call(name, {"value": 3}))
+        await started.wait()
+    assert {"value": 3} == await call

@@ -8,6 +8,7 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, ChunkSequenceError, HandlerError, MeshTimeout, PayloadTooLarge
 from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.serving.agent import Limits
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 from pydantic import BaseModel
 
@@ -206,3 +207,22 @@ async def test_chunks_are_not_flushed_one_by_one(mesh: AgentMesh, name: str) -> 
     pongs = client._pongs_received
     assert 1000 == len([chunk async for chunk in mesh.stream(name, {"count": 1000})])
     assert client._pongs_received - pongs <= 1  # the keep-alive may fall into it
+
+
+async def test_a_slow_reader_keeps_its_stream(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's patience is for the handler: a reader may take longer than that over many chunks."""
+    monkeypatch.setattr("openagentmesh.serving.streams._GRANT_WITHIN", 0.1)
+    node_of(mesh)._limits = lambda _: Limits(timeout=0.5)
+
+    @mesh.agent(AgentSpec(name=name))
+    async def count(req: Wanted) -> AsyncIterator[int]:
+        for number in range(req.count):
+            yield number
+
+    read = []
+    async for chunk in mesh.stream(name, {"count": 2 * WINDOW}):
+        read.append(chunk)
+        await asyncio.sleep(0.02)  # the whole takes five times the limit
+    assert list(range(2 * WINDOW)) == read

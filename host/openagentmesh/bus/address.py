@@ -1,5 +1,6 @@
 """Where the server is, when nobody says: OAM_URL, OAM_CREDS and the nearest `.oam-url`."""
 
+import json
 import os
 import tomllib
 from dataclasses import dataclass
@@ -40,11 +41,13 @@ def _read(path: Path) -> Address:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConnectionFailed(f"{path} cannot be read: {exc}") from exc
-    if "=" not in text.partition("\n")[0] or text.startswith(("nats://", "tls://", "ws://", "wss://")):
-        return Address(text or None)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
+        # Peers write a bare url, and read only the first line.
+        first = text.partition("\n")[0].strip()
+        if "=" not in first.partition("://")[0] and not first.startswith(("#", "[")):
+            return Address(first or None)
         raise ConnectionFailed(
             f"{path} is neither a url nor TOML with `url` and `creds`: {exc}. "
             "Write it anew with `oam mesh connect URL`."
@@ -60,7 +63,7 @@ def write(folder: Path, url: str, creds: str | None = None) -> Path:
     """Leave a `.oam-url` in `folder`."""
     path = folder / FILE_NAME
     # A bare url where that is enough: peers read no more than that.
-    text = f'url = "{url}"\ncreds = "{creds}"\n' if creds else f"{url}\n"
+    text = f"url = {json.dumps(url)}\ncreds = {json.dumps(creds)}\n" if creds else f"{url}\n"
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -5,6 +5,7 @@ pyproject.toml) and has a test of its own against the real server.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,6 +14,8 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
+
+log = logging.getLogger(__name__)
 
 _PING: Final = b"PING\r\n"
 # "NATS/1.0" and the line breaks around a header block.
@@ -95,7 +98,12 @@ class HardenedClient(Client):
             return
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
-        receiver(Message(subject.decode(), reply.decode(), headers or b"", data))
+        # Subjects are bytes to the server; strangers may use any.
+        names = [name.decode("utf-8", "surrogateescape") for name in (subject, reply)]
+        try:
+            receiver(Message(names[0], names[1], headers or b"", data))
+        except Exception:  # a message ends here; the read loop must not
+            log.exception("a message on %r could not be taken", names[0])
 
     async def _send_publish(
         self,

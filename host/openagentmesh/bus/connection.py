@@ -16,9 +16,18 @@ from urllib.parse import urlsplit
 from nats.errors import Error as NatsError
 from nats.errors import NoServersError
 from nats.js import JetStreamContext
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from openagentmesh.bus.client import HardenedClient, Receiver
-from openagentmesh.protocol.errors import ConnectionDenied, ConnectionFailed, PayloadTooLarge
+from openagentmesh.bus.tasks import end
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.errors import (
+    ConnectionDenied,
+    ConnectionFailed,
+    InvalidInput,
+    MeshError,
+    PayloadTooLarge,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +39,7 @@ _PING_INTERVAL: Final = 15
 _RECONNECT_WAIT: Final = 0.1
 # After UNSUB and its PONG, messages still arrive for a moment.
 LINGER: Final = 0.15
+_RESTORE_WAIT_MAX: Final = 5.0
 _HISTORY: Final = 50
 # After a server's restart its clients come back within about this many seconds.
 _OTHERS_RETURN: Final = 2.0
@@ -48,7 +58,10 @@ class Target:
     @property
     def shown(self) -> str:
         """The url without a password or a token, fit for a message."""
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+        except ValueError:  # no url at all; connecting will say so
+            return "***@" + self.url.rpartition("@")[2] if "@" in self.url else self.url
         return (
             self.url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@", 1)
             if "@" in parts.netloc
@@ -72,7 +85,7 @@ class Bus:
 
     `history` tells the last things that happened to it. `restore` runs in a task of its own
     after each reconnect; a reconnect in the middle of it starts it anew. `on_lost` is called
-    when the server is lost.
+    when the server is lost, `on_closed` when the connection is closed for good.
     """
 
     def __init__(self, target: Target, name: str) -> None:
@@ -84,6 +97,7 @@ class Bus:
         self._away = False
         self.restore: Restore | None = None
         self.on_lost: Callable[[], None] = lambda: None
+        self.on_closed: Callable[[], None] = lambda: None
         self._client = HardenedClient()
         self._restoring: asyncio.Task[None] | None = None
         self._last_error: Exception | None = None
@@ -101,7 +115,8 @@ class Bus:
         try:
             async with asyncio.timeout(timeout):
                 await self._client.connect(self.target.url, **options)
-        except (TimeoutError, OSError, NatsError, ValueError) as exc:
+        # Credentials, certificates and urls pass through libraries that raise what they like.
+        except Exception as exc:
             await self._client.close()
             raise self._explain(exc, timeout) from exc
         # The first connect is bounded, every later one is not.
@@ -149,9 +164,17 @@ class Bus:
         # The library ends with "no servers available"; why is what it said before.
         cause = self._last_error if isinstance(exc, NoServersError) and self._last_error else exc
         number = getattr(cause, "errno", None)
-        reason = os.strerror(number) if number else str(cause) or type(cause).__name__
+        reason = str(cause) or type(cause).__name__
+        if isinstance(cause, OSError) and number:
+            reason = os.strerror(number) if number > 0 else str(cause.strerror)
+        if not isinstance(exc, (TimeoutError, OSError, NatsError, ValueError)) and self.target.creds:
+            reason = f"authentication is not possible with these ({reason})"
         if "authorization" in reason.lower() or "authentication" in reason.lower():
-            used = f"credentials '{self.target.creds}'" if self.target.creds else "no credentials"
+            used = "no credentials"
+            if self.target.creds:
+                used = f"credentials '{self.target.creds}'"
+            elif "@" in self.target.url:
+                used = "the user and password of the url"
             return ConnectionDenied(
                 f"The server at {self.target.shown} refuses {used}: {reason}.",
                 details={"url": self.target.shown, "creds": self.target.creds},
@@ -167,6 +190,11 @@ class Bus:
     def connected(self) -> bool:
         """Whether the server is there right now."""
         return bool(self._client.is_connected)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is closed for good."""
+        return bool(self._client.is_closed)
 
     @property
     def unsettled(self) -> bool:
@@ -220,13 +248,21 @@ class Bus:
             line = f"HPUB {subject} {reply} {len(head)} {len(head) + len(body)}\r\n"
         else:
             line = f"PUB {subject} {reply} {len(body)}\r\n"
-        await client.write(b"".join((line.encode(), head, body, b"\r\n")))
+        await client.write(b"".join((line.encode("utf-8", "surrogateescape"), head, body, b"\r\n")))
 
     async def listen(self, subject: str, receiver: Receiver, queue: str = "") -> int:
         """Subscribe; `receiver` runs in the read loop and must return at once.
 
         A `flush` afterwards proves that the server has the subscription.
+
+        Raises:
+            InvalidInput: nothing can be subscribed to by this subject.
+            ConnectionFailed: the connection is closed.
+
         """
+        if why := subjects.invalid_pattern(subject):
+            # The server ends the connection for it, again after each reconnect.
+            raise InvalidInput(f"{subject!r} cannot be listened on: {why}.")
         if self._client.is_closed:
             raise ConnectionFailed(f"The connection to {self.target.shown} is closed.")
         return await self._client.listen(subject, receiver, queue)
@@ -248,7 +284,10 @@ class Bus:
         for sid in sids:
             await self._client.leave(sid)
         if self.connected:
-            await self.flush()
+            try:
+                await self.flush()
+            except ConnectionFailed as exc:
+                log.warning("leaving without the server's word: %s", exc)
             await asyncio.sleep(LINGER)  # the server has no event for "the last one is out"
         self.drop(*sids)
 
@@ -264,8 +303,7 @@ class Bus:
 
     async def close(self) -> None:
         """Send what is queued and close; nothing can be sent afterwards."""
-        if self._restoring is not None:
-            self._restoring.cancel()
+        await end(self._restoring)
         await self._client.close()
 
     async def _on_error(self, exc: Exception) -> None:
@@ -293,12 +331,23 @@ class Bus:
         if self._restoring is not None:
             self._restoring.cancel()
         if self.restore is not None:
-            self._restoring = asyncio.ensure_future(self.restore())
-            self._restoring.add_done_callback(self._restored)
+            self._restoring = asyncio.create_task(self._restore_at_last(self.restore))
 
-    def _restored(self, task: asyncio.Future[None]) -> None:
-        if not task.cancelled() and (exc := task.exception()):
-            log.error("what was true before the reconnect could not be restored", exc_info=exc)
+    async def _restore_at_last(self, restore: Restore) -> None:
+        """Try until it is done, or until a new reconnect begins it anew."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(MeshError),
+            wait=wait_random_exponential(multiplier=0.1, max=_RESTORE_WAIT_MAX),
+            before_sleep=self._restore_failed,
+        ):
+            with attempt:
+                await restore()
+
+    def _restore_failed(self, state: RetryCallState) -> None:
+        exc = state.outcome.exception() if state.outcome else None
+        self.history.append(Event(f"not restored yet: {exc}"))
+        log.warning("what was true before the reconnect is not restored yet: %s", exc)
 
     async def _on_closed(self) -> None:
         self.closed.set()
+        self.on_closed()

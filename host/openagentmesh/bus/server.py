@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Final
 
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
@@ -25,10 +25,12 @@ log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
 _START_TIMEOUT: Final = 15.0
+_LONGEST_LINE: Final = 4 * 1024 * 1024
 _STOP_TIMEOUT: Final = 5.0
 _RESTART_WAIT_MAX: Final = 5.0
 _LINE_RE: Final = re.compile(r"\[(?P<pid>\d+)\] \S+ \S+ \[(?P<level>\w+)\] (?P<text>.*)")
 _CLIENT_PORT_RE: Final = re.compile(r"Listening for client connections on \S+:(\d+)")
+_ADDRESS_RE: Final = re.compile(rf"{re.escape(HOST)}:(\d+)")
 _WEBSOCKET_RE: Final = re.compile(r"Listening for websocket clients on (\S+)")
 
 # The server must die with us, also when we are killed. Its keeper reads a pipe that only we
@@ -100,6 +102,18 @@ def lock_store(folder: Path) -> IO[str]:
     return lock
 
 
+def why_not(said: str, url: str) -> str:
+    """Why a server that said this did not start at `url`, and what to do."""
+    if "address already in use" in said:
+        taken = _ADDRESS_RE.findall(said)
+        return (
+            f"Port {taken[-1] if taken else url.rpartition(':')[2]} of {HOST} is in use, perhaps by another "
+            f"`oam up`. See what runs there with `oam status --url {url}`, use it with "
+            f"`oam up --url {url}`, or take any free port with `oam up --port 0`."
+        )
+    return f"nats-server did not start: {said or 'it said nothing'}."
+
+
 class EmbeddedServer:
     """A nats-server with JetStream on 127.0.0.1 that lives as long as this object is open.
 
@@ -133,6 +147,8 @@ class EmbeddedServer:
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
         self._lock: IO[str] | None = None
+        self._scratch = ""
+        self._websocket_port = 0
         self._ready: asyncio.Future[None] | None = None
         self._said: deque[str] = deque(maxlen=20)
 
@@ -153,6 +169,7 @@ class EmbeddedServer:
         try:
             await self._launch()
         except BaseException:
+            await self._end()
             self._unlock()
             raise
         self._watching = asyncio.create_task(self._watch())
@@ -182,10 +199,13 @@ class EmbeddedServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+            if self._scratch:
+                shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _launch(self) -> None:
-        scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
-        command = [find_binary(), "-a", HOST, "-p", str(self.port or -1)]
+        binary = find_binary()
+        scratch = self._scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
+        command = [binary, "-a", HOST, "-p", str(self.port or -1)]
         command += [*(["-js"] if self.jetstream else []), "-sd", scratch or self.store, *self.extra_arguments]
         if self.websocket:
             command += ["-c", self._websocket_config(scratch or self.store)]
@@ -196,6 +216,7 @@ class EmbeddedServer:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=[self._lock.fileno()] if self._lock else [],
+            limit=_LONGEST_LINE,
             start_new_session=True,  # our terminal's Ctrl-C must not end it before us
         )  # fmt: skip
         self.starts += 1
@@ -211,7 +232,7 @@ class EmbeddedServer:
 
     def _websocket_config(self, folder: str) -> str:
         path = Path(folder) / "websocket.conf"
-        port = self.port + 1 if self.port else -1
+        port = self._websocket_port or (self.port + 1 if self.port else -1)
         path.write_text(f'websocket {{ listen: "{HOST}:{port}", no_tls: true }}\n')
         return str(path)
 
@@ -230,11 +251,14 @@ class EmbeddedServer:
         self.pid = pid
         if level in {"FTL", "ERR"}:
             self._said.append(text)
-            log.log(logging.ERROR if self.starts > 1 else logging.DEBUG, "nats-server: %s", text)
+            # Before it is ready, what it says is the reason of the error that is raised.
+            running = self._ready is not None and self._ready.done()
+            log.log(logging.ERROR if running else logging.DEBUG, "nats-server: %s", text)
         elif port := _CLIENT_PORT_RE.match(text):
             self.port = int(port[1])
         elif websocket := _WEBSOCKET_RE.match(text):
             self.websocket_url = websocket[1]
+            self._websocket_port = int(websocket[1].rpartition(":")[2])
         elif text == "Server is ready" and self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -244,19 +268,16 @@ class EmbeddedServer:
             status = await self._process.wait()
             self._on_event(f"nats-server (pid {self.pid}) died with status {status}; starting it again")
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(ServerFailed),
+                retry=retry_if_exception_type((ServerFailed, OSError)),
+                before_sleep=self._launch_failed,
                 wait=wait_random_exponential(multiplier=0.1, max=_RESTART_WAIT_MAX),
             ):
                 with attempt:
                     await self._launch()
             self._on_event(f"nats-server is back on {self.url}")
 
+    def _launch_failed(self, state: RetryCallState) -> None:
+        self._on_event(f"it did not start: {state.outcome.exception() if state.outcome else 'cancelled'}")
+
     def _why_not(self) -> str:
-        said = " ".join(self._said)
-        if "address already in use" in said:
-            return (
-                f"Port {self.port} of {HOST} is in use, perhaps by another `oam up`. See what runs there "
-                f"with `oam status --url {self.url}`, use it with `oam up --url {self.url}`, or take any "
-                "free port with `oam up --port 0`."
-            )
-        return f"nats-server did not start: {said or 'it said nothing'}."
+        return why_not(" ".join(self._said), self.url)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import typer
@@ -42,8 +43,11 @@ def stream(
     given = _payload(payload)
 
     async def main() -> None:
-        async with connected(url) as node:
-            async for chunk in node.caller.stream(name, given, timeout, None):
+        async with (
+            connected(url) as node,
+            aclosing(node.caller.stream(name, given, timeout, None)) as chunks,
+        ):
+            async for chunk in chunks:
                 say(as_json(chunk))
 
     run(main(), json_=json_)
@@ -73,11 +77,15 @@ def _payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any sha
     if text is None or not text.strip():
         return None
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_constant)
     except ValueError as exc:
         usage_error(
             f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'"
         )
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _as_text(contract: AgentContract) -> str:

@@ -1,23 +1,30 @@
 """`oam mesh`: a development server, the catalog, and what goes over the wire."""
 
 import asyncio
+import os
+import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from openagentmesh.bus import address
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.server import HOST, EmbeddedServer, find_binary, lock_store
+from openagentmesh.bus.server import HOST, EmbeddedServer, ServerFailed, find_binary, lock_store, why_not
 from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.codec import read_headers
-from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.protocol.subjects import in_channel
+from openagentmesh.protocol.subjects import in_channel, invalid_pattern
 
 app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
 
@@ -75,19 +82,19 @@ async def _background(port: int) -> None:
         pass_fds=[lock.fileno()],
     )
     lock.close()
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(ConnectionFailed),
-        wait=wait_fixed(0.05),
+
+    async def decided() -> bool:
+        return "Server is ready" in _LOG_FILE.read_text() or process.poll() is not None
+
+    retrying = AsyncRetrying(
+        retry=retry_if_result(lambda done: not done),
+        wait=wait_fixed(0.02),
         stop=stop_after_delay(_START_TIMEOUT),
-        reraise=True,
-    ):
-        with attempt:
-            if process.poll() is not None:
-                break
-            await _try(Target(url))
+    )
+    await retrying(decided)
     if process.poll() is not None:
         fatal = [line for line in _LOG_FILE.read_text().splitlines() if "[FTL]" in line]
-        raise ConnectionFailed(f"nats-server did not start: {fatal[-1] if fatal else f'see {_LOG_FILE}'}")
+        raise ServerFailed(why_not(" ".join(fatal), url))
     address.write(Path.cwd(), url)
     note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
 
@@ -98,33 +105,50 @@ def down() -> None:
     if not _PID_FILE.is_file():
         note("no server was started here with `oam mesh up`")
         raise typer.Exit(1)
-    done = subprocess.run(
-        [find_binary(), "--signal", f"stop={_PID_FILE}"], check=False, capture_output=True, text=True
-    )
+    pid = int(_PID_FILE.read_text())
+    try:
+        # Whoever runs on this store holds its lock; without one, the pid may be anybody's by now.
+        lock_store(_STORE).close()
+    except ServerFailed:
+        os.kill(pid, signal.SIGTERM)
+        run(_until_free())
+        note("stopped")
+    else:
+        note("it was not running any more")
     _PID_FILE.unlink(missing_ok=True)
     (Path.cwd() / address.FILE_NAME).unlink(missing_ok=True)
-    note("stopped" if done.returncode == 0 else f"it was not running: {done.stderr.strip()}")
+
+
+async def _until_free() -> None:
+    """Wait until the store's lock is free, which is when its server has ended."""
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(ServerFailed),
+        wait=wait_fixed(0.02),
+        stop=stop_after_delay(_START_TIMEOUT),
+        reraise=True,
+    ):
+        with attempt:
+            lock_store(_STORE).close()
 
 
 @app.command()
 def connect(
     url: Annotated[str, typer.Argument(help="The NATS server, as in nats://mesh.example.com:4222.")],
     creds: Annotated[Path | None, typer.Option(help="A credentials file for it.")] = None,
+    *,
+    json_: Json = False,
 ) -> None:
     """Check a server and remember it in .oam-url for the commands run here and below."""
+    target = Target(url, str(creds.resolve()) if creds else None)
 
     async def main() -> None:
-        await _try(Target(url, str(creds) if creds else None))
-        path = address.write(Path.cwd(), url, str(creds.resolve()) if creds else None)
-        note(f"{url} answers; {path.name} written")
+        bus = Bus(target, "oam")
+        await bus.connect()
+        await bus.close()
+        path = address.write(Path.cwd(), url, target.creds)
+        note(f"{target.shown} answers; {path.name} written")
 
-    run(main())
-
-
-async def _try(target: Target) -> None:
-    bus = Bus(target, "oam")
-    await bus.connect()
-    await bus.close()
+    run(main(), json_=json_)
 
 
 @app.command()
@@ -188,8 +212,8 @@ def listen(
                 else:
                     getting.cancel()
 
-    if any(c.isspace() for c in subject) or not subject:
-        raise typer.BadParameter("a subject has no spaces")
+    if why := invalid_pattern(subject):
+        raise typer.BadParameter(f"'{subject}' is no subject: {why}")
     run(main(), json_=json_)
 
 

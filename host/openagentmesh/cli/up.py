@@ -1,6 +1,7 @@
 """`oam up`: the host, until Ctrl-C."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,8 @@ def _configured(path: Path | None, port: int | None, url: str | None, *, strict:
 
 async def _serve(config: Config, *, pretty: bool) -> None:
     host = Host(config)
+    # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     async with host:
         # Before anything is said: who reads it may send a signal at once.
         stop = stop_event(lambda: _say_stopping(host))

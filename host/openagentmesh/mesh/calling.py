@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract, Verb
 from openagentmesh.protocol.errors import (
     AgentDied,
+    ConnectionFailed,
     InvalidInput,
     InvocationMismatch,
     MeshError,
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 # An agent that has just begun to listen may still be about to publish its contract.
 _SECOND_LOOK: Final = 0.25
 _MOST_KNOWN: Final = 100_000
+# After this many seconds a name is looked up again beside its next request.
+_KNOWN_FOR: Final = 3.0
 # While everybody returns to a restarted server, a request that reached nobody is sent again
 # this often, in seconds.
 _RETURNING: Final = 0.05
@@ -63,11 +67,17 @@ class Caller:
         self._instance_id = instance_id
         self._own = own
         self._waiting: set[Waiting] = set()
-        self._known: set[str] = set()
+        # When a name was last seen in the registry.
+        self._known: dict[str, float] = {}
 
     async def open(self) -> None:
         """Listen for deaths, once for all calls."""
         await self._bus.listen(subjects.DEATHS, self._on_death)
+
+    def close(self) -> None:
+        """Let nobody wait for an answer that cannot come any more."""
+        for waiting in list(self._waiting):
+            waiting.fail(ConnectionFailed("The connection was closed before an answer came."))
 
     async def call(
         self,
@@ -87,7 +97,7 @@ class Caller:
                 while answer.nobody and self._bus.unsettled:
                     await asyncio.sleep(_RETURNING)
                     answer = await self._ask(name, body, head)
-            return codec.load(await self._body(answer, name, "call"))
+                return codec.load(await self._body(answer, name, "call"))
         except TimeoutError:
             raise _timeout(subjects.agent(name), timeout, name, request_id) from None
         except MeshError as exc:
@@ -111,11 +121,13 @@ class Caller:
         payload: object,
         timeout: float | None,
         headers: Mapping[str, str] | None,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Send one request and yield its chunks; `timeout` seconds from one to the next."""
         self._check(name, "stream")
         body = codec.dump(payload)
         request_id = _request_id(headers)
+        if not subjects.is_token(request_id):
+            raise InvalidInput(f"The request id {request_id!r} cannot name the subject of a stream.")
         subject = subjects.stream(request_id)
         head = codec.request_headers(
             request_id, self._instance_id, timeout=timeout, streaming=True, credit=WINDOW, extra=headers
@@ -129,11 +141,11 @@ class Caller:
                 while True:
                     async with asyncio.timeout(timeout):
                         frame = await reader.next()
-                    if frame.nobody and self._bus.unsettled:
-                        await asyncio.sleep(_RETURNING)
-                        await self._bus.publish(subjects.agent(name), body, head, subject)
-                        continue
-                    chunk = await self._body(frame, name, "stream")
+                        if frame.nobody and self._bus.unsettled:
+                            await asyncio.sleep(_RETURNING)
+                            await self._bus.publish(subjects.agent(name), body, head, subject)
+                            continue
+                        chunk = await self._body(frame, name, "stream")
                     if frame.end:
                         return
                     yield codec.load(chunk)
@@ -143,8 +155,9 @@ class Caller:
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
         finally:
-            if not self._bus.closed.is_set():
-                await reader.abandon()
+            if not self._bus.is_closed:
+                with suppress(MeshError):  # what ended the stream is told, not this
+                    await reader.abandon()
                 await self._bus.quit(sid)
 
     def _check(self, name: str, verb: Verb) -> None:
@@ -175,7 +188,7 @@ class Caller:
         """Call `fail` when it turns out that no answer will come."""
         waiting = Waiting(name, fail)
         self._waiting.add(waiting)
-        if name not in self._known:
+        if time.monotonic() - self._known.get(name, -_KNOWN_FOR) >= _KNOWN_FOR:
             waiting.looking = asyncio.create_task(self._look(waiting, verb))
         try:
             yield
@@ -210,13 +223,14 @@ class Caller:
             return
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
-        self._known.add(waiting.name)
+        self._known[waiting.name] = time.monotonic()
 
     def _on_death(self, message: Message) -> None:
         try:
             notice = DeathNotice.model_validate_json(message.body)
         except ValidationError:
             return
+        self._known.pop(notice.agent, None)
         for waiting in [w for w in self._waiting if w.name == notice.agent]:
             waiting.fail(
                 AgentDied(

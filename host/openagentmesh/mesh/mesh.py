@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
 
@@ -184,8 +184,9 @@ class AgentMesh:
 
         """
         node = await self._ready()
-        async for chunk in node.caller.stream(name, payload, timeout, headers):
-            yield chunk
+        async with aclosing(node.caller.stream(name, payload, timeout, headers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def catalog(
         self,
@@ -256,8 +257,13 @@ class AgentMesh:
             ),
             self._instance_id,
         )
-        await node.start(self._agents.values())
+        # Its handlers may be called, and call others, before the start is complete.
         self._node = node
+        try:
+            await node.start(self._agents.values())
+        except BaseException:
+            self._node = None
+            raise
         return self
 
     async def __aexit__(
@@ -265,8 +271,10 @@ class AgentMesh:
     ) -> None:
         """Finish what runs, deregister, close."""
         if not self._hosted and self._node is not None:
-            node, self._node = self._node, None
-            await node.stop(DRAIN_TIMEOUT)
+            try:
+                await self._node.stop(DRAIN_TIMEOUT)  # handlers that finish may still call others
+            finally:
+                self._node = None
 
     async def _ready(self) -> Node:
         if self._node is None:

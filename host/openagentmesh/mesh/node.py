@@ -20,7 +20,7 @@ from openagentmesh.mesh.presence import Presence
 from openagentmesh.mesh.registry import Registry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
-from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.serving.agent import DEFAULT_LIMITS, Agent, Limits
 from openagentmesh.serving.router import Router
 
@@ -82,6 +82,7 @@ class Node:
         """
         await self.bus.connect()
         self.bus.restore = self._restore
+        self.bus.on_closed = self.caller.close
         try:
             await self.inbox.open()
             await self.caller.open()
@@ -100,25 +101,39 @@ class Node:
     def bind(self, agent: Agent) -> None:
         """Serve an agent, in place of one of the same name; `settled` waits until it is up."""
         self._unbound[agent.name] = agent.limited(self._limits(agent.name))
-        if self._started and self._binding is None:
+        self._bind_soon()
+
+    def _bind_soon(self) -> None:
+        if self._unbound and self._started and self._binding is None:
             self._binding = asyncio.create_task(self._bind())
 
     async def settled(self) -> None:
         """Wait until every agent bound so far is up; raises what kept it from that."""
-        while self._binding is not None:
-            await asyncio.shield(self._binding)
+        while (binding := self._binding) is not None:
+            await asyncio.wait([binding])
+            if binding.cancelled():
+                raise ConnectionFailed("This mesh is being left.")
+            if exc := binding.exception():
+                raise exc
 
     async def _bind(self) -> None:
         try:
             while self._unbound:
                 agents, self._unbound = self._unbound, {}
-                for agent in agents.values():
-                    await self.router.point(agent)
-                await self.bus.flush()  # from here on they can be called
-                await self.registry.publish([agent.contract for agent in agents.values()])
-                await self._announce(agents)
+                try:
+                    await self._serve(agents)
+                except BaseException:
+                    self._unbound = agents | self._unbound  # tried again after the next reconnect
+                    raise
         finally:
             self._binding = None
+
+    async def _serve(self, agents: dict[str, Agent]) -> None:
+        for agent in agents.values():
+            await self.router.point(agent)
+        await self.bus.flush()  # from here on they can be called
+        await self.registry.publish([agent.contract for agent in agents.values()])
+        await self._announce(agents)
 
     async def _announce(self, agents: Iterable[str]) -> None:
         await self.presence.announce(agents)
@@ -149,6 +164,8 @@ class Node:
 
     async def _close(self) -> None:
         await end(self._binding, self._repairing, self._watching_over)
+        await self.router.finish(0)
+        self.caller.close()
         await self.directory.close()
         await self.bus.close()
 
@@ -195,6 +212,7 @@ class Node:
         await self.presence.restore()
         if self._watching_over is not None:
             self.directory.follow()
+        self._bind_soon()
 
     def _on_registry_change(self, name: str, document: bytes | None) -> None:
         """Put back what is ours: a stock replica removes the agent for all when it stops."""

@@ -50,10 +50,11 @@ class MeshError(Exception):
         return type(self), (self.code, self.message, self.agent, self.request_id, self.details)
 
     def located(self, *, agent: str, request_id: str) -> "MeshError":
-        """The same error with the agent and the request it belongs to, where it had none."""
-        self.agent = self.agent or agent
-        self.request_id = self.request_id or request_id
-        return self
+        """What is sent for this error: its code, in this request, of this agent unless it names one.
+
+        A new object, for authors may raise one and the same error again and again.
+        """
+        return MeshError(self.code, self.message, self.agent or agent, request_id, self.details)
 
     @staticmethod
     def from_code(

@@ -4,6 +4,7 @@ import re
 from typing import Final
 
 NAME_RE: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+PATTERN_RE: Final = re.compile(r">|([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 TOKEN_RE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 # A subject may be 4096 bytes with all the rest of its line; this leaves room for both.
 MAX_NAME: Final = 255
@@ -51,6 +52,13 @@ def invalid_name(name: str) -> str | None:
     if name.endswith(RESERVED_TAIL):
         return f"'{RESERVED_TAIL}' at the end belongs to what a publisher emits"
     return None
+
+
+def invalid_pattern(subject: str) -> str | None:
+    """Why `subject` cannot be subscribed to, or None when it can."""
+    if PATTERN_RE.fullmatch(subject):
+        return None
+    return "words are joined by single dots; '*' stands for one word, '>' at the end for all that follow"
 
 
 def is_token(text: str) -> bool:

@@ -82,7 +82,7 @@ class Host:
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
         self._node = Node(target, instance_id, about=about, limits=self.config.limits_of)
         self._node.describe = self.describe
-        loader = Loader(self._node, self.config.settings)
+        loader = Loader(self._node, self.config.settings, origins)
         self._running.callback(loader.close)
         self._running.push_async_callback(self._node.stop, self.config.host.drain_timeout)
         for origin in origins:

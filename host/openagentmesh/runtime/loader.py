@@ -6,7 +6,7 @@ import importlib.util
 import linecache
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.abc import MetaPathFinder
@@ -62,8 +62,9 @@ class Loader:
     alone, and are kept apart from those of other folders.
     """
 
-    def __init__(self, node: Node, settings: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, node: Node, settings: Mapping[str, dict[str, Any]], origins: Iterable[Origin]) -> None:
         self._node = node
+        self._origins = {origin.path for origin in origins}
         self._settings = settings
         self._folders: dict[Path, _Folder] = {}
         self._finder = _Finder(self)
@@ -99,14 +100,19 @@ class Loader:
         if "." in path.stem:
             raise ImportError(f"'{path.name}' cannot be imported with a dot in its name; rename it")
         folder = self.folder(path.parent)
-        importlib.import_module(f"{folder.package}.{path.stem}")
-        module.agents = folder.declared.get(path.stem, [])
+        with self.declaring(module.origin.shown, module.origin.key, module.agents):
+            importlib.import_module(f"{folder.package}.{path.stem}")
+        module.agents += folder.declared.get(path, [])
 
     def _load_dotted(self, origin: Origin, module: Module) -> None:
         with self.declaring(origin.shown, origin.key, module.agents):
             loaded = importlib.import_module(origin.module)
         if origin.attribute:
             getattr(loaded, origin.attribute.partition(".")[0])
+
+    def is_origin(self, path: Path) -> bool:
+        """Whether a file, or a package's folder, is loaded for its own sake."""
+        return path in self._origins
 
     def folder(self, path: Path) -> "_Folder":
         """The folder at `path`, with a package name that nothing else has."""
@@ -141,7 +147,7 @@ class _Folder:
 
     path: Path
     package: str
-    declared: dict[str, list[Agent]] = field(default_factory=dict)
+    declared: dict[Path, list[Agent]] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
@@ -201,11 +207,14 @@ class _FileLoader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._folder.importer()}
-        key = module.__name__.split(".")[1]
-        if module.__name__ == f"{self._folder.package}.{key}":
-            self._folder.declared[key] = []  # an earlier try may have failed half way
-        agents = self._folder.declared.setdefault(key, [])
-        with self._loader.declaring(self.path, key, agents):
+        path = Path(self.path)
+        origin = path.parent if path.name == "__init__.py" else path
+        if not self._loader.is_origin(origin):
+            # A helper: what it declares belongs to the module that is being loaded.
+            super().exec_module(module)
+            return
+        agents = self._folder.declared[origin] = []
+        with self._loader.declaring(self.path, origin.stem, agents):
             super().exec_module(module)
 
 

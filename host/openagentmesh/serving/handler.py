@@ -15,6 +15,8 @@ from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInp
 from openagentmesh.serving.call import Call, Endpoint
 
 Shape = Literal["responder", "streamer", "trigger"]
+_MOST_SHOWN: Final = 16 * 1024
+_MOST_ERRORS: Final = 100
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
 _NOTHING: Final = b"{}"
 
@@ -130,8 +132,10 @@ def _as_json(exc: ValidationError) -> list[dict[str, Any]]:
         document = exc.json(include_url=False)
     except ValueError:  # the input itself cannot be shown, for it is no text
         document = exc.json(include_url=False, include_input=False)
+    if len(document) > _MOST_SHOWN:  # large inputs would crowd out what is wrong with them
+        document = exc.json(include_url=False, include_input=False)
     found: list[dict[str, Any]] = from_json(document)
-    return found
+    return found[:_MOST_ERRORS]
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator

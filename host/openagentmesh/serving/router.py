@@ -126,10 +126,14 @@ class Route:
             )
         writer = ChunkWriter(router.bus, router.inbox, router.instance_id, request, agent.dump)
 
+        loop = asyncio.get_running_loop()
+
         async def send(chunk: object) -> None:
+            # From here on it is the reader who takes its time.
+            deadline.reschedule(loop.time() + agent.limits.timeout)
             await writer.send(chunk)
             # A stream may go on for ever, as long as it goes on.
-            call.deadline = asyncio.get_running_loop().time() + agent.patience(request)
+            call.deadline = loop.time() + agent.patience(request)
             deadline.reschedule(call.deadline)
 
         def gone() -> None:
@@ -214,4 +218,8 @@ class Router:
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""
         await self.bus.leave(*[route.sid for route in self if route.sid is not None])
+        await self.finish(timeout)
+
+    async def finish(self, timeout: float) -> None:
+        """Finish what runs; cancel and answer the rest after `timeout` seconds."""
         await asyncio.gather(*[route.finish(timeout) for route in self])

@@ -1,6 +1,7 @@
 """One stream: chunks out with flow control on the host, chunks in on the caller."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -14,6 +15,8 @@ from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloa
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64
+# A slow reader shows in time that it is still there, in seconds.
+_GRANT_WITHIN: Final = 1.0
 # A peer that knows no credit may send this far ahead of its reader.
 _MOST_WAITING: Final = 65_536
 # Without credit nothing makes a producer wait, so it makes way by itself this often.
@@ -88,6 +91,7 @@ class ChunkReader:
         self._failed: MeshError | None = None
         self._expected = 0
         self._unacknowledged = 0
+        self._granted_at = time.monotonic()
         self._reply = ""
 
     def receive(self, message: Message) -> None:
@@ -134,9 +138,12 @@ class ChunkReader:
         return frame
 
     async def consumed(self) -> None:
-        """Grant the host credit for what was taken, half a window at a time."""
+        """Grant the host credit for what was taken: half a window at a time, or every second."""
         self._unacknowledged += 1
-        if self._reply and self._unacknowledged >= WINDOW // 2:
+        now = time.monotonic()
+        slow = now - self._granted_at > _GRANT_WITHIN
+        if self._reply and (slow or self._unacknowledged >= WINDOW // 2):
+            self._granted_at = now
             granted, self._unacknowledged = self._unacknowledged, 0
             await self._publish(self._reply, b"", codec.credit_headers(granted))
 

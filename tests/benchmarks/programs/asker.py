@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Final
 
 import nats
+from nats.aio.client import Client
 from nats.errors import NoRespondersError
 
 from tests.benchmarks.programs.process import run, say, told
@@ -43,7 +44,7 @@ async def ask(port: int, names: list[str]) -> None:
             say(answered=monotonic())
 
 
-async def answered(nc: nats.NATS, name: str) -> bool:
+async def answered(nc: Client, name: str) -> bool:
     """Whether an agent answers, and well."""
     try:
         answer = await nc.request(f"mesh.agent.{name}", b'{"text": "All happy families"}', timeout=5)

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 import nats
-from nats.aio.client import Client as NATS
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from tests.benchmarks.programs.load import COUNT, SHORTEN
@@ -17,7 +17,7 @@ from tests.benchmarks.programs.process import provide_or_measure
 class FloorClient:
     """Calls as one `nc.request`, streams as one subscription."""
 
-    def __init__(self, nc: NATS) -> None:
+    def __init__(self, nc: Client) -> None:
         self._nc = nc
         self._instance_id = uuid4().hex
 
@@ -53,7 +53,7 @@ class FloorClient:
 class FloorProvider:
     """Answers from the subscription's callback."""
 
-    def __init__(self, nc: NATS) -> None:
+    def __init__(self, nc: Client) -> None:
         self._nc = nc
         self._instance_id = uuid4().hex
 

@@ -1,0 +1,86 @@
+"""Where the server is when nobody says: the environment, then the nearest `.oam-url`."""
+
+from pathlib import Path
+
+import pytest
+from openagentmesh import ConnectionFailed
+from openagentmesh.bus import address
+from openagentmesh.bus.address import Address
+
+URL = "nats://mesh.example.com:4222"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OAM_URL", raising=False)
+    monkeypatch.delenv("OAM_CREDS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        (f"{URL}\n", URL),
+        (f"\n  {URL}  \n", URL),
+        ("mesh.example.com:4222", "mesh.example.com:4222"),
+        (f"{URL}?x=1", f"{URL}?x=1"),
+        (f'url = "{URL}"\n', URL),
+        (f'# the team\'s server\nurl = "{URL}"\n', URL),
+        ("", None),
+    ],
+)
+def test_what_a_file_may_hold(tmp_path: Path, text: str, url: str | None) -> None:
+    """A `.oam-url` holds a bare url or TOML, comments before it included; an empty one says nothing."""
+    (tmp_path / ".oam-url").write_text(text)
+    assert Address(url) == address.nearest()
+
+
+def test_the_nearest_file_counts(tmp_path: Path) -> None:
+    """Going up from the folder, the first `.oam-url` is taken whole."""
+    (tmp_path / ".oam-url").write_text(f'url = "{URL}"\ncreds = "far.creds"\n')
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    assert URL == address.nearest(below).url
+    (tmp_path / "a" / ".oam-url").write_text("nats://near:4222")
+    assert Address("nats://near:4222") == address.nearest(below)
+
+
+def test_credentials_lie_beside_the_file(tmp_path: Path) -> None:
+    """A relative `creds` starts at the folder of its `.oam-url`, an absolute one stays."""
+    file = tmp_path / ".oam-url"
+    file.write_text('creds = "my.creds"\n')
+    assert Address(None, str(tmp_path / "my.creds")) == address.nearest()
+    file.write_text('creds = "/etc/my.creds"\n')
+    assert Address(None, "/etc/my.creds") == address.nearest()
+
+
+@pytest.mark.parametrize("content", [b"url = nonsense\n", b"url = \xff\n"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    """A file that is neither is named in the error."""
+    (tmp_path / ".oam-url").write_bytes(content)
+    with pytest.raises(ConnectionFailed, match=r"\.oam-url"):
+        address.nearest()
+
+
+@pytest.mark.parametrize("creds", [None, "/home/me/my.creds", '/home/a "b"/c\\d.creds'])
+def test_what_is_written_is_read(tmp_path: Path, creds: str | None) -> None:
+    """`write` leaves what `nearest` reads, whatever the path of the credentials."""
+    address.write(tmp_path, URL, creds)
+    assert Address(URL, creds) == address.nearest()
+
+
+def test_a_url_alone_is_written_bare(tmp_path: Path) -> None:
+    """Without credentials the file holds the url and nothing else, which peers can read."""
+    assert f"{URL}\n" == address.write(tmp_path, URL).read_text()
+
+
+def test_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given wins over the environment, that over the file, that over the default."""
+    assert ("nats://localhost:4222", None) == (address.url_or_default(), address.creds_or_none())
+    address.write(tmp_path, "nats://file:1", "/file.creds")
+    assert ("nats://file:1", "/file.creds") == (address.url_or_default(), address.creds_or_none())
+    monkeypatch.setenv("OAM_URL", "nats://env:1")
+    monkeypatch.setenv("OAM_CREDS", "/env.creds")
+    assert ("nats://env:1", "/env.creds") == (address.url_or_default(), address.creds_or_none())
+    assert "nats://given:1" == address.url_or_default("nats://given:1")
+    assert "/given.creds" == address.creds_or_none("/given.creds")
