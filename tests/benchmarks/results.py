@@ -10,12 +10,13 @@ from importlib.metadata import version
 from statistics import median
 
 from openagentmesh.bus.server import find_binary
+from rich.box import SIMPLE
 from rich.table import Table
 
 from tests.benchmarks.competitors import Competitor
 from tests.benchmarks.rows import Row, Target
 
-HEADERS = ("row", "who", "median", "range", "ratio (range)", "target", "reached in rounds")
+HEADERS = ("row", "who", "median", "range", "ratio (range)", "target", "reached")
 
 
 @dataclass
@@ -74,7 +75,7 @@ def machine(rounds: int, load: float) -> list[str]:
     server = subprocess.run([find_binary(), "--version"], check=True, capture_output=True, text=True).stdout
     return [
         f"{datetime.now(UTC):%Y-%m-%d}, median of {rounds} rounds",
-        f"{os.cpu_count()} CPUs (load {load:.1f} before the first round), {platform.system()} {platform.machine()}",
+        f"{os.cpu_count()} CPUs (load {load:.1f} at the start), {platform.system()} {platform.machine()}",
         f"{platform.python_implementation()} {platform.python_version()}",
         f"nats-server {server.rpartition(' ')[2].strip().removeprefix('v')}, nats-py {version('nats-py')}",
         f"pydantic {version('pydantic')}",
@@ -83,7 +84,7 @@ def machine(rounds: int, load: float) -> list[str]:
 
 def as_table(lines: list[tuple[str, ...]]) -> Table:
     """The table for a terminal."""
-    table = Table(*HEADERS)
+    table = Table(*HEADERS, box=SIMPLE)
     before = ""
     for line in lines:
         if line[0] != before:
@@ -101,6 +102,7 @@ def as_markdown(lines: list[tuple[str, ...]], about: list[str], facts: list[str]
             "# Benchmarks",
             "",
             "Written by `python -m tests.benchmarks`. Compare ratios: the times are those of one machine.",
+            "Where the ranges are wide or few rounds reach a target, the machine was busy: measure again.",
             "",
             *[f"- {fact}" for fact in facts],
             "",

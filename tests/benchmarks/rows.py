@@ -59,7 +59,7 @@ class Row:
         if self.target is None:
             return ""
         sign = "≥" if self.target.at_least else "≤"
-        return f"{sign} {self.target.limit:g}{' times' if self.target.of_base else ''}"
+        return f"{sign} {self.target.limit:g}{' x' if self.target.of_base else ''}"
 
 
 async def under_load(measure: str, count: int, competitor: Competitor, python: Path) -> float:

@@ -1,7 +1,7 @@
 """KV buckets: made when missing, changed by compare-and-set, watched across reconnects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Literal
 
@@ -181,7 +181,7 @@ class Buckets:
                 await watcher.stop()
         return found
 
-    async def watch(self, bucket: str) -> AsyncIterator[Entry | Mark]:
+    async def watch(self, bucket: str) -> AsyncGenerator[Entry | Mark, None]:
         """Follow a bucket for ever, also across reconnects and new servers.
 
         Yields `begin`, all keys as they are, `current`, then changes; from `begin` again
@@ -199,6 +199,8 @@ class Buckets:
                     yield "current" if entry is None else entry
             finally:
                 self._watchers.discard(watcher)
+                with suppress(NatsError):  # the connection may be closed already
+                    await watcher.stop()
 
     async def restore(self) -> None:
         """After a reconnect, maybe to a new and empty server: make what is missing, watch anew."""

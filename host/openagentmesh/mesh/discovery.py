@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Final
 
-from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.buckets import Buckets, Entry
 from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
@@ -98,22 +99,21 @@ class Directory:
 
     async def _copy(self) -> None:
         loading: dict[str, bytes] = self._documents
-        async for entry in self._buckets.watch(subjects.REGISTRY_BUCKET):
-            if entry == "begin":
-                loading, self._revision, self._current = {}, 0, False
-            elif entry == "current":
-                self._documents, self._current = loading, True
-            elif isinstance(entry, str):
-                raise AssertionError(entry)
-            else:
-                document = None if entry.operation else entry.value
-                if document:
-                    loading[entry.key] = document
+        async with aclosing(self._buckets.watch(subjects.REGISTRY_BUCKET)) as entries:
+            async for entry in entries:
+                if isinstance(entry, Entry):
+                    document = None if entry.operation else entry.value
+                    if document:
+                        loading[entry.key] = document
+                    else:
+                        loading.pop(entry.key, None)
+                    self._revision = entry.revision or 0
+                    self.changed(entry.key, document)
+                elif entry == "begin":
+                    loading, self._revision, self._current = {}, 0, False
                 else:
-                    loading.pop(entry.key, None)
-                self._revision = entry.revision or 0
-                self.changed(entry.key, document)
-            self._progress.set()
+                    self._documents, self._current = loading, True
+                self._progress.set()
 
     def _contract(self, name: str) -> AgentContract | None:
         document = self._documents.get(name)

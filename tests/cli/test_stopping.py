@@ -1,0 +1,95 @@
+"""A running `oam up`: how it stops, how it is killed, and what it survives."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from tests.cli.conftest import write_project
+from tests.cli.processes import Process, Result, Up, gone, oam, refuses, side_by_side, until
+
+
+def holding(host: Up, name: str, release: Path) -> Process:
+    """A call of an agent that answers when the file `release` is there; its handler runs."""
+    given = json.dumps({"until": str(release)})
+    caller = Process("agent", "call", name, given, "--url", host.url, cwd=host.folder)
+    host.said(f"{name} runs")
+    return caller
+
+
+def test_sigterm_lets_requests_finish(tmp_path: Path, url: str, name: str) -> None:
+    """After SIGTERM a running request is answered; then the agents leave the catalog, exit code 0."""
+    folder = write_project(tmp_path / "p", holds=(name,))
+    with Up(folder, "--url", url) as host, holding(host, name, tmp_path / "release") as caller:
+        assert name in oam("mesh", "catalog", "--url", url, cwd=tmp_path).out
+        host.signal(signal.SIGTERM)
+        host.said("stopping: finishing 1 request")
+        (tmp_path / "release").touch()
+        assert Result(0, '"held"\n', "") == caller.finish()
+        result = host.finish()
+    assert 0 == result.code
+    assert "Traceback" not in result.err
+    entries = oam("mesh", "catalog", "--json", "--url", url, cwd=tmp_path).json
+    assert set() == {entry["name"] for entry in entries} & {name, "fail", "quota"}
+
+
+def test_a_stop_that_takes_too_long(tmp_path: Path) -> None:
+    """A request still running after `drain_timeout` is cancelled; its caller is told so."""
+    folder = write_project(tmp_path / "p", holds=("hold",), toml="drain_timeout = 0.1\n")
+    with Up(folder) as host, holding(host, "hold", tmp_path / "never") as caller:
+        host.signal(signal.SIGTERM)
+        told = caller.finish()
+        assert 0 == host.finish().code
+    assert (1, "") == (told.code, told.out)
+    assert told.err.startswith("Error [cancelled] ")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """The second SIGINT does not wait for what runs, and takes the server with it."""
+    folder = write_project(tmp_path / "p", holds=("hold",), toml="drain_timeout = 600\n")
+    with Up(folder) as host, holding(host, "hold", tmp_path / "never"):
+        host.signal(signal.SIGINT)
+        host.said("stopping: finishing 1 request; Ctrl-C again stops at once")
+        host.signal(signal.SIGINT)
+        assert 130 == host.finish(5).code
+        assert until(lambda: refuses(host.url), 5)
+
+
+def test_a_killed_host_takes_its_server_along(tmp_path: Path) -> None:
+    """When `oam up` is killed with SIGKILL, its nats-server ends within seconds."""
+    with Up(write_project(tmp_path / "p", "echo")) as host:
+        server = host.status["embedded_server"]["pid"]
+        assert not gone(server)
+        host.signal(signal.SIGKILL)
+        host.finish()
+        assert until(lambda: gone(server), 5)
+
+
+def test_a_killed_server_comes_back(tmp_path: Path) -> None:
+    """A nats-server that dies is back on its port with the same agents, and the status tells it."""
+    with Up(write_project(tmp_path / "p", "echo", "ticker")) as host:
+        before = host.status
+        os.kill(before["embedded_server"]["pid"], signal.SIGKILL)
+        host.said(f"connected to {host.url} again")
+        call, catalog = host.ask_all(("agent", "call", "echo", "1"), ("mesh", "catalog", "--json"))
+        told, shown = host.ask_all(("status", "--json"), ("status",))
+    assert '"said": 1' in call.out
+    assert ["echo", "time.ticker"] == sorted(entry["name"] for entry in catalog.json)
+    [after] = told.json
+    assert (1, 2) == (before["embedded_server"]["starts"], after["embedded_server"]["starts"])
+    assert before["embedded_server"]["url"] == after["embedded_server"]["url"]
+    story = f"lost {host.url}", "died with status 137", "is back on", f"reconnected to {host.url}"
+    for event in story:
+        assert event in shown.out
+
+
+def test_a_host_that_vanished(tmp_path: Path, url: str, name: str) -> None:
+    """What a killed host leaves behind is told as such: `not_available`, and a host that does not answer."""
+    with Up(write_project(tmp_path / name, holds=(name,)), "--url", url) as host:
+        host.signal(signal.SIGKILL)
+        host.finish()
+    call, status = ("agent", "call", name, "{}", "--url", url), ("status", "--url", url)
+    result, shown = side_by_side(call, status, cwd=tmp_path)
+    assert 1 == result.code
+    assert result.err.startswith(f"Error [not_available] Agent '{name}' is in the catalog, but nobody")
+    assert f"{name}: recorded with 3 agents, but does not answer" in shown.out

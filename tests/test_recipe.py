@@ -1,0 +1,42 @@
+"""The recipe the project was asked to make work, in one process and as two."""
+
+import asyncio
+
+import pytest
+from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel
+
+TEXT = "AgentMesh connects agents over NATS. Agents register, discover, and invoke each other at runtime."
+
+
+class SummarizeInput(BaseModel):
+    text: str
+    max_length: int = 200
+
+
+class SummarizeOutput(BaseModel):
+    summary: str
+
+
+async def main(mesh: AgentMesh) -> None:
+    """Register on a connected mesh, look into the catalog, call by name."""
+
+    @mesh.agent(AgentSpec(name="nlp.summarizer", description="Summarizes text to a target length."))
+    async def summarize(req: SummarizeInput) -> SummarizeOutput:
+        return SummarizeOutput(summary=req.text[: req.max_length])
+
+    for entry in await mesh.catalog():
+        print(f"{entry.name} - {entry.description}")
+    result = await mesh.call("nlp.summarizer", SummarizeInput(text=TEXT, max_length=40))
+    print(f"\nResult: {result['summary']}")
+
+
+async def test_the_recipe_prints_its_catalog_line_and_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    """Provider and consumer in one process, on a local mesh."""
+    async with AgentMesh.local() as mesh:
+        await main(mesh)
+    assert (
+        "nlp.summarizer - Summarizes text to a target length.\n\n"
+        "Result: AgentMesh connects agents over NATS. Age\n"
+    ) == capsys.readouterr().out
+    assert [] == [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
