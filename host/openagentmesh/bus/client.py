@@ -22,7 +22,7 @@ _PING: Final = b"PING\r\n"
 _HEADER_FRAME: Final = 12
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # one is made a message: frozen would cost a microsecond
 class Message:
     """One message as it came: `head` is the raw header block, empty when there is none."""
 
