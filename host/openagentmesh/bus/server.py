@@ -24,6 +24,7 @@ from openagentmesh.protocol.errors import ConnectionFailed
 log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
+LOCK_FILE: Final = "lock"
 _START_TIMEOUT: Final = 15.0
 _LONGEST_LINE: Final = 4 * 1024 * 1024
 _STOP_TIMEOUT: Final = 5.0
@@ -86,7 +87,7 @@ def lock_store(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / LOCK_FILE).open("a")
     except OSError as exc:
         raise ServerFailed(
             f"The server's store '{folder}' cannot be made: {exc}. Set [server] store."
@@ -99,7 +100,13 @@ def lock_store(folder: Path) -> IO[str]:
             f"Another server uses the store '{folder}', perhaps that of another `oam up` here. "
             "See it with `oam status`, or set [server] store to another folder."
         ) from exc
+    lock.truncate(0)
     return lock
+
+
+def command(port: int, store: str) -> list[str]:
+    """The command line of a server with JetStream on 127.0.0.1; port 0 is any free one."""
+    return [find_binary(), "-a", HOST, "-p", str(port or -1), "-js", "-sd", store]
 
 
 def why_not(said: str, url: str) -> str:
@@ -203,15 +210,16 @@ class EmbeddedServer:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _launch(self) -> None:
-        binary = find_binary()
+        find_binary()  # before anything is made that would be left behind
         scratch = self._scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
-        command = [binary, "-a", HOST, "-p", str(self.port or -1)]
-        command += [*(["-js"] if self.jetstream else []), "-sd", scratch or self.store, *self.extra_arguments]
+        arguments = [*command(self.port, scratch or self.store), *self.extra_arguments]
+        if not self.jetstream:
+            arguments.remove("-js")
         if self.websocket:
-            command += ["-c", self._websocket_config(scratch or self.store)]
+            arguments += ["-c", self._websocket_config(scratch or self.store)]
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", _KEEPER, "oam-nats-keeper", scratch, *command,
+            "/bin/sh", "-c", _KEEPER, "oam-nats-keeper", scratch, *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,

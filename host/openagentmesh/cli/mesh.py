@@ -11,8 +11,8 @@ from typing import Annotated, Final
 import typer
 from tenacity import (
     AsyncRetrying,
+    TryAgain,
     retry_if_exception_type,
-    retry_if_result,
     stop_after_delay,
     wait_fixed,
 )
@@ -20,7 +20,15 @@ from tenacity import (
 from openagentmesh.bus import address
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.server import HOST, EmbeddedServer, ServerFailed, find_binary, lock_store, why_not
+from openagentmesh.bus.server import (
+    HOST,
+    LOCK_FILE,
+    EmbeddedServer,
+    ServerFailed,
+    command,
+    lock_store,
+    why_not,
+)
 from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.codec import read_headers
@@ -61,42 +69,47 @@ async def _background(port: int) -> None:
     lock = lock_store(_STORE)
     _LOG_FILE.write_text("")
     process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
-        [
-            find_binary(),
-            "-a",
-            HOST,
-            "-p",
-            str(port),
-            "-js",
-            "-sd",
-            str(_STORE),
-            "-P",
-            str(_PID_FILE),
-            "-l",
-            str(_LOG_FILE),
-        ],
+        [*command(port, str(_STORE)), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         pass_fds=[lock.fileno()],
     )
+    lock.write(str(process.pid))  # so that `down` knows whose lock it is
     lock.close()
-
-    async def decided() -> bool:
-        return "Server is ready" in _LOG_FILE.read_text() or process.poll() is not None
-
-    retrying = AsyncRetrying(
-        retry=retry_if_result(lambda done: not done),
-        wait=wait_fixed(0.02),
-        stop=stop_after_delay(_START_TIMEOUT),
-    )
-    await retrying(decided)
-    if process.poll() is not None:
-        fatal = [line for line in _LOG_FILE.read_text().splitlines() if "[FTL]" in line]
-        raise ServerFailed(why_not(" ".join(fatal), url))
+    try:
+        await _until_ready(process, url)
+    except ServerFailed:
+        process.kill()
+        raise
     address.write(Path.cwd(), url)
     note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
+
+
+async def _until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
+    """Wait until the server's log says that it is ready, or why it ended."""
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(TryAgain),
+        wait=wait_fixed(0.02),
+        stop=stop_after_delay(_START_TIMEOUT),
+        reraise=True,
+    )
+    try:
+        async for attempt in retrying:
+            with attempt:
+                _check_ready(process, url)
+    except TryAgain:
+        raise ServerFailed(f"nats-server is not ready after {_START_TIMEOUT:g}s; see {_LOG_FILE}.") from None
+
+
+def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
+    said = _LOG_FILE.read_text()
+    if process.poll() is not None:
+        fatal = [line for line in said.splitlines() if "[FTL]" in line]
+        raise ServerFailed(why_not(" ".join(fatal), url))
+    if "Server is ready" not in said:
+        raise TryAgain
 
 
 @app.command()
@@ -105,16 +118,18 @@ def down() -> None:
     if not _PID_FILE.is_file():
         note("no server was started here with `oam mesh up`")
         raise typer.Exit(1)
-    pid = int(_PID_FILE.read_text())
+    lock = _STORE / LOCK_FILE
+    pid = lock.read_text() if lock.exists() else ""
     try:
         # Whoever runs on this store holds its lock; without one, the pid may be anybody's by now.
         lock_store(_STORE).close()
+        pid = ""
     except ServerFailed:
-        os.kill(pid, signal.SIGTERM)
+        pass
+    if pid:
+        os.kill(int(pid), signal.SIGTERM)
         run(_until_free())
-        note("stopped")
-    else:
-        note("it was not running any more")
+    note("stopped" if pid else "it was not running any more")
     _PID_FILE.unlink(missing_ok=True)
     (Path.cwd() / address.FILE_NAME).unlink(missing_ok=True)
 
