@@ -1,13 +1,13 @@
 """One real nats-server for the whole run, unique names for each test."""
 
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 
 import pytest
 from openagentmesh import AgentMesh
-from openagentmesh.bus.server import find_binary
+
+from tests.servers import running_server
 
 _NUMBERS = count()
 
@@ -15,22 +15,11 @@ _NUMBERS = count()
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
     """The address of the run's server."""
-    with tempfile.TemporaryDirectory(prefix="oam-tests-") as store:
-        process = subprocess.Popen(
-            [find_binary(), "-a", "127.0.0.1", "-p", "-1", "-js", "-sd", store],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stderr is not None
-        port = ""
-        for line in process.stderr:
-            if "Listening for client connections on" in line:
-                port = line.rstrip().rpartition(":")[2]
-            if "Server is ready" in line:
-                break
-        yield f"nats://127.0.0.1:{port}"
-        process.terminate()
-        process.communicate()
+    with (
+        tempfile.TemporaryDirectory(prefix="oam-tests-") as store,
+        running_server("-js", "-sd", store) as found,
+    ):
+        yield found
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Projects on disk, and one `oam up` for all tests that only ask."""
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from openagentmesh.bus.server import find_binary
 
 from tests.cli.processes import Process, Up
+from tests.servers import running_server
 
 SAMPLES = Path(__file__).parents[2] / "agents"
 
@@ -93,18 +92,5 @@ def narrow_is_busy(hosted: Up) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def guarded() -> Iterator[str]:
     """The address of a server that wants the user `u` with the password `geheim`."""
-    process = subprocess.Popen(
-        [find_binary(), "-a", "127.0.0.1", "-p", "-1", "--user", "u", "--pass", "geheim"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    port = ""
-    for line in process.stderr:
-        if "Listening for client connections on" in line:
-            port = line.rstrip().rpartition(":")[2]
-        if "Server is ready" in line:
-            break
-    yield f"nats://127.0.0.1:{port}"
-    process.terminate()
-    process.communicate()
+    with running_server("--user", "u", "--pass", "geheim") as found:
+        yield found

@@ -93,7 +93,7 @@ async def test_a_stock_readers_abandoned_stream_is_noticed(mesh: AgentMesh, name
     await first.wait()
     await node.bus.quit(sid)
     async with asyncio.timeout(5):
-        await stopped.wait()
+        assert await stopped.wait()
 
 
 async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> None:
