@@ -42,7 +42,7 @@ scratch=$1; shift
 "$@" </dev/null 3<&- & server=$!
 { read -r _ <&3; kill -TERM $server; } 2>/dev/null & watch=$!
 wait $server; status=$?
-kill $watch 2>/dev/null
+kill $watch 2>/dev/null; wait $watch 2>/dev/null
 if [ -n "$scratch" ]; then rm -rf "$scratch"; fi
 exit $status
 """
