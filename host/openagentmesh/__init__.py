@@ -12,16 +12,34 @@ from openagentmesh.protocol.errors import (
     InvalidAgent,
     InvalidInput,
     InvocationMismatch,
+    KVConflict,
+    KVKeyExists,
     MeshError,
     MeshTimeout,
     NotAvailable,
     NotFound,
     Overloaded,
     PayloadTooLarge,
+    PermissionDenied,
+    Unauthenticated,
 )
-from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.protocol.messages import (
+    DeathNotice,
+    KVEntry,
+    LogEvent,
+    MeshMessage,
+    ObserveConfig,
+    Usage,
+)
 from openagentmesh.runtime.host import Host
-from openagentmesh.serving.call import Call, Endpoint, current_call
+from openagentmesh.serving.call import Call, Endpoint, current_call, report_usage
+from openagentmesh.serving.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    SubjectCondition,
+    SubjectSource,
+)
 
 __all__ = [
     "AgentContract",
@@ -32,6 +50,7 @@ __all__ = [
     "Cancelled",
     "CatalogEntry",
     "ChunkSequenceError",
+    "Condition",
     "ConnectionDenied",
     "ConnectionFailed",
     "DeathNotice",
@@ -41,11 +60,25 @@ __all__ = [
     "InvalidAgent",
     "InvalidInput",
     "InvocationMismatch",
+    "KVCondition",
+    "KVConflict",
+    "KVEntry",
+    "KVKeyExists",
+    "KVSource",
+    "LogEvent",
     "MeshError",
+    "MeshMessage",
     "MeshTimeout",
     "NotAvailable",
     "NotFound",
+    "ObserveConfig",
     "Overloaded",
     "PayloadTooLarge",
+    "PermissionDenied",
+    "SubjectCondition",
+    "SubjectSource",
+    "Unauthenticated",
+    "Usage",
     "current_call",
+    "report_usage",
 ]

@@ -232,8 +232,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(mesh: AgentMesh, name: str
     with pytest.raises(asyncio.CancelledError):
         await call
     node = node_of(mesh)
-    assert not node.caller._waiting
-    assert not node.inbox._receivers
+    assert not node.waits._waiting
 
 
 async def test_a_stopping_host_ends_its_streams(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from openagentmesh import Cancelled, InvalidInput, MeshError, NotFound
 from openagentmesh.protocol import codec
+from openagentmesh.protocol.messages import Usage
 from pydantic import BaseModel
 
 
@@ -64,12 +65,36 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
             block("X-Mesh-Request-Id: ", WHO[1], "X-Mesh-Status: ok", "X-Mesh-Source: a"),
         ),
         (
-            codec.frame_headers("r1", "i1", 0, end=False),
+            codec.frame_headers(codec.frame_start("r1", "i1"), 0),
             block(*WHO, "X-Mesh-Stream-Seq: 0", "X-Mesh-Stream-End: false"),
         ),
         (
-            codec.frame_headers("r1", "i1", 7, end=True),
+            codec.end_headers(codec.frame_start("r1", "i1"), 7),
             block(*WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true"),
+        ),
+        (
+            codec.end_headers(codec.frame_start("r1", "i1"), 7, Usage(total_tokens=9)),
+            block(
+                *WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true", 'X-Mesh-Usage: {"total_tokens": 9}'
+            ),
+        ),
+        (
+            codec.reply_headers("r1", "i1", "a", Usage(model="m\r\nX: y", input_tokens=1)),
+            block(
+                *WHO,
+                "X-Mesh-Status: ok",
+                "X-Mesh-Source: a",
+                'X-Mesh-Usage: {"input_tokens": 1, "model": "m\\r\\nX: y"}',
+            ),
+        ),
+        (
+            codec.frame_headers(codec.frame_start("", "i1"), 3),
+            block(WHO[1], "X-Mesh-Stream-Seq: 3", "X-Mesh-Stream-End: false"),
+        ),
+        (codec.accepted_headers("r1", "i1"), block(*WHO, "X-Mesh-Status: accepted")),
+        (
+            codec.error_headers("", "i1", frame=True),
+            block(WHO[1], "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
         ),
         (codec.error_headers("r1", "i1"), block(*WHO, "X-Mesh-Status: error")),
         (
@@ -208,7 +233,7 @@ def test_a_request_is_read_whole() -> None:
 
 def test_a_request_without_headers_is_a_plain_call() -> None:
     """A peer that sends only a body is served: no id, no caller, no limit."""
-    assert codec.Request("", "", False, None, 0, b"x", {}) == codec.read_request(b"", b"x")  # noqa: FBT003
+    assert codec.Request("", "", False, None, 0, "", b"x", {}) == codec.read_request(b"", b"x")  # noqa: FBT003
 
 
 @pytest.mark.parametrize(
@@ -257,26 +282,34 @@ def test_only_true_asks_for_a_stream(sent: str, *, streaming: bool) -> None:
     assert streaming == request(f"X-Mesh-Stream: {sent}").streaming
 
 
+START = codec.frame_start("r", "i")
+
+
 @pytest.mark.parametrize(
-    ("head", "error", "nobody", "seq", "end"),
+    ("head", "status", "nobody", "seq", "end", "instance"),
     [
-        (b"", False, False, None, False),
-        (codec.reply_headers("r", "i", "a"), False, False, None, False),
-        (codec.frame_headers("r", "i", 3, end=False), False, False, 3, False),
-        (codec.frame_headers("r", "i", 4, end=True), False, False, 4, True),
-        (codec.error_headers("r", "i"), True, False, None, False),
-        (codec.error_headers("r", "i", frame=True), True, False, None, True),
-        (b"NATS/1.0 503\r\n\r\n", False, True, None, False),
-        (b"NATS/1.0 503 No Responders\r\nA: b\r\n\r\n", False, True, None, False),
-        (b"NATS/1.0 404\r\n\r\n", False, False, None, False),
-        (block("X-Mesh-Stream-Seq: x"), False, False, None, False),
+        (b"", "", False, None, False, ""),
+        (codec.reply_headers("r", "i", "a"), "ok", False, None, False, "i"),
+        (codec.frame_headers(START, 3), "", False, 3, False, "i"),
+        (codec.end_headers(START, 4), "", False, 4, True, "i"),
+        (codec.error_headers("r", "i"), "error", False, None, False, "i"),
+        (codec.error_headers("r", "i", frame=True), "error", False, None, True, "i"),
+        (codec.accepted_headers("r", "i"), "accepted", False, None, False, "i"),
+        (b"NATS/1.0 503\r\n\r\n", "", True, None, False, ""),
+        (b"NATS/1.0 503 No Responders\r\nA: b\r\n\r\n", "", True, None, False, ""),
+        (b"NATS/1.0 404\r\n\r\n", "", False, None, False, ""),
+        (block("X-Mesh-Stream-Seq: x"), "", False, None, False, ""),
     ],
 )
-def test_answers_are_told_apart(
-    head: bytes, *, error: bool, nobody: bool, seq: int | None, end: bool
+def test_answers_are_told_apart(  # noqa: PLR0913 - what an answer has
+    head: bytes, status: str, *, nobody: bool, seq: int | None, end: bool, instance: str
 ) -> None:
-    """Reply, chunk, end, error and NATS' own 503 are what their headers say."""
-    assert codec.Answer(b"x", error, nobody, seq, end) == codec.read_answer(head, b"x")
+    """Reply, chunk, end, error, acceptance and NATS' own 503 are what their headers say."""
+    found = codec.read_answer(head, b"x")
+    assert (b"x", status, nobody, seq, end, instance) == (
+        found.body, found.status, found.nobody, found.seq, found.end, found.instance,
+    )  # fmt: skip
+    assert (found.error, found.accepted) == (status == "error", status == "accepted")
 
 
 @pytest.mark.parametrize(
@@ -328,9 +361,9 @@ def test_an_error_body_is_json_whatever_its_message_is() -> None:
     assert all("No such file" in message for message in (read.message, strict_json(body)["message"]))
 
 
-def test_a_short_error_fits_and_keeps_what_matters() -> None:
+def test_a_huge_error_fits_and_keeps_what_matters() -> None:
     """An envelope too large to send loses its details and the end of its message only."""
-    body = codec.short_error_body(MeshError("own", "m" * 10**6, "a", "r", {"k": "v" * 10**6}))
+    body = codec.error_body(MeshError("own", "m" * 10**6, "a", "r", {"k": "v" * 10**6}))
     envelope = strict_json(body)
     assert len(body) < codec.MAX_ERROR_BODY
     assert ("own", "a", "r", {"truncated": True}) == (

@@ -7,7 +7,7 @@ from functools import partial, wraps
 from typing import Annotated, Any, Literal
 
 import pytest
-from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput
+from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput, KVEntry
 from openagentmesh.serving.agent import Agent
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -343,12 +343,8 @@ async def no_schema(req: Callable[[int], int]) -> Out:
     return Out(length=req(1))
 
 
-async def watcher() -> None:
+async def takes_an_entry(entry: KVEntry[str]) -> None:
     return
-
-
-async def publisher() -> AsyncIterator[Out]:
-    yield Out()
 
 
 @pytest.mark.parametrize(
@@ -364,8 +360,7 @@ async def publisher() -> AsyncIterator[Out]:
         (unknown_result, "'Nowhere' is not known; define or import it"),
         (strange_type, "pydantic cannot use the type"),
         (no_schema, "pydantic cannot use the type"),
-        (watcher, "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)"),
-        (publisher, "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)"),
+        (takes_an_entry, "it takes what comes from a source, but has none: `sources=[...]`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

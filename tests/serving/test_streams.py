@@ -175,7 +175,8 @@ async def test_a_lost_chunk_is_noticed() -> None:
 
     reader = ChunkReader(publish, "agent", "id")
     for seq in (0, 2):
-        reader.receive(Message("s", "", codec.frame_headers("id", "i", seq, end=False), b"1"))
+        head = codec.frame_headers(codec.frame_start("id", "i"), seq)
+        reader.receive(Message("s", "", head, b"1"))
     await reader.next()
     with pytest.raises(ChunkSequenceError) as caught:
         await reader.next()

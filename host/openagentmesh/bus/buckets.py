@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
+from hashlib import sha256
 from typing import Final, Literal
 
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.js.api import KeyValueConfig
+from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 from pydantic_core import from_json
@@ -22,7 +23,7 @@ from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
-from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge
+from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, PayloadTooLarge
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
 Entry = KeyValue.Entry
@@ -34,6 +35,10 @@ ROOM_FOR_HEADERS: Final = 1024
 _AT_ONCE: Final = 256
 _DELETE: Final = codec.write_headers({"KV-Operation": "DEL"})
 _PATIENCE: Final = 30.0
+# A pull for changes is renewed this often, in seconds; a restarted server forgets it.
+_PULL: Final = 5.0
+# Where a group stands is forgotten when none of it was there for this long, in seconds.
+_GROUP_KEPT: Final = 7 * 86_400.0
 
 
 def _retrying(what: type[Exception] | tuple[type[Exception], ...]) -> AsyncRetrying:
@@ -113,14 +118,33 @@ class Buckets:
 
     async def get(self, bucket: str, key: str) -> bytes | None:
         """The value of a key, or None."""
+        entry = await self.entry(bucket, key)
+        return None if entry is None else entry.value or b""
+
+    async def entry(self, bucket: str, key: str) -> Entry | None:
+        """A key's value with its revision, or None."""
         async with self._using(f"Reading '{key}' of '{bucket}'"):
             with suppress(KeyNotFoundError):
-                return (await self._open[bucket].get(key)).value or b""
+                return await self._open[bucket].get(key)
         return None
 
-    async def put(self, bucket: str, key: str, value: bytes) -> None:
-        """Set a key."""
-        await self.put_all(bucket, {key: value})
+    async def put(self, bucket: str, key: str, value: bytes) -> int:
+        """Set a key; returns its revision."""
+        async with self._using(f"Writing '{key}' of '{bucket}'"):
+            return await self._open[bucket].put(key, value)
+
+    async def put_if(self, bucket: str, key: str, value: bytes, revision: int | None) -> int | None:
+        """Set a key that still has `revision`, or, with None, is not there; returns its new one.
+
+        Returns None when somebody else was faster.
+        """
+        async with self._using(f"Writing '{key}' of '{bucket}'"):
+            store = self._open[bucket]
+            with suppress(KeyWrongLastSequenceError):
+                if revision is None:
+                    return await store.create(key, value)
+                return await store.update(key, value, last=revision)
+        return None
 
     async def put_all(self, bucket: str, values: Mapping[str, bytes]) -> None:
         """Set many keys, a bounded number of them under way at once."""
@@ -151,24 +175,23 @@ class Buckets:
     async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
         async with self._using(f"Changing '{key}' of '{bucket}'"):
-            store = self._open[bucket]
-            async for attempt in _retrying(KeyWrongLastSequenceError):
+            async for attempt in _retrying(KVConflict):
                 with attempt:
-                    try:
-                        entry: Entry | None = await store.get(key)
-                    except KeyNotFoundError:
-                        entry = None
+                    entry = await self.entry(bucket, key)
                     value = changed(entry.value or b"" if entry else None)
                     if value is None:
                         return
-                    if entry is None:
-                        await store.create(key, value)
-                    else:
-                        await store.update(key, value, last=entry.revision)
+                    revision = entry.revision if entry else None
+                    if await self.put_if(bucket, key, value, revision) is None:
+                        raise KVConflict(f"Others change '{key}' of '{bucket}' again and again.")
 
     async def read(self, bucket: str) -> dict[str, bytes]:
         """All keys and values as they are now."""
-        found: dict[str, bytes] = {}
+        return {entry.key: entry.value or b"" for entry in await self.entries(bucket)}
+
+    async def entries(self, bucket: str) -> list[Entry]:
+        """All keys as they are now."""
+        found: list[Entry] = []
         async with self._using(f"Reading all of '{bucket}'"):
             watcher = await self._open[bucket].watch(">", ignore_deletes=True)
             try:
@@ -176,22 +199,23 @@ class Buckets:
                     async for entry in watcher:
                         if entry is None:
                             break
-                        found[entry.key] = entry.value or b""
+                        found.append(entry)
             finally:
                 await watcher.stop()
         return found
 
-    async def watch(self, bucket: str) -> AsyncGenerator[Entry | Mark, None]:
-        """Follow a bucket for ever, also across reconnects and new servers.
+    async def watch(self, bucket: str, keys: str = ">") -> AsyncGenerator[Entry | Mark, None]:
+        """Follow a bucket's keys for ever, also across reconnects and new servers.
 
         Yields `begin`, all keys as they are, `current`, then changes; from `begin` again
-        after each reconnect, since changes made meanwhile are not told.
+        after each reconnect, since changes made meanwhile are not told. A `keys` pattern may
+        have wildcards.
         """
         while True:
-            async with self._using(f"Watching '{bucket}'"):
+            async with self._using(f"Watching '{keys}' of '{bucket}'"):
                 async for attempt in _retrying((NatsError, TimeoutError)):
                     with attempt:
-                        watcher = await self._open[bucket].watch(">")
+                        watcher = await self._open[bucket].watch(keys)
             self._watchers.add(watcher)
             try:
                 yield "begin"
@@ -201,6 +225,66 @@ class Buckets:
                 self._watchers.discard(watcher)
                 with suppress(NatsError):  # the connection may be closed already
                     await watcher.stop()
+
+    async def changes(
+        self, bucket: str, keys: str = ">", *, replay: bool = True, seen: dict[str, object] | None = None
+    ) -> AsyncGenerator[Entry, None]:
+        """Every change of these keys once, also across reconnects; `replay` begins with what is there.
+
+        Deletions come too, as entries with an operation. Who goes on later where it left off
+        gives the same `seen` again.
+        """
+        seen = {} if seen is None else seen
+        async with aclosing(self.watch(bucket, keys)) as entries:
+            async for entry in entries:
+                if entry == "current":
+                    replay = True  # what is new from here on is new to us
+                elif isinstance(entry, Entry):
+                    # A new server may count anew, so the revision alone tells nothing.
+                    version = (entry.revision, entry.created)
+                    known, seen[entry.key] = seen.get(entry.key) == version, version
+                    if replay and not known:
+                        yield entry
+
+    async def shared_changes(
+        self, bucket: str, keys: str, group: str, *, replay: bool, patience: float
+    ) -> AsyncGenerator[Entry, None]:
+        """Every change of these keys to one member of a group, at least once, whoever is away.
+
+        Who took a change is done with it when it asks for the next one; after `patience`
+        seconds another member gets it.
+        """
+        durable = f"{group}-{sha256(keys.encode()).hexdigest()[:12]}"
+        config = ConsumerConfig(
+            deliver_policy=DeliverPolicy.LAST_PER_SUBJECT if replay else DeliverPolicy.NEW,
+            ack_wait=patience,
+            inactive_threshold=_GROUP_KEPT,
+        )
+        prefix = f"$KV.{bucket}."
+        async with self._using(f"Following '{keys}' of '{bucket}' as '{group}'"):
+            pull = await self._bus.jetstream().pull_subscribe(
+                prefix + keys, durable, f"KV_{bucket}", config=config
+            )
+            try:
+                while True:
+                    try:
+                        (message,) = await pull.fetch(1, timeout=_PULL)
+                    except TimeoutError:
+                        continue  # nothing changed meanwhile
+                    sequence, headers = message.metadata.sequence, message.headers or {}
+                    yield Entry(
+                        bucket=bucket,
+                        key=message.subject.removeprefix(prefix),
+                        value=message.data,
+                        revision=sequence.stream,
+                        delta=None,
+                        created=None,
+                        operation=headers.get("KV-Operation"),
+                    )
+                    await message.ack()
+            finally:
+                with suppress(NatsError):  # the connection may be closed already
+                    await pull.unsubscribe()
 
     async def restore(self) -> None:
         """After a reconnect, maybe to a new and empty server: make what is missing, watch anew."""

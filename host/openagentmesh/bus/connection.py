@@ -95,6 +95,7 @@ class Bus:
         self.reconnects = 0
         self._reconnected_at = -_OTHERS_RETURN
         self._away = False
+        self._here = asyncio.Event()
         self.restore: Restore | None = None
         self.on_lost: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
@@ -121,6 +122,7 @@ class Bus:
             raise self._explain(exc, timeout) from exc
         # The first connect is bounded, every later one is not.
         self._client.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1}
+        self._here.set()
         self.history.append(Event(f"connected to {self.target.shown}"))
 
     def _options(self) -> dict[str, Any]:
@@ -190,6 +192,11 @@ class Bus:
     def connected(self) -> bool:
         """Whether the server is there right now."""
         return bool(self._client.is_connected)
+
+    async def until_connected(self) -> None:
+        """Wait until the server is there; for ever when the connection is closed for good."""
+        if not self._here.is_set():
+            await self._here.wait()
 
     @property
     def is_closed(self) -> bool:
@@ -317,6 +324,7 @@ class Bus:
     async def _on_disconnected(self) -> None:
         if not self._client.is_closed:
             self._away = True
+            self._here.clear()
             self.on_lost()
             self.history.append(Event(f"lost {self.target.shown}"))
             log.warning("lost the connection to %s; trying to get it back", self.target.shown)
@@ -325,6 +333,7 @@ class Bus:
         self.reconnects += 1
         self._reconnected_at = time.monotonic()
         self._away = False
+        self._here.set()
         self.history.append(Event(f"reconnected to {self.target.shown}"))
         log.info("connected to %s again", self.target.shown)
         # Not awaited here: an error would end the reconnecting, and a wait would hold it up.

@@ -43,6 +43,10 @@ class Inbox:
         self._receivers[subject] = receiver
         return subject
 
+    def redirect(self, subject: str, receiver: Receiver) -> None:
+        """Pass to another receiver what still arrives on a subject that was handed out."""
+        self._receivers[subject] = receiver
+
     def forget(self, subject: str) -> None:
         """Pass nothing on for this subject any more."""
         self._receivers.pop(subject, None)

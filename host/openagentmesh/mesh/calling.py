@@ -1,101 +1,62 @@
-"""A caller's side: call and stream (protocol §7)."""
+"""A caller's side: call, stream and send (protocol §7)."""
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
+from inspect import isawaitable
 from typing import Any, Final
-
-from pydantic import ValidationError
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox, fail, settle
-from openagentmesh.mesh.discovery import Directory
+from openagentmesh.bus.tasks import end
+from openagentmesh.mesh.waiting import RETURNING, Waits
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.contract import AgentContract, Verb
-from openagentmesh.protocol.errors import (
-    AgentDied,
-    ConnectionFailed,
-    InvalidInput,
-    InvocationMismatch,
-    MeshError,
-    MeshTimeout,
-    NotAvailable,
-    NotFound,
-)
-from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.protocol.contract import Verb
+from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout
+from openagentmesh.serving.call import within_deadline
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 
 log = logging.getLogger(__name__)
 
-# An agent that has just begun to listen may still be about to publish its contract.
-_SECOND_LOOK: Final = 0.25
-_MOST_KNOWN: Final = 100_000
-# After this many seconds a name is looked up again beside its next request.
-_KNOWN_FOR: Final = 3.0
-# While everybody returns to a restarted server, a request that reached nobody is sent again
-# this often, in seconds.
-_RETURNING: Final = 0.05
+# How long the callbacks of `send` may take when the mesh is left, in seconds.
+_CALLBACK_GRACE: Final = 1.0
 
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """A request under way: whom it asks, and what to do when that cannot answer any more."""
-
-    name: str
-    fail: Callable[[MeshError], None]
-    looking: asyncio.Task[None] | None = field(default=None)
+Headers = Mapping[str, str] | None
+Callback = Callable[[Any], object]
 
 
 class Caller:
-    """Calls and streams over one bus; `own` gives the contract of an agent served here."""
+    """Calls, streams and sends over one bus."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        inbox: Inbox,
-        directory: Directory,
-        instance_id: str,
-        own: Callable[[str], AgentContract | None],
-    ) -> None:
+    def __init__(self, bus: Bus, inbox: Inbox, waits: Waits, instance_id: str) -> None:
         self._bus = bus
         self._inbox = inbox
-        self._directory = directory
+        self._waits = waits
         self._instance_id = instance_id
-        self._own = own
-        self._waiting: set[Waiting] = set()
-        # When a name was last seen in the registry.
-        self._known: dict[str, float] = {}
+        self._sending: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        """Listen for deaths, once for all calls."""
-        await self._bus.listen(subjects.DEATHS, self._on_death)
+    async def close(self) -> None:
+        """Let nobody wait any more; callbacks that run may finish within a second."""
+        self._waits.fail_all()
+        if self._sending:
+            await asyncio.wait(self._sending, timeout=_CALLBACK_GRACE)
+        await end(*self._sending)
 
-    def close(self) -> None:
-        """Let nobody wait for an answer that cannot come any more."""
-        for waiting in list(self._waiting):
-            waiting.fail(ConnectionFailed("The connection was closed before an answer came."))
-
-    async def call(
-        self,
-        name: str,
-        payload: object,
-        timeout: float | None,
-        headers: Mapping[str, str] | None,
-    ) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    async def call(self, name: str, payload: object, timeout: float | None, headers: Headers) -> Any:  # noqa: ANN401 - a JSON value of any shape
         """Send one request and return the first answer, or raise what came instead."""
-        self._check(name, "call")
-        body = codec.dump(payload)
-        request_id = _request_id(headers)
-        head = codec.request_headers(request_id, self._instance_id, timeout=timeout, extra=headers)
+        self._waits.check(name, "call")
+        timeout = within_deadline(timeout)
+        body, request_id = codec.dump(payload), _request_id(headers)
+        head = codec.request_headers(
+            request_id, self._instance_id, timeout=timeout, accept=codec.ACK, extra=headers
+        )
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._ask(name, body, head)
                 while answer.nobody and self._bus.unsettled:
-                    await asyncio.sleep(_RETURNING)
+                    await asyncio.sleep(RETURNING)
                     answer = await self._ask(name, body, head)
                 return codec.load(await self._body(answer, name, "call"))
         except TimeoutError:
@@ -104,145 +65,212 @@ class Caller:
             raise _with_id(exc, name, request_id) from exc.__cause__
 
     async def _ask(self, name: str, body: bytes, head: bytes) -> codec.Answer:
-        """One message out, the first answer back."""
-        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        reply = self._inbox.expect(lambda message: settle(answer, message))
-        try:
-            with self._watched(name, "call", lambda exc: fail(answer, exc)):
+        """One message out, the first answer back; who stops waiting for it stops the handler."""
+        found: asyncio.Future[codec.Answer] = asyncio.get_running_loop().create_future()
+        with self._waits.watched(name, "call", lambda exc: fail(found, exc)) as waiting:
+
+            def receive(message: Message) -> None:
+                answer = codec.read_answer(message.head, message.body)
+                if answer.accepted:
+                    self._waits.accepted(waiting, answer.instance, message.reply)
+                else:
+                    settle(found, answer)
+
+            reply = self._inbox.expect(receive)
+            try:
                 await self._bus.publish(subjects.agent(name), body, head, reply)
-                message = await answer
-            return codec.read_answer(message.head, message.body)
-        finally:
+                answer = await found
+            except BaseException:
+                await self._waits.cancel(waiting, reply)
+                raise
             self._inbox.forget(reply)
+            return answer
 
     async def stream(
         self,
         name: str,
         payload: object,
         timeout: float | None,
-        headers: Mapping[str, str] | None,
+        headers: Headers,
+        total: float | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """Send one request and yield its chunks; `timeout` seconds from one to the next."""
-        self._check(name, "stream")
-        body = codec.dump(payload)
-        request_id = _request_id(headers)
-        if not subjects.is_token(request_id):
-            raise InvalidInput(f"The request id {request_id!r} cannot name the subject of a stream.")
+        """Send one request and yield its chunks.
+
+        `timeout` seconds from one to the next, and `total` seconds for all.
+        """
+        self._waits.check(name, "stream")
+        timeout, total = within_deadline(timeout), within_deadline(total)
+        body, request_id = codec.dump(payload), _request_id(headers)
+        _check_id(request_id)
         subject = subjects.stream(request_id)
         head = codec.request_headers(
-            request_id, self._instance_id, timeout=timeout, streaming=True, credit=WINDOW, extra=headers
+            request_id,
+            self._instance_id,
+            timeout=timeout,
+            streaming=True,
+            credit=WINDOW,
+            accept=codec.ACK,
+            extra=headers,
         )
-        reader = ChunkReader(self._bus.publish, name, request_id)
+        reader = ChunkReader(self._bus.publish, name, request_id, timeout, total)
+        # Not the chunks' own subject: whoever listens to all of the mesh would hide NATS' 503.
+        reply = self._inbox.expect(reader.receive)
         sid = await self._bus.listen(subject, reader.receive)
+        with self._waits.watched(name, "stream", reader.fail) as waiting:
+            reader.on_instance = partial(self._waits.accepted, waiting)
+            try:
+                await self._bus.publish(subjects.agent(name), body, head, reply)
+                while not reader.ended:
+                    frame = await reader.next()
+                    if frame.nobody and self._bus.unsettled:
+                        await asyncio.sleep(RETURNING)
+                        await self._bus.publish(subjects.agent(name), body, head, reply)
+                    elif not frame.end:
+                        yield codec.load(await self._body(frame, name, "stream"))
+                        await reader.consumed()
+                    elif frame.error:
+                        raise codec.read_error(frame.body)
+            except TimeoutError:
+                raise _timeout(subject, timeout, name, request_id) from None
+            except MeshError as exc:
+                raise _with_id(exc, name, request_id) from exc.__cause__
+            finally:
+                if reader.ended:
+                    self._inbox.forget(reply)
+                else:
+                    await self._waits.cancel(waiting, reply)
+                if not self._bus.is_closed:
+                    await self._bus.quit(sid)
+
+    async def send(  # noqa: PLR0913 - what `send` takes
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Headers,
+        *,
+        on_reply: Callback | None = None,
+        on_error: Callback | None = None,
+        reply_to: str = "",
+    ) -> None:
+        """Send one request and go on; replies go to `on_reply`, to `reply_to`, or nowhere."""
+        self._waits.check(name, "send")
+        body, request_id = codec.dump(payload), _request_id(headers)
+        head = codec.request_headers(
+            request_id,
+            self._instance_id,
+            timeout=None,
+            accept="" if on_reply or reply_to else codec.NO_REPLY,
+            reply_to=reply_to,
+            extra=headers,
+        )
         try:
-            with self._watched(name, "stream", reader.fail):
-                # The chunks' own subject as the reply: NATS says there that nobody listens.
-                await self._bus.publish(subjects.agent(name), body, head, subject)
-                while True:
-                    async with asyncio.timeout(timeout):
-                        frame = await reader.next()
-                        if frame.nobody and self._bus.unsettled:
-                            await asyncio.sleep(_RETURNING)
-                            await self._bus.publish(subjects.agent(name), body, head, subject)
-                            continue
-                        chunk = await self._body(frame, name, "stream")
-                    if frame.end:
-                        return
-                    yield codec.load(chunk)
-                    await reader.consumed()
-        except TimeoutError:
-            raise _timeout(subject, timeout, name, request_id) from None
+            if on_reply is not None:
+                replies = Replies(name, request_id, on_reply, on_error)
+                await self._send_for_replies(replies, body, head, timeout)
+            elif reply_to:
+                await self._waits.look_up(name, "send")
+                await self._bus.publish(subjects.agent(name), body, head, reply_to)
+            else:
+                await self._send_off(name, body, head)
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
+
+    async def _send_off(self, name: str, body: bytes, head: bytes) -> None:
+        """Send, and learn from NATS whether anybody is there."""
+        found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        reply = self._inbox.expect(lambda message: settle(found, message))
+        try:
+            await self._bus.publish(subjects.agent(name), body, head, reply)
+            if self._bus.connected:
+                await self._bus.flush()  # the 503 comes before it
+        finally:
+            self._inbox.forget(reply)
+        if found.done() and codec.read_answer(found.result().head, b"").nobody:
+            raise await self._waits.nobody(name, "send")
+
+    async def _send_for_replies(
+        self, replies: "Replies", body: bytes, head: bytes, timeout: float | None
+    ) -> None:
+        _check_id(replies.request_id)
+        subject = subjects.results(replies.request_id)
+        reader = ChunkReader(self._bus.publish, replies.agent, replies.request_id, timeout)
+        sid = await self._bus.listen(subject, reader.receive)
+        try:
+            await self._bus.publish(subjects.agent(replies.agent), body, head, subject)
+        except MeshError:
+            await self._bus.quit(sid)
+            raise
+        task = asyncio.create_task(self._pass_on(replies, reader, sid))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _pass_on(self, replies: "Replies", reader: ChunkReader, sid: int) -> None:
+        """Give each reply to its callback, or the error that ended them."""
+        name, request_id = replies.agent, replies.request_id
+        try:
+            with self._waits.watched(name, "send", reader.fail):
+                while True:
+                    frame = await reader.next()
+                    body = await self._body(frame, name, "send")
+                    if not frame.end:
+                        await replies.give(codec.load(body))
+                    if frame.end or frame.seq is None:
+                        return
+        except TimeoutError:
+            error = _timeout(subjects.results(request_id), reader.timeout, name, request_id)
+            await replies.failed(error)
+        except MeshError as exc:
+            await replies.failed(_with_id(exc, name, request_id))
         finally:
             if not self._bus.is_closed:
-                with suppress(MeshError):  # what ended the stream is told, not this
-                    await reader.abandon()
                 await self._bus.quit(sid)
-
-    def _check(self, name: str, verb: Verb) -> None:
-        own = self._own(name)
-        if own is not None:
-            own.check_verb(verb)
-        elif name not in self._known and (why := subjects.invalid_name(name)):
-            raise InvalidInput(f"{name!r} names no agent: {why}.")
 
     async def _body(self, answer: codec.Answer, name: str, verb: Verb) -> bytes:
         """The body of an ok answer; anything else is raised."""
         if answer.nobody:
-            raise await self._nobody(name, verb)
+            raise await self._waits.nobody(name, verb)
         if answer.error:
             raise codec.read_error(answer.body)
         return answer.body
 
-    async def _nobody(self, name: str, verb: Verb) -> MeshError:
-        """Why nobody answers for `name`."""
-        contract = self._own(name) or await self._directory.find(name)
-        if contract is None:
-            return NotFound(f"Agent '{name}' is not in the catalog", agent=name)
-        contract.check_verb(verb)
-        return NotAvailable(f"Agent '{name}' is in the catalog, but nobody answers for it", agent=name)
 
-    @contextmanager
-    def _watched(self, name: str, verb: Verb, fail: Callable[[MeshError], None]) -> Iterator[None]:
-        """Call `fail` when it turns out that no answer will come."""
-        waiting = Waiting(name, fail)
-        self._waiting.add(waiting)
-        if time.monotonic() - self._known.get(name, -_KNOWN_FOR) >= _KNOWN_FOR:
-            waiting.looking = asyncio.create_task(self._look(waiting, verb))
+class Replies:
+    """Where the replies to one `send(on_reply=...)` go: functions, or coroutine functions."""
+
+    def __init__(self, agent: str, request_id: str, on_reply: Callback, on_error: Callback | None) -> None:
+        self.agent = agent
+        self.request_id = request_id
+        self._on_reply = on_reply
+        self._on_error = on_error
+
+    async def give(self, value: object) -> None:
+        """One reply, or one chunk."""
+        await self._run(self._on_reply, value)
+
+    async def failed(self, error: MeshError) -> None:
+        """The error that ended them."""
+        if self._on_error is not None:
+            await self._run(self._on_error, error)
+        else:
+            log.warning("what was sent to %s failed: [%s] %s", self.agent, error.code, error)
+
+    async def _run(self, callback: Callback, value: object) -> None:
         try:
-            yield
-        finally:
-            self._waiting.discard(waiting)
-            if waiting.looking is not None:
-                waiting.looking.cancel()
-
-    async def _look(self, waiting: Waiting, verb: Verb) -> None:
-        """Look a name up while its first request is under way.
-
-        Usually NATS says that nobody is there, but not while anyone listens to `mesh.>`.
-        """
-        try:
-            contract = self._own(waiting.name) or await self._directory.find(waiting.name)
-            while contract is None and self._bus.unsettled:
-                await asyncio.sleep(_RETURNING)
-                contract = await self._directory.find(waiting.name)
-            if contract is None:
-                await asyncio.sleep(_SECOND_LOOK)
-                contract = await self._directory.find(waiting.name)
-            if contract is None:
-                waiting.fail(NotFound(f"Agent '{waiting.name}' is not in the catalog", agent=waiting.name))
-                return
-            contract.check_verb(verb)
-        except InvocationMismatch as exc:
-            waiting.fail(exc)
-            return
-        except MeshError as exc:
-            # The request itself may well be answered.
-            log.debug("looking up '%s': %s", waiting.name, exc)
-            return
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
-        self._known[waiting.name] = time.monotonic()
-
-    def _on_death(self, message: Message) -> None:
-        try:
-            notice = DeathNotice.model_validate_json(message.body)
-        except ValidationError:
-            return
-        self._known.pop(notice.agent, None)
-        for waiting in [w for w in self._waiting if w.name == notice.agent]:
-            waiting.fail(
-                AgentDied(
-                    f"The last instance serving agent '{notice.agent}' is gone ({notice.reason})",
-                    agent=notice.agent,
-                    details=notice.model_dump(),
-                )
-            )
+            result = callback(value)
+            if isawaitable(result):
+                await result
+        except Exception:  # the author's callback ends here; the next reply still comes
+            log.exception("a callback for replies of %s failed", self.agent)
 
 
-def _request_id(headers: Mapping[str, str] | None) -> str:
+def _request_id(headers: Headers) -> str:
     return (headers or {}).get(subjects.REQUEST_ID) or codec.new_id()
+
+
+def _check_id(request_id: str) -> None:
+    if not subjects.is_token(request_id):
+        raise InvalidInput(f"The request id {request_id!r} cannot be part of a subject.")
 
 
 def _timeout(subject: str, timeout: float | None, name: str, request_id: str) -> MeshTimeout:

@@ -1,10 +1,10 @@
-"""AgentMesh: the handle a user holds. Every verb is one call into its node."""
+"""AgentMesh: the handle a user holds, to declare agents and to be on the mesh."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -14,12 +14,20 @@ from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.running import run, stop_event, until_stopped
+from openagentmesh.mesh.verbs import Verbs
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
+from openagentmesh.protocol.contract import AgentSpec
 from openagentmesh.protocol.errors import ConnectionFailed, InvalidAgent
-from openagentmesh.protocol.subjects import in_channel
 from openagentmesh.serving.agent import Agent, declare
 from openagentmesh.serving.handler import Types
+from openagentmesh.serving.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    Source,
+    SubjectCondition,
+    SubjectSource,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +54,7 @@ class _LocalMesh:
         return lambda: _local(mesh or owner())
 
 
-class AgentMesh:
+class AgentMesh(Verbs):
     """A mesh of agents: declare some, find others, call them by name.
 
     Construction does no input or output. In a module that a host loads, the mesh is the
@@ -100,11 +108,25 @@ class AgentMesh:
         """The address of the NATS server."""
         return self._node.bus.target.url if self._node else self._target.url
 
-    def agent(self, spec: AgentSpec) -> Callable[[HandlerT], HandlerT]:
+    def agent(
+        self,
+        spec: AgentSpec,
+        *,
+        sources: Sequence[Source] | None = None,
+        active_when: Condition | None = None,
+        mcp: dict[str, Any] | bool | None = None,
+    ) -> Callable[[HandlerT], HandlerT]:
         """Declare the decorated function as an agent.
 
         On a connected mesh it is up before the next verb of that mesh returns. A name that
         was declared before gets the new handler.
+
+        Args:
+            spec: name, description, tags, version.
+            sources: what drives it besides requests, see `subject_source` and `kv_source`.
+            active_when: when it is on, see `kv_condition` and `subject_condition`; otherwise
+                always. While it is off it stays in the catalog, and calls get `not_available`.
+            mcp: published in the contract for MCP bridges.
 
         Raises:
             InvalidAgent: the spec, the name or the function cannot be an agent; also when
@@ -119,7 +141,10 @@ class AgentMesh:
             )
 
         def decorate(function: HandlerT) -> HandlerT:
-            agent, loading = declare(spec, function, self._types), current_loading()
+            agent = declare(
+                spec, function, self._types, sources=sources or (), active_when=active_when, mcp=mcp
+            )
+            loading = current_loading()
             if loading is not None:
                 loading.declare(agent)
             elif self._node is not None:
@@ -142,93 +167,41 @@ class AgentMesh:
         loading = current_loading()
         return model.model_validate(loading.settings if loading is not None else {})
 
-    async def call(
+    def subject_source(self, subject: str, *, queue_group: str | None = None) -> SubjectSource:
+        """For `sources=`: every message on a subject, which may have wildcards."""
+        return SubjectSource(subject, queue_group)
+
+    def kv_source(
         self,
-        name: str,
-        payload: object = None,
-        timeout: float | None = 30.0,
+        pattern: str,
         *,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:  # noqa: ANN401 - a JSON value of any shape
-        """Call an agent and return its reply, a JSON value (protocol §7).
+        queue_group: str | None = None,
+        on_init: Literal["replay", "skip"] = "replay",
+    ) -> KVSource:
+        """For `sources=`: every change of the keys of the shared state that match a pattern."""
+        return KVSource(pattern, queue_group, on_init)
 
-        Args:
-            name: the agent.
-            payload: a pydantic model, bytes, or any JSON value; None sends nothing.
-            timeout: seconds to wait; None for ever. The host stops the handler then too.
-            headers: more headers for the request.
-
-        Raises:
-            MeshError: what went wrong, of the class for its code (protocol §8).
-
-        """
-        node = await self._ready()
-        return await node.caller.call(name, payload, timeout, headers)
-
-    async def stream(
+    def kv_condition(
         self,
-        name: str,
-        payload: object = None,
-        timeout: float | None = 60.0,
+        key: str,
+        predicate: Callable[[str], bool],
         *,
-        headers: Mapping[str, str] | None = None,
-    ) -> AsyncGenerator[Any, None]:
-        """Call a streamer and yield its chunks, JSON values (protocol §7).
+        initial: bool = False,
+        drain_timeout: float = 30.0,
+    ) -> KVCondition:
+        """For `active_when=`: on while the predicate of a key's text holds."""
+        return KVCondition(key, predicate, initial, drain_timeout)
 
-        `timeout` is the seconds from one chunk to the next. A reader that stops reading
-        stops the agent.
-
-        Raises:
-            ChunkSequenceError: a chunk was lost.
-            MeshError: what else went wrong, of the class for its code.
-
-        """
-        node = await self._ready()
-        async with aclosing(node.caller.stream(name, payload, timeout, headers)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def catalog(
+    def subject_condition(
         self,
-        channel: str | None = None,
-        tags: list[str] | None = None,
-        streaming: bool | None = None,  # noqa: FBT001 - the published signature
-        invocable: bool | None = None,  # noqa: FBT001 - the published signature
-    ) -> list[CatalogEntry]:
-        """The agents of the mesh, in the order they were registered.
-
-        Args:
-            channel: only this name and what lies below it.
-            tags: only agents that have all of these.
-            streaming: only agents that do, or do not, stream.
-            invocable: only agents that can, or cannot, be called.
-
-        """
-        node = await self._ready()
-        return [
-            entry
-            for entry in await node.directory.catalog()
-            if (channel is None or in_channel(entry.name, channel))
-            and (not tags or set(tags) <= set(entry.tags))
-            and streaming in {None, entry.streaming}
-            and invocable in {None, entry.invocable}
-        ]
-
-    async def contract(self, name: str) -> AgentContract:
-        """An agent's full contract.
-
-        Raises:
-            NotFound: no agent has this name.
-
-        """
-        node = await self._ready()
-        return await node.directory.contract(name)
-
-    async def discover(self, channel: str | None = None) -> list[AgentContract]:
-        """The full contracts of all agents, or of those of one channel."""
-        node = await self._ready()
-        contracts = await node.directory.discover()
-        return [c for c in contracts if channel is None or in_channel(c.name, channel)]
+        subject: str,
+        predicate: Callable[[Any], bool],
+        *,
+        initial: bool = False,
+        drain_timeout: float = 30.0,
+    ) -> SubjectCondition:
+        """For `active_when=`: on or off as the predicate of the last message on a subject says."""
+        return SubjectCondition(subject, predicate, initial, drain_timeout)
 
     def run(self) -> None:
         """Connect, serve until SIGINT or SIGTERM, drain, return.

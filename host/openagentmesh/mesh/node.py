@@ -16,8 +16,11 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.discovery import Directory
+from openagentmesh.mesh.events import Events
+from openagentmesh.mesh.observe import follow_levels
 from openagentmesh.mesh.presence import Presence
 from openagentmesh.mesh.registry import Registry
+from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
@@ -56,17 +59,20 @@ class Node:
         self.bus = Bus(target, f"oam-host-{instance_id}")
         self.inbox = Inbox(self.bus)
         self.buckets = Buckets(self.bus, self.inbox)
-        self.router = Router(self.bus, self.inbox, instance_id)
+        self.router = Router(self.bus, self.inbox, self.buckets, instance_id)
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
         self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
-        self.caller = Caller(self.bus, self.inbox, self.directory, instance_id, self.own)
+        self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
+        self.caller = Caller(self.bus, self.inbox, self.waits, instance_id)
+        self.events = Events(self.bus, self.directory, instance_id, self.own)
         self.describe: Callable[[], dict[str, Any]] = self.description
         self._limits = limits
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
         self._repairing: asyncio.Task[None] | None = None
         self._watching_over: asyncio.Task[None] | None = None
+        self._following_levels: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._started = False
 
@@ -82,10 +88,10 @@ class Node:
         """
         await self.bus.connect()
         self.bus.restore = self._restore
-        self.bus.on_closed = self.caller.close
+        self.bus.on_closed = self._on_closed
         try:
             await self.inbox.open()
-            await self.caller.open()
+            await self.waits.open()
             await self.bus.listen(subjects.host(self.instance_id, "*"), self._on_host_request)
             await self.buckets.make()
             self._started = True
@@ -134,6 +140,9 @@ class Node:
         await self.bus.flush()  # from here on they can be called
         await self.registry.publish([agent.contract for agent in agents.values()])
         await self._announce(agents)
+        for agent in agents.values():
+            data: dict[str, object] = {"version": agent.contract.version}
+            await self.router.events.emit("info", agent.name, "agent_registered", data=data)
 
     async def _announce(self, agents: Iterable[str]) -> None:
         await self.presence.announce(agents)
@@ -141,6 +150,13 @@ class Node:
             self.directory.changed = self._on_registry_change
             self.directory.follow()
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
+            self._following_levels = asyncio.create_task(self._follow_levels())
+
+    async def _follow_levels(self) -> None:
+        try:
+            await follow_levels(self.buckets, self.router.events)
+        except MeshError as exc:
+            log.warning("log levels are not followed any more: %s", exc)
 
     async def _clear(self, agents: set[str]) -> None:
         await self.registry.withdraw([], everywhere=agents)
@@ -156,6 +172,8 @@ class Node:
                 lonely = await self.presence.withdraw()
                 await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
                 await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
+                for route in self.router:
+                    await self.router.events.emit("info", route.agent.name, "agent_deregistered")
                 await self.bus.flush()
         except MeshError as exc:
             log.warning("not deregistered, others will clear up: %s", exc)
@@ -163,9 +181,11 @@ class Node:
             await self._close()
 
     async def _close(self) -> None:
-        await end(self._binding, self._repairing, self._watching_over)
+        await end(self._binding, self._repairing, self._watching_over, self._following_levels)
         await self.router.finish(0)
-        self.caller.close()
+        self.events.fail_all()
+        await self.caller.close()
+        await self.waits.close()
         await self.directory.close()
         await self.bus.close()
 
@@ -204,6 +224,10 @@ class Node:
                 "history": [{"at": event.at.isoformat(), "what": event.what} for event in self.bus.history],
             },
         }
+
+    def _on_closed(self) -> None:
+        self.waits.fail_all()
+        self.events.fail_all()
 
     async def _restore(self) -> None:
         """Make everything true again that was true before the connection was lost."""

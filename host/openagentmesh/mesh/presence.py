@@ -12,7 +12,8 @@ from pydantic_core import from_json, to_json
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.mesh.peers import is_gone
+from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import DeathNotice
 
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 Records = dict[str, dict[str, Any]]
 # How often each instance asks its neighbour whether it lives, in seconds.
 HEARTBEAT: Final = 3.0
-_PING_TIMEOUT: Final = 1.0
 # Only instances that say so in their record answer pings; peers of other makes do not.
 _ANSWERS_PINGS: Final = "answers_pings"
 
@@ -115,15 +115,8 @@ class Presence:
         asked = [
             key for key, record in records.items() if record.get(_ANSWERS_PINGS) and key != self._instance_id
         ]
-        gone = await asyncio.gather(*[self._is_gone(key) for key in asked])
-        return {key for key, is_gone in zip(asked, gone, strict=True) if is_gone}
-
-    async def _is_gone(self, instance_id: str) -> bool:
-        try:
-            message = await self._inbox.request(subjects.host(instance_id, "ping"), timeout=_PING_TIMEOUT)
-        except MeshError:
-            return False  # too busy to answer is not dead
-        return codec.read_answer(message.head, message.body).nobody
+        gone = await asyncio.gather(*[is_gone(self._inbox, key) for key in asked])
+        return {key for key, nobody in zip(asked, gone, strict=True) if nobody}
 
     async def _bury(
         self, instance_id: str, records: Records, clear: Callable[[set[str]], Awaitable[None]]

@@ -3,10 +3,11 @@
 Nothing else in the project reads or writes a header.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import uuid4
 
@@ -15,10 +16,13 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, MeshError
+from openagentmesh.protocol.messages import Usage
 
 _VERSION_LINE: Final = "NATS/1.0"
 NO_RESPONDERS: Final = "503"
 _INLINE_STATUS: Final = "Status"
+ACK: Final = "ack"
+NO_REPLY: Final = "none"
 _ANYTHING: Final = TypeAdapter[Any](Any)
 # More detail than this helps nobody and may not fit into a message.
 MAX_ERROR_BODY: Final = 64 * 1024
@@ -109,6 +113,7 @@ class Request:
     streaming: bool
     timeout: float | None
     credit: int
+    accept: str
     body: bytes
     headers: Mapping[str, str]
 
@@ -125,6 +130,7 @@ def read_request(head: bytes, body: bytes) -> Request:
         get(subjects.STREAM) == "true",
         None if timeout_ms is None else timeout_ms / 1000,
         _whole_number(get(subjects.CREDIT)) or 0,
+        get(subjects.ACCEPT, ""),
         body,
         headers,
     )
@@ -137,9 +143,15 @@ def request_headers(  # noqa: PLR0913 - one parameter a header
     timeout: float | None,
     streaming: bool = False,
     credit: int = 0,
+    accept: str = "",
+    reply_to: str = "",
     extra: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The header block of a request; `timeout` in seconds, `extra` are the user's own."""
+    """The header block of a request; `timeout` in seconds, `extra` are the user's own.
+
+    With `accept` ACK the host tells when it has the request in hand and listens for a cancel,
+    with NO_REPLY it answers nothing: the reply subject is there for NATS' 503.
+    """
     headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
     if timeout is not None and timeout != math.inf:
         if not timeout > -math.inf:
@@ -149,41 +161,111 @@ def request_headers(  # noqa: PLR0913 - one parameter a header
         headers[subjects.STREAM] = "true"
     if credit:
         headers[subjects.CREDIT] = str(credit)
+    if accept:
+        headers[subjects.ACCEPT] = accept
+    if reply_to:
+        headers[subjects.REPLY_TO] = reply_to
     if extra:
         headers.update(extra)
     return write_headers(headers)
 
 
-def reply_headers(request_id: str, instance_id: str, agent: str) -> bytes:
+def accepted_headers(request_id: str, instance_id: str) -> bytes:
+    """The header block of the frame that says who has a request in hand."""
+    return _head(request_id, instance_id, "X-Mesh-Status: accepted\r\n")
+
+
+def reply_headers(request_id: str, instance_id: str, agent: str, usage: Usage | None = None) -> bytes:
     """The header block of an ok reply."""
+    return _head(
+        request_id, instance_id, f"X-Mesh-Status: ok\r\nX-Mesh-Source: {agent}\r\n{_usage_line(usage)}"
+    )
+
+
+def frame_start(request_id: str, instance_id: str) -> bytes:
+    """What all frames of one stream begin with; a publisher's have no request id."""
+    request = f"X-Mesh-Request-Id: {request_id}\r\n" if request_id else ""
+    return f"NATS/1.0\r\n{request}X-Mesh-Instance-Id: {instance_id}\r\n".encode()
+
+
+def frame_headers(start: bytes, seq: int) -> bytes:
+    """The header block of a chunk or an event, after its stream's `frame_start`."""
+    return b"%bX-Mesh-Stream-Seq: %d\r\nX-Mesh-Stream-End: false\r\n\r\n" % (start, seq)
+
+
+def end_headers(start: bytes, count: int, usage: Usage | None = None) -> bytes:
+    """The header block of the end frame, which carries the count of chunks."""
+    tail = f"X-Mesh-Stream-Seq: {count}\r\nX-Mesh-Stream-End: true\r\n{_usage_line(usage)}\r\n"
+    return start + tail.encode()
+
+
+def _head(request_id: str, instance_id: str, lines: str) -> bytes:
+    # A third of the time of `write_headers`; every value here is known to be harmless.
     return (
-        f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n"
-        f"X-Mesh-Status: ok\r\nX-Mesh-Source: {agent}\r\n\r\n"
+        f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n{lines}\r\n"
     ).encode()
 
 
-def frame_headers(request_id: str, instance_id: str, seq: int, *, end: bool) -> bytes:
-    """The header block of a chunk, or of the end frame, whose `seq` is the count of chunks."""
-    return (
-        f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n"
-        f"X-Mesh-Stream-Seq: {seq}\r\nX-Mesh-Stream-End: {'true' if end else 'false'}\r\n\r\n"
-    ).encode()
+def _usage_line(usage: Usage | None) -> str:
+    if usage is None:
+        return ""
+    # Escaped, a model's name with a line break stays within its header.
+    return f"X-Mesh-Usage: {json.dumps(usage.model_dump(exclude_none=True))}\r\n"
+
+
+def publish_headers(
+    instance_id: str, payload: object, extra: Mapping[str, str] | None = None
+) -> tuple[bytes, bytes]:
+    """The header block and the body of what `publish()` sends (protocol §6).
+
+    Raises:
+        InvalidInput: the payload is neither text, bytes nor JSON.
+
+    """
+    kind, body = "application/json", b""
+    if isinstance(payload, str):
+        kind, body = "text/plain", payload.encode()
+    elif isinstance(payload, bytes | bytearray | memoryview):
+        kind, body = "application/octet-stream", bytes(payload)
+    else:
+        body = dump(payload)
+    headers = {subjects.INSTANCE_ID: instance_id, subjects.CONTENT_TYPE: kind}
+    return write_headers(headers | dict(extra or {})), body
+
+
+def load_message(headers: Mapping[str, str], body: bytes) -> Any:  # noqa: ANN401 - a JSON value, text or bytes
+    """The body of a message as what it was published as; what is no JSON stays bytes."""
+    kind = headers.get(subjects.CONTENT_TYPE, "")
+    if kind == "application/octet-stream":
+        return body
+    try:
+        return body.decode() if kind == "text/plain" else load(body)
+    except (UnicodeDecodeError, MeshError):
+        return body
 
 
 def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> bytes:
-    """The header block of an error reply or copy; of a stream's error frame with `frame`."""
-    headers = {
-        subjects.REQUEST_ID: request_id,
-        subjects.INSTANCE_ID: instance_id,
-        subjects.STATUS: "error",
-    }
+    """The header block of an error reply or copy; of a stream's error frame with `frame`.
+
+    A publisher's error belongs to no request; then there is no request id.
+    """
+    headers = {subjects.REQUEST_ID: request_id} if request_id or not frame else {}
+    headers |= {subjects.INSTANCE_ID: instance_id, subjects.STATUS: "error"}
     if frame:
         headers[subjects.STREAM_END] = "true"
     return write_headers(headers)
 
 
 def error_body(error: MeshError) -> bytes:
-    """An error as its envelope; always JSON, whatever the details are."""
+    """An error as its envelope; always JSON of bounded size, whatever the details are."""
+    body = _envelope(error)
+    if len(body) <= MAX_ERROR_BODY:
+        return body
+    message = error.message[:_MAX_DETAIL]
+    return _envelope(MeshError(error.code, message, error.agent, error.request_id, {"truncated": True}))
+
+
+def _envelope(error: MeshError) -> bytes:
     envelope = error.to_dict()
     # What a handler puts into its error may refuse everything, even to be printed.
     try:
@@ -195,19 +277,6 @@ def error_body(error: MeshError) -> bytes:
             if key != "details"
         }
         return to_json(texts | {"details": {"unprintable": True}})
-
-
-def short_error_body(error: MeshError) -> bytes:
-    """The envelope without what made it too large to send."""
-    return error_body(
-        MeshError(
-            error.code,
-            error.message[:_MAX_DETAIL],
-            error.agent,
-            error.request_id,
-            {"truncated": True},
-        )
-    )
 
 
 def read_error(body: bytes) -> MeshError:
@@ -234,28 +303,43 @@ class Answer:
     """A reply or a frame, as a caller sees it."""
 
     body: bytes
-    error: bool
-    nobody: bool
-    seq: int | None
-    end: bool
+    status: str = ""
+    nobody: bool = False
+    seq: int | None = None
+    end: bool = False
+    instance: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def error(self) -> bool:
+        """Whether the body is an error envelope."""
+        return self.status == "error"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it only says that `instance` has the request in hand."""
+        return self.status == "accepted"
 
 
 def read_answer(head: bytes, body: bytes) -> Answer:
     """Take a reply or a frame apart."""
     if not head:
-        return Answer(body, error=False, nobody=False, seq=None, end=False)
+        return Answer(body)
     headers = read_headers(head)
+    get = headers.get
     return Answer(
         body,
-        error=headers.get(subjects.STATUS) == "error",
-        nobody=headers.get(_INLINE_STATUS) == NO_RESPONDERS,
-        seq=_whole_number(headers.get(subjects.STREAM_SEQ)),
-        end=headers.get(subjects.STREAM_END) == "true",
+        get(subjects.STATUS, ""),
+        get(_INLINE_STATUS) == NO_RESPONDERS,
+        _whole_number(get(subjects.STREAM_SEQ)),
+        get(subjects.STREAM_END) == "true",
+        get(subjects.INSTANCE_ID, ""),
+        headers,
     )
 
 
 def credit_headers(credit: int) -> bytes:
-    """The header block of a stream reader's grant; a grant of 0 says that it is gone."""
+    """The header block of a grant to a stream's host; a grant of 0 says that nobody waits any more."""
     return write_headers({subjects.CREDIT: str(credit)})
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from openagentmesh.protocol import subjects
+from openagentmesh.protocol import subjects, tools
 from openagentmesh.protocol.errors import InvocationMismatch, MeshError
 
 Verb = Literal["call", "stream", "send", "subscribe"]
@@ -80,6 +80,7 @@ class AgentContract(BaseModel):
         input_schema: dict[str, Any] | None,
         output_schema: dict[str, Any] | None,
         chunk_schema: dict[str, Any] | None,
+        mcp: dict[str, Any] | bool | None = None,
     ) -> Self:
         """The contract of an agent declared here and now."""
         skill = {
@@ -104,6 +105,7 @@ class AgentContract(BaseModel):
             input_schema=input_schema,
             output_schema=output_schema,
             chunk_schema=chunk_schema,
+            mcp=mcp,
             registered_at=datetime.now(UTC),
         )
 
@@ -177,6 +179,51 @@ class AgentContract(BaseModel):
             invocable=self.invocable,
             streaming=self.streaming,
         )
+
+    def to_tool_schema(self) -> dict[str, Any]:
+        """The agent as a tool: `{name, description, input_schema}`, and the schema always an object's.
+
+        Input that is no object is wrapped as `{"value": …}`; `tool_input` unwraps it.
+
+        Raises:
+            ValueError: the agent takes no requests, or its name cannot name a tool.
+
+        """
+        if not self.invocable:
+            refusal = _refusal("call", invocable=False, streaming=self.streaming)
+            raise ValueError(f"Agent '{self.name}' is no tool: it {refusal}")
+        return tools.tool(self.name, self.description, self.input_schema, self.output_schema)
+
+    def to_openai_tool(
+        self, *, api: Literal["chat", "responses"] = "chat", strict: bool = False
+    ) -> dict[str, Any]:
+        """The agent as a tool for OpenAI's chat completions or responses.
+
+        With `strict`, models are held to the schema; a field that may be left out takes null instead, and
+        `tool_input` leaves it out again.
+
+        Raises:
+            ValueError: as `to_tool_schema`; the API is unknown; or strict mode cannot express the input.
+
+        """
+        return tools.openai_tool(self.to_tool_schema(), api=api, strict=strict)
+
+    def to_anthropic_tool(self) -> dict[str, Any]:
+        """The agent as a tool for Anthropic's messages.
+
+        Raises:
+            ValueError: as `to_tool_schema`.
+
+        """
+        return self.to_tool_schema()
+
+    def tool_input(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+        """The payload for the agent, from the arguments that a model gave for its tool in any form."""
+        return tools.tool_input(self.input_schema, arguments)
+
+    def to_agent_card(self, url: str | None = None) -> dict[str, Any]:
+        """The agent's A2A card; `url` is where it can be reached."""
+        return tools.agent_card(self.document(), url)
 
     def check_verb(self, verb: Verb) -> None:
         """Refuse a verb that this agent is not made for (protocol §7).

@@ -160,6 +160,30 @@ class PayloadTooLarge(MeshError):
     code = "payload_too_large"
 
 
+class Unauthenticated(MeshError):
+    """The caller did not prove who it is."""
+
+    code = "unauthenticated"
+
+
+class PermissionDenied(MeshError):
+    """The caller may not do this."""
+
+    code = "permission_denied"
+
+
+class KVKeyExists(MeshError):
+    """The key to be created is there already."""
+
+    code = "kv_key_exists"
+
+
+class KVConflict(MeshError):
+    """Somebody else changed the key between reading and writing; details `key`, `revision`."""
+
+    code = "kv_conflict"
+
+
 class Cancelled(MeshError):
     """The handler was stopped before it had answered, because its host stops."""
 

@@ -1,8 +1,16 @@
-"""What participants tell each other besides requests and replies (protocol §9)."""
+"""What participants tell each other besides requests and replies (protocol §5, §6, §9)."""
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from openagentmesh.protocol.subjects import publisher_of
+
+T = TypeVar("T")
+LogLevel = Literal["debug", "info", "warn", "error"]
+LOG_LEVELS: Final[tuple[LogLevel, ...]] = ("debug", "info", "warn", "error")
 
 
 class DeathNotice(BaseModel):
@@ -15,3 +23,79 @@ class DeathNotice(BaseModel):
     reason: Literal["disconnect", "graceful_shutdown"]
     detected_at: str
     instance_id: str
+
+
+class LogEvent(BaseModel):
+    """Something that happened to an agent or to one of its requests.
+
+    `timestamp` is an ISO 8601 time with its offset; `data` are facts for programs.
+    """
+
+    timestamp: str
+    level: LogLevel
+    agent: str
+    event: str
+    request_id: str = ""
+    message: str = ""
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class ObserveConfig(BaseModel):
+    """From which level on an agent's log events are published."""
+
+    log_level: LogLevel = "info"
+
+
+class Usage(BaseModel):
+    """What a request cost: tokens, the model, and an estimate in US dollars."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    total_tokens: int | None = None
+    model: str | None = None
+    estimated_cost_usd: float | None = None
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together: numbers add up, the model is the other's if it names one."""
+        return Usage(
+            input_tokens=_sum(self.input_tokens, other.input_tokens),
+            output_tokens=_sum(self.output_tokens, other.output_tokens),
+            total_tokens=_sum(self.total_tokens, other.total_tokens),
+            model=other.model or self.model,
+            estimated_cost_usd=_sum(self.estimated_cost_usd, other.estimated_cost_usd),
+        )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _sum(one: Number | None, other: Number | None) -> Number | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+@dataclass(slots=True, frozen=True)
+class KVEntry(Generic[T]):
+    """One key of the shared state as it was at one revision.
+
+    A handler that takes `KVEntry[Model | None]` is also told of deletions, as value None.
+    """
+
+    key: str
+    value: T
+    revision: int
+
+
+@dataclass(slots=True, frozen=True)
+class MeshMessage(Generic[T]):
+    """One message with what came along with its data."""
+
+    subject: str
+    data: T
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def agent(self) -> str:
+        """The publisher that emitted it; empty when it is no publisher's event."""
+        return publisher_of(self.subject) or ""

@@ -5,9 +5,11 @@ from typing import Final
 
 NAME_RE: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 PATTERN_RE: Final = re.compile(r">|([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
+KEY_RE: Final = re.compile(r"[-/_=A-Za-z0-9]+(\.[-/_=A-Za-z0-9]+)*")
 TOKEN_RE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 # A subject may be 4096 bytes with all the rest of its line; this leaves room for both.
 MAX_NAME: Final = 255
+MAX_SUBJECT: Final = 1024
 
 CATALOG_BUCKET: Final = "mesh-catalog"
 CATALOG_KEY: Final = "catalog"
@@ -22,19 +24,26 @@ KV_BUCKETS: Final = (
     OBSERVABILITY_BUCKET,
     CONTEXT_BUCKET,
 )
+ARTIFACTS_BUCKET: Final = "mesh-artifacts"
+# The key of the observability settings that hold for all agents.
+EVERY_AGENT: Final = "global"
 
 REQUEST_ID: Final = "X-Mesh-Request-Id"
 INSTANCE_ID: Final = "X-Mesh-Instance-Id"
 STREAM: Final = "X-Mesh-Stream"
+REPLY_TO: Final = "X-Mesh-Reply-To"
 STATUS: Final = "X-Mesh-Status"
 SOURCE: Final = "X-Mesh-Source"
 STREAM_SEQ: Final = "X-Mesh-Stream-Seq"
 STREAM_END: Final = "X-Mesh-Stream-End"
+USAGE: Final = "X-Mesh-Usage"
+CONTENT_TYPE: Final = "X-Mesh-Content-Type"
 TIMEOUT_MS: Final = "X-Mesh-Timeout-Ms"
 CREDIT: Final = "X-Mesh-Credit"
+ACCEPT: Final = "X-Mesh-Accept"
 
 # Names under which the mesh itself keeps something, so no agent may have them.
-RESERVED_NAMES: Final = frozenset({"global"})
+RESERVED_NAMES: Final = frozenset({EVERY_AGENT})
 RESERVED_TAIL: Final = ".events"
 
 
@@ -56,9 +65,23 @@ def invalid_name(name: str) -> str | None:
 
 def invalid_pattern(subject: str) -> str | None:
     """Why `subject` cannot be subscribed to, or None when it can."""
-    if PATTERN_RE.fullmatch(subject):
+    if len(subject) <= MAX_SUBJECT and PATTERN_RE.fullmatch(subject):
         return None
     return "words are joined by single dots; '*' stands for one word, '>' at the end for all that follow"
+
+
+def invalid_key(key: str, *, pattern: bool = False) -> str | None:
+    """Why `key` cannot be a key of a bucket, or None when it can; with `pattern` also wildcards."""
+    if not isinstance(key, str) or len(key) > MAX_SUBJECT:
+        return f"a key is a text of at most {MAX_SUBJECT} characters"
+    words = [word for word in key.split(".") if word != "*"] if pattern else [key]
+    if pattern and words[-1:] == [">"]:
+        words.pop()
+    if all(KEY_RE.fullmatch(word) for word in words) and key:
+        return None
+    return "a key is made of words of letters, digits, '-', '_', '/' and '=', joined by single dots" + (
+        "; '*' stands for one word, '>' at the end for all that follow" if pattern else ""
+    )
 
 
 def is_token(text: str) -> bool:
@@ -81,6 +104,23 @@ def agent(name: str) -> str:
     return f"mesh.agent.{name}"
 
 
+def events(name: str) -> str:
+    """Where the publisher `name` emits."""
+    return f"mesh.agent.{name}{RESERVED_TAIL}"
+
+
+def channel_events(channel: str) -> str:
+    """Where all publishers of a channel emit; requests of its agents pass there too."""
+    return f"mesh.agent.{channel}.>"
+
+
+def publisher_of(subject: str) -> str | None:
+    """The publisher whose events go to `subject`; None when it carries no events."""
+    if subject.startswith("mesh.agent.") and subject.endswith(RESERVED_TAIL):
+        return subject[len("mesh.agent.") : -len(RESERVED_TAIL)] or None
+    return None
+
+
 def queue_group(name: str) -> str:
     """The queue group in which all instances of `name` share its requests."""
     return f"q.{name}"
@@ -89,6 +129,14 @@ def queue_group(name: str) -> str:
 def stream(request_id: str) -> str:
     """Where the chunks of one stream go."""
     return f"mesh.stream.{request_id}"
+
+
+RESULTS: Final = "mesh.results."
+
+
+def results(request_id: str) -> str:
+    """Where the replies to one `send(on_reply=...)` go."""
+    return f"{RESULTS}{request_id}"
 
 
 def errors(name: str) -> str:
@@ -102,6 +150,11 @@ def death(name: str) -> str:
 
 
 DEATHS: Final = "mesh.death.>"
+
+
+def logs(name: str) -> str:
+    """Where the log events of `name` go; `>` for those of all agents."""
+    return f"mesh.logs.{name}"
 
 
 def host(instance_id: str, verb: str) -> str:

@@ -1,15 +1,18 @@
 """An agent: name, handler, types and limits in one object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from openagentmesh.bus.buckets import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
-from openagentmesh.protocol.contract import AgentContract, AgentSpec
+from openagentmesh.protocol.contract import AgentContract, AgentSpec, Verb
 from openagentmesh.protocol.errors import InvalidAgent
+from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint
 from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
+from openagentmesh.serving.sources import Condition, KVSource, Source, SubjectSource
 
 
 @dataclass(slots=True, frozen=True)
@@ -20,12 +23,17 @@ class Limits:
         concurrency: requests running at once.
         queue: requests that may wait for their turn; one more is refused as `overloaded`.
         timeout: seconds a request may take, waiting included; for a stream, until its next chunk.
+        restart_pause: seconds until a publisher or watcher that failed is started again; twice
+            as long each time that it fails again.
+        restart_pause_max: the longest such pause, in seconds.
 
     """
 
     concurrency: int = 128
     queue: int = 256
     timeout: float = 60.0
+    restart_pause: float = 0.5
+    restart_pause_max: float = 60.0
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -39,6 +47,8 @@ class Agent:
     contract: AgentContract
     handler: Handler
     endpoint: Endpoint
+    sources: tuple[Source, ...] = ()
+    active_when: Condition | None = None
     limits: Limits = DEFAULT_LIMITS
 
     @property
@@ -55,7 +65,7 @@ class Agent:
         own = self.limits.timeout
         return own if request.timeout is None else min(own, request.timeout)
 
-    def accept(self, call: Call) -> None:
+    def accept(self, call: Call, verb: Verb) -> None:
         """Check the verb and read the input.
 
         Raises:
@@ -63,15 +73,45 @@ class Agent:
             InvalidInput: the body is not what the handler takes.
 
         """
-        self.contract.check_verb("stream" if call.request.streaming else "call")
+        self.contract.check_verb(verb)
         call.input = self.handler.read(self.name, call.request.body)
+
+    def accept_message(self, call: Call, subject: str) -> None:
+        """Read a message of a subject source as the input.
+
+        Raises:
+            InvalidInput: its body is not what the handler takes.
+
+        """
+        handler, request = self.handler, call.request
+        is_json = request.headers.get(subjects.CONTENT_TYPE) == "application/json"
+        data = (handler.read if is_json else handler.read_plain)(self.name, request.body)
+        call.input = MeshMessage(subject, data, call.headers) if handler.envelope else data
+
+    def accept_entry(self, call: Call, entry: Entry) -> None:
+        """Read a change of the shared state as the input; the value of a deletion is None.
+
+        Raises:
+            InvalidInput: its value is not what the handler takes.
+
+        """
+        data = None if entry.operation else self.handler.read_plain(self.name, call.request.body)
+        call.input = KVEntry(entry.key, data, entry.revision or 0) if self.handler.envelope else data
 
     def dump(self, value: object) -> bytes:
         """A result or a chunk as JSON of the declared type."""
         return self.handler.dump(value)
 
 
-def declare(spec: AgentSpec, function: Callable[..., Any], types: Types) -> Agent:
+def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
+    spec: AgentSpec,
+    function: Callable[..., Any],
+    types: Types,
+    *,
+    sources: Sequence[Source] = (),
+    active_when: Condition | None = None,
+    mcp: dict[str, Any] | bool | None = None,
+) -> Agent:
     """Make an agent of a spec and a function.
 
     Raises:
@@ -84,15 +124,25 @@ def declare(spec: AgentSpec, function: Callable[..., Any], types: Types) -> Agen
         )
     if not spec.description:
         spec = spec.model_copy(update={"description": (function.__doc__ or "").strip()})
-    handler = inspect_handler(function, spec.name, types)
-    streaming = handler.shape == "streamer"
+    handler = inspect_handler(function, spec.name, types, driven=bool(sources))
+    for source in sources:
+        wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
+        if not isinstance(source, wanted):
+            raise InvalidAgent(
+                f"The handler of agent '{spec.name}' ({where(function)}) takes {handler.envelope or 'data'} "
+                f"and cannot be driven by {source!r}.",
+                agent=spec.name,
+            )
+    invocable = handler.shape in {"responder", "streamer", "trigger"}
+    streaming = handler.shape in {"streamer", "publisher"}
     output = handler.output.schema if handler.output else None
     contract = AgentContract.of(
         spec,
-        invocable=True,
+        invocable=invocable,
         streaming=streaming,
-        input_schema=handler.input.schema if handler.input else None,
-        output_schema=None if streaming else output,
+        input_schema=handler.input.schema if invocable and handler.input else None,
+        output_schema=None if streaming or not invocable else output,
         chunk_schema=output if streaming else None,
+        mcp=mcp,
     )
-    return Agent(spec.name, contract, handler, handler.endpoint())
+    return Agent(spec.name, contract, handler, handler.endpoint(), tuple(sources), active_when)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.messages import Usage
 
 
 async def _send_nothing(chunk: object) -> None:
@@ -24,7 +25,10 @@ class Call:
             a stream's counts from its last chunk.
         input: the validated input; None when the agent takes none.
         send: sends one chunk of a stream; what a streamer yields goes through here.
+        usage: what the handler reported so far; None for nothing.
         abandoned: nobody waits for an answer any more.
+        over: it is answered, so its deadline is nobody's any more.
+        started: when it came, in seconds of the event loop's clock.
 
     """
 
@@ -33,7 +37,10 @@ class Call:
     deadline: float
     input: Any = None
     send: Callable[[Any], Awaitable[None]] = _send_nothing
+    usage: Usage | None = None
     abandoned: bool = False
+    over: bool = False
+    started: float = 0.0
 
     @property
     def request_id(self) -> str:
@@ -73,3 +80,25 @@ def current_call() -> Call:
         return _current.get()
     except LookupError:
         raise RuntimeError("current_call() is for handlers: no request is being answered here.") from None
+
+
+def report_usage(usage: Usage) -> None:
+    """Tell what the running request costs; several reports add up, the last model counts.
+
+    It travels with the reply, or with the end of the stream, and as a log event.
+
+    Raises:
+        RuntimeError: no request is being answered here.
+
+    """
+    call = current_call()
+    call.usage = usage if call.usage is None else call.usage.plus(usage)
+
+
+def within_deadline(timeout: float | None) -> float | None:
+    """`timeout`, or what is left to the running request when that is less; in seconds."""
+    call = _current.get(None)
+    # A task that a handler leaves behind keeps its context, but nobody waits for it.
+    if call is None or call.over:
+        return timeout
+    return call.remaining if timeout is None else min(timeout, call.remaining)

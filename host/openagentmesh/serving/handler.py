@@ -12,13 +12,17 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput
+from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint
 
-Shape = Literal["responder", "streamer", "trigger"]
+Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
+# What a source-driven handler takes around the data: nothing, a KVEntry or a MeshMessage.
+Envelope = Literal["", "entry", "message"]
 _MOST_SHOWN: Final = 16 * 1024
 _MOST_ERRORS: Final = 100
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
 _NOTHING: Final = b"{}"
+_ENVELOPES: Final[dict[Any, Envelope]] = {KVEntry: "entry", MeshMessage: "message"}
 
 
 class Type:
@@ -27,6 +31,20 @@ class Type:
     def __init__(self, hint: Any) -> None:  # noqa: ANN401 - whatever an author writes
         self.hint = hint
         self.adapter: TypeAdapter[Any] = TypeAdapter(hint)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is text or bytes, or None beside one of them."""
+        return set(get_args(self.hint) or [self.hint]) - {type(None)} in ({str}, {bytes})
+
+    @cached_property
+    def takes_none(self) -> bool:
+        """Whether None is one of its values."""
+        try:
+            self.adapter.validate_python(None)
+        except ValidationError:
+            return False
+        return True
 
     @cached_property
     def schema(self) -> dict[str, Any]:
@@ -58,13 +76,18 @@ class Types:
 
 @dataclass(slots=True, frozen=True)
 class Handler:
-    """A function with its shape and types; `output` is the type of a chunk for a streamer."""
+    """A function with its shape and types.
+
+    `output` is the type of a streamer's chunks and of a publisher's events, `envelope` what a
+    source-driven handler takes its input in.
+    """
 
     function: Callable[..., Any]
     shape: Shape
     input: Type | None
     output: Type | None
     input_optional: bool
+    envelope: Envelope = ""
 
     def read(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
         """A request's body as the handler's input.
@@ -84,6 +107,21 @@ class Handler:
             raise InvalidInput(
                 f"Input failed validation for agent '{agent}'", details={"errors": errors}
             ) from exc
+
+    def read_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
+        """A stored or published value as the handler's input: texts and bytes stand for themselves.
+
+        Raises:
+            InvalidInput: as `read`.
+
+        """
+        if self.input is None or not self.input.is_plain:
+            return self.read(agent, body)
+        return (
+            body
+            if bytes in (get_args(self.input.hint) or [self.input.hint])
+            else body.decode("utf-8", "replace")
+        )
 
     def dump(self, value: object) -> bytes:
         """What the handler gave back, as the JSON of its declared type.
@@ -139,13 +177,15 @@ def _as_json(exc: ValidationError) -> list[dict[str, Any]]:
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
-    if handler.input is None or (not call.request.body and handler.input_optional):
+    if handler.input is None or (not call.request.body and handler.input_optional and not handler.envelope):
         return function()
     return function(call.input)
 
 
-def inspect_handler(function: Callable[..., Any], agent: str, types: Types) -> Handler:
-    """Take a function's shape and types from its signature.
+def inspect_handler(
+    function: Callable[..., Any], agent: str, types: Types, *, driven: bool = False
+) -> Handler:
+    """Take a function's shape and types from its signature; `driven`: it has sources.
 
     Raises:
         InvalidAgent: it is not async, takes more than one parameter, or a type is missing,
@@ -156,34 +196,47 @@ def inspect_handler(function: Callable[..., Any], agent: str, types: Types) -> H
     if not streaming and not inspect.iscoroutinefunction(_plain(function)):
         raise _invalid(agent, function, "it must be an `async def`")
     parameter, hints = _parameter(function, agent), _hints(function, agent)
+    takes, envelope = _taken(parameter, hints, agent, function)
     returns = hints.get("return", type(None))
-    if parameter is None:
-        if streaming or returns is type(None):
-            raise _invalid(
-                agent,
-                function,
-                "it takes nothing and returns nothing or yields events, which makes it a watcher or a "
-                "publisher; this version serves responders, triggers and streamers. "
-                "Declare what it takes (`req: MyInput`) or what it returns (`-> MyOutput`)",
-            )
-        takes = None
-    else:
-        if parameter.name not in hints:
-            raise _invalid(
-                agent,
-                function,
-                f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`",
-            )
-        takes = hints[parameter.name]
     if streaming and get_origin(returns) in _ITERATORS:
         returns = get_args(returns)[0]
+    shape: Shape
+    if envelope or (driven and parameter is None and returns is type(None)):
+        shape = "driven"
+    elif parameter is not None:
+        shape = "streamer" if streaming else "responder"
+    elif streaming:
+        shape = "publisher"
+    else:
+        shape = "watcher" if returns is type(None) else "trigger"
+    if streaming and (driven or envelope):
+        raise _invalid(agent, function, "it has sources and yields; nobody would read that, so let it return")
+    if envelope and not driven:
+        raise _invalid(agent, function, "it takes what comes from a source, but has none: `sources=[...]`")
     return Handler(
         function,
-        "streamer" if streaming else "trigger" if takes is None else "responder",
+        shape,
         None if takes is None else _type(takes, types, agent, function),
         None if returns is type(None) else _type(returns, types, agent, function),
         input_optional=parameter is not None and parameter.default is not parameter.empty,
+        envelope=envelope,
     )
+
+
+def _taken(
+    parameter: inspect.Parameter | None, hints: dict[str, Any], agent: str, function: Callable[..., Any]
+) -> tuple[Any, Envelope]:
+    """The type of the input, and what it comes in."""
+    if parameter is None:
+        return None, ""
+    if parameter.name not in hints:
+        why = f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
+        raise _invalid(agent, function, why)
+    hint = hints[parameter.name]
+    kind = get_origin(hint) or hint
+    if kind not in _ENVELOPES:
+        return hint, ""
+    return (get_args(hint) or (Any,))[0], _ENVELOPES[kind]
 
 
 def where(function: Callable[..., Any]) -> str:

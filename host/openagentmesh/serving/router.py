@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import (
     Cancelled,
     HandlerError,
@@ -20,9 +22,15 @@ from openagentmesh.protocol.errors import (
     Overloaded,
     text_of,
 )
+from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.background import Background
 from openagentmesh.serving.call import Call, set_current_call
+from openagentmesh.serving.eventlog import EventLog
+from openagentmesh.serving.lifeline import Lifeline
+from openagentmesh.serving.sources import Source, SubjectSource
 from openagentmesh.serving.streams import ChunkWriter
+from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +56,10 @@ class Route:
         self.agent = agent
         self.counts = Counts()
         self.sid: int | None = None
+        self.background: Background | None = None
+        self.gate: Gate | None = None
         self._router = router
+        self._feeds: list[SubjectFeed | KVFeed] = []
         self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -57,42 +68,128 @@ class Route:
         """Requests being answered, waiting ones among them."""
         return len(self._tasks)
 
-    def swap(self, agent: Agent) -> None:
+    async def start(self) -> None:
+        """Begin to serve; a gated agent when its condition says so."""
+        agent, router = self.agent, self._router
+        if agent.active_when is None:
+            await self.open()
+            return
+        self.gate = Gate(agent, agent.active_when, router.bus, router.buckets, self._activate, self._rest)
+        await self.gate.start()
+
+    async def open(self) -> None:
+        """Take requests, listen to sources, run what runs by itself."""
+        agent, router = self.agent, self._router
+        if agent.contract.invocable:
+            subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
+            self.sid = await router.bus.listen(subject, self.receive, queue)
+        elif agent.handler.shape in {"publisher", "watcher"}:
+            self.background = Background(agent, router.bus, router.events, router.instance_id)
+            self.background.start()
+        if not self._feeds:
+            self._feeds = [_feed(source, self, router) for source in agent.sources]
+        for feed in self._feeds:
+            await feed.open()
+
+    async def close(self) -> None:
+        """Follow no gate and no source, and end what runs by itself; requests still come."""
+        if self.gate is not None:
+            await self.gate.stop()
+        for feed in self._feeds:
+            await feed.close()
+        if self.background is not None:
+            await self.background.stop()
+
+    async def swap(self, agent: Agent) -> None:
         """Point at another agent; requests under way finish on the old one."""
+        plain = self.is_plain
+        if not plain:
+            await self.close()
         if agent.limits.concurrency != self.agent.limits.concurrency:
             self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self.agent = agent
+        if not (plain and self.is_plain):
+            if self.sid is not None:
+                await self._router.bus.leave(self.sid)
+            self.sid = self.background = self.gate = None
+            self._feeds = []
+            await self.start()
 
-    def receive(self, message: Message) -> None:
-        """Take a request off the wire: spawn and return."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes requests and nothing else, so that it is swapped without a pause."""
+        agent = self.agent
+        return agent.contract.invocable and not agent.sources and agent.active_when is None
+
+    async def _activate(self) -> None:
+        await self.open()
+        await self._router.events.emit("info", self.agent.name, "agent_activated")
+
+    async def _rest(self, timeout: float) -> None:
+        """Take nothing more and finish what runs; it stays on the mesh, but is off."""
+        for feed in self._feeds:
+            await feed.close()
+        if self.background is not None:
+            await self.background.stop()
+        if self.sid is not None:
+            await self._router.bus.leave(self.sid)
+            self.sid = None
+        await self.finish(timeout)
+        await self._router.events.emit("info", self.agent.name, "agent_deactivated")
+
+    def receive(self, message: Message, accept: Accept | None = None) -> None:
+        """Take a request off the wire: spawn and return. `accept` reads it when it is a source's."""
         limits = self.agent.limits
-        full = len(self._tasks) >= limits.concurrency + limits.queue
-        walk = self.refuse(message) if full else self.answer(message)
+        if len(self._tasks) >= limits.concurrency + limits.queue:
+            self._spawn(self.refuse(message))
+        else:
+            self.take(message, accept)
+
+    def take(self, message: Message, accept: Accept | None = None) -> "asyncio.Task[None]":
+        """Answer a request in a task of its own, however many there are."""
+        return self._spawn(self.answer(message, accept))
+
+    def _spawn(self, walk: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(walk)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def answer(self, message: Message) -> None:
+    async def answer(self, message: Message, accept: Accept | None = None) -> None:
         """Walk one request from its message to its reply."""
-        agent, loop = self.agent, asyncio.get_running_loop()
+        agent, now = self.agent, asyncio.get_running_loop().time()
         request = codec.read_request(message.head, message.body)
-        call = Call(agent.name, request, loop.time() + agent.patience(request))
+        call = Call(agent.name, request, now + agent.patience(request), started=now)
         deadline = asyncio.timeout_at(call.deadline)
+        reply = "" if request.accept == codec.NO_REPLY else message.reply
+        lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
         self.counts.requests += 1
+        noisy = self._router.events.wants(agent.name, "debug")
         try:
+            if noisy:
+                await self._tell(request, "debug", "request_received")
             async with deadline, self._slots:
-                agent.accept(call)
-                if request.streaming:
-                    await self._stream(agent, call, deadline)
+                if accept is not None:
+                    accept(agent, call)
+                else:
+                    agent.accept(call, _verb(request, reply))
+                if agent.contract.streaming:
+                    await self._stream(agent, call, reply, deadline)
                 else:
                     result = await agent.endpoint(call)
-                    await self._reply(message, request, agent.dump(result))
+                    await self._reply(call, reply, agent.dump(result))
+            if noisy or call.usage is not None:
+                await self._tell_completed(call)
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
         # leaves a task would stop the whole event loop.
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
             if not call.abandoned:
-                await self._reply_error(message, request, _as_mesh_error(exc, call, deadline))
+                await self._reply_error(request, reply, _as_mesh_error(exc, call, deadline))
+        finally:
+            call.over = True
+            if lifeline is not None:
+                lifeline.close()
 
     async def refuse(self, message: Message) -> None:
         """Answer a request for which there is no room."""
@@ -103,7 +200,8 @@ class Route:
             f"{agent.limits.queue} waiting. Try again later.",
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
-        await self._reply_error(message, codec.read_request(message.head, message.body), error)
+        request = codec.read_request(message.head, message.body)
+        await self._reply_error(request, "" if request.accept == codec.NO_REPLY else message.reply, error)
 
     async def finish(self, timeout: float) -> None:
         """Wait for what is running; after `timeout` seconds cancel it, which answers it."""
@@ -117,16 +215,20 @@ class Route:
             if deaf:
                 log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
 
-    async def _stream(self, agent: Agent, call: Call, deadline: asyncio.Timeout) -> None:
-        router, request, task = self._router, call.request, asyncio.current_task()
-        if not subjects.is_token(request.request_id):
-            raise InvalidInput(
-                f"A stream needs the header {subjects.REQUEST_ID}: "
-                "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
-            )
-        writer = ChunkWriter(router.bus, router.inbox, router.instance_id, request, agent.dump)
+    def _lifeline(self, call: Call, reply: str) -> Lifeline:
+        router = self._router
+        head = codec.accepted_headers(call.request_id, router.instance_id)
+        return Lifeline(router.bus, router.inbox, head, reply, _abandoning(call))
 
-        loop = asyncio.get_running_loop()
+    async def _stream(self, agent: Agent, call: Call, reply: str, deadline: asyncio.Timeout) -> None:
+        router, request, loop = self._router, call.request, asyncio.get_running_loop()
+        subject = _chunk_subject(request, reply)
+        if not subject:
+            call.send = _send_to_nobody
+            await agent.endpoint(call)
+            return
+        start = codec.frame_start(request.request_id, router.instance_id)
+        writer = ChunkWriter(router.bus, router.inbox, subject, start, agent.dump, request.credit)
 
         async def send(chunk: object) -> None:
             # From here on it is the reader who takes its time.
@@ -136,41 +238,96 @@ class Route:
             call.deadline = loop.time() + agent.patience(request)
             deadline.reschedule(call.deadline)
 
-        def gone() -> None:
-            call.abandoned = True
-            if task is not None:
-                task.cancel()
-
-        call.send, writer.gone = send, gone
+        call.send, writer.gone = send, _abandoning(call)
         try:
             await agent.endpoint(call)
-            await writer.end()
+            await writer.end(call.usage)
         finally:
             writer.close()
 
-    async def _reply(self, message: Message, request: Request, body: bytes) -> None:
-        if message.reply:
+    async def _reply(self, call: Call, reply: str, body: bytes) -> None:
+        if reply:
             router = self._router
-            head = codec.reply_headers(request.request_id, router.instance_id, self.agent.name)
-            await router.bus.publish(message.reply, body, head)
+            head = codec.reply_headers(call.request_id, router.instance_id, call.agent, call.usage)
+            await router.bus.publish(reply, body, head)
 
-    async def _reply_error(self, message: Message, request: Request, error: MeshError) -> None:
+    async def _reply_error(self, request: Request, reply: str, error: MeshError) -> None:
         self.counts.errors += 1
         bus, instance_id, name = self._router.bus, self._router.instance_id, self.agent.name
         error = error.located(agent=name, request_id=request.request_id)
         body = codec.error_body(error)
-        if len(body) > codec.MAX_ERROR_BODY:
-            body = codec.short_error_body(error)
         head = codec.error_headers(request.request_id, instance_id)
         try:
             if request.streaming and subjects.is_token(request.request_id):
                 frame = codec.error_headers(request.request_id, instance_id, frame=True)
                 await bus.publish(subjects.stream(request.request_id), body, frame)
-            elif message.reply:
-                await bus.publish(message.reply, body, head)
+            elif reply:
+                await bus.publish(reply, body, head)
             await bus.publish(subjects.errors(name), body, head)
         except MeshError as exc:
             log.error("%s: the caller could not be told of %r: %s", name, error, exc)  # noqa: TRY400 - no bug of ours
+        event = "validation_error" if error.code == InvalidInput.code else "request_failed"
+        await self._tell(request, "warn", event, error.message, {"code": error.code})
+
+    async def _tell(
+        self,
+        request: Request,
+        level: LogLevel,
+        event: str,
+        message: str = "",
+        data: dict[str, object] | None = None,
+    ) -> None:
+        events, request_id = self._router.events, request.request_id
+        await events.emit(level, self.agent.name, event, request_id=request_id, message=message, data=data)
+
+    async def _tell_completed(self, call: Call) -> None:
+        if call.usage is not None:
+            usage = call.usage.model_dump(exclude_none=True)
+            await self._tell(call.request, "info", "usage_reported", data=usage)
+        seconds = asyncio.get_running_loop().time() - call.started
+        took: dict[str, object] = {"duration_ms": round(seconds * 1000, 3)}
+        await self._tell(call.request, "debug", "request_completed", data=took)
+
+
+def _feed(source: Source, route: Route, router: "Router") -> SubjectFeed | KVFeed:
+    if isinstance(source, SubjectSource):
+        return SubjectFeed(source, router.bus, route.receive)
+    return KVFeed(source, route.agent, router.buckets, route.take)
+
+
+def _verb(request: Request, reply: str) -> Verb:
+    """What the caller did: a streamer may be sent to as well, but not called."""
+    if request.streaming:
+        return "stream"
+    return "call" if reply and not reply.startswith(subjects.RESULTS) else "send"
+
+
+def _chunk_subject(request: Request, reply: str) -> str:
+    """Where a streamer's chunks go; empty when nobody wants them."""
+    if not request.streaming:
+        return reply
+    if not subjects.is_token(request.request_id):
+        raise InvalidInput(
+            f"A stream needs the header {subjects.REQUEST_ID}: "
+            "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
+        )
+    return subjects.stream(request.request_id)
+
+
+async def _send_to_nobody(_chunk: object) -> None:
+    """What was sent without a reply subject is done for its own sake."""
+
+
+def _abandoning(call: Call) -> Callable[[], None]:
+    """What stops the running request because nobody waits for its answer."""
+    task = asyncio.current_task()
+
+    def abandon() -> None:
+        call.abandoned = True
+        if task is not None:
+            task.cancel()
+
+    return abandon
 
 
 def _as_mesh_error(exc: BaseException, call: Call, deadline: asyncio.Timeout) -> MeshError:
@@ -187,12 +344,14 @@ def _as_mesh_error(exc: BaseException, call: Call, deadline: asyncio.Timeout) ->
 
 
 class Router:
-    """The routes of one node."""
+    """The routes of one node, and what they share."""
 
-    def __init__(self, bus: Bus, inbox: Inbox, instance_id: str) -> None:
+    def __init__(self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str) -> None:
         self.bus = bus
         self.inbox = inbox
+        self.buckets = buckets
         self.instance_id = instance_id
+        self.events = EventLog(bus, instance_id)
         self._routes: dict[str, Route] = {}
 
     def __iter__(self) -> Iterator[Route]:
@@ -209,17 +368,21 @@ class Router:
         """Serve an agent under its name from now on, in place of another one if there is."""
         route = self._routes.get(agent.name)
         if route is not None:
-            route.swap(agent)
+            await route.swap(agent)
             return
         route = self._routes[agent.name] = Route(agent, self)
-        subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
-        route.sid = await self.bus.listen(subject, route.receive, queue)
+        await route.start()
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""
+        await self._close()
         await self.bus.leave(*[route.sid for route in self if route.sid is not None])
         await self.finish(timeout)
 
     async def finish(self, timeout: float) -> None:
         """Finish what runs; cancel and answer the rest after `timeout` seconds."""
+        await self._close()
         await asyncio.gather(*[route.finish(timeout) for route in self])
+
+    async def _close(self) -> None:
+        await asyncio.gather(*[route.close() for route in self if not route.is_plain])

@@ -1,6 +1,7 @@
 """One stream: chunks out with flow control on the host, chunks in on the caller."""
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -9,9 +10,9 @@ from typing import Any, Final
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
-from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
+from openagentmesh.protocol.messages import Usage
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64
@@ -23,46 +24,70 @@ _MOST_WAITING: Final = 65_536
 _YIELD_EVERY: Final = 32
 
 
-class ChunkWriter:
-    """Sends the frames of one stream (protocol §7, credit of §10).
+class FrameWriter:
+    """Sends the frames of one stream, or of one publisher's run (protocol §7).
 
-    `gone` is called once, from the read loop, when the reader is there no more.
+    Args:
+        bus: the connection.
+        subject: where the frames go.
+        start: what their headers begin with, see `codec.frame_start`.
+        dump: makes a chunk into bytes.
+
     """
 
-    def __init__(
-        self, bus: Bus, inbox: Inbox, instance_id: str, request: Request, dump: Callable[[Any], bytes]
-    ) -> None:
-        self.subject = subjects.stream(request.request_id)
+    def __init__(self, bus: Bus, subject: str, start: bytes, dump: Callable[[Any], bytes]) -> None:
         self.seq = 0
-        self.gone: Callable[[], object] = lambda: None
         self._bus = bus
-        self._inbox = inbox
-        self._instance_id = instance_id
-        self._request_id = request.request_id
+        self._subject = subject
+        self._start = start
         self._dump = dump
-        self._bounded = request.credit > 0
-        self._credit = request.credit
+        self._reply = ""
+
+    async def send(self, chunk: object) -> None:
+        """Send one chunk."""
+        if self.seq % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+        head = codec.frame_headers(self._start, self.seq)
+        await self._bus.publish(self._subject, self._dump(chunk), head, self._reply)
+        self.seq += 1
+
+    async def end(self, usage: Usage | None = None) -> None:
+        """Send the end frame, which carries the count of chunks."""
+        await self._bus.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
+
+
+class ChunkWriter(FrameWriter):
+    """Sends the frames of one stream as far as its reader grants credit (§10).
+
+    Without `credit` there is no window. `gone` is called once, from the read loop, when the
+    reader is there no more.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - as many as a stream has parts
+        self,
+        bus: Bus,
+        inbox: Inbox,
+        subject: str,
+        start: bytes,
+        dump: Callable[[Any], bytes],
+        credit: int,
+    ) -> None:
+        super().__init__(bus, subject, start, dump)
+        self.gone: Callable[[], object] = lambda: None
+        self._inbox = inbox
+        self._bounded = credit > 0
+        self._credit = credit
         self._granted = asyncio.Event()
         self._reply = inbox.expect(self._receive)
 
     async def send(self, chunk: object) -> None:
         """Send one chunk; waits while the reader has not granted credit for it."""
-        if not self._bounded:
-            if self.seq % _YIELD_EVERY == 0:
-                await asyncio.sleep(0)
-        else:
+        if self._bounded:
             while self._credit <= 0:
                 self._granted.clear()
                 await self._granted.wait()
             self._credit -= 1
-        head = codec.frame_headers(self._request_id, self._instance_id, self.seq, end=False)
-        await self._bus.publish(self.subject, self._dump(chunk), head, self._reply)
-        self.seq += 1
-
-    async def end(self) -> None:
-        """Send the end frame, which carries the count of chunks."""
-        head = codec.frame_headers(self._request_id, self._instance_id, self.seq, end=True)
-        await self._bus.publish(self.subject, b"", head)
+        await super().send(chunk)
 
     def close(self) -> None:
         """Listen to the reader no more."""
@@ -79,13 +104,32 @@ class ChunkWriter:
 
 
 class ChunkReader:
-    """Puts the frames of one stream in order for its caller (protocol §7)."""
+    """Puts the frames of one stream in order for its caller (protocol §7).
 
-    def __init__(self, publish: Callable[..., Awaitable[None]], agent: str, request_id: str) -> None:
+    Args:
+        publish: sends a message.
+        agent: whose stream it is, for messages.
+        request_id: the request's id, for messages.
+        timeout: seconds to wait for the next frame; None for ever.
+        total: seconds from now in which all must have come; None for ever.
+
+    """
+
+    def __init__(
+        self,
+        publish: Callable[..., Awaitable[None]],
+        agent: str,
+        request_id: str,
+        timeout: float | None = None,
+        total: float | None = None,
+    ) -> None:
+        self.timeout = timeout
         self.ended = False
+        self.on_instance: Callable[[str, str], None] = lambda _instance, _control: None
         self._publish = publish
         self._agent = agent
         self._request_id = request_id
+        self._last = math.inf if total is None else asyncio.get_running_loop().time() + total
         self._frames: deque[codec.Answer] = deque()
         self._arrived = asyncio.Event()
         self._failed: MeshError | None = None
@@ -96,13 +140,18 @@ class ChunkReader:
 
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
-        answer = codec.read_answer(message.head, message.body)
-        if message.reply:
-            self._reply = message.reply
+        frame = codec.read_answer(message.head, message.body)
+        if message.reply and message.reply != self._reply:
+            # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
+            if not frame.accepted:
+                self._reply = message.reply
+            self.on_instance(frame.instance, message.reply)
+        if frame.accepted:
+            return
         if len(self._frames) >= _MOST_WAITING:
             self.fail(Overloaded(f"The reader of '{self._agent}' is {_MOST_WAITING} chunks behind."))
             return
-        self._frames.append(answer)
+        self._frames.append(frame)
         self._arrived.set()
 
     def fail(self, error: MeshError) -> None:
@@ -115,16 +164,14 @@ class ChunkReader:
 
         Raises:
             ChunkSequenceError: a chunk is missing.
+            TimeoutError: it did not come in time.
             MeshError: the stream failed otherwise.
 
         """
-        while not self._frames:
-            if self._failed is not None:
-                raise self._failed
-            self._arrived.clear()
-            await self._arrived.wait()
+        if not self._frames:
+            await self._wait()
         frame = self._frames.popleft()
-        self.ended = frame.end or frame.nobody
+        self.ended = frame.end or frame.error
         if frame.seq is not None and not frame.error:
             if frame.seq != self._expected:
                 raise ChunkSequenceError(
@@ -137,6 +184,15 @@ class ChunkReader:
             self._expected += 1
         return frame
 
+    async def _wait(self) -> None:
+        left = self._last - asyncio.get_running_loop().time()
+        async with asyncio.timeout(min(left, math.inf if self.timeout is None else self.timeout)):
+            while not self._frames:
+                if self._failed is not None:
+                    raise self._failed
+                self._arrived.clear()
+                await self._arrived.wait()
+
     async def consumed(self) -> None:
         """Grant the host credit for what was taken: half a window at a time, or every second."""
         self._unacknowledged += 1
@@ -146,8 +202,3 @@ class ChunkReader:
             self._granted_at = now
             granted, self._unacknowledged = self._unacknowledged, 0
             await self._publish(self._reply, b"", codec.credit_headers(granted))
-
-    async def abandon(self) -> None:
-        """Tell the host to stop, when the stream did not end by itself."""
-        if not self.ended and self._reply:
-            await self._publish(self._reply, b"", codec.credit_headers(0))

@@ -1,0 +1,249 @@
+"""The shared state of a mesh: texts, bytes and models under keys, in the bucket `mesh-context`."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from openagentmesh.bus.buckets import Buckets
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound
+from openagentmesh.protocol.messages import KVEntry
+from openagentmesh.protocol.subjects import CONTEXT_BUCKET
+
+T = TypeVar("T")
+ModelT = TypeVar("ModelT", bound=BaseModel)
+Entries = list[KVEntry[T]]
+# The longest wait before an update that somebody else was faster with is tried again, in seconds.
+_LONGEST_PAUSE: Final = 0.5
+_FIRST_PAUSE: Final = 0.01
+
+
+@dataclass(slots=True)
+class Draft(Generic[T]):
+    """A key's value inside `cas` and `try_cas`: set `value`, and it is written at the end.
+
+    Attributes:
+        key: the key.
+        value: the value that was read; what it is at the end of the block is written.
+        revision: the revision that was read, then the one that was written; 0 for no key.
+        committed: whether it was written, or there was nothing to write.
+        attempted_write: whether anything was changed that had to be written.
+
+    """
+
+    key: str
+    value: T
+    revision: int
+    committed: bool = False
+    attempted_write: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class _Form(Generic[T]):
+    """How values are stored: as text, or as a model's JSON."""
+
+    load: Callable[[str, bytes], T]
+    dump: Callable[[T], bytes]
+
+
+class KV:
+    """Texts, bytes and models under keys, the same for everybody on the mesh.
+
+    Keys are words of letters, digits and `-_/=`, joined by dots; `watch` and `list` take
+    patterns with `*` and `>`. All methods raise MeshError: NotFound for a key that is not
+    there, KVKeyExists and KVConflict when somebody else was faster, InvalidInput for a key or
+    a value that cannot be one, ConnectionFailed.
+    """
+
+    def __init__(self, ready: Callable[[], Awaitable[Buckets]]) -> None:
+        self._ready = ready
+
+    async def put(self, key: str, value: str | bytes) -> int:
+        """Set a key; returns its revision."""
+        buckets = await self._checked(key)
+        return await buckets.put(CONTEXT_BUCKET, key, _encode(key, value))
+
+    async def get(self, key: str) -> str:
+        """The text under a key."""
+        return _text(key, (await self._read(key)).value)
+
+    async def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
+        buckets = await self._checked(key)
+        await buckets.delete_all(CONTEXT_BUCKET, [key])
+
+    async def create(self, key: str, value: str | bytes) -> int:
+        """Set a key that is not there yet; returns its revision.
+
+        Raises:
+            KVKeyExists: it is there.
+
+        """
+        buckets = await self._checked(key)
+        revision = await buckets.put_if(CONTEXT_BUCKET, key, _encode(key, value), None)
+        if revision is None:
+            raise KVKeyExists(f"The key '{key}' exists already", details={"key": key})
+        return revision
+
+    async def update(
+        self, key: str, fn: Callable[[str], str | Awaitable[str]], max_retries: int = 10
+    ) -> None:
+        """Replace a text by what `fn` makes of it, again with the new text when others were faster.
+
+        Raises:
+            KVConflict: others were faster `max_retries` times.
+
+        """
+        for attempt in range(max_retries):
+            async with self.try_cas(key) as draft:
+                result = fn(draft.value)
+                draft.value = await result if isawaitable(result) else result
+            if draft.committed:
+                return
+            # Full jitter: many writers that collide once do not collide again.
+            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
+            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - no secret depends on it
+        raise KVConflict(
+            f"Others changed the key '{key}' {max_retries} times before the update was written.",
+            details={"key": key, "tries": max_retries},
+        )
+
+    async def watch(self, key: str) -> AsyncGenerator[str, None]:
+        """The text of a key as it is and each time it changes, also across reconnects.
+
+        With a pattern, of all keys that match. Deletions are not told.
+        """
+        buckets = await self._checked(key, pattern=True)
+        async with aclosing(buckets.changes(CONTEXT_BUCKET, key)) as entries:
+            async for entry in entries:
+                if not entry.operation:
+                    yield _text(entry.key, entry.value or b"")
+
+    async def list(self, prefix: str = "") -> Entries[bytes]:
+        """All keys that begin with `prefix`, with their values."""
+        return [
+            KVEntry(entry.key, entry.value or b"", entry.revision or 0)
+            for entry in await (await self._ready()).entries(CONTEXT_BUCKET)
+            if entry.key.startswith(prefix)
+        ]
+
+    def cas(self, key: str) -> AbstractAsyncContextManager[Draft[str]]:
+        """Read a text, and write it at the end of the block unless somebody else did meanwhile.
+
+        Raises:
+            KVConflict: somebody did.
+
+        """
+        return self._cas(key, _TEXT)
+
+    def try_cas(self, key: str) -> AbstractAsyncContextManager[Draft[str]]:
+        """As `cas`, but `committed` of the draft tells afterwards whether it was written."""
+        return self._try_cas(key, _TEXT)
+
+    async def put_model(self, key: str, model: BaseModel) -> int:
+        """Set a key to a model's JSON; returns its revision."""
+        return await self.put(key, model.model_dump_json())
+
+    async def get_model(self, key: str, model: type[ModelT]) -> ModelT:
+        """The model under a key.
+
+        Raises:
+            InvalidInput: what is stored there is no such model.
+
+        """
+        return _model(model).load(key, (await self._read(key)).value)
+
+    def cas_model(self, key: str, model: type[ModelT]) -> AbstractAsyncContextManager[Draft[ModelT]]:
+        """As `cas`, of a model."""
+        return self._cas(key, _model(model))
+
+    def try_cas_model(self, key: str, model: type[ModelT]) -> AbstractAsyncContextManager[Draft[ModelT]]:
+        """As `try_cas`, of a model."""
+        return self._try_cas(key, _model(model))
+
+    async def list_models(self, prefix: str, model: type[ModelT]) -> Entries[ModelT]:
+        """All keys that begin with `prefix`, with their models."""
+        load = _model(model).load
+        return [
+            KVEntry(entry.key, load(entry.key, entry.value), entry.revision)
+            for entry in await self.list(prefix)
+        ]
+
+    @asynccontextmanager
+    async def _cas(self, key: str, form: _Form[T]) -> AsyncIterator[Draft[T]]:
+        async with self._try_cas(key, form) as draft:
+            yield draft
+        if not draft.committed:
+            raise KVConflict(
+                f"Somebody else changed the key '{key}' meanwhile",
+                details={"key": key, "revision": draft.revision},
+            )
+
+    @asynccontextmanager
+    async def _try_cas(self, key: str, form: _Form[T]) -> AsyncIterator[Draft[T]]:
+        entry = await self._read(key)
+        draft = Draft(key, form.load(key, entry.value), entry.revision)
+        yield draft
+        value = form.dump(draft.value)
+        if value == form.dump(form.load(key, entry.value)):
+            draft.committed = True
+            return
+        draft.attempted_write = True
+        buckets = await self._ready()
+        revision = await buckets.put_if(CONTEXT_BUCKET, key, value, entry.revision)
+        if revision is not None:
+            draft.committed, draft.revision = True, revision
+
+    async def _read(self, key: str) -> KVEntry[bytes]:
+        buckets = await self._checked(key)
+        entry = await buckets.entry(CONTEXT_BUCKET, key)
+        if entry is None:
+            raise NotFound(f"There is no key '{key}' in the shared state", details={"key": key})
+        return KVEntry(key, entry.value or b"", entry.revision or 0)
+
+    async def _checked(self, key: str, *, pattern: bool = False) -> Buckets:
+        if why := subjects.invalid_key(key, pattern=pattern):
+            raise InvalidInput(f"{key!r} cannot be used: {why}.")
+        return await self._ready()
+
+
+def _encode(key: str, value: object) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise InvalidInput(
+        f"The value for the key '{key}' is a {type(value).__name__}. Give a text or bytes, or use put_model."
+    )
+
+
+def _text(key: str, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidInput(f"What is stored under '{key}' is no text; read it with list().") from exc
+
+
+_TEXT: Final = _Form(_text, lambda text: _encode("", text))
+
+
+def _model(model: type[ModelT]) -> _Form[ModelT]:
+    adapter: TypeAdapter[Any] = TypeAdapter(model)
+
+    def load(key: str, value: bytes) -> ModelT:
+        try:
+            found: ModelT = adapter.validate_json(value)
+        except ValidationError as exc:
+            raise InvalidInput(
+                f"What is stored under '{key}' is no {model.__name__}: {exc.errors()[0]['msg']}",
+                details={"key": key, "errors": exc.errors(include_url=False, include_context=False)},
+            ) from exc
+        return found
+
+    return _Form(load, adapter.dump_json)

@@ -1,0 +1,91 @@
+"""Looking at agents at work: their log events, and from which level on they tell (protocol §9)."""
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final
+
+from pydantic import ValidationError
+
+from openagentmesh.bus.buckets import Buckets
+from openagentmesh.mesh.events import Events
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import InvalidInput
+from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
+from openagentmesh.protocol.subjects import EVERY_AGENT, OBSERVABILITY_BUCKET
+from openagentmesh.serving.eventlog import EventLog
+
+log = logging.getLogger(__name__)
+
+_EVERYWHERE: Final = ">"
+
+
+class Observe:
+    """What happens to agents and their requests, and how much of it they tell."""
+
+    def __init__(self, ready: Callable[[], Awaitable[tuple[Buckets, Events]]]) -> None:
+        self._ready = ready
+
+    async def logs(
+        self, agent: str | None = None, *, level: LogLevel | None = None
+    ) -> AsyncGenerator[LogEvent, None]:
+        """The log events of one agent or of all, from `level` on, as they happen."""
+        least = LOG_LEVELS.index(_checked_level(level or "debug"))
+        _, events = await self._ready()
+        async with aclosing(events.on_subject(subjects.logs(agent or _EVERYWHERE), None)) as messages:
+            async for message in messages:
+                try:
+                    event = LogEvent.model_validate(message.data)
+                except ValidationError:
+                    log.debug("what came on %s is no log event", message.subject)
+                    continue
+                if LOG_LEVELS.index(event.level) >= least:
+                    yield event
+
+    async def get(self, agent: str | None = None) -> ObserveConfig:
+        """What holds for an agent: its own setting, else the one for all, else the default."""
+        buckets, _ = await self._ready()
+        for key in (agent, EVERY_AGENT):
+            value = await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key)) if key else None
+            if value:
+                return _read(value)
+        return ObserveConfig()
+
+    async def set(self, agent: str, *, log_level: LogLevel) -> None:
+        """From which level on this agent's events are told, wherever it runs, from now on."""
+        buckets, _ = await self._ready()
+        config = ObserveConfig(log_level=_checked_level(log_level))
+        await buckets.put(OBSERVABILITY_BUCKET, _checked_name(agent), codec.dump(config))
+
+    async def set_global(self, *, log_level: LogLevel) -> None:
+        """The same for all agents that have no setting of their own."""
+        await self.set(EVERY_AGENT, log_level=log_level)
+
+
+async def follow_levels(buckets: Buckets, events: EventLog) -> None:
+    """Keep an instance's levels as they are set on the mesh; runs until cancelled."""
+    async with aclosing(buckets.changes(OBSERVABILITY_BUCKET)) as entries:
+        async for entry in entries:
+            gone = bool(entry.operation) or not entry.value
+            events.set_level(entry.key, None if gone else _read(entry.value or b"").log_level)
+
+
+def _read(value: bytes) -> ObserveConfig:
+    try:
+        return ObserveConfig.model_validate_json(value)
+    except ValidationError as exc:
+        log.warning("an observability setting cannot be read and counts as not set: %s", exc)
+        return ObserveConfig()
+
+
+def _checked_level(level: str) -> LogLevel:
+    for known in LOG_LEVELS:
+        if level == known:
+            return known
+    raise InvalidInput(f"There is no log level {level!r}; there are {', '.join(LOG_LEVELS)}.")
+
+
+def _checked_name(agent: str) -> str:
+    if agent != EVERY_AGENT and (why := subjects.invalid_name(agent)):
+        raise InvalidInput(f"{agent!r} names no agent: {why}.")
+    return agent

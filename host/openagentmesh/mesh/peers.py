@@ -1,0 +1,85 @@
+"""An eye on the instances that have our requests in hand (protocol §10)."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.tasks import end
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import AgentDied, MeshError, MeshTimeout
+from openagentmesh.protocol.messages import DeathNotice
+
+# How often an instance that we wait for is asked whether it lives, in seconds.
+_ASK_EVERY: Final = 1.0
+# One that lost its connection for a moment comes back, so NATS must say twice that nobody
+# listens there. One that is only silent may be busy, and is given ten times.
+_NOBODY_COUNTS: Final = 5
+_GIVEN_UP_AT: Final = 10
+
+Fail = Callable[[MeshError], None]
+
+
+class Peers:
+    """Asks instances whether they live, as long as somebody waits for them."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._waiting: dict[str, dict[Fail, str]] = {}
+        self._silent: dict[str, int] = {}
+        self._asking: asyncio.Task[None] | None = None
+
+    def wait_for(self, instance_id: str, agent: str, fail: Fail) -> None:
+        """Call `fail` when this instance, which has a request for `agent`, is gone."""
+        self._waiting.setdefault(instance_id, {})[fail] = agent
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_all())
+
+    def forget(self, instance_id: str, fail: Fail) -> None:
+        """Wait for this instance no more."""
+        waiting = self._waiting.get(instance_id, {})
+        waiting.pop(fail, None)
+        if not waiting:
+            self._waiting.pop(instance_id, None)
+
+    async def close(self) -> None:
+        """Ask no more."""
+        await end(self._asking)
+
+    async def _ask_all(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(_ASK_EVERY)
+            await asyncio.gather(*[self._ask(instance_id) for instance_id in self._waiting])
+            self._silent = {key: times for key, times in self._silent.items() if key in self._waiting}
+
+    async def _ask(self, instance_id: str) -> None:
+        gone = await is_gone(self._inbox, instance_id)
+        counts = 0 if gone is False else self._silent.get(instance_id, 0) + (_NOBODY_COUNTS if gone else 1)
+        self._silent[instance_id] = counts
+        if counts < _GIVEN_UP_AT:
+            return
+        for fail, agent in self._waiting.pop(instance_id, {}).items():
+            notice = DeathNotice(
+                agent=agent,
+                reason="disconnect",
+                detected_at=datetime.now(UTC).isoformat(),
+                instance_id=instance_id,
+            )
+            fail(died(notice, f"The instance that answered for agent '{agent}' is gone"))
+
+
+def died(notice: DeathNotice, message: str) -> AgentDied:
+    """The error for those who wait for an agent that is gone."""
+    return AgentDied(message, agent=notice.agent, details=notice.model_dump())
+
+
+async def is_gone(inbox: Inbox, instance_id: str) -> bool | None:
+    """Whether nobody listens where this instance answers; None when it does not answer."""
+    try:
+        message = await inbox.request(subjects.host(instance_id, "ping"), timeout=_ASK_EVERY)
+    except MeshTimeout:
+        return None
+    except MeshError:
+        return False  # it is we who are cut off
+    return codec.read_answer(message.head, message.body).nobody

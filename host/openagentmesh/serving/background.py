@@ -1,0 +1,129 @@
+"""Publishers and watchers: agents that run by themselves, and are started again when they fail."""
+
+import asyncio
+import logging
+import random
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+from openagentmesh.bus.connection import Bus
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
+from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.eventlog import EventLog
+from openagentmesh.serving.streams import FrameWriter
+
+log = logging.getLogger(__name__)
+
+# How long it may take to clean up after it was cancelled, in seconds.
+_CANCEL_GRACE: Final = 1.0
+
+
+class Background:
+    """Runs one publisher or watcher: exactly once at a time, until it returns or is stopped.
+
+    Attributes:
+        state: `waiting` is the pause before it is started again, `done` that it returned.
+        restarts: how often it was started again.
+        error: why it failed last; empty when it never did.
+        next_start: when it is started again, while it waits.
+
+    """
+
+    def __init__(self, agent: Agent, bus: Bus, events: EventLog, instance_id: str) -> None:
+        self.state: Literal["running", "waiting", "done", "stopped"] = "stopped"
+        self.restarts = 0
+        self.error = ""
+        self.next_start: datetime | None = None
+        self._agent = agent
+        self._bus = bus
+        self._events = events
+        self._instance_id = instance_id
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start it, unless it runs."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_running())
+
+    async def stop(self) -> None:
+        """Cancel it and wait until it has ended; one that does not end is left, and named."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        _, deaf = await asyncio.wait([task], timeout=_CANCEL_GRACE)
+        if deaf:
+            log.error("%s does not stop: its function swallows its cancellation", self._agent.name)
+        if self.state != "done":
+            self.state = "stopped"
+
+    async def _keep_running(self) -> None:
+        loop, limits = asyncio.get_running_loop(), self._agent.limits
+        pause = limits.restart_pause
+        while True:
+            started, self.state = loop.time(), "running"
+            try:
+                await self._run()
+                self.state = "done"
+                return
+            # Its function may raise anything; a SystemExit that leaves a task would end the loop.
+            except BaseException as exc:
+                if _is_stopped(exc):
+                    raise
+                await self._failed(exc)
+            if loop.time() - started > limits.restart_pause_max:
+                pause = limits.restart_pause  # it ran for long, so this is a new failure
+            # Many hosts whose publishers fail of one cause must not come back all at once.
+            wait = pause * random.uniform(0.5, 1.0)  # noqa: S311 - no secret depends on it
+            self.state = "waiting"
+            self.next_start = datetime.fromtimestamp(datetime.now(UTC).timestamp() + wait, UTC)
+            await asyncio.sleep(wait)
+            pause = min(pause * 2, limits.restart_pause_max)
+            self.restarts, self.next_start = self.restarts + 1, None
+
+    async def _run(self) -> None:
+        function = self._agent.handler.function
+        if self._agent.handler.shape == "watcher":
+            await function()
+        else:
+            await self._publish(function())
+
+    async def _publish(self, events: Any) -> None:  # noqa: ANN401 - the author's generator
+        """One run of a publisher: its events, then the end frame."""
+        subject = subjects.events(self._agent.name)
+        start = codec.frame_start("", self._instance_id)
+        writer = FrameWriter(self._bus, subject, start, self._agent.dump)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    await self._bus.until_connected()
+                    await writer.send(event)
+        except BaseException as exc:
+            if _is_stopped(exc) and self._bus.connected:
+                await writer.end()
+            raise
+        await writer.end()
+
+    async def _failed(self, exc: BaseException) -> None:
+        """Tell everybody: subscribers, `mesh.errors`, the log."""
+        name = self._agent.name
+        self.error = f"{type(exc).__name__}: {text_of(exc)}"
+        log.error("%s failed and will be started again: %s", name, self.error, exc_info=exc)
+        error = exc if isinstance(exc, MeshError) else HandlerError(text_of(exc))
+        body = codec.error_body(error.located(agent=name, request_id=""))
+        try:
+            if self._agent.contract.streaming:
+                frame = codec.error_headers("", self._instance_id, frame=True)
+                await self._bus.publish(subjects.events(name), body, frame)
+            await self._bus.publish(subjects.errors(name), body, codec.error_headers("", self._instance_id))
+        except MeshError as failed:
+            log.warning("%s: nobody could be told of its failure: %s", name, failed)
+        await self._events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})
+
+
+def _is_stopped(exc: BaseException) -> bool:
+    """Whether it is our own cancellation, not one that leaked from the author's function."""
+    task = asyncio.current_task()
+    return isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling() > 0

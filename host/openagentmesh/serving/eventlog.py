@@ -1,0 +1,68 @@
+"""Log events: what happens to agents and their requests, told on the mesh (protocol §9)."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Final
+
+from openagentmesh.bus.connection import Bus
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
+
+log = logging.getLogger(__name__)
+
+_RANKS: Final = {level: rank for rank, level in enumerate(LOG_LEVELS)}
+
+
+class EventLog:
+    """Publishes one instance's log events, those of an agent from its level on."""
+
+    def __init__(self, bus: Bus, instance_id: str) -> None:
+        self._bus = bus
+        self._head = codec.write_headers({subjects.INSTANCE_ID: instance_id})
+        self._levels: dict[str, int] = {}
+        self._default = _RANKS[ObserveConfig().log_level]
+
+    def set_level(self, key: str, level: LogLevel | None) -> None:
+        """Publish from `level` on for an agent, or for all that have none of their own.
+
+        `key` is the agent's name or `global`; None takes its level away.
+        """
+        if level is not None:
+            self._levels[key] = _RANKS[level]
+        else:
+            self._levels.pop(key, None)
+
+    def wants(self, agent: str, level: LogLevel) -> bool:
+        """Whether an event of this level is published for this agent."""
+        levels = self._levels
+        if not levels:
+            return _RANKS[level] >= self._default
+        return _RANKS[level] >= levels.get(agent, levels.get(subjects.EVERY_AGENT, self._default))
+
+    async def emit(  # noqa: PLR0913 - one parameter a part of the event
+        self,
+        level: LogLevel,
+        agent: str,
+        event: str,
+        *,
+        request_id: str = "",
+        message: str = "",
+        data: dict[str, object] | None = None,
+    ) -> None:
+        """Publish one event, if it is wanted; that it cannot be published is only logged."""
+        if not self.wants(agent, level):
+            return
+        found = LogEvent.model_construct(
+            timestamp=datetime.now(UTC).isoformat(),
+            level=level,
+            agent=agent,
+            event=event,
+            request_id=request_id,
+            message=message,
+            data=data or {},
+        )
+        try:
+            await self._bus.publish(subjects.logs(agent), codec.dump(found), self._head)
+        except MeshError as exc:
+            log.debug("the event %s of %s could not be published: %s", event, agent, exc)

@@ -1,0 +1,64 @@
+"""A request's line to its caller: who has it in hand, and whether anybody still waits (protocol §10)."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.protocol import codec
+from openagentmesh.protocol.errors import MeshError
+
+log = logging.getLogger(__name__)
+
+# An answer within this many seconds needs no word that it is coming.
+_ACCEPT_AFTER: Final = 0.02
+# Afterwards the word is given again this often, in seconds, to learn whether it is heard.
+_BEAT: Final = 1.0
+# A caller that lost its connection for a moment hears one beat less.
+_UNHEARD: Final = 2
+
+
+class Lifeline:
+    """Says `accepted` to a caller that asked for it; `gone` is called once nobody waits.
+
+    Either the caller says so, or NATS says repeatedly that nobody hears us. `head` is the word
+    itself, see `codec.accepted_headers`, and `reply` where it goes.
+    """
+
+    def __init__(self, bus: Bus, inbox: Inbox, head: bytes, reply: str, gone: Callable[[], object]) -> None:
+        self._bus = bus
+        self._inbox = inbox
+        self._head = head
+        self._reply = reply
+        self._gone = gone
+        self._control = ""
+        self._unheard, self._missed = 0, False
+        self._sending: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(_ACCEPT_AFTER, self._beat)
+
+    def close(self) -> None:
+        """Say and hear nothing more."""
+        self._timer.cancel()
+        if self._control:
+            self._inbox.forget(self._control)
+
+    def _beat(self) -> None:
+        self._control = self._control or self._inbox.expect(self._receive)
+        self._unheard, self._missed = self._unheard if self._missed else 0, False
+        self._sending = asyncio.create_task(self._send())
+        self._timer = asyncio.get_running_loop().call_later(_BEAT, self._beat)
+
+    async def _send(self) -> None:
+        try:
+            await self._bus.publish(self._reply, b"", self._head, self._control)
+        except MeshError as exc:
+            log.debug("a caller could not be told that its request is in hand: %s", exc)
+
+    def _receive(self, message: Message) -> None:
+        self._unheard, self._missed = self._unheard + 1, True
+        if not codec.read_answer(message.head, b"").nobody or self._unheard >= _UNHEARD:
+            self.close()
+            self._gone()
