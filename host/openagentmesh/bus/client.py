@@ -67,8 +67,12 @@ class HardenedClient(Client):
 
     async def write(self, command: bytes) -> None:
         """Queue a protocol line; waits only when more than `pending_size` is queued."""
-        await self._send_command(command)
-        if self._flush_queue is not None and self._flush_queue.empty():
+        # As the base class does in two coroutines, which every chunk of a stream would feel.
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if self._pending_data_size > self._max_pending_size > 0:
+            await self._flush_pending(force_flush=True)
+        elif self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
 
     @property
@@ -99,11 +103,11 @@ class HardenedClient(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         # Subjects are bytes to the server; strangers may use any.
-        names = [name.decode("utf-8", "surrogateescape") for name in (subject, reply)]
+        name = subject.decode("utf-8", "surrogateescape")
         try:
-            receiver(Message(names[0], names[1], headers or b"", data))
+            receiver(Message(name, reply.decode("utf-8", "surrogateescape"), headers or b"", data))
         except Exception:  # a message ends here; the read loop must not
-            log.exception("a message on %r could not be taken", names[0])
+            log.exception("a message on %r could not be taken", name)
 
     async def _send_publish(
         self,

@@ -245,8 +245,9 @@ class Bus:
             ConnectionFailed: the connection is closed, or the buffer is full.
 
         """
-        self.check_size(head, body)
         client = self._client
+        if len(head) + len(body) > client.max_payload:
+            self.check_size(head, body)
         if not client.is_connected and (client.is_closed or len(head) + len(body) > client.room):
             state = "closed" if client.is_closed else "away, and the buffer for it is full"
             raise ConnectionFailed(f"The connection to {self.target.shown} is {state}.")

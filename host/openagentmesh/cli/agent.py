@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openagentmesh.cli.output import Json, Url, as_json, connected, run, say, usage_error
+from openagentmesh.cli.output import Json, Url, as_json, connected, run, say, say_each, usage_error
 from openagentmesh.protocol.contract import AgentContract
 
 app = typer.Typer(help="Use one agent.", no_args_is_help=True)
@@ -49,6 +49,29 @@ def stream(
         ):
             async for chunk in chunks:
                 say(as_json(chunk))
+
+    run(main(), json_=json_)
+
+
+@app.command()
+def send(name: Name, payload: Payload = None, url: Url = None, *, json_: Json = False) -> None:
+    """Send a request without waiting for what the agent does with it."""
+    given = _payload(payload)
+
+    async def main() -> None:
+        async with connected(url) as node:
+            await node.caller.send(name, given, None, None)
+
+    run(main(), json_=json_)
+
+
+@app.command()
+def subscribe(name: Name, url: Url = None, *, json_: Json = False) -> None:
+    """Print the events of a publisher, one line of JSON each, until it ends or Ctrl-C."""
+
+    async def main() -> None:
+        async with connected(url) as node, aclosing(node.events.of_agent(name, None)) as events:
+            await say_each(events, lambda event: as_json(event.data))
 
     run(main(), json_=json_)
 

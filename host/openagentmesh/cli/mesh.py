@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import subprocess
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -29,7 +31,8 @@ from openagentmesh.bus.server import (
     lock_store,
     why_not,
 )
-from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
+from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say, say_each
+from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.codec import read_headers
 from openagentmesh.protocol.subjects import in_channel, invalid_pattern
@@ -206,30 +209,32 @@ def listen(
     """Print every message on a subject until Ctrl-C, one line each."""
 
     async def main() -> None:
-        messages: asyncio.Queue[Message] = asyncio.Queue(_MOST_BACKLOG)
-
-        def receive(message: Message) -> None:
-            # A terminal slower than the mesh loses lines; it must not take all memory.
-            with suppress(asyncio.QueueFull):
-                messages.put_nowait(message)
-
-        stop = stop_event()
         async with connected(url) as node:
-            await node.bus.listen(subject, receive)
-            await node.bus.flush()
+            messages = await _listen(node, subject)
             note(f"listening on {subject}; Ctrl-C stops")
-            stopping = asyncio.create_task(stop.wait())
-            while not stop.is_set():
-                getting = asyncio.create_task(messages.get())
-                await asyncio.wait([getting, stopping], return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    say(_line(getting.result(), as_record=json_))
-                else:
-                    getting.cancel()
+            await say_each(messages, partial(_line, as_record=json_))
 
     if why := invalid_pattern(subject):
         raise typer.BadParameter(f"'{subject}' is no subject: {why}")
     run(main(), json_=json_)
+
+
+async def _listen(node: Node, subject: str) -> AsyncIterator[Message]:
+    """The messages on a subject from now on."""
+    messages: asyncio.Queue[Message] = asyncio.Queue(_MOST_BACKLOG)
+
+    def receive(message: Message) -> None:
+        # A terminal slower than the mesh loses lines; it must not take all memory.
+        with suppress(asyncio.QueueFull):
+            messages.put_nowait(message)
+
+    async def take() -> AsyncIterator[Message]:
+        while True:
+            yield await messages.get()
+
+    await node.bus.listen(subject, receive)
+    await node.bus.flush()
+    return take()
 
 
 def _line(message: Message, *, as_record: bool) -> str:

@@ -3,15 +3,17 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
 from openagentmesh.bus import address
 from openagentmesh.bus.connection import Target
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError
 
@@ -23,6 +25,7 @@ Url = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, for programs.")]
 
+T = TypeVar("T")
 _MOST_DETAILS: Final = 2000
 
 
@@ -64,7 +67,12 @@ def fail(error: MeshError, *, json_: bool = False) -> NoReturn:
 
 def as_json(value: object, *, indent: int | None = None) -> str:
     """A value as JSON, readable in any language."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_as_text)
+
+
+def _as_text(value: object) -> str:
+    """What was published as no JSON, as text."""
+    return bytes(value).decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else str(value)
 
 
 def count(number: int, thing: str) -> str:
@@ -76,6 +84,22 @@ def say(text: str) -> None:
     """Print a line of data at once, also into a pipe."""
     typer.echo(text)
     sys.stdout.flush()
+
+
+async def say_each(items: AsyncIterable[T], line: Callable[[T], str]) -> None:
+    """Print a line for each item as it comes, until there are no more or Ctrl-C."""
+
+    async def say_all() -> None:
+        async for item in items:
+            say(line(item))
+
+    saying = asyncio.create_task(say_all())
+    stopping = asyncio.create_task(stop_event().wait())
+    await asyncio.wait([saying, stopping], return_when=asyncio.FIRST_COMPLETED)
+    await end(stopping)
+    if saying.done():
+        saying.result()
+    await end(saying)
 
 
 def note(text: str) -> None:

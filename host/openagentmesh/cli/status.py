@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from pydantic_core import from_json
 
-from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say
+from openagentmesh.cli.output import Json, Url, as_json, connected, count, note, run, say
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.presence import instances
 from openagentmesh.protocol import codec, subjects
@@ -66,16 +66,27 @@ def _lines(host: dict[str, Any]) -> list[str]:
             lines += [f"      {line}" for line in module["traceback"].splitlines()]
     width = max((len(agent["name"]) for agent in host["agents"]), default=0)
     for agent in host["agents"]:
-        lines.append(
-            f"  {agent['name']:<{width}}  {agent['version']}  {agent['requests']} requests"
-            f"  {agent['errors']} errors  {agent['in_flight']} running"
-        )
+        lines.append(f"  {agent['name']:<{width}}  {agent['version']}  {_doing(agent)}")
+    lines += [f"  {_bad('✗')} {name}: {why}" for name, why in host.get("refused", {}).items()]
     if host["agent_count"] > len(host["agents"]):
         lines.append(f"  and {host['agent_count'] - len(host['agents'])} more agents")
     server = host.get("embedded_server") or {"history": []}
     story = sorted(connection["history"] + server["history"], key=lambda event: str(event["at"]))
     lines += [f"  {_clock(event['at'])}  {event['what']}" for event in story[-_RECENT:]]
     return lines
+
+
+def _doing(agent: dict[str, Any]) -> str:
+    """What an agent does now: its requests, or how it runs by itself."""
+    background = agent.get("background")
+    if not agent.get("active", True):
+        return "off: its condition does not hold"
+    if background is None:
+        return f"{agent['requests']} requests  {agent['errors']} errors  {agent['in_flight']} running"
+    text = f"{agent['kind']}  {background['state']}"
+    if background["restarts"] or background["error"]:
+        text += f"  {count(background['restarts'], 'restart')}  {_bad(background['error'])}"
+    return text
 
 
 def _good(text: str) -> str:

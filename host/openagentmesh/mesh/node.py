@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import to_json
 
@@ -29,6 +29,8 @@ from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
 
+ContractPolicy = Literal["warn", "refuse", "allow"]
+
 # More agents than this do not fit into an answer to `oam status`.
 _MOST_DESCRIBED = 1000
 # Registered agents that somebody else's clean-up removed come back after this much quiet.
@@ -43,6 +45,12 @@ class Node:
         instance_id: this instance's id on the wire.
         about: what the instance record tells besides the agents.
         limits: the limits of an agent, by name.
+        contract_policy: what happens to an agent whose contract does not go together with the
+            one that another live instance serves: it is served all the same, with or without
+            a warning, or it is refused.
+
+    Attributes:
+        refused: the agents that were refused, and why.
 
     """
 
@@ -53,6 +61,7 @@ class Node:
         *,
         about: dict[str, Any] | None = None,
         limits: Callable[[str], Limits] = lambda _: DEFAULT_LIMITS,
+        contract_policy: ContractPolicy = "warn",
     ) -> None:
         self.instance_id = instance_id
         self.started_at = time.time()
@@ -67,7 +76,9 @@ class Node:
         self.caller = Caller(self.bus, self.inbox, self.waits, instance_id)
         self.events = Events(self.bus, self.directory, instance_id, self.own)
         self.describe: Callable[[], dict[str, Any]] = self.description
+        self.refused: dict[str, str] = {}
         self._limits = limits
+        self._contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
         self._repairing: asyncio.Task[None] | None = None
@@ -135,6 +146,13 @@ class Node:
             self._binding = None
 
     async def _serve(self, agents: dict[str, Agent]) -> None:
+        for name, why in (await self._conflicts(agents)).items():
+            if self._contract_policy == "refuse":
+                log.error("%s is not served: %s", name, why)
+                self.refused[name] = why
+            else:
+                log.warning("%s is served all the same: %s", name, why)
+        agents = {name: agent for name, agent in agents.items() if name not in self.refused}
         for agent in agents.values():
             await self.router.point(agent)
         await self.bus.flush()  # from here on they can be called
@@ -143,6 +161,20 @@ class Node:
         for agent in agents.values():
             data: dict[str, object] = {"version": agent.contract.version}
             await self.router.events.emit("info", agent.name, "agent_registered", data=data)
+
+    async def _conflicts(self, agents: dict[str, Agent]) -> dict[str, str]:
+        """Which of these agents other live instances serve with contracts that do not go together."""
+        for name in agents:
+            self.refused.pop(name, None)
+        if self._contract_policy == "allow":
+            return {}
+        shared = await self.presence.served_elsewhere() & agents.keys()
+        conflicts = await self.registry.conflicts([agents[name].contract for name in sorted(shared)])
+        return {
+            name: "its contract does not go together with the one that another live instance serves: "
+            + "; ".join(map(str, changes))
+            for name, changes in conflicts.items()
+        }
 
     async def _announce(self, agents: Iterable[str]) -> None:
         await self.presence.announce(agents)
@@ -200,23 +232,8 @@ class Node:
             "instance_id": self.instance_id,
             "started_at": self.started_at,
             "agent_count": len(self.router),
-            "agents": [
-                {
-                    "name": route.agent.name,
-                    "version": route.agent.contract.version,
-                    "source": route.agent.source,
-                    "in_flight": route.in_flight,
-                    "requests": route.counts.requests,
-                    "errors": route.counts.errors,
-                    "refused": route.counts.refused,
-                    "limits": {
-                        "concurrency": route.agent.limits.concurrency,
-                        "queue": route.agent.limits.queue,
-                        "timeout": route.agent.limits.timeout,
-                    },
-                }
-                for route in islice(self.router, _MOST_DESCRIBED)
-            ],
+            "agents": [route.description() for route in islice(self.router, _MOST_DESCRIBED)],
+            "refused": self.refused,
             "connection": {
                 "url": self.bus.target.shown,
                 "server": self.bus.server.get("version"),

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Final
+from typing import Final, Protocol
 
 from pydantic import ValidationError
 
@@ -20,10 +20,17 @@ log = logging.getLogger(__name__)
 _EVERYWHERE: Final = ">"
 
 
+class Observed(Protocol):
+    """What is needed of a node."""
+
+    buckets: Buckets
+    events: Events
+
+
 class Observe:
     """What happens to agents and their requests, and how much of it they tell."""
 
-    def __init__(self, ready: Callable[[], Awaitable[tuple[Buckets, Events]]]) -> None:
+    def __init__(self, ready: Callable[[], Awaitable[Observed]]) -> None:
         self._ready = ready
 
     async def logs(
@@ -31,7 +38,7 @@ class Observe:
     ) -> AsyncGenerator[LogEvent, None]:
         """The log events of one agent or of all, from `level` on, as they happen."""
         least = LOG_LEVELS.index(_checked_level(level or "debug"))
-        _, events = await self._ready()
+        events = (await self._ready()).events
         async with aclosing(events.on_subject(subjects.logs(agent or _EVERYWHERE), None)) as messages:
             async for message in messages:
                 try:
@@ -44,7 +51,7 @@ class Observe:
 
     async def get(self, agent: str | None = None) -> ObserveConfig:
         """What holds for an agent: its own setting, else the one for all, else the default."""
-        buckets, _ = await self._ready()
+        buckets = (await self._ready()).buckets
         for key in (agent, EVERY_AGENT):
             value = await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key)) if key else None
             if value:
@@ -53,7 +60,7 @@ class Observe:
 
     async def set(self, agent: str, *, log_level: LogLevel) -> None:
         """From which level on this agent's events are told, wherever it runs, from now on."""
-        buckets, _ = await self._ready()
+        buckets = (await self._ready()).buckets
         config = ObserveConfig(log_level=_checked_level(log_level))
         await buckets.put(OBSERVABILITY_BUCKET, _checked_name(agent), codec.dump(config))
 

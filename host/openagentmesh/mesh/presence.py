@@ -69,6 +69,12 @@ class Presence:
         await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [self._instance_id])
         return self._agents - _served(await instances(self._buckets))
 
+    async def served_elsewhere(self) -> set[str]:
+        """The agents that other instances serve now."""
+        records = await instances(self._buckets)
+        records.pop(self._instance_id, None)
+        return _served(records)
+
     async def notify_deaths(
         self,
         agents: Iterable[str],

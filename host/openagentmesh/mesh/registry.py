@@ -6,6 +6,7 @@ from typing import Any
 
 from openagentmesh.bus.buckets import ROOM_FOR_HEADERS, Buckets
 from openagentmesh.protocol import subjects
+from openagentmesh.protocol.compatibility import Change, breaking_changes
 from openagentmesh.protocol.contract import (
     AgentContract,
     CatalogEntry,
@@ -40,6 +41,25 @@ class Registry:
         self._entries |= entries
         await self._buckets.put_all(subjects.REGISTRY_BUCKET, documents)
         await self._change_catalog(entries)
+
+    async def conflicts(self, contracts: Iterable[AgentContract]) -> dict[str, list[Change]]:
+        """What callers would notice if these contracts shared requests with the published ones.
+
+        By agent; without those that go together. Requests made for either go to both, so the
+        input has to fit both ways.
+        """
+        found = {}
+        for ours in contracts:
+            document = await self._buckets.get(subjects.REGISTRY_BUCKET, ours.name)
+            if document is None:
+                continue
+            theirs = AgentContract.read(document)
+            back = [change for change in breaking_changes(ours, theirs) if change.what == "input"]
+            changes = breaking_changes(theirs, ours)
+            changes += [change for change in back if change not in changes]
+            if changes:
+                found[ours.name] = changes
+        return found
 
     async def withdraw(self, names: Iterable[str], *, everywhere: Iterable[str]) -> None:
         """Keep `names` published no more; delete those of `everywhere`, which nobody else serves."""

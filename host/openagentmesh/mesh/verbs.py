@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.mesh.calling import Callback
-from openagentmesh.mesh.events import Events
 from openagentmesh.mesh.kv import KV
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.observe import Observe
@@ -33,7 +32,7 @@ class Verbs(ABC):
     @property
     def observe(self) -> Observe:
         """Log events of agents, and how much they tell."""
-        return Observe(self._observed)
+        return Observe(self._ready)
 
     async def call(
         self,
@@ -234,7 +233,3 @@ class Verbs(ABC):
 
     async def _buckets(self) -> Buckets:
         return (await self._ready()).buckets
-
-    async def _observed(self) -> tuple[Buckets, Events]:
-        node = await self._ready()
-        return node.buckets, node.events

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from openagentmesh.mesh.mesh import DRAIN_TIMEOUT
+from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
 
@@ -67,21 +68,28 @@ class ServerSection(_Section):
 
 
 class HostSection(_Section):
-    """`[host]`: what is loaded, and how the host stops. `drain_timeout` in seconds."""
+    """`[host]`: what is loaded, and how the host stops. `drain_timeout` in seconds.
+
+    `contract` says what happens to an agent whose contract does not go together with the one
+    that another live instance serves under the same name.
+    """
 
     name: str = ""
     agents: list[str] | None = None
     entry_points: Annotated[bool | list[str], BeforeValidator(_names)] = True
     strict: bool = False
+    contract: ContractPolicy = "warn"
     drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
 
 
 class LimitsSection(_Section):
-    """`[limits]`: every agent's defaults; `timeout` in seconds."""
+    """`[limits]`: every agent's defaults; `timeout` and pauses in seconds."""
 
     concurrency: Concurrency = DEFAULT_LIMITS.concurrency
     queue: Queue = DEFAULT_LIMITS.queue
     timeout: Seconds = DEFAULT_LIMITS.timeout
+    restart_pause: Seconds = DEFAULT_LIMITS.restart_pause
+    restart_pause_max: Seconds = DEFAULT_LIMITS.restart_pause_max
 
 
 class AgentSection(_Section):
@@ -91,6 +99,8 @@ class AgentSection(_Section):
     concurrency: Concurrency | None = None
     queue: Queue | None = None
     timeout: Seconds | None = None
+    restart_pause: Seconds | None = None
+    restart_pause_max: Seconds | None = None
 
 
 class Config(_Section):

@@ -80,7 +80,13 @@ class Host:
         target = await self._target()
         instance_id = new_id()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
-        self._node = Node(target, instance_id, about=about, limits=self.config.limits_of)
+        self._node = Node(
+            target,
+            instance_id,
+            about=about,
+            limits=self.config.limits_of,
+            contract_policy=self.config.host.contract,
+        )
         self._node.describe = self.describe
         loader = Loader(self._node, self.config.settings, origins)
         self._running.callback(loader.close)

@@ -42,6 +42,15 @@ class Background:
         self._instance_id = instance_id
         self._task: asyncio.Task[None] | None = None
 
+    def description(self) -> dict[str, Any]:
+        """How it fares, for `oam status`; JSON."""
+        return {
+            "state": self.state,
+            "restarts": self.restarts,
+            "error": self.error,
+            "next_start": self.next_start and self.next_start.isoformat(),
+        }
+
     def start(self) -> None:
         """Start it, unless it runs."""
         if self._task is None:

@@ -80,6 +80,11 @@ class ChunkWriter(FrameWriter):
         self._granted = asyncio.Event()
         self._reply = inbox.expect(self._receive)
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether the reader has not granted credit for the next chunk."""
+        return self._bounded and self._credit <= 0
+
     async def send(self, chunk: object) -> None:
         """Send one chunk; waits while the reader has not granted credit for it."""
         if self._bounded:
@@ -140,7 +145,7 @@ class ChunkReader:
 
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
-        frame = codec.read_answer(message.head, message.body)
+        frame = codec.read_frame(message.head, message.body)
         if message.reply and message.reply != self._reply:
             # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
             if not frame.accepted:

@@ -1,0 +1,55 @@
+"""State that all agents share: texts and models under keys, changed without losing an update."""
+
+import asyncio
+
+from pydantic import BaseModel
+
+from openagentmesh import AgentMesh, AgentSpec, KVConflict, KVKeyExists
+
+mesh = AgentMesh()
+
+
+class Plan(BaseModel):
+    steps: list[str] = []
+
+
+@mesh.agent(AgentSpec(name="plan.add", description="Adds a step to the plan that all share."))
+async def add(step: str) -> int:
+    for _ in range(20):
+        async with mesh.kv.try_cas_model("plan", Plan) as draft:
+            draft.value = Plan(steps=[*draft.value.steps, step])
+        if draft.committed:
+            return len(draft.value.steps)
+    raise KVConflict("the plan changes too fast")
+
+
+async def main() -> None:
+    async with mesh.local():
+        await mesh.kv.put_model("plan", Plan())
+        await asyncio.gather(*[mesh.call("plan.add", f"step {number}") for number in range(5)])
+        print(sorted((await mesh.kv.get_model("plan", Plan)).steps))
+
+        await mesh.kv.create("counter", "0")
+        await asyncio.gather(*[mesh.kv.update("counter", lambda text: str(int(text) + 1)) for _ in range(5)])
+        print(await mesh.kv.get("counter"))
+
+        try:
+            await mesh.kv.create("counter", "0")
+        except KVKeyExists as error:
+            print(error.code)
+
+        async for value in mesh.kv.watch("counter"):
+            print("now", value)
+            break
+        print([entry.key for entry in await mesh.kv.list("c")])
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
+
+# prints
+# ['step 0', 'step 1', 'step 2', 'step 3', 'step 4']
+# 5
+# kv_key_exists
+# now 5
+# ['counter']

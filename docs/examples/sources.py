@@ -1,0 +1,54 @@
+"""Driven by what happens: messages on a subject, and changes of the shared state.
+
+oam mesh listen 'mesh.errors.>'        # what they could not handle
+"""
+
+import asyncio
+
+from pydantic import BaseModel
+
+from openagentmesh import AgentMesh, AgentSpec, KVEntry, MeshMessage
+
+mesh = AgentMesh()
+happened: asyncio.Queue[str] = asyncio.Queue()
+
+
+class Order(BaseModel):
+    item: str
+
+
+# Of all hosts that run this agent, one handles each order.
+@mesh.agent(
+    AgentSpec(name="shop.packer", description="Packs orders."),
+    sources=[mesh.subject_source("shop.orders.*", queue_group="packers")],
+)
+async def pack(order: MeshMessage[Order]) -> None:
+    happened.put_nowait(f"{order.subject}: {order.data.item}")
+
+
+# Each host follows the settings: as they are at first, then each change; None when one is deleted.
+@mesh.agent(
+    AgentSpec(name="shop.settings", description="Follows the shop's settings."),
+    sources=[mesh.kv_source("shop.settings.>")],
+)
+async def settings(entry: KVEntry[str | None]) -> None:
+    happened.put_nowait(f"{entry.key} = {entry.value}")
+
+
+async def main() -> None:
+    async with mesh.local():
+        await mesh.publish("shop.orders.17", Order(item="tea"))
+        print(await happened.get())
+        await mesh.kv.put("shop.settings.open", "yes")
+        print(await happened.get())
+        await mesh.kv.delete("shop.settings.open")
+        print(await happened.get())
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
+
+# prints
+# shop.orders.17: tea
+# shop.settings.open = yes
+# shop.settings.open = None

@@ -1,0 +1,86 @@
+"""`oam observe`: what agents tell of their work, and how much of it."""
+
+from contextlib import aclosing
+from typing import Annotated
+
+import typer
+
+from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say, say_each, usage_error
+from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.observe import Observe
+from openagentmesh.protocol.messages import LogEvent, LogLevel
+
+app = typer.Typer(help="Log events of agents.", no_args_is_help=True)
+
+Agent = Annotated[str | None, typer.Argument(help="One agent; all of them when left out.")]
+_COLORS = {"debug": typer.colors.BLUE, "warn": typer.colors.YELLOW, "error": typer.colors.RED}
+
+
+@app.command()
+def logs(
+    agent: Agent = None,
+    level: Annotated[LogLevel, typer.Option(help="From this level on.")] = "debug",
+    url: Url = None,
+    *,
+    json_: Json = False,
+) -> None:
+    """Print log events as they happen, until Ctrl-C."""
+
+    async def main() -> None:
+        async with connected(url) as node, aclosing(_observe(node).logs(agent, level=level)) as events:
+            note(f"log events of {agent or 'all agents'}; Ctrl-C stops")
+            await say_each(events, lambda event: event.model_dump_json() if json_ else _line(event))
+
+    run(main(), json_=json_)
+
+
+@app.command()
+def config(agent: Agent = None, url: Url = None, *, json_: Json = False) -> None:
+    """Print from which level on an agent tells its log events."""
+
+    async def main() -> None:
+        async with connected(url) as node:
+            found = await _observe(node).get(agent)
+        say(as_json(found.model_dump()) if json_ else f"{agent or 'all agents'}: {found.log_level}")
+
+    run(main(), json_=json_)
+
+
+@app.command("set")
+def set_(
+    agent: Agent = None,
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="Tell from this level on.")] = "info",
+    everywhere: Annotated[  # noqa: FBT002 - a flag
+        bool, typer.Option("--global", help="For all agents that have no level of their own.")
+    ] = False,
+    url: Url = None,
+    *,
+    json_: Json = False,
+) -> None:
+    """Set from which level on an agent tells its log events, at once and wherever it runs."""
+    if (agent is None) != everywhere:
+        usage_error("Name one agent, or give --global.")
+
+    async def main() -> None:
+        async with connected(url) as node:
+            if agent is None:
+                await _observe(node).set_global(log_level=log_level)
+            else:
+                await _observe(node).set(agent, log_level=log_level)
+            note(f"{agent or 'all agents'}: {log_level}")
+
+    run(main(), json_=json_)
+
+
+def _observe(node: Node) -> Observe:
+    async def ready() -> Node:
+        return node
+
+    return Observe(ready)
+
+
+def _line(event: LogEvent) -> str:
+    level = typer.style(f"{event.level:<5}", fg=_COLORS.get(event.level))
+    data = f"  {as_json(event.data)}" if event.data else ""
+    message = f"  {event.message}" if event.message else ""
+    return f"{event.timestamp[11:23]}  {level}  {event.agent}  {event.event}{message}{data}"

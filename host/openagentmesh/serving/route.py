@@ -1,0 +1,373 @@
+"""A route: one agent's place on the mesh. A request's whole path is `Route.answer`."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.contract import Verb
+from openagentmesh.protocol.errors import (
+    Cancelled,
+    HandlerError,
+    InvalidInput,
+    MeshError,
+    MeshTimeout,
+    Overloaded,
+    text_of,
+)
+from openagentmesh.protocol.messages import LogLevel
+from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.background import Background
+from openagentmesh.serving.call import Call, set_current_call
+from openagentmesh.serving.deadline import Deadline
+from openagentmesh.serving.eventlog import EventLog
+from openagentmesh.serving.lifeline import Lifeline
+from openagentmesh.serving.sources import Source, SubjectSource
+from openagentmesh.serving.streams import ChunkWriter
+from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
+
+log = logging.getLogger(__name__)
+
+# What an overloaded agent tells its callers to wait.
+_RETRY_AFTER_MS: Final = 250
+# How long a handler may take to clean up after it was cancelled.
+_CANCEL_GRACE: Final = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class Shared:
+    """What all routes of a node share."""
+
+    bus: Bus
+    inbox: Inbox
+    buckets: Buckets
+    events: EventLog
+    instance_id: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a route has done since it was made."""
+
+    requests: int = 0
+    errors: int = 0
+    refused: int = 0
+
+
+class Route:
+    """One agent's place on the mesh: what it points at may change, the place stays."""
+
+    def __init__(self, agent: Agent, shared: Shared) -> None:
+        self.agent = agent
+        self.counts = Counts()
+        self.sid: int | None = None
+        self.background: Background | None = None
+        self.gate: Gate | None = None
+        self._shared = shared
+        self._feeds: list[SubjectFeed | KVFeed] = []
+        self._slots = asyncio.Semaphore(agent.limits.concurrency)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being answered, waiting ones among them."""
+        return len(self._tasks)
+
+    def description(self) -> dict[str, Any]:
+        """What the agent does, for `oam status`; JSON."""
+        agent, background = self.agent, self.background
+        return {
+            "name": agent.name,
+            "version": agent.contract.version,
+            "kind": agent.handler.shape,
+            "source": agent.source,
+            "in_flight": self.in_flight,
+            **asdict(self.counts),
+            "limits": asdict(agent.limits),
+            "active": self.gate is None or self.gate.is_open,
+            "background": background and background.description(),
+        }
+
+    async def start(self) -> None:
+        """Begin to serve; a gated agent when its condition says so."""
+        agent, shared = self.agent, self._shared
+        if agent.active_when is None:
+            await self.open()
+            return
+        self.gate = Gate(agent, agent.active_when, shared.bus, shared.buckets, self._activate, self._rest)
+        await self.gate.start()
+
+    async def open(self) -> None:
+        """Take requests, listen to sources, run what runs by itself."""
+        agent, shared = self.agent, self._shared
+        if agent.contract.invocable:
+            subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
+            self.sid = await shared.bus.listen(subject, self.receive, queue)
+        elif agent.handler.shape in {"publisher", "watcher"}:
+            self.background = Background(agent, shared.bus, shared.events, shared.instance_id)
+            self.background.start()
+        if not self._feeds:
+            self._feeds = [_feed(source, self, shared) for source in agent.sources]
+        for feed in self._feeds:
+            await feed.open()
+
+    async def close(self) -> None:
+        """Follow no gate and no source, and end what runs by itself; requests still come."""
+        if self.gate is not None:
+            await self.gate.stop()
+        for feed in self._feeds:
+            await feed.close()
+        if self.background is not None:
+            await self.background.stop()
+
+    async def swap(self, agent: Agent) -> None:
+        """Point at another agent; requests under way finish on the old one."""
+        plain = self.is_plain
+        if not plain:
+            await self.close()
+        if agent.limits.concurrency != self.agent.limits.concurrency:
+            self._slots = asyncio.Semaphore(agent.limits.concurrency)
+        self.agent = agent
+        if not (plain and self.is_plain):
+            if self.sid is not None:
+                await self._shared.bus.leave(self.sid)
+            self.sid = self.background = self.gate = None
+            self._feeds = []
+            await self.start()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes requests and nothing else, so that it is swapped without a pause."""
+        agent = self.agent
+        return agent.contract.invocable and not agent.sources and agent.active_when is None
+
+    async def _activate(self) -> None:
+        await self.open()
+        await self._shared.events.emit("info", self.agent.name, "agent_activated")
+
+    async def _rest(self, timeout: float) -> None:
+        """Take nothing more and finish what runs; it stays on the mesh, but is off."""
+        for feed in self._feeds:
+            await feed.close()
+        if self.background is not None:
+            await self.background.stop()
+        if self.sid is not None:
+            await self._shared.bus.leave(self.sid)
+            self.sid = None
+        await self.finish(timeout)
+        await self._shared.events.emit("info", self.agent.name, "agent_deactivated")
+
+    def receive(self, message: Message, accept: Accept | None = None) -> None:
+        """Take a request off the wire: spawn and return. `accept` reads it when it is a source's."""
+        limits = self.agent.limits
+        if len(self._tasks) >= limits.concurrency + limits.queue:
+            self._spawn(self.refuse(message))
+        else:
+            self.take(message, accept)
+
+    def take(self, message: Message, accept: Accept | None = None) -> "asyncio.Task[None]":
+        """Answer a request in a task of its own, however many there are."""
+        return self._spawn(self.answer(message, accept))
+
+    def _spawn(self, walk: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(walk)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def answer(self, message: Message, accept: Accept | None = None) -> None:
+        """Walk one request from its message to its reply."""
+        agent, now = self.agent, asyncio.get_running_loop().time()
+        request = codec.read_request(message.head, message.body)
+        call = Call(agent.name, request, now + agent.patience(request), started=now)
+        deadline = Deadline(call.deadline)
+        reply = "" if request.accept == codec.NO_REPLY else message.reply
+        lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
+        set_current_call(call)
+        self.counts.requests += 1
+        noisy = self._shared.events.wants(agent.name, "debug")
+        try:
+            if noisy:
+                await self._tell(request, "debug", "request_received")
+            with deadline:
+                async with self._slots:
+                    if accept is not None:
+                        accept(agent, call)
+                    else:
+                        agent.accept(call, _verb(request, reply))
+                    if agent.contract.streaming:
+                        await self._stream(agent, call, reply, deadline)
+                    else:
+                        result = await agent.endpoint(call)
+                        await self._reply(call, reply, agent.dump(result))
+            if noisy or call.usage is not None:
+                await self._tell_completed(call)
+        # Whatever a handler raises ends its own request and nothing else: a SystemExit that
+        # leaves a task would stop the whole event loop.
+        except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
+            if not call.abandoned:
+                await self._reply_error(request, reply, _as_mesh_error(exc, call, deadline))
+        finally:
+            call.over = True
+            if lifeline is not None:
+                lifeline.close()
+
+    async def refuse(self, message: Message) -> None:
+        """Answer a request for which there is no room."""
+        agent = self.agent
+        self.counts.refused += 1
+        error = Overloaded(
+            f"Agent '{agent.name}' has {agent.limits.concurrency} requests running and "
+            f"{agent.limits.queue} waiting. Try again later.",
+            details={"retry_after_ms": _RETRY_AFTER_MS},
+        )
+        request = codec.read_request(message.head, message.body)
+        await self._reply_error(request, "" if request.accept == codec.NO_REPLY else message.reply, error)
+
+    async def finish(self, timeout: float) -> None:
+        """Wait for what is running; after `timeout` seconds cancel it, which answers it."""
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(self._tasks, timeout=timeout)
+        for task in late:
+            task.cancel()
+        if late:
+            _, deaf = await asyncio.wait(late, timeout=_CANCEL_GRACE)
+            if deaf:
+                log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
+
+    def _lifeline(self, call: Call, reply: str) -> Lifeline:
+        shared = self._shared
+        head = codec.accepted_headers(call.request_id, shared.instance_id)
+        return Lifeline(shared.bus, shared.inbox, head, reply, _abandoning(call))
+
+    async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
+        shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
+        subject = _chunk_subject(request, reply)
+        if not subject:
+            call.send = _send_to_nobody
+            await agent.endpoint(call)
+            return
+        start = codec.frame_start(request.request_id, shared.instance_id)
+        writer = ChunkWriter(shared.bus, shared.inbox, subject, start, agent.dump, request.credit)
+
+        patience = agent.patience(request)
+
+        async def send(chunk: object) -> None:
+            if writer.must_wait:  # from here on it is the reader who takes its time
+                deadline.move(loop.time() + agent.limits.timeout)
+            await writer.send(chunk)
+            # A stream may go on for ever, as long as it goes on.
+            call.deadline = loop.time() + patience
+            deadline.move(call.deadline)
+
+        call.send, writer.gone = send, _abandoning(call)
+        try:
+            await agent.endpoint(call)
+            await writer.end(call.usage)
+        finally:
+            writer.close()
+
+    async def _reply(self, call: Call, reply: str, body: bytes) -> None:
+        if reply:
+            shared = self._shared
+            head = codec.reply_headers(call.request_id, shared.instance_id, call.agent, call.usage)
+            await shared.bus.publish(reply, body, head)
+
+    async def _reply_error(self, request: Request, reply: str, error: MeshError) -> None:
+        self.counts.errors += 1
+        bus, instance_id, name = self._shared.bus, self._shared.instance_id, self.agent.name
+        error = error.located(agent=name, request_id=request.request_id)
+        body = codec.error_body(error)
+        head = codec.error_headers(request.request_id, instance_id)
+        try:
+            if request.streaming and subjects.is_token(request.request_id):
+                frame = codec.error_headers(request.request_id, instance_id, frame=True)
+                await bus.publish(subjects.stream(request.request_id), body, frame)
+            elif reply:
+                await bus.publish(reply, body, head)
+            await bus.publish(subjects.errors(name), body, head)
+        except MeshError as exc:
+            log.error("%s: the caller could not be told of %r: %s", name, error, exc)  # noqa: TRY400 - no bug of ours
+        event = "validation_error" if error.code == InvalidInput.code else "request_failed"
+        await self._tell(request, "warn", event, error.message, {"code": error.code})
+
+    async def _tell(
+        self,
+        request: Request,
+        level: LogLevel,
+        event: str,
+        message: str = "",
+        data: dict[str, object] | None = None,
+    ) -> None:
+        events, request_id = self._shared.events, request.request_id
+        await events.emit(level, self.agent.name, event, request_id=request_id, message=message, data=data)
+
+    async def _tell_completed(self, call: Call) -> None:
+        if call.usage is not None:
+            usage = call.usage.model_dump(exclude_none=True)
+            await self._tell(call.request, "info", "usage_reported", data=usage)
+        seconds = asyncio.get_running_loop().time() - call.started
+        took: dict[str, object] = {"duration_ms": round(seconds * 1000, 3)}
+        await self._tell(call.request, "debug", "request_completed", data=took)
+
+
+def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
+    if isinstance(source, SubjectSource):
+        return SubjectFeed(source, shared.bus, route.receive)
+    return KVFeed(source, route.agent, shared.buckets, route.take)
+
+
+def _verb(request: Request, reply: str) -> Verb:
+    """What the caller did: a streamer may be sent to as well, but not called."""
+    if request.streaming:
+        return "stream"
+    return "call" if reply and not reply.startswith(subjects.RESULTS) else "send"
+
+
+def _chunk_subject(request: Request, reply: str) -> str:
+    """Where a streamer's chunks go; empty when nobody wants them."""
+    if not request.streaming:
+        return reply
+    if not subjects.is_token(request.request_id):
+        raise InvalidInput(
+            f"A stream needs the header {subjects.REQUEST_ID}: "
+            "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
+        )
+    return subjects.stream(request.request_id)
+
+
+async def _send_to_nobody(_chunk: object) -> None:
+    """What was sent without a reply subject is done for its own sake."""
+
+
+def _abandoning(call: Call) -> Callable[[], None]:
+    """What stops the running request because nobody waits for its answer."""
+    task = asyncio.current_task()
+
+    def abandon() -> None:
+        call.abandoned = True
+        if task is not None:
+            task.cancel()
+
+    return abandon
+
+
+def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshError:
+    """What the caller is told of `exc`."""
+    if isinstance(exc, MeshError):
+        return exc
+    if isinstance(exc, TimeoutError) and deadline.expired:
+        return MeshTimeout(f"Agent '{call.agent}' did not answer in time and was stopped.")
+    task = asyncio.current_task()
+    if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+        return Cancelled(f"Agent '{call.agent}' was stopped before it had answered.")
+    log.error("%s: the handler failed", call.agent, exc_info=exc)
+    return HandlerError(text_of(exc))
