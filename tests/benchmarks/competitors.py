@@ -1,17 +1,12 @@
 """Who is measured, and the environment of the published SDK."""
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-_PEER: Final = "openagentmesh==0.2.0"
-_INSTALL_TIMEOUT: Final = 300
-_CHECK: Final = (
-    f"import importlib.metadata as m; assert m.version('openagentmesh') == {_PEER.partition('==')[2]!r}"
-)
+from tests.published import NotInstalled, install_published
 
 
 class Unavailable(Exception):
@@ -75,20 +70,7 @@ class Pythons:
 def _try_to_install(folder: Path | None) -> Path | Unavailable:
     if folder is None:
         return Unavailable("not wanted (--no-peer)")
-    python = folder / "bin" / "python"
     try:
-        if not python.exists():
-            _run(sys.executable, "-m", "venv", folder)
-        if not _runs(python, "-c", _CHECK):
-            _run(python, "-m", "pip", "install", "--quiet", _PEER)
-    except (OSError, subprocess.SubprocessError):
-        return Unavailable(f"{_PEER} could not be installed from PyPI")
-    return python
-
-
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=_INSTALL_TIMEOUT)
-
-
-def _runs(*command: str | Path) -> bool:
-    return subprocess.run(command, check=False, capture_output=True, timeout=_INSTALL_TIMEOUT).returncode == 0
+        return install_published(folder)
+    except NotInstalled as exc:
+        return Unavailable(str(exc))

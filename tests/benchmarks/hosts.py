@@ -57,6 +57,17 @@ async def start(count: int, competitor: Competitor, python: Path) -> float:
             return answered - began
 
 
+async def catalog(count: int, competitor: Competitor, python: Path) -> float:
+    """Seconds in which a new client has connected and read the catalog of `count` agents."""
+    async with (
+        nats_server() as server,
+        _host(count, competitor, python, server.url),
+        started(program("reader", server.url, count)) as reader,
+    ):
+        value: float = (await reader.said())["value"]
+        return value
+
+
 async def memory(count: int, competitor: Competitor, python: Path) -> float:
     """KiB of a host's resident memory that each of `count` idle agents takes."""
     sizes = []

@@ -9,8 +9,9 @@ from uuid import uuid4
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js.kv import KeyValue
 
-from tests.benchmarks.programs.load import COUNT, SHORTEN
+from tests.benchmarks.programs.load import COUNT, GO, SHORTEN, TICKS
 from tests.benchmarks.programs.process import provide_or_measure
 
 
@@ -41,6 +42,18 @@ class FloorClient:
             yield json.loads(frame.data)
         await subscription.unsubscribe()
 
+    async def subscribe(self, *, agent: str) -> AsyncIterator[Any]:
+        """Yield the events of a publisher."""
+        subscription = await self._nc.subscribe(f"mesh.agent.{agent}.events")
+        async for frame in subscription.messages:
+            if frame.headers and frame.headers["X-Mesh-Stream-End"] == "false":
+                yield json.loads(frame.data)
+
+    @property
+    def kv(self) -> "FloorStore":
+        """The shared state."""
+        return FloorStore(self._nc)
+
     def _headers(self, request_id: str) -> dict[str, str]:
         return {
             "X-Mesh-Request-Id": request_id,
@@ -48,6 +61,28 @@ class FloorClient:
             "X-Mesh-Timeout-Ms": "30000",
             "X-Mesh-Accept": "ack",
         }
+
+
+class FloorStore:
+    """The library's own KV."""
+
+    _opened: KeyValue | None = None
+
+    def __init__(self, nc: Client) -> None:
+        self._nc = nc
+
+    async def _open(self) -> KeyValue:
+        if FloorStore._opened is None:
+            FloorStore._opened = await self._nc.jetstream().create_key_value(bucket="mesh-context")
+        return FloorStore._opened
+
+    async def put(self, key: str, value: str) -> object:
+        """Set a key."""
+        return await (await self._open()).put(key, value.encode())
+
+    async def get(self, key: str) -> str:
+        """Get a key."""
+        return ((await (await self._open()).get(key)).value or b"").decode()
 
 
 class FloorProvider:
@@ -76,6 +111,18 @@ class FloorProvider:
             await self._frame(request_id, number, json.dumps({"number": number}).encode())
         await self._frame(request_id, number + 1, b"", end=True)
 
+    async def go(self, message: Msg) -> None:
+        """Emit events."""
+        for number in range(json.loads(message.data)["count"]):
+            headers = {
+                "X-Mesh-Instance-Id": self._instance_id,
+                "X-Mesh-Stream-Seq": str(number),
+                "X-Mesh-Stream-End": "false",
+            }
+            body = json.dumps({"number": number}).encode()
+            await self._nc.publish(f"mesh.agent.{TICKS}.events", body, headers=headers)
+        await self._nc.publish(message.reply, message.data)
+
     async def _frame(self, request_id: str, seq: int, body: bytes, *, end: bool = False) -> None:
         headers = {
             "X-Mesh-Request-Id": request_id,
@@ -93,6 +140,7 @@ async def serving(url: str) -> AsyncIterator[None]:
         provider = FloorProvider(nc)
         await nc.subscribe(f"mesh.agent.{SHORTEN}", f"q.{SHORTEN}", provider.shorten)
         await nc.subscribe(f"mesh.agent.{COUNT}", f"q.{COUNT}", provider.count)
+        await nc.subscribe(f"mesh.agent.{GO}", f"q.{GO}", provider.go)
         await nc.flush()
         yield
 

@@ -1,15 +1,27 @@
 """The loads, the same for all competitors. Each returns one number."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Final, Protocol
 
 SHORTEN: Final = "bench.shorten"
 NAP: Final = "bench.nap"
 COUNT: Final = "bench.count"
 NAP_SECONDS: Final = 0.05
+# A publisher that emits as many events as it was told to, and the agent that tells it.
+TICKS: Final = "bench.ticks"
+GO: Final = "bench.go"
+# An agent that waits until it is stopped, and one that tells when that was.
+HANG: Final = "bench.hang"
+STOPPED: Final = "bench.stopped"
+KEY: Final = "bench.key"
+
+_SUBSCRIBERS: Final = 10
+_TAKEN: Final = 500
 
 _WORKERS: Final = 64
 _WARM_UP: Final = 300
@@ -29,6 +41,23 @@ class Client(Protocol):
 
     def stream(self, name: str, payload: dict[str, object]) -> AsyncIterator[Any]:
         """Ask an agent and yield its chunks."""
+
+    def subscribe(self, *, agent: str) -> AsyncIterator[Any]:
+        """Yield the events of a publisher."""
+
+    @property
+    def kv(self) -> "Store":
+        """The shared state."""
+
+
+class Store(Protocol):
+    """The shared state, as a competitor offers it."""
+
+    async def put(self, key: str, value: str) -> object:
+        """Set a key."""
+
+    async def get(self, key: str) -> str:
+        """Get a key."""
 
 
 async def latency(client: Client, count: int) -> float:
@@ -73,6 +102,74 @@ async def chunks(client: Client, count: int) -> float:
     return count / (perf_counter() - began)
 
 
+async def fanout(client: Client, count: int) -> float:
+    """Events a second that ten subscribers of one publisher receive together."""
+    listening = [asyncio.Event() for _ in range(_SUBSCRIBERS)]
+
+    async def listen(heard: asyncio.Event) -> None:
+        async for event in client.subscribe(agent=TICKS):
+            heard.set()
+            if event["number"] == count:
+                return
+
+    subscribers = [asyncio.create_task(listen(heard)) for heard in listening]
+    while not all(heard.is_set() for heard in listening):  # until all are known to the server
+        await client.call(GO, {"count": 1})
+        await asyncio.sleep(0.05)
+    began = perf_counter()
+    await client.call(GO, {"count": count + 1})
+    await asyncio.gather(*subscribers)
+    return _SUBSCRIBERS * count / (perf_counter() - began)
+
+
+async def kv(client: Client, count: int) -> float:
+    """The median time to get a key of the shared state, one at a time, in µs."""
+    await client.kv.put(KEY, "value")
+    times = []
+    for _ in range(count):
+        began = perf_counter()
+        assert await client.kv.get(KEY) == "value"
+        times.append(perf_counter() - began)
+    return median(times) * 1e6
+
+
+async def stop(client: Client, count: int) -> float:
+    """The longest time from when a caller gives up until its handler is stopped, in ms."""
+    longest = 0.0
+    for number in range(count):
+        call = asyncio.create_task(client.call(HANG, {"seconds": 60}))
+        await asyncio.sleep(0.005 * (number % 20))  # also before the host has said that it has it
+        call.cancel()
+        gave_up = monotonic()
+        await asyncio.wait([call])
+        while (stopped := (await client.call(STOPPED, {}))["seconds"]) < gave_up:
+            if monotonic() - gave_up > _LONGEST:
+                raise TimeoutError("the handler does not stop")
+        longest = max(longest, stopped - gave_up)
+    return longest * 1e3
+
+
+async def slow(client: Client, _: int) -> float:
+    """MiB by which both processes grow while a slow reader reads a stream without an end."""
+    before = 0
+    taken = 0
+    stream = client.stream(COUNT, {"count": 10**9})
+    async for _chunk in stream:
+        await asyncio.sleep(0.002)
+        taken += 1
+        if taken == _TAKEN // 5:
+            before = await _resident(client)
+        if taken == _TAKEN:
+            return (await _resident(client) - before) / 2**20
+    raise AssertionError("the stream ended")
+
+
+async def _resident(client: Client) -> int:
+    provider = (await client.call(STOPPED, {}))["pid"]
+    sizes = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in (provider, os.getpid())]
+    return sum(map(int, sizes)) * os.sysconf("SC_PAGE_SIZE")
+
+
 async def _read(client: Client, count: int) -> list[int]:
     return [chunk["number"] async for chunk in client.stream(COUNT, {"count": count})]
 
@@ -92,4 +189,6 @@ def _bounded(measure: Callable[[Client, int], Awaitable[float]]) -> Callable[[Cl
     return bounded
 
 
-MEASURES: Final = {measure.__name__: _bounded(measure) for measure in (latency, rate, naps, chunks)}
+MEASURES: Final = {
+    measure.__name__: _bounded(measure) for measure in (latency, rate, naps, chunks, fanout, kv, stop, slow)
+}

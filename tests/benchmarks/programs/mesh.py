@@ -1,11 +1,13 @@
 """A mesh, whichever `openagentmesh` is installed: ours, or the published SDK in its own environment."""
 
 import asyncio
+import os
+from time import monotonic
 
 from openagentmesh import AgentMesh, AgentSpec
 from pydantic import BaseModel
 
-from tests.benchmarks.programs.load import COUNT, NAP, SHORTEN
+from tests.benchmarks.programs.load import COUNT, GO, HANG, NAP, SHORTEN, STOPPED, TICKS
 from tests.benchmarks.programs.process import provide_or_measure
 
 
@@ -30,7 +32,12 @@ class Number(BaseModel):
     number: int
 
 
-def serving(url: str) -> AgentMesh:
+class Stopped(BaseModel):
+    seconds: float
+    pid: int
+
+
+def serving(url: str) -> AgentMesh:  # noqa: C901 - one function an agent
     """A mesh with the agents that are measured."""
     mesh = AgentMesh(url)
 
@@ -47,6 +54,33 @@ def serving(url: str) -> AgentMesh:
     async def count(req: Numbers) -> Number:  # type: ignore[misc] # the chunk's type, as both read it
         for number in range(req.count):
             yield Number(number=number)
+
+    runs: asyncio.Queue[int] = asyncio.Queue()
+
+    @mesh.agent(AgentSpec(name=GO, description="Lets the publisher emit."))
+    async def go(req: Numbers) -> Numbers:
+        runs.put_nowait(req.count)
+        return req
+
+    @mesh.agent(AgentSpec(name=TICKS, description="Emits numbers when told to."))
+    async def ticks() -> Number:  # type: ignore[misc] # the event's type, as both read it
+        while True:
+            for number in range(await runs.get()):
+                yield Number(number=number)
+
+    stopped = Stopped(seconds=0, pid=os.getpid())
+
+    @mesh.agent(AgentSpec(name=HANG, description="Waits until it is stopped."))
+    async def hang(req: Nap) -> Nap:
+        try:
+            await asyncio.sleep(req.seconds)
+        finally:
+            stopped.seconds = monotonic()
+        return req
+
+    @mesh.agent(AgentSpec(name=STOPPED, description="Tells when a handler was stopped last."))
+    async def when_stopped(req: dict[str, int]) -> Stopped:
+        return stopped
 
     return mesh
 
