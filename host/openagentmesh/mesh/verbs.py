@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 from pydantic import BaseModel
 
 from openagentmesh.bus.buckets import Buckets
+from openagentmesh.mesh import again
 from openagentmesh.mesh.calling import Callback
 from openagentmesh.mesh.kv import KV
 from openagentmesh.mesh.node import Node
@@ -34,12 +35,13 @@ class Verbs(ABC):
         """Log events of agents, and how much they tell."""
         return Observe(self._ready)
 
-    async def call(
+    async def call(  # noqa: PLR0913 - the published signature, and ours
         self,
         name: str,
         payload: object = None,
         timeout: float | None = 30.0,
         *,
+        retry: int = 0,
         headers: Mapping[str, str] | None = None,
     ) -> Any:  # noqa: ANN401 - a JSON value of any shape
         """Call an agent and return its reply, a JSON value (protocol §7).
@@ -48,6 +50,8 @@ class Verbs(ABC):
             name: the agent.
             payload: a pydantic model, bytes, or any JSON value; None sends nothing.
             timeout: seconds to wait; None for ever. The host stops the handler then too.
+            retry: how often it is asked again when it died, is not available or is overloaded;
+                only for agents that declare themselves idempotent.
             headers: more headers for the request.
 
         Raises:
@@ -55,21 +59,26 @@ class Verbs(ABC):
 
         """
         node = await self._ready()
-        return await node.caller.call(name, payload, timeout, headers)
+        if not retry:
+            return await node.caller.call(name, payload, timeout, headers)
+        await again.check(node.directory, name)
+        return await again.call(lambda left: node.caller.call(name, payload, left, headers), retry, timeout)
 
-    async def stream(
+    async def stream(  # noqa: PLR0913 - the published signature, and ours
         self,
         name: str,
         payload: object = None,
         timeout: float | None = 60.0,
         *,
         total: float | None = None,
+        retry: int = 0,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Call a streamer and yield its chunks, JSON values (protocol §7).
 
         `timeout` is the seconds from one chunk to the next, `total` those for all of them. A
-        reader that stops reading stops the agent.
+        reader that stops reading stops the agent. With `retry` it is asked again, as `call`
+        does, as long as no chunk has come.
 
         Raises:
             ChunkSequenceError: a chunk was lost.
@@ -77,7 +86,13 @@ class Verbs(ABC):
 
         """
         node = await self._ready()
-        async with aclosing(node.caller.stream(name, payload, timeout, headers, total)) as chunks:
+        found = node.caller.stream(name, payload, timeout, headers, total)
+        if retry:
+            await again.check(node.directory, name)
+            found = again.stream(
+                lambda timeout: node.caller.stream(name, payload, timeout, headers, total), retry, timeout
+            )
+        async with aclosing(found) as chunks:
             async for chunk in chunks:
                 yield chunk
 

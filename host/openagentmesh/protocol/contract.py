@@ -30,12 +30,17 @@ def _refusal(verb: Verb, *, invocable: bool, streaming: bool) -> str | None:
 
 
 class AgentSpec(BaseModel):
-    """What the author says of an agent; an empty `description` is the handler's docstring."""
+    """What the author says of an agent; an empty `description` is the handler's docstring.
+
+    `idempotent` says that answering a request twice is as good as once, so that callers may
+    ask again when an answer is lost.
+    """
 
     name: str
     description: str = ""
     tags: list[str] = Field(default_factory=list)
     version: str = "0.1.0"
+    idempotent: bool = False
 
 
 class CatalogEntry(BaseModel):
@@ -68,6 +73,7 @@ class AgentContract(BaseModel):
     output_schema: dict[str, Any] | None = None
     chunk_schema: dict[str, Any] | None = None
     mcp: dict[str, Any] | bool | None = None
+    idempotent: bool = False
     registered_at: datetime
 
     @classmethod
@@ -106,6 +112,7 @@ class AgentContract(BaseModel):
             output_schema=output_schema,
             chunk_schema=chunk_schema,
             mcp=mcp,
+            idempotent=spec.idempotent,
             registered_at=datetime.now(UTC),
         )
 
@@ -137,6 +144,7 @@ class AgentContract(BaseModel):
                 output_schema=skill.get("outputSchema"),
                 chunk_schema=own.get("chunk_schema"),
                 mcp=own.get("mcp"),
+                idempotent=own.get("idempotent") is True,
                 registered_at=own.get("registered_at") or datetime.fromtimestamp(0, UTC),
             )
         except (ValueError, ValidationError, AttributeError, KeyError, TypeError, IndexError) as exc:
@@ -156,6 +164,8 @@ class AgentContract(BaseModel):
             own["chunk_schema"] = self.chunk_schema
         if self.mcp is not None:
             own["mcp"] = self.mcp
+        if self.idempotent:
+            own["idempotent"] = True
         return {
             "name": self.name,
             "description": self.description,
