@@ -35,7 +35,7 @@ class Verbs(ABC):
         """Log events of agents, and how much they tell."""
         return Observe(self._ready)
 
-    async def call(  # noqa: PLR0913 - the published signature, and ours
+    async def call(
         self,
         name: str,
         payload: object = None,
