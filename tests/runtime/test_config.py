@@ -54,12 +54,16 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         entry_points = ["a"]
         strict = true
         drain_timeout = 0
+        contract = "refuse"
         [limits]
         concurrency = 64
         queue = 0
         timeout = 60
+        restart_pause = 2
+        restart_pause_max = 8
         [agents."nlp.summarizer"]
         concurrency = 8
+        restart_pause_max = 4
         [agents.off]
         enabled = false
         [settings.summarizer]
@@ -75,9 +79,10 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "entry_points": ["a"],
         "strict": True,
         "drain_timeout": 0,
+        "contract": "refuse",
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
-    assert (Limits(8, 0, 60), Limits(64, 0, 60)) == (
+    assert (Limits(8, 0, 60, 2, 4), Limits(64, 0, 60, 2, 8)) == (
         config.limits_of("nlp.summarizer"),
         config.limits_of("x"),
     )

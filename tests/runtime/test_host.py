@@ -147,7 +147,7 @@ async def test_limits_of_the_config_reach_the_agents(configure: Configure, name:
     """Each agent has `[limits]` with its own changes."""
     config = configure(
         {"a.py": MESH + agent(f"{name}.a") + agent(f"{name}.b")},
-        limits=LimitsSection(concurrency=3, queue=4, timeout=5),
+        limits=LimitsSection(concurrency=3, queue=4, timeout=5, restart_pause=1, restart_pause_max=2),
         agents={f"{name}.b": AgentSection(queue=9)},
     )
     async with Host(config) as host:

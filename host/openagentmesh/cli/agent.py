@@ -120,7 +120,7 @@ def _as_text(contract: AgentContract) -> str:
     for title, schema in (
         ("takes", contract.input_schema),
         ("gives", contract.output_schema),
-        ("chunks", contract.chunk_schema),
+        ("chunks" if contract.invocable else "events", contract.chunk_schema),
     ):
         if schema is not None:
             lines += [f"{title}:", *_fields(schema)]

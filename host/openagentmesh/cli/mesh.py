@@ -44,6 +44,8 @@ _PID_FILE: Final = _STORE / "server.pid"
 _LOG_FILE: Final = _STORE / "server.log"
 _START_TIMEOUT: Final = 10.0
 _MOST_BACKLOG: Final = 10_000
+# How an agent is used, by whether it can be called and whether it streams.
+_KINDS: Final = {(True, False): "call", (True, True): "stream", (False, True): "events", (False, False): "-"}
 
 
 @app.command()
@@ -192,7 +194,7 @@ def catalog(
             note("no agents" if channel is None else f"no agents in '{channel}'")
         width = max((len(entry.name) for entry in entries), default=0)
         for entry in entries:
-            kind = "stream" if entry.streaming else "call" if entry.invocable else "-"
+            kind = _KINDS[entry.invocable, entry.streaming]
             about = entry.description.partition("\n")[0]
             say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
 

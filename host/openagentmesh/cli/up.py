@@ -108,15 +108,15 @@ def _dim(text: str) -> str:
 def _how_to_call(host: Host) -> list[str]:
     if not host.agents:
         return ["  Put a Python file with an agent into agents/ and start again."]
-    agents = host.agents
-    agent = next((a for a in agents if a.name == "nlp.summarizer"), agents[0])
-    verb = "stream" if agent.contract.streaming else "call"
-    given = example_input(agent.contract.input_schema)
-    payload = "" if given is None else f" '{as_json(given)}'"
     url = host.node.bus.target.url
-    where = (
-        ""
-        if url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
-        else f" --url {host.node.bus.target.shown}"
-    )
+    is_default = url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
+    where = "" if is_default else f" --url {host.node.bus.target.shown}"
+    # Those that can be called come first, and of these the sample that the docs show.
+    agent = min(host.agents, key=lambda a: (not a.contract.invocable, a.name != "nlp.summarizer"))
+    contract = agent.contract
+    if not contract.invocable:
+        return ["  See how they fare from another terminal:", f"    oam status{where}", ""]
+    verb = "stream" if contract.streaming else "call"
+    given = example_input(contract.input_schema)
+    payload = "" if given is None else f" '{as_json(given)}'"
     return ["  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]

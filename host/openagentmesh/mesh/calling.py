@@ -84,6 +84,8 @@ class Caller:
                 await self._waits.cancel(waiting, reply)
                 raise
             self._inbox.forget(reply)
+            if not answer.nobody:
+                self._waits.now_known(name)
             return answer
 
     async def stream(

@@ -108,7 +108,7 @@ class Waits:
             return
         contract = self._own(name) or await self._directory.contract(name)
         contract.check_verb(verb)
-        self._now_known(name)
+        self.now_known(name)
 
     async def nobody(self, name: str, verb: Verb) -> MeshError:
         """Why nobody answers for `name`."""
@@ -172,7 +172,8 @@ class Waits:
     def _is_known(self, name: str) -> bool:
         return time.monotonic() - self._known.get(name, -_KNOWN_FOR) < _KNOWN_FOR
 
-    def _now_known(self, name: str) -> None:
+    def now_known(self, name: str) -> None:
+        """Somebody answers for this name, so nobody needs to look it up for a while."""
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
         self._known[name] = time.monotonic()
@@ -201,7 +202,7 @@ class Waits:
             # The request itself may well be answered.
             log.debug("looking up '%s': %s", waiting.name, exc)
             return
-        self._now_known(waiting.name)
+        self.now_known(waiting.name)
 
     def _on_death(self, message: Message) -> None:
         try:
