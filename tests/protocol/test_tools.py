@@ -39,6 +39,15 @@ class Dog(BaseModel):
     lives: int | None = None
 
 
+class Brief(BaseModel):
+    limit: int = 5
+
+
+class Long(BaseModel):
+    limit: int | None = None
+    page: int = 1
+
+
 class Tree(BaseModel):
     name: str
     children: list["Tree"] = []
@@ -424,6 +433,9 @@ def test_a_null_that_the_agent_takes_is_kept() -> None:
     made = contract(schema_of(Cat | Dog))
     assert {"kind": "dog", "lives": None} == made.tool_input({"value": {"kind": "dog", "lives": None}})
     assert {"kind": "cat"} == made.tool_input({"value": {"kind": "cat", "lives": None}})
+    made = contract(schema_of(Brief | Long))
+    assert {} == made.tool_input({"value": {"limit": None}})
+    assert {"limit": None, "page": 1} == made.tool_input({"value": {"limit": None, "page": 1}})
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,8 @@ async def test_limits_of_the_config_reach_the_agents(configure: Configure, name:
     )
     async with Host(config) as host:
         limits = {found["name"]: found["limits"] for found in host.describe()["agents"]}
-    assert {
-        f"{name}.a": {"concurrency": 3, "queue": 4, "timeout": 5},
-        f"{name}.b": {"concurrency": 3, "queue": 9, "timeout": 5},
-    } == limits
+    common = {"concurrency": 3, "timeout": 5, "restart_pause": 1, "restart_pause_max": 2}
+    assert {f"{name}.a": common | {"queue": 4}, f"{name}.b": common | {"queue": 9}} == limits
 
 
 async def test_what_a_host_tells_of_itself_is_json(configure: Configure, mesh: AgentMesh, name: str) -> None:
