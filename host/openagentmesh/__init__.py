@@ -1,6 +1,7 @@
 """openagentmesh: agents as typed async functions, found and called by name over NATS."""
 
 from openagentmesh.mesh.mesh import AgentMesh
+from openagentmesh.protocol.artifacts import Artifact
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import (
     AgentDied,
@@ -46,6 +47,7 @@ __all__ = [
     "AgentDied",
     "AgentMesh",
     "AgentSpec",
+    "Artifact",
     "Call",
     "Cancelled",
     "CatalogEntry",

@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_r
 
 from openagentmesh.bus.chunks import Upload, chunked, next_chunk, purge, stored
 from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.explained import explained
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol.artifacts import (
     DESCRIPTIONS,
@@ -32,23 +33,15 @@ from openagentmesh.protocol.artifacts import (
     read_description,
 )
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import (
-    ConnectionFailed,
-    KVConflict,
-    MeshError,
-    NotFound,
-    PayloadTooLarge,
-    text_of,
-)
+from openagentmesh.protocol.errors import KVConflict, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
 
 T = TypeVar("T")
 Progress = Callable[[int], object]
 
 _PATIENCE: Final = 30.0
-# The server's own error codes.
+# The server's own error code.
 _WRONG_LAST_SEQUENCE: Final = 10071
-_NO_ROOM: Final = frozenset({10002, 10023, 10047, 10054, 10077})
 
 
 class Objects:
@@ -243,7 +236,9 @@ class Objects:
         except APIError as exc:
             if exc.err_code != _WRONG_LAST_SEQUENCE:
                 raise
-            raise KVConflict(f"Others replace '{description.name}' again and again.") from exc
+            raise KVConflict(
+                f"Others replace '{description.name}' again and again.", details={"key": description.name}
+            ) from exc
 
     async def _last(self, key: str) -> tuple[Description | None, int]:
         """The description of an object, None when it is not there; and its sequence, 0 for none."""
@@ -280,19 +275,10 @@ class Objects:
     @asynccontextmanager
     async def _using(self, what: str) -> AsyncIterator[None]:
         """See to it that the bucket is there, and turn the library's errors into ours."""
-        try:
+        with explained(self._bus, what):
             if self._made != self._bus.reconnects:
                 await self._make()
             yield
-        except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
-            if isinstance(exc, APIError) and exc.err_code in _NO_ROOM:
-                raise PayloadTooLarge(f"{what} failed: no room on the server ({exc.description}).") from exc
-            if not self._bus.connected:
-                why = "the connection is closed" if self._bus.is_closed else "the server is away"
-                raise ConnectionFailed(f"{what} failed: {why}.") from exc
-            raise ConnectionFailed(
-                f"{what} failed: {text_of(exc)}. Is JetStream enabled on the server (`nats-server -js`)?"
-            ) from exc
 
     async def _make(self) -> None:
         reconnects = self._bus.reconnects

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
+from openagentmesh.bus.objects import Objects
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.calling import Caller
@@ -68,6 +69,7 @@ class Node:
         self.bus = Bus(target, f"oam-host-{instance_id}")
         self.inbox = Inbox(self.bus)
         self.buckets = Buckets(self.bus, self.inbox)
+        self.objects = Objects(self.bus, self.inbox)
         self.router = Router(self.bus, self.inbox, self.buckets, instance_id)
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
@@ -249,6 +251,7 @@ class Node:
     async def _restore(self) -> None:
         """Make everything true again that was true before the connection was lost."""
         await self.buckets.restore()
+        await self.objects.restore()
         await self.registry.restore()
         await self.presence.restore()
         if self._watching_over is not None:

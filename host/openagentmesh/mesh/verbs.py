@@ -8,11 +8,13 @@ from typing import Any, Literal, overload
 from pydantic import BaseModel
 
 from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.objects import Objects
 from openagentmesh.mesh import again
 from openagentmesh.mesh.calling import Callback
 from openagentmesh.mesh.kv import KV
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.observe import Observe
+from openagentmesh.mesh.workspace import Workspace
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry
 from openagentmesh.protocol.messages import MeshMessage
 from openagentmesh.protocol.subjects import in_channel
@@ -29,6 +31,11 @@ class Verbs(ABC):
     def kv(self) -> KV:
         """The shared state: texts and models under keys."""
         return KV(self._buckets)
+
+    @property
+    def workspace(self) -> Workspace:
+        """The shared files, of any size."""
+        return Workspace(self._objects)
 
     @property
     def observe(self) -> Observe:
@@ -248,3 +255,6 @@ class Verbs(ABC):
 
     async def _buckets(self) -> Buckets:
         return (await self._ready()).buckets
+
+    async def _objects(self) -> Objects:
+        return (await self._ready()).objects

@@ -41,6 +41,8 @@ class Background:
         self._events = events
         self._instance_id = instance_id
         self._task: asyncio.Task[None] | None = None
+        # From here on it is no failure that it ends, whatever with.
+        self._stopping = False
 
     def description(self) -> dict[str, Any]:
         """How it fares, for `oam status`; JSON."""
@@ -52,7 +54,7 @@ class Background:
         }
 
     def start(self) -> None:
-        """Start it, unless it runs."""
+        """Start it, once."""
         if self._task is None:
             self._task = asyncio.create_task(self._keep_running())
 
@@ -61,6 +63,7 @@ class Background:
         task, self._task = self._task, None
         if task is None:
             return
+        self._stopping = True
         task.cancel()
         _, deaf = await asyncio.wait([task], timeout=_CANCEL_GRACE)
         if deaf:
@@ -78,9 +81,10 @@ class Background:
                 self.state = "done"
                 return
             # Its function may raise anything; a SystemExit that leaves a task would end the loop.
-            except BaseException as exc:
-                if _is_stopped(exc):
-                    raise
+            except BaseException as exc:  # noqa: BLE001 - its run ends here, and is told
+                if self._stopping:
+                    self._tell_of_stop(exc)
+                    return
                 await self._failed(exc)
             if loop.time() - started > limits.restart_pause_max:
                 pause = limits.restart_pause  # it ran for long, so this is a new failure
@@ -110,10 +114,14 @@ class Background:
                     await self._bus.until_connected()
                     await writer.send(event)
         except BaseException as exc:
-            if _is_stopped(exc) and self._bus.connected:
+            if isinstance(exc, asyncio.CancelledError) and self._stopping and self._bus.connected:
                 await writer.end()
             raise
         await writer.end()
+
+    def _tell_of_stop(self, exc: BaseException) -> None:
+        if not isinstance(exc, asyncio.CancelledError):
+            log.warning("%s failed while it was stopped: %s", self._agent.name, text_of(exc), exc_info=exc)
 
     async def _failed(self, exc: BaseException) -> None:
         """Tell everybody: subscribers, `mesh.errors`, the log."""
@@ -130,9 +138,3 @@ class Background:
         except MeshError as failed:
             log.warning("%s: nobody could be told of its failure: %s", name, failed)
         await self._events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})
-
-
-def _is_stopped(exc: BaseException) -> bool:
-    """Whether it is our own cancellation, not one that leaked from the author's function."""
-    task = asyncio.current_task()
-    return isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling() > 0

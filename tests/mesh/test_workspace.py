@@ -1,0 +1,177 @@
+"""The workspace: everything that can be put, in bounded memory, and what is said of what cannot."""
+
+import io
+import tracemalloc
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
+from openagentmesh.bus.connection import Bus, Target
+from openagentmesh.bus.objects import Objects
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.mesh.workspace import Workspace
+from openagentmesh.protocol.artifacts import CHUNK
+
+CONTENT = bytes(range(256)) * 2_000
+
+MIB = 2**20
+
+
+@pytest.fixture
+async def workspace(url: str) -> AsyncIterator[Workspace]:
+    bus = Bus(Target(url), "workspace")
+    await bus.connect()
+    inbox = Inbox(bus)
+    await inbox.open()
+    objects = Objects(bus, inbox)
+
+    async def ready() -> Objects:
+        return objects
+
+    yield Workspace(ready)
+    await bus.close()
+
+
+async def awaited(size: int) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(CONTENT), size):
+        yield CONTENT[start : start + size]
+
+
+def pieces(size: int) -> Iterator[bytes]:
+    return (CONTENT[start : start + size] for start in range(0, len(CONTENT), size))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: CONTENT,
+        lambda: bytearray(CONTENT),
+        lambda: memoryview(CONTENT),
+        lambda: memoryview(CONTENT + CONTENT[::-1])[: len(CONTENT)],
+        lambda: io.BytesIO(CONTENT),
+        lambda: awaited(1_000),
+        lambda: awaited(200_000),
+        lambda: pieces(100),
+        lambda: [CONTENT],
+        lambda: [b"", CONTENT, b""],
+    ],
+    ids=range(10),
+)
+async def test_every_form_of_content_is_stored(workspace: Workspace, name: str, data: Any) -> None:
+    """Bytes, files, iterators of either kind; what comes back is bytes."""
+    put = await workspace.put(name, data())
+    assert (name, len(CONTENT)) == (put.key, put.size)
+    assert CONTENT == await workspace.get(name)
+    assert CONTENT == b"".join([piece async for piece in workspace.read(name)])
+
+
+@pytest.mark.parametrize("text", ["", "Grüße, 世界 📦"])
+async def test_a_text_is_stored_as_utf8(workspace: Workspace, name: str, text: str) -> None:
+    """An empty one too."""
+    await workspace.put(name, text)
+    assert text.encode() == await workspace.get(name)
+
+
+async def test_a_file_is_stored_from_where_it_stands(workspace: Workspace, name: str, tmp_path: Path) -> None:
+    """And is left open."""
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    with path.open("rb") as file:
+        file.seek(300_000)
+        await workspace.put(name, file)
+        assert not file.closed
+    assert CONTENT[300_000:] == await workspace.get(name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, 7, io.StringIO("text"), ["text"], [1], {"a": 1}, "\ud800", object()],
+    ids=["none", "number", "text file", "texts", "numbers", "dict", "surrogate", "object"],
+)
+async def test_what_cannot_be_stored_is_explained(workspace: Workspace, name: str, data: Any) -> None:
+    """And what was there stays."""
+    await workspace.put(name, b"old")
+    with pytest.raises(InvalidInput):
+        await workspace.put(name, data)
+    assert b"old" == await workspace.get(name)
+
+
+@pytest.mark.parametrize("key", ["", None, 7, b"bytes", "x" * 1025, "\ud800"])
+async def test_what_cannot_be_a_key_is_explained(workspace: Workspace, key: Any) -> None:
+    """By every method, before anything is sent."""
+    for use in (
+        workspace.put(key, b"x"),
+        workspace.get(key),
+        workspace.delete(key),
+        anext(workspace.read(key)),
+    ):
+        with pytest.raises(InvalidInput):
+            await use
+    with pytest.raises(InvalidInput):
+        await workspace.list(7)  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(InvalidInput):
+        await anext(workspace.watch(7))  # type: ignore[arg-type]  # what is tested
+
+
+async def test_the_longest_key_is_usable(workspace: Workspace) -> None:
+    """The connection takes what the check lets through."""
+    key = "ü" * 512
+    await workspace.put(key, b"x")
+    assert b"x" == await workspace.get(key)
+    await workspace.delete(key)
+
+
+async def test_progress_is_told_in_bytes(workspace: Workspace, name: str) -> None:
+    """Both ways, growing, up to the size."""
+    sent: list[int] = []
+    got: list[int] = []
+    read: list[int] = []
+    await workspace.put(name, awaited(1_000), progress=sent.append)
+    await workspace.get(name, progress=got.append)
+    async for _ in workspace.read(name, progress=read.append):
+        pass
+    assert [*range(CHUNK, len(CONTENT), CHUNK), len(CONTENT)] == sent == got == read
+
+
+async def test_a_limit_is_kept(workspace: Workspace, name: str) -> None:
+    """An object of just that size is read; a larger one is not even begun."""
+    await workspace.put(name, CONTENT)
+    assert CONTENT == await workspace.get(name, limit=len(CONTENT))
+    read: list[int] = []
+    with pytest.raises(PayloadTooLarge) as caught:
+        await workspace.get(name, limit=len(CONTENT) - 1, progress=read.append)
+    assert {"size": len(CONTENT), "limit": len(CONTENT) - 1} == caught.value.details
+    assert [] == read
+
+
+async def test_the_workspace_is_listed_and_watched(workspace: Workspace, name: str) -> None:
+    """By prefix; deletions are told."""
+    for key in ("a/1", "a/2", "b"):
+        await workspace.put(f"{name}/{key}", key)
+    assert [f"{name}/a/1", f"{name}/a/2"] == sorted(found.key for found in await workspace.list(f"{name}/a/"))
+    changes = workspace.watch(f"{name}/b")
+    assert (f"{name}/b", 1, False) == ((found := await anext(changes)).key, found.size, found.deleted)
+    await workspace.delete(f"{name}/b")
+    assert (f"{name}/b", True) == ((found := await anext(changes)).key, found.deleted)
+    await changes.aclose()
+    with pytest.raises(NotFound, match=f"{name}/b"):
+        await workspace.get(f"{name}/b")
+
+
+async def test_64_megabytes_pass_in_bounded_memory(workspace: Workspace, name: str) -> None:
+    """Streamed in and out a few MiB suffice; read whole it is there once."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        await workspace.put(name, (bytes(MIB) for _ in range(64)))
+        assert 64 * MIB == sum([len(piece) async for piece in workspace.read(name)])
+        _, streamed = tracemalloc.get_traced_memory()
+        assert 64 * MIB == len(await workspace.get(name))
+        _, whole = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert streamed - before < 8 * MIB
+    assert whole - before < (64 + 16) * MIB
+    await workspace.delete(name)
