@@ -7,7 +7,6 @@ from hashlib import sha256
 from typing import Final, Literal
 
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
@@ -21,9 +20,10 @@ from tenacity import (
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.explained import explained
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
-from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, PayloadTooLarge
+from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
 Entry = KeyValue.Entry
@@ -49,20 +49,6 @@ def _retrying(what: type[Exception] | tuple[type[Exception], ...]) -> AsyncRetry
         stop=stop_after_delay(_PATIENCE),
         reraise=True,
     )
-
-
-@asynccontextmanager
-async def _explained(what: str) -> AsyncIterator[None]:
-    """Turn the library's errors into ours."""
-    try:
-        yield
-    except MaxPayloadError as exc:
-        raise PayloadTooLarge(f"{what} is larger than the server takes.") from exc
-    except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
-        raise ConnectionFailed(
-            f"{what} failed: {exc or type(exc).__name__}. "
-            "Is JetStream enabled on the server (`nats-server -js`)?"
-        ) from exc
 
 
 async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
@@ -98,7 +84,7 @@ class Buckets:
         self._ready.set()
 
     async def _make(self, bucket: str) -> KeyValue:
-        async with _explained(f"Opening the bucket '{bucket}'"):
+        with explained(self._bus, f"Opening the bucket '{bucket}'"):
             # Right after a server's start JetStream may not answer yet.
             async for attempt in _retrying((NatsError, TimeoutError)):
                 with attempt:
@@ -110,7 +96,7 @@ class Buckets:
 
     @asynccontextmanager
     async def _using(self, what: str) -> AsyncIterator[None]:
-        async with _explained(what):
+        with explained(self._bus, what):
             if not self._ready.is_set():
                 async with asyncio.timeout(_PATIENCE):
                     await self._ready.wait()

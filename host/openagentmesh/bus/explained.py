@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError
 from nats.js.errors import APIError
 
 from openagentmesh.bus.connection import Bus
@@ -26,6 +27,8 @@ def explained(bus: Bus, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except MaxPayloadError as exc:
+        raise PayloadTooLarge(f"{what} failed: it is larger than the server takes.") from exc
     except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
         if isinstance(exc, APIError) and exc.err_code in _NO_ROOM:
             raise PayloadTooLarge(f"{what} failed: no room on the server ({exc.description}).") from exc

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
@@ -10,7 +11,7 @@ from typing import Any, Final
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox, fail, settle
-from openagentmesh.bus.tasks import end
+from openagentmesh.bus.tasks import end_within
 from openagentmesh.mesh.waiting import RETURNING, Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
@@ -42,7 +43,8 @@ class Caller:
         self._waits.fail_all()
         if self._sending:
             await asyncio.wait(self._sending, timeout=_CALLBACK_GRACE)
-        await end(*self._sending)
+        if deaf := await end_within(_CALLBACK_GRACE, self._sending):
+            log.error("%d callbacks of send do not stop", len(deaf))
 
     async def call(self, name: str, payload: object, timeout: float | None, headers: Headers) -> Any:  # noqa: ANN401 - a JSON value of any shape
         """Send one request and return the first answer, or raise what came instead."""
@@ -133,7 +135,8 @@ class Caller:
                     elif frame.error:
                         raise codec.read_error(frame.body)
             except TimeoutError:
-                raise _timeout(subject, timeout, name, request_id) from None
+                waited = total if reader.is_over else timeout
+                raise _timeout(subject, waited, name, request_id) from None
             except MeshError as exc:
                 raise _with_id(exc, name, request_id) from exc.__cause__
             finally:
@@ -141,8 +144,7 @@ class Caller:
                     self._inbox.forget(reply)
                 else:
                     await self._waits.cancel(waiting, reply)
-                if not self._bus.is_closed:
-                    await self._bus.quit(sid)
+                await self._quit(sid)
 
     async def send(  # noqa: PLR0913 - what `send` takes
         self,
@@ -161,7 +163,7 @@ class Caller:
         head = codec.request_headers(
             request_id,
             self._instance_id,
-            timeout=None,
+            timeout=timeout if on_reply else None,
             accept="" if on_reply or reply_to else codec.NO_REPLY,
             reply_to=reply_to,
             extra=headers,
@@ -180,6 +182,13 @@ class Caller:
 
     async def _send_off(self, name: str, body: bytes, head: bytes) -> None:
         """Send, and learn from NATS whether anybody is there."""
+        while await self._reaches_nobody(name, body, head):
+            if not self._bus.unsettled:
+                raise await self._waits.nobody(name, "send")
+            await asyncio.sleep(RETURNING)
+        await self._waits.look_up(name, "send")  # whoever listens to all of the mesh hides a 503
+
+    async def _reaches_nobody(self, name: str, body: bytes, head: bytes) -> bool:
         found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         reply = self._inbox.expect(lambda message: settle(found, message))
         try:
@@ -188,8 +197,7 @@ class Caller:
                 await self._bus.flush()  # the 503 comes before it
         finally:
             self._inbox.forget(reply)
-        if found.done() and codec.read_answer(found.result().head, b"").nobody:
-            raise await self._waits.nobody(name, "send")
+        return found.done() and codec.read_answer(found.result().head, b"").nobody
 
     async def _send_for_replies(
         self, replies: "Replies", body: bytes, head: bytes, timeout: float | None
@@ -197,23 +205,38 @@ class Caller:
         _check_id(replies.request_id)
         subject = subjects.results(replies.request_id)
         reader = ChunkReader(self._bus.publish, replies.agent, replies.request_id, timeout)
-        sid = await self._bus.listen(subject, reader.receive)
-        try:
-            await self._bus.publish(subjects.agent(replies.agent), body, head, subject)
-        except MeshError:
-            await self._bus.quit(sid)
-            raise
-        task = asyncio.create_task(self._pass_on(replies, reader, sid))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+        async with AsyncExitStack() as stack:
+            sid = await self._bus.listen(subject, reader.receive)
+            stack.push_async_callback(self._quit, sid)
+            stack.enter_context(self._waits.watched(replies.agent, "send", reader.fail))
+            publish = partial(self._bus.publish, subjects.agent(replies.agent), body, head, subject)
+            await publish()
+            # From here on the task listens and waits.
+            task = asyncio.create_task(self._pass_on(replies, reader, publish, stack.pop_all()))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
 
-    async def _pass_on(self, replies: "Replies", reader: ChunkReader, sid: int) -> None:
-        """Give each reply to its callback, or the error that ended them."""
+    async def _quit(self, sid: int) -> None:
+        if not self._bus.is_closed:
+            await self._bus.quit(sid)
+
+    async def _pass_on(
+        self,
+        replies: "Replies",
+        reader: ChunkReader,
+        publish: Callable[[], Awaitable[None]],
+        listening: AsyncExitStack,
+    ) -> None:
+        """Give each reply to its callback, or the error that ended them; `publish` asks again."""
         name, request_id = replies.agent, replies.request_id
         try:
-            with self._waits.watched(name, "send", reader.fail):
+            async with listening:
                 while True:
                     frame = await reader.next()
+                    if frame.nobody and self._bus.unsettled:
+                        await asyncio.sleep(RETURNING)
+                        await publish()
+                        continue
                     body = await self._body(frame, name, "send")
                     if not frame.end:
                         await replies.give(codec.load(body))
@@ -224,9 +247,6 @@ class Caller:
             await replies.failed(error)
         except MeshError as exc:
             await replies.failed(_with_id(exc, name, request_id))
-        finally:
-            if not self._bus.is_closed:
-                await self._bus.quit(sid)
 
     async def _body(self, answer: codec.Answer, name: str, verb: Verb) -> bytes:
         """The body of an ok answer; anything else is raised."""
@@ -262,7 +282,11 @@ class Replies:
             result = callback(value)
             if isawaitable(result):
                 await result
-        except Exception:  # the author's callback ends here; the next reply still comes
+        # The author's callback ends here, whatever it raises; the next reply still comes.
+        except BaseException as exc:
+            task = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
             log.exception("a callback for replies of %s failed", self.agent)
 
 

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import fail, settle
+from openagentmesh.bus.requests import settle
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
@@ -67,59 +67,56 @@ class Events:
         """The events of all publishers of a channel, whoever of them fails or ends."""
         if why := subjects.invalid_name(channel):
             raise ValueError(f"{channel!r} is no channel: {why}.")
-        async with aclosing(self._frames(subjects.channel_events(channel), timeout)) as frames:
-            async for subject, frame in frames:
-                # Requests to the agents of the channel pass here as well.
-                publisher = subjects.publisher_of(subject)
-                if publisher and frame.error:
-                    log.info("%s failed, the others go on: %s", publisher, codec.read_error(frame.body))
-                elif publisher and frame.body:
-                    yield _message(subject, frame)
+        every = subjects.channel_events(channel)
+        async with self._listening(_Feed(every, endless=True, publishers_only=True)) as feed:
+            while (message := await feed.next(timeout)) is not None:
+                yield message
 
     async def on_subject(self, subject: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
-        """What comes on a subject, until a frame says that it is the last; an error is raised."""
-        async with aclosing(self._frames(subject, timeout)) as frames:
-            async for found, frame in frames:
-                if frame.error:
-                    raise codec.read_error(frame.body)
-                if frame.body:
-                    yield _message(found, frame)
-                if frame.end:
-                    return
+        """What comes on a subject, until a frame says that it is the last; an error is raised.
 
-    async def _frames(
-        self, subject: str, timeout: float | None
-    ) -> AsyncGenerator[tuple[str, codec.Answer], None]:
-        feed = _Feed(subject)
+        On a subject with wildcards many emit, and none of them ends it for the others.
+        """
+        async with self._listening(_Feed(subject, endless="*" in subject or ">" in subject)) as feed:
+            while (message := await feed.next(timeout)) is not None:
+                yield message
+
+    @asynccontextmanager
+    async def _listening(self, feed: "_Feed") -> AsyncIterator["_Feed"]:
+        sid = await self._bus.listen(feed.subject, feed.receive)
         self._feeds.add(feed)
-        sid = await self._bus.listen(subject, feed.receive)
         try:
-            while True:
-                message = await feed.next(timeout)
-                yield message.subject, codec.read_answer(message.head, message.body)
+            yield feed
         finally:
             self._feeds.discard(feed)
             if not self._bus.is_closed:
                 await self._bus.quit(sid)
 
 
-def _message(subject: str, frame: codec.Answer) -> MeshMessage[Any]:
-    return MeshMessage(subject, codec.load_message(frame.headers, frame.body), frame.headers)
-
-
 class _Feed:
-    """The messages of one subscriber that it has not taken yet."""
+    """The messages that one subscriber has not taken yet.
 
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
+    An `endless` feed goes on whoever of many ends or fails; one of `publishers_only` has their
+    events and nothing else that comes on the same subjects.
+    """
+
+    def __init__(self, subject: str, *, endless: bool = False, publishers_only: bool = False) -> None:
+        self.subject = subject
+        self._endless = endless
+        self._publishers_only = publishers_only
         self._messages: deque[Message] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._failed: MeshError | None = None
+        self._ended = False
 
     def receive(self, message: Message) -> None:
         """Keep one message; called from the read loop."""
+        # Requests to the agents of a channel pass where its events do.
+        unwanted = self._publishers_only and not subjects.publisher_of(message.subject)
+        if unwanted or self._failed is not None:
+            return
         if len(self._messages) >= _MOST_WAITING:
-            self.fail(Overloaded(f"The subscriber of {self._subject} is {_MOST_WAITING} messages behind."))
+            self.fail(Overloaded(f"The subscriber of {self.subject} is {_MOST_WAITING} messages behind."))
             return
         self._messages.append(message)
         if self._waiting is not None:
@@ -129,25 +126,44 @@ class _Feed:
         """End the feed with an error, after what has arrived."""
         self._failed = self._failed or error
         if self._waiting is not None:
-            fail(self._waiting, self._failed)
+            settle(self._waiting, None)
 
-    async def next(self, timeout: float | None) -> Message:
-        """The next message.
+    async def next(self, timeout: float | None) -> MeshMessage[Any] | None:
+        """The next message that carries something; None when there will be no more.
 
         Raises:
-            MeshTimeout: none came within `timeout` seconds.
+            MeshTimeout: there is none within `timeout` seconds.
+            MeshError: the publisher failed, or the feed did.
 
         """
-        if not self._messages:
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._ended:
+                    await self._until_any()
+                    message = self._messages.popleft()
+                    frame = codec.read_answer(message.head, message.body)
+                    self._ended = frame.end and not self._endless
+                    if frame.error:
+                        self._on_error(message.subject, frame)
+                    elif frame.body:
+                        value = codec.load_message(frame.headers, frame.body)
+                        return MeshMessage(message.subject, value, frame.headers)
+        except TimeoutError:
+            raise MeshTimeout(
+                f"No message on {self.subject} within {timeout}s",
+                details={"subject": self.subject, "timeout": timeout},
+            ) from None
+        return None
+
+    def _on_error(self, subject: str, frame: codec.Answer) -> None:
+        error = codec.read_error(frame.body)
+        if not self._endless:
+            raise error
+        log.info("an error on %s, the others go on: %s", subject, error)
+
+    async def _until_any(self) -> None:
+        while not self._messages:
             if self._failed is not None:
                 raise self._failed
             self._waiting = asyncio.get_running_loop().create_future()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._waiting
-            except TimeoutError:
-                raise MeshTimeout(
-                    f"No message on {self._subject} within {timeout}s",
-                    details={"subject": self._subject, "timeout": timeout},
-                ) from None
-        return self._messages.popleft()
+            await self._waiting

@@ -174,12 +174,13 @@ class Verbs(ABC):
         Args:
             agent: of this publisher, until it ends; its failure is raised.
             channel: of all publishers of this channel, whoever of them fails or ends.
-            subject: what comes on this NATS subject, which may have wildcards.
+            subject: what comes on this NATS subject until a frame says that it is the last; on
+                one with wildcards nobody ends it for the others.
             timeout: seconds to wait for the next event; None for ever.
             messages: yield each event as a MeshMessage, with its agent, subject and headers.
 
         Raises:
-            ValueError: not one of agent, channel and subject.
+            ValueError: none of agent, channel and subject, or both an agent and a subject.
             MeshTimeout: no event came in time.
             NotFound: no agent has this name.
             InvocationMismatch: the agent is no publisher.

@@ -106,7 +106,9 @@ class Waits:
         """
         if self._is_known(name):
             return
-        contract = self._own(name) or await self._directory.contract(name)
+        contract = await self._find(name)
+        if contract is None:
+            raise _not_found(name)
         contract.check_verb(verb)
         self.now_known(name)
 
@@ -114,7 +116,7 @@ class Waits:
         """Why nobody answers for `name`."""
         contract = self._own(name) or await self._directory.find(name)
         if contract is None:
-            return NotFound(f"Agent '{name}' is not in the catalog", agent=name)
+            return _not_found(name)
         contract.check_verb(verb)
         return NotAvailable(f"Agent '{name}' is in the catalog, but nobody answers for it", agent=name)
 
@@ -184,25 +186,23 @@ class Waits:
         Usually NATS says that nobody is there, but not while anyone listens to `mesh.>`.
         """
         try:
-            contract = self._own(waiting.name) or await self._directory.find(waiting.name)
-            while contract is None and self._bus.unsettled:
-                await asyncio.sleep(RETURNING)
-                contract = await self._directory.find(waiting.name)
-            if contract is None:
-                await asyncio.sleep(_SECOND_LOOK)
-                contract = await self._directory.find(waiting.name)
-            if contract is None:
-                waiting.fail(NotFound(f"Agent '{waiting.name}' is not in the catalog", agent=waiting.name))
-                return
-            contract.check_verb(verb)
-        except InvocationMismatch as exc:
+            await self.look_up(waiting.name, verb)
+        except (NotFound, InvocationMismatch) as exc:
             waiting.fail(exc)
-            return
         except MeshError as exc:
             # The request itself may well be answered.
             log.debug("looking up '%s': %s", waiting.name, exc)
-            return
-        self.now_known(waiting.name)
+
+    async def _find(self, name: str) -> AgentContract | None:
+        """The contract of an agent, which may be about to be published."""
+        contract = self._own(name) or await self._directory.find(name)
+        while contract is None and self._bus.unsettled:
+            await asyncio.sleep(RETURNING)
+            contract = await self._directory.find(name)
+        if contract is None:
+            await asyncio.sleep(_SECOND_LOOK)
+            contract = await self._directory.find(name)
+        return contract
 
     def _on_death(self, message: Message) -> None:
         try:
@@ -213,3 +213,7 @@ class Waits:
         for waiting in [w for w in self._waiting if w.name == notice.agent]:
             text = f"The last instance serving agent '{notice.agent}' is gone ({notice.reason})"
             waiting.fail(died(notice, text))
+
+
+def _not_found(name: str) -> NotFound:
+    return NotFound(f"Agent '{name}' is not in the catalog", agent=name)

@@ -8,8 +8,7 @@ missing schema gives `{}`, which None becomes as a reply, and which asks for not
 that did not say what it takes looks like one that takes nothing. Who takes without a schema takes anything.
 
 Anybody may publish a schema: nothing here raises, work and result are bounded, and what is no schema is any
-value. `not`, `if`, `contains`, `dependent…` and `unevaluated…`, which pydantic never writes,
-are not looked at.
+value. `not`, `if`, `contains`, `dependent…`, `unevaluated…`, which pydantic never writes, are not looked at.
 """
 
 import math

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.tasks import end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
 from openagentmesh.serving.agent import Agent
@@ -41,7 +42,6 @@ class Background:
         self._events = events
         self._instance_id = instance_id
         self._task: asyncio.Task[None] | None = None
-        # From here on it is no failure that it ends, whatever with.
         self._stopping = False
 
     def description(self) -> dict[str, Any]:
@@ -64,9 +64,7 @@ class Background:
         if task is None:
             return
         self._stopping = True
-        task.cancel()
-        _, deaf = await asyncio.wait([task], timeout=_CANCEL_GRACE)
-        if deaf:
+        if await end_within(_CANCEL_GRACE, [task]):
             log.error("%s does not stop: its function swallows its cancellation", self._agent.name)
         if self.state != "done":
             self.state = "stopped"
@@ -76,16 +74,15 @@ class Background:
         pause = limits.restart_pause
         while True:
             started, self.state = loop.time(), "running"
-            try:
-                await self._run()
+            # In a task of its own: a function may cancel the task that it runs in.
+            failure = await asyncio.create_task(self._outcome())
+            if _is_cancelled():
+                self._tell_of_stop(failure)
+                return
+            if failure is None:
                 self.state = "done"
                 return
-            # Its function may raise anything; a SystemExit that leaves a task would end the loop.
-            except BaseException as exc:  # noqa: BLE001 - its run ends here, and is told
-                if self._stopping:
-                    self._tell_of_stop(exc)
-                    return
-                await self._failed(exc)
+            await self._failed(failure)
             if loop.time() - started > limits.restart_pause_max:
                 pause = limits.restart_pause  # it ran for long, so this is a new failure
             # Many hosts whose publishers fail of one cause must not come back all at once.
@@ -95,6 +92,14 @@ class Background:
             await asyncio.sleep(wait)
             pause = min(pause * 2, limits.restart_pause_max)
             self.restarts, self.next_start = self.restarts + 1, None
+
+    async def _outcome(self) -> BaseException | None:
+        """One run, and what ended it, which may be anything: a SystemExit would end the loop."""
+        try:
+            await self._run()
+        except BaseException as exc:  # noqa: BLE001 - its run ends here, and is told
+            return exc
+        return None
 
     async def _run(self) -> None:
         function = self._agent.handler.function
@@ -119,8 +124,8 @@ class Background:
             raise
         await writer.end()
 
-    def _tell_of_stop(self, exc: BaseException) -> None:
-        if not isinstance(exc, asyncio.CancelledError):
+    def _tell_of_stop(self, exc: BaseException | None) -> None:
+        if exc is not None and not isinstance(exc, asyncio.CancelledError):
             log.warning("%s failed while it was stopped: %s", self._agent.name, text_of(exc), exc_info=exc)
 
     async def _failed(self, exc: BaseException) -> None:
@@ -138,3 +143,9 @@ class Background:
         except MeshError as failed:
             log.warning("%s: nobody could be told of its failure: %s", name, failed)
         await self._events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the running task."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

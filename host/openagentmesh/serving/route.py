@@ -10,6 +10,7 @@ from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.tasks import end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
@@ -236,12 +237,8 @@ class Route:
         if not self._tasks:
             return
         _, late = await asyncio.wait(self._tasks, timeout=timeout)
-        for task in late:
-            task.cancel()
-        if late:
-            _, deaf = await asyncio.wait(late, timeout=_CANCEL_GRACE)
-            if deaf:
-                log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
+        if deaf := await end_within(_CANCEL_GRACE, late):
+            log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
 
     def _lifeline(self, call: Call, reply: str) -> Lifeline:
         shared = self._shared

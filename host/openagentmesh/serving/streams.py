@@ -143,6 +143,11 @@ class ChunkReader:
         self._granted_at = time.monotonic()
         self._reply = ""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for all of it has passed."""
+        return self._last < math.inf and asyncio.get_running_loop().time() >= self._last
+
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
         frame = codec.read_frame(message.head, message.body)
@@ -153,6 +158,8 @@ class ChunkReader:
             self.on_instance(frame.instance, message.reply)
         if frame.accepted:
             return
+        if self._failed is not None:
+            return  # what came before it is still read, nothing after a gap
         if len(self._frames) >= _MOST_WAITING:
             self.fail(Overloaded(f"The reader of '{self._agent}' is {_MOST_WAITING} chunks behind."))
             return
@@ -175,6 +182,8 @@ class ChunkReader:
         """
         if not self._frames:
             await self._wait()
+        elif self.is_over:
+            raise TimeoutError
         frame = self._frames.popleft()
         self.ended = frame.end or frame.error
         if frame.seq is not None and not frame.error:
