@@ -49,12 +49,12 @@ class Directory:
         listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
         await self._catch_up()
         names = {entry.name for entry in listed}
-        missing = [self._contract(name) for name in self._documents if name not in names]
+        missing = [self.known(name) for name in self._documents if name not in names]
         return listed + [contract.to_catalog_entry() for contract in missing if contract]
 
     async def discover(self) -> list[AgentContract]:
         """The contracts of all agents, in the catalog's order."""
-        contracts = [self._contract(entry.name) for entry in await self.catalog()]
+        contracts = [self.known(entry.name) for entry in await self.catalog()]
         return [contract for contract in contracts if contract]
 
     async def contract(self, name: str) -> AgentContract:
@@ -115,7 +115,8 @@ class Directory:
                     self._documents, self._current = loading, True
                 self._progress.set()
 
-    def _contract(self, name: str) -> AgentContract | None:
+    def known(self, name: str) -> AgentContract | None:
+        """One agent's contract as the copy has it now, or None."""
         document = self._documents.get(name)
         if document is None:
             return None

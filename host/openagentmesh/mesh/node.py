@@ -19,6 +19,7 @@ from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.events import Events
 from openagentmesh.mesh.observe import follow_levels
+from openagentmesh.mesh.peers import served_by_strangers
 from openagentmesh.mesh.presence import Presence
 from openagentmesh.mesh.registry import Registry
 from openagentmesh.mesh.waiting import Waits
@@ -192,8 +193,17 @@ class Node:
         except MeshError as exc:
             log.warning("log levels are not followed any more: %s", exc)
 
-    async def _clear(self, agents: set[str]) -> None:
-        await self.registry.withdraw([], everywhere=agents)
+    async def _clear(self, agents: set[str]) -> set[str]:
+        """Take agents that died out of the registry, but for those that somebody serves; returns them."""
+        gone = await self._nobodys(agents)
+        await self.registry.withdraw([], everywhere=gone)
+        return gone
+
+    async def _nobodys(self, agents: set[str]) -> set[str]:
+        """Those of these agents, in no record, that peers without records do not serve either."""
+        known = [self.own(name) or self.directory.known(name) for name in agents]
+        contracts = [contract for contract in known if contract]
+        return agents - await served_by_strangers(self.bus, self.inbox, contracts)
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
@@ -203,7 +213,7 @@ class Node:
         try:
             if self.bus.connected and served:
                 await self.router.drain(drain_timeout)
-                lonely = await self.presence.withdraw()
+                lonely = await self._nobodys(await self.presence.withdraw())
                 await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
                 await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
                 for route in self.router:

@@ -1,13 +1,16 @@
 """An eye on the instances that have our requests in hand (protocol §10)."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Final
 
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import AgentDied, MeshError, MeshTimeout
 from openagentmesh.protocol.messages import DeathNotice
 
@@ -83,3 +86,39 @@ async def is_gone(inbox: Inbox, instance_id: str) -> bool | None:
     except MeshError:
         return False  # it is we who are cut off
     return codec.read_answer(message.head, message.body).nobody
+
+
+async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentContract]) -> set[str]:
+    """Which of these agents somebody listens for, though no record says so: peers of other makes.
+
+    They are asked with the wrong verb, which runs nothing: what counts is whether NATS says that
+    nobody is there. Where it does not say so of a name that nobody can have, somebody listens to
+    everything, and nothing can be told.
+    """
+    nobody: set[str] = set()
+    replies: list[str] = []
+    asked = []
+
+    async def ask(subject: str, *, streaming: bool) -> None:
+        def receive(message: Message) -> None:
+            if codec.read_answer(message.head, b"").nobody:
+                nobody.add(subject)
+
+        reply = inbox.expect(receive)
+        replies.append(reply)
+        head = codec.request_headers(codec.new_id(), "", timeout=None, streaming=streaming)
+        await bus.publish(subject, b"", head, reply)
+
+    try:
+        for contract in contracts:
+            if contract.invocable:
+                subject = subjects.agent(contract.name)
+                impossible = f"{subject.rpartition('.')[0]}.{codec.new_id()}"
+                await ask(subject, streaming=not contract.streaming)
+                await ask(impossible, streaming=False)
+                asked.append((contract.name, subject, impossible))
+        await bus.flush()  # the 503s come before it
+    finally:
+        for reply in replies:
+            inbox.forget(reply)
+    return {name for name, subject, impossible in asked if subject not in nobody and impossible in nobody}

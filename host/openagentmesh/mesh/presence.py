@@ -87,11 +87,12 @@ class Presence:
             notice = DeathNotice(agent=name, reason=reason, detected_at=now, instance_id=instance_id)
             await self._bus.publish(subjects.death(name), notice.model_dump_json().encode())
 
-    async def watch_over(self, clear: Callable[[set[str]], Awaitable[None]]) -> None:
+    async def watch_over(self, clear: Callable[[set[str]], Awaitable[set[str]]]) -> None:
         """Clear up after instances that died without a word; runs until cancelled.
 
         At first all records are looked at, then each instance looks after the next one in
-        the order of their ids. `clear` is given the agents that nobody serves any more.
+        the order of their ids. `clear` is given the agents that are in no record any more,
+        and returns those that nobody serves.
         """
         suspects: set[str] = set()
         newcomer = True
@@ -125,14 +126,13 @@ class Presence:
         return {key for key, nobody in zip(asked, gone, strict=True) if nobody}
 
     async def _bury(
-        self, instance_id: str, records: Records, clear: Callable[[set[str]], Awaitable[None]]
+        self, instance_id: str, records: Records, clear: Callable[[set[str]], Awaitable[set[str]]]
     ) -> None:
         record = records.pop(instance_id)
         await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [instance_id])
         lonely = set(record["agents"]) - _served(records)
         log.warning("instance %s died; nobody serves %d of its agents now", instance_id[:8], len(lonely))
-        await clear(lonely)
-        await self.notify_deaths(lonely, instance_id, "disconnect")
+        await self.notify_deaths(await clear(lonely), instance_id, "disconnect")
 
 
 async def instances(buckets: Buckets) -> Records:
