@@ -8,9 +8,8 @@ oam agent subscribe market.gold
 import asyncio
 from collections.abc import AsyncIterator
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 

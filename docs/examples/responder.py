@@ -6,9 +6,8 @@ oam agent call geo.distance '{"x": 3, "y": 4}'
 import asyncio
 import math
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, InvalidInput
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 

@@ -6,9 +6,8 @@ oam agent send jobs.render '{"page": 1}'
 import asyncio
 from typing import Any
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, MeshError
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 

@@ -1,10 +1,13 @@
-"""State that all agents share: texts and models under keys, changed without losing an update."""
+"""State that all agents share: texts and models under keys, changed without losing an update.
+
+oam agent call plan.add '"step"'
+"""
 
 import asyncio
-
-from pydantic import BaseModel
+from contextlib import suppress
 
 from openagentmesh import AgentMesh, AgentSpec, KVConflict, KVKeyExists
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 
@@ -15,6 +18,8 @@ class Plan(BaseModel):
 
 @mesh.agent(AgentSpec(name="plan.add", description="Adds a step to the plan that all share."))
 async def add(step: str) -> int:
+    with suppress(KVKeyExists):
+        await mesh.kv.create("plan", Plan().model_dump_json())
     for _ in range(20):
         async with mesh.kv.try_cas_model("plan", Plan) as draft:
             draft.value = Plan(steps=[*draft.value.steps, step])
@@ -25,7 +30,6 @@ async def add(step: str) -> int:
 
 async def main() -> None:
     async with mesh.local():
-        await mesh.kv.put_model("plan", Plan())
         await asyncio.gather(*[mesh.call("plan.add", f"step {number}") for number in range(5)])
         print(sorted((await mesh.kv.get_model("plan", Plan)).steps))
 

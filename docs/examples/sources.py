@@ -5,9 +5,8 @@ oam mesh listen 'mesh.errors.>'        # what they could not handle
 
 import asyncio
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, KVEntry, MeshMessage
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 happened: asyncio.Queue[str] = asyncio.Queue()

@@ -7,9 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 produced = 0

@@ -3,9 +3,8 @@
 import asyncio
 import json
 
-from pydantic import BaseModel, Field
-
 from openagentmesh import AgentMesh, AgentSpec
+from pydantic import BaseModel, Field
 
 mesh = AgentMesh()
 

@@ -7,9 +7,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import aclosing
 
-from pydantic import BaseModel
-
 from openagentmesh import AgentMesh, AgentSpec, NotFound
+from pydantic import BaseModel
 
 mesh = AgentMesh()
 

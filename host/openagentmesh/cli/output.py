@@ -60,7 +60,7 @@ def fail(error: MeshError, *, json_: bool = False) -> NoReturn:
     typer.echo(f"Error [{error.code}] {error.message}", err=True)
     if error.details:
         typer.echo(f"  {as_json(error.details)[:_MOST_DETAILS]}", err=True)
-    if error.hint:
+    if error.hint and "key" not in error.details:  # hints are about agents
         typer.echo(f"  {error.hint.replace('NAME', error.agent or 'NAME')}", err=True)
     raise typer.Exit(1)
 

@@ -82,7 +82,8 @@ def _doing(agent: dict[str, Any]) -> str:
     if not agent.get("active", True):
         return "off: its condition does not hold"
     if background is None:
-        return f"{agent['requests']} requests  {agent['errors']} errors  {agent['in_flight']} running"
+        done = f"{count(agent['requests'], 'request')}  {count(agent['errors'], 'error')}"
+        return f"{done}  {agent['in_flight']} running"
     text = f"{agent['kind']}  {background['state']}"
     if background["restarts"] or background["error"]:
         text += f"  {count(background['restarts'], 'restart')}  {_bad(background['error'])}"

@@ -1,0 +1,1 @@
+"""What runs on either SDK, unchanged: one that asks, one that serves, one that is a replica."""

@@ -1,0 +1,44 @@
+"""The published SDK in an environment of its own, as its users install it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+PUBLISHED: Final = "openagentmesh==0.2.0"
+_CHECK: Final = (
+    f"import importlib.metadata as m; assert m.version('openagentmesh') == {PUBLISHED.partition('==')[2]!r}"
+)
+
+
+class NotInstalled(Exception):
+    """The published SDK cannot be had here; the message says why."""
+
+
+def install_published(folder: Path, timeout: float = 300) -> Path:
+    """Make a virtual environment with the published SDK, unless it is there; returns its interpreter.
+
+    Raises:
+        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
+
+    """
+    python = folder / "bin" / "python"
+    try:
+        if not python.exists():
+            _run(sys.executable, "-m", "venv", folder, timeout=timeout)
+        if subprocess.run([python, "-c", _CHECK], check=False, capture_output=True).returncode:
+            # Most of what comes along is never imported, and need not be compiled.
+            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", PUBLISHED, timeout=timeout)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise NotInstalled(f"{PUBLISHED} could not be installed from PyPI: {_reason(exc)}") from exc
+    return python
+
+
+def _reason(exc: Exception) -> str:
+    said = exc.stderr if isinstance(exc, subprocess.CalledProcessError) else None
+    lines = (said or "").strip().splitlines() or [str(exc)]
+    return next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+
+
+def _run(*command: str | Path, timeout: float) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout)
