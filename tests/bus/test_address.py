@@ -84,3 +84,10 @@ def test_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("nats://env:1", "/env.creds") == (address.url_or_default(), address.creds_or_none())
     assert "nats://given:1" == address.url_or_default("nats://given:1")
     assert "/given.creds" == address.creds_or_none("/given.creds")
+
+
+def test_what_is_written_is_for_its_owner_only(tmp_path: Path) -> None:
+    """A url may have a password, so nobody else can read the file, whoever made it before."""
+    (tmp_path / ".oam-url").write_text("nats://old")
+    path = address.write(tmp_path, "nats://user:secret@127.0.0.1:4222")
+    assert 0o600 == path.stat().st_mode & 0o777

@@ -60,10 +60,12 @@ def _read(path: Path) -> Address:
 
 
 def write(folder: Path, url: str, creds: str | None = None) -> Path:
-    """Leave a `.oam-url` in `folder`."""
+    """Leave a `.oam-url` in `folder`, for its owner's eyes: a url may have a password."""
     path = folder / FILE_NAME
     # A bare url where that is enough: peers read no more than that.
     text = f"url = {json.dumps(url)}\ncreds = {json.dumps(creds)}\n" if creds else f"{url}\n"
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -52,9 +52,11 @@ _KINDS: Final = {(True, False): "call", (True, True): "stream", (False, True): "
 def up(
     port: Annotated[int, typer.Option("-p", "--port", min=1, max=65535, help="Where it listens.")] = 4222,
     foreground: Annotated[bool, typer.Option("-f", "--foreground", help="Stay until Ctrl-C.")] = False,  # noqa: FBT002 - a flag
+    *,
+    json_: Json = False,
 ) -> None:
     """Start a NATS server for development, without agents, and write .oam-url."""
-    run(_foreground(port) if foreground else _background(port))
+    run(_foreground(port) if foreground else _background(port, json_=json_), json_=json_)
 
 
 async def _foreground(port: int) -> None:
@@ -69,7 +71,7 @@ async def _foreground(port: int) -> None:
         await server.stop()
 
 
-async def _background(port: int) -> None:
+async def _background(port: int, *, json_: bool) -> None:
     url = f"nats://{HOST}:{port}"
     lock = lock_store(_STORE)
     _LOG_FILE.write_text("")
@@ -90,6 +92,8 @@ async def _background(port: int) -> None:
         raise
     address.write(Path.cwd(), url)
     note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
+    if json_:
+        say(as_json({"url": url, "pid": process.pid}))
 
 
 async def _until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
@@ -118,7 +122,7 @@ def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
 
 
 @app.command()
-def down() -> None:
+def down(*, json_: Json = False) -> None:
     """Stop the server that `oam mesh up` started here."""
     if not _PID_FILE.is_file():
         note("no server was started here with `oam mesh up`")
@@ -133,8 +137,10 @@ def down() -> None:
         pass
     if pid:
         os.kill(int(pid), signal.SIGTERM)
-        run(_until_free())
+        run(_until_free(), json_=json_)
     note("stopped" if pid else "it was not running any more")
+    if json_:
+        say(as_json({"stopped": bool(pid)}))
     _PID_FILE.unlink(missing_ok=True)
     (Path.cwd() / address.FILE_NAME).unlink(missing_ok=True)
 
