@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from openagentmesh.bus.buckets import Buckets
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound
+from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, problems_of
 from openagentmesh.protocol.messages import KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 
@@ -240,9 +240,10 @@ def _model(model: type[ModelT]) -> _Form[ModelT]:
         try:
             found: ModelT = adapter.validate_json(value)
         except ValidationError as exc:
+            problems = problems_of(exc)
             raise InvalidInput(
-                f"What is stored under '{key}' is no {model.__name__}: {exc.errors()[0]['msg']}",
-                details={"key": key, "errors": exc.errors(include_url=False, include_context=False)},
+                f"What is stored under '{key}' is no {model.__name__}: {problems[0]['msg']}",
+                details={"key": key, "errors": problems},
             ) from exc
         return found
 

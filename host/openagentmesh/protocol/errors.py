@@ -1,6 +1,12 @@
 """Everything that can go wrong on the mesh, each with its code on the wire (protocol §8, §10)."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+_MOST_SHOWN: Final = 16 * 1024
+_MOST_PROBLEMS: Final = 100
 
 
 def text_of(exc: BaseException) -> str:
@@ -9,6 +15,18 @@ def text_of(exc: BaseException) -> str:
         return str(exc) or type(exc).__name__
     except Exception:  # noqa: BLE001 - an author's exception may fail even at this
         return f"{type(exc).__name__}: <exception str() failed>"
+
+
+def problems_of(exc: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's list of what is wrong; exceptions in it become texts."""
+    try:
+        document = exc.json(include_url=False)
+    except ValueError:  # the input itself cannot be shown, for it is no text
+        document = exc.json(include_url=False, include_input=False)
+    if len(document) > _MOST_SHOWN:  # large inputs would crowd out what is wrong with them
+        document = exc.json(include_url=False, include_input=False)
+    found: list[dict[str, Any]] = from_json(document)
+    return found[:_MOST_PROBLEMS]
 
 
 class MeshError(Exception):

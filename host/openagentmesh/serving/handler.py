@@ -9,17 +9,15 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import PydanticSerializationError, to_json
 
-from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput
+from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, problems_of
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint
 
 Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
 # What a source-driven handler takes around the data: nothing, a KVEntry or a MeshMessage.
 Envelope = Literal["", "entry", "message"]
-_MOST_SHOWN: Final = 16 * 1024
-_MOST_ERRORS: Final = 100
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
 _NOTHING: Final = b"{}"
 _ENVELOPES: Final[dict[Any, Envelope]] = {KVEntry: "entry", MeshMessage: "message"}
@@ -114,7 +112,7 @@ class Handler:
                 return self.input.adapter.validate_python(None)
             return self.input.adapter.validate_json(body)
         except ValidationError as exc:
-            errors = _NO_BODY if not body else _as_json(exc)
+            errors = _NO_BODY if not body else problems_of(exc)
             raise InvalidInput(
                 f"Input failed validation for agent '{agent}'", details={"errors": errors}
             ) from exc
@@ -172,18 +170,6 @@ class Handler:
 _NO_BODY: Final[list[dict[str, Any]]] = [
     {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
 ]
-
-
-def _as_json(exc: ValidationError) -> list[dict[str, Any]]:
-    """Pydantic's list of what is wrong; exceptions in it become texts."""
-    try:
-        document = exc.json(include_url=False)
-    except ValueError:  # the input itself cannot be shown, for it is no text
-        document = exc.json(include_url=False, include_input=False)
-    if len(document) > _MOST_SHOWN:  # large inputs would crowd out what is wrong with them
-        document = exc.json(include_url=False, include_input=False)
-    found: list[dict[str, Any]] = from_json(document)
-    return found[:_MOST_ERRORS]
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
