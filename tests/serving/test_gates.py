@@ -1,0 +1,291 @@
+"""Gates: on and off by a key or a message, without leaving the catalog."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openagentmesh import AgentMesh, AgentSpec, Cancelled, Condition, MeshError, MeshMessage, NotAvailable
+from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.mesh import presence
+from openagentmesh.protocol import subjects
+
+from tests.serving.test_router import node_of
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openagentmesh.bus.connection.LINGER", 0.01)
+
+
+def gated(mesh: AgentMesh, name: str, condition: Condition) -> None:
+    @mesh.agent(AgentSpec(name=name), active_when=condition)
+    async def agent() -> str:
+        return mesh.instance_id
+
+
+async def events_of(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
+    """The names of the agent's log events."""
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    receive = lambda message: heard.put_nowait(json.loads(message.body)["event"])  # noqa: E731 - a receiver
+    await node_of(mesh).bus.listen(subjects.logs(name), receive)
+    await node_of(mesh).bus.flush()
+    return heard
+
+
+async def told(heard: asyncio.Queue[str], event: str) -> None:
+    async with asyncio.timeout(20):
+        while await heard.get() != event:
+            pass
+
+
+def is_open(mesh: AgentMesh, name: str) -> bool:
+    route = node_of(mesh).router.get(name)
+    assert route is not None
+    assert route.gate is not None
+    return route.gate.is_open
+
+
+async def settled(mesh: AgentMesh, name: str, *, open_: bool) -> None:
+    async with asyncio.timeout(20):
+        while is_open(mesh, name) != open_:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_key_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -> None:
+    """Off it is not available, though in catalog, registry and record; on it answers; both are told."""
+    heard = await events_of(mesh, name)
+    gated(mesh, name, mesh.kv_condition(f"{name}.mode", lambda mode: mode == "on"))
+    await mesh.catalog()
+    for _ in range(2):
+        with pytest.raises(NotAvailable):
+            await mesh.call(name)
+        assert name in {entry.name for entry in await mesh.catalog()}
+        assert name == (await mesh.contract(name)).name
+        assert name in (await presence.instances(node_of(mesh).buckets))[mesh.instance_id]["agents"]
+        await mesh.kv.put(f"{name}.mode", "on")
+        await told(heard, "agent_activated")
+        assert mesh.instance_id == await mesh.call(name)
+        await mesh.kv.put(f"{name}.mode", "off")
+        await told(heard, "agent_deactivated")
+
+
+async def test_a_message_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -> None:
+    """The predicate is given what a subscriber would get; what it cannot judge changes nothing."""
+    gated(mesh, name, mesh.subject_condition(f"{name}.*", lambda status: status["open"]))
+    await mesh.catalog()
+    assert not is_open(mesh, name)
+    bus = node_of(mesh).bus
+    await bus.publish(f"{name}.status", b'{"open": true}')
+    await settled(mesh, name, open_=True)
+    await bus.publish(f"{name}.status", b"junk")
+    await bus.publish(f"{name}.status", b"")
+    await bus.publish(f"{name}.status", b"{}")
+    await bus.flush()
+    assert mesh.instance_id == await mesh.call(name)
+    await bus.publish(f"{name}.status", b'{"open": false}')
+    await settled(mesh, name, open_=False)
+
+
+@pytest.mark.parametrize("initial", [True, False])
+async def test_before_anything_is_known_it_is_as_it_begins(
+    mesh: AgentMesh, name: str, *, initial: bool
+) -> None:
+    """No key and no message yet: `initial`; a deleted key is no key."""
+    gated(mesh, f"{name}.a", mesh.kv_condition(f"{name}.k", lambda text: text == "on", initial=initial))
+    gated(mesh, f"{name}.b", mesh.subject_condition(name, bool, initial=initial))
+    await mesh.catalog()
+    assert (initial, initial) == (is_open(mesh, f"{name}.a"), is_open(mesh, f"{name}.b"))
+    await mesh.kv.put(f"{name}.k", "off" if initial else "on")
+    await settled(mesh, f"{name}.a", open_=not initial)
+    await mesh.kv.delete(f"{name}.k")
+    await settled(mesh, f"{name}.a", open_=initial)
+
+
+async def test_what_is_on_at_the_start_is_callable_at_once(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """The gate is looked at before `async with mesh` has entered."""
+    await mesh.kv.put(name, "on")
+    provider = new_mesh()
+    gated(provider, name, provider.kv_condition(name, lambda text: text == "on"))
+    async with provider:
+        assert provider.instance_id == await mesh.call(name)
+
+
+async def test_what_is_off_here_is_served_there(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """An instance that is off leaves the requests to the others."""
+    other = new_mesh()
+    gated(mesh, name, mesh.kv_condition(f"{name}.here", bool))
+    gated(other, name, other.kv_condition(f"{name}.there", bool, initial=True))
+    async with other:
+        await mesh.catalog()
+        assert {other.instance_id} == {await mesh.call(name) for _ in range(20)}
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["finished", "cut"])
+async def test_what_runs_gets_time_when_it_is_turned_off(
+    mesh: AgentMesh, name: str, *, patient: bool
+) -> None:
+    """It finishes within `drain_timeout`, and is cancelled and answered after it."""
+    started, go = asyncio.Event(), asyncio.Event()
+    condition = mesh.kv_condition(name, lambda text: text == "on", drain_timeout=20 if patient else 0.05)
+
+    @mesh.agent(AgentSpec(name=name), active_when=condition)
+    async def slow() -> str:
+        started.set()
+        await go.wait()
+        return "done"
+
+    await mesh.kv.put(name, "on")
+    await mesh.catalog()
+    call = asyncio.create_task(mesh.call(name))
+    await started.wait()
+    await mesh.kv.put(name, "off")
+    await settled(mesh, name, open_=False)
+    if patient:
+        go.set()
+        assert "done" == await call
+    else:
+        with pytest.raises(Cancelled):
+            await call
+
+
+async def test_a_gate_holds_for_everything_an_agent_does(mesh: AgentMesh, name: str) -> None:
+    """Publishers, watchers and sources run only while it is on, and begin again when it is on again."""
+    runs: dict[str, int] = {"publisher": 0, "watcher": 0}
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    got: asyncio.Queue[int] = asyncio.Queue()
+    condition = mesh.kv_condition(name, lambda text: text == "on")
+
+    @mesh.agent(AgentSpec(name=f"{name}.publisher"), active_when=condition)
+    async def publisher() -> AsyncIterator[int]:
+        runs["publisher"] += 1
+        try:
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            ended.put_nowait("publisher")
+
+    @mesh.agent(AgentSpec(name=f"{name}.watcher"), active_when=condition)
+    async def watcher() -> None:
+        runs["watcher"] += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.put_nowait("watcher")
+
+    @mesh.agent(
+        AgentSpec(name=f"{name}.driven"), sources=[mesh.subject_source(f"{name}.in")], active_when=condition
+    )
+    async def driven(message: MeshMessage[int]) -> None:
+        got.put_nowait(message.data)
+
+    heard = await events_of(mesh, f"{name}.driven")
+    await mesh.catalog()
+    await node_of(mesh).bus.publish(f"{name}.in", b"0")
+    for number in (1, 2):
+        await mesh.kv.put(name, "on")
+        await told(heard, "agent_activated")
+        await node_of(mesh).bus.publish(f"{name}.in", str(number).encode())
+        async with asyncio.timeout(20):
+            assert number == await got.get()
+            while set(runs.values()) != {number}:
+                await asyncio.sleep(0.005)
+        await mesh.kv.put(name, "off")
+        await told(heard, "agent_deactivated")
+        async with asyncio.timeout(20):
+            assert {"publisher", "watcher"} == {await ended.get(), await ended.get()}
+        await node_of(mesh).bus.publish(f"{name}.in", b"9")
+        await node_of(mesh).bus.flush()
+    assert got.empty()
+
+
+async def test_after_a_burst_of_changes_the_last_one_holds(mesh: AgentMesh, name: str) -> None:
+    """However fast the key changes, the agent ends up as it says."""
+    gated(mesh, name, mesh.kv_condition(name, lambda text: text == "on"))
+    await mesh.catalog()
+    for last in ("on", "off", "on"):
+        for _ in range(10):
+            await mesh.kv.put(name, "on")
+            await mesh.kv.put(name, "off")
+        await mesh.kv.put(name, last)
+        await settled(mesh, name, open_=last == "on")
+    assert mesh.instance_id == await mesh.call(name)
+
+
+async def test_a_predicate_that_raises_changes_nothing(
+    mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names the agent; the next value counts again."""
+
+    def strict(text: str) -> bool:
+        return {"on": True, "off": False}[text]
+
+    gated(mesh, name, mesh.kv_condition(name, strict))
+    await mesh.kv.put(name, "on")
+    await mesh.catalog()
+    await mesh.kv.put(name, "neither")
+    async with asyncio.timeout(20):
+        while name not in caplog.text:
+            await asyncio.sleep(0.005)
+    assert mesh.instance_id == await mesh.call(name)
+    await mesh.kv.put(name, "off")
+    await settled(mesh, name, open_=False)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
+async def test_a_gate_is_right_again_after_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
+    """It follows the key on the new server, whatever became of it."""
+    store = str(tmp_path) if kept else ""
+    server = EmbeddedServer(store=store)
+    await server.start()
+    try:
+        async with AgentMesh(server.url) as mesh:
+            gated(mesh, name, mesh.kv_condition("key", lambda text: text == "on"))
+            await mesh.kv.put("key", "on")
+            await settled_call(mesh, name)
+            bus = node_of(mesh).bus
+            await server.stop()
+            while bus.connected:
+                await asyncio.sleep(0.01)
+            server = EmbeddedServer(server.port, store)
+            await server.start()
+            await bus.until_connected()
+            await mesh.kv.put("key", "off")
+            await settled(mesh, name, open_=False)
+            await mesh.kv.put("key", "on")
+            await settled_call(mesh, name)
+    finally:
+        await server.stop()
+
+
+async def settled_call(mesh: AgentMesh, name: str) -> Any:
+    await mesh.catalog()
+    await settled(mesh, name, open_=True)
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await mesh.call(name)
+            except MeshError:
+                await asyncio.sleep(0.02)
+
+
+async def test_swapping_a_gated_agent_keeps_one_gate(mesh: AgentMesh, name: str) -> None:
+    """Declared again with another condition, the old one says nothing any more."""
+    gated(mesh, name, mesh.kv_condition(f"{name}.old", lambda text: text == "on"))
+    await mesh.kv.put(f"{name}.old", "on")
+    await mesh.catalog()
+    assert mesh.instance_id == await mesh.call(name)
+    gated(mesh, name, mesh.kv_condition(f"{name}.new", lambda text: text == "on"))
+    with pytest.raises(NotAvailable):
+        await mesh.call(name)
+    await mesh.kv.put(f"{name}.old", "off")
+    await mesh.kv.put(f"{name}.old", "on")
+    await mesh.kv.put(f"{name}.new", "on")
+    await settled(mesh, name, open_=True)
+    assert mesh.instance_id == await mesh.call(name)

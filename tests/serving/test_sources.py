@@ -1,0 +1,352 @@
+"""Agents driven by messages and by changes of the shared state."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openagentmesh import (
+    AgentMesh,
+    AgentSpec,
+    InvalidAgent,
+    InvocationMismatch,
+    KVEntry,
+    KVSource,
+    MeshError,
+    MeshMessage,
+    SubjectSource,
+)
+from openagentmesh.bus.client import Message
+from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.protocol import codec, subjects
+from pydantic import BaseModel
+
+from tests.serving.test_router import node_of
+
+Source = SubjectSource | KVSource
+
+
+class Order(BaseModel):
+    item: str
+
+
+def driven(mesh: AgentMesh, name: str, hint: Any, *sources: Source) -> asyncio.Queue[Any]:
+    """Declare an agent whose handler takes `hint` (None: nothing); gives what it was given."""
+    got: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def nothing() -> None:
+        got.put_nowait(None)
+
+    async def handler(given: Any) -> None:
+        got.put_nowait(given)
+
+    handler.__annotations__["given"] = hint
+    mesh.agent(AgentSpec(name=name), sources=sources)(nothing if hint is None else handler)
+    return got
+
+
+async def take(got: asyncio.Queue[Any], count: int = 1) -> list[Any]:
+    async with asyncio.timeout(20):
+        return [await got.get() for _ in range(count)]
+
+
+async def errors_of(mesh: AgentMesh, name: str) -> asyncio.Queue[Message]:
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await node_of(mesh).bus.listen(subjects.errors(name), heard.put_nowait)
+    await mesh.catalog()
+    await node_of(mesh).bus.flush()
+    return heard
+
+
+@pytest.mark.parametrize(
+    ("hint", "payload", "expected"),
+    [
+        (Order, Order(item="tea"), Order(item="tea")),
+        (dict[str, str], Order(item="tea"), {"item": "tea"}),
+        (str, "plain text", "plain text"),
+        (bytes, b"\x00\xff", b"\x00\xff"),
+        (None, "whatever", None),
+    ],
+    ids=["model", "dict", "text", "bytes", "nothing"],
+)
+async def test_a_message_drives_the_handler(
+    mesh: AgentMesh, name: str, hint: Any, payload: Order | str | bytes, expected: object
+) -> None:
+    """Each message on the subject, with its data as the declared type."""
+    got = driven(mesh, name, hint, mesh.subject_source(f"{name}.in.*"))
+    await mesh.catalog()
+    await mesh.publish(f"{name}.in.a", payload)
+    await mesh.publish(f"{name}.other", payload)
+    await mesh.publish(f"{name}.in.b", payload)
+    assert [expected, expected] == await take(got, 2)
+    assert got.empty()
+
+
+async def test_a_message_comes_with_its_subject_and_headers(mesh: AgentMesh, name: str) -> None:
+    """`MeshMessage[Model]` has all of it."""
+    got = driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.*"))
+    await mesh.catalog()
+    await mesh.publish(f"{name}.a", Order(item="tea"), headers={"X-Mine": "yes"})
+    [message] = await take(got)
+    assert (f"{name}.a", Order(item="tea"), "yes") == (
+        message.subject, message.data, message.headers["X-Mine"],
+    )  # fmt: skip
+
+
+async def test_a_queue_group_shares_and_others_all_get(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """With a queue group each message goes to one mesh, without one to each."""
+    other = new_mesh()
+    shared = [driven(m, f"{name}.a", str, m.subject_source(name, queue_group="g")) for m in (mesh, other)]
+    each = [driven(m, f"{name}.b", str, m.subject_source(name)) for m in (mesh, other)]
+    async with other:
+        await other.catalog()
+        await mesh.catalog()
+        for number in range(40):
+            await mesh.publish(name, str(number))
+        for got in each:
+            assert [str(n) for n in range(40)] == await take(got, 40)
+        await node_of(mesh).bus.flush()
+        await node_of(other).bus.flush()
+        assert 40 == sum(got.qsize() for got in shared)
+
+
+async def test_a_request_on_the_subject_is_answered(mesh: AgentMesh, name: str) -> None:
+    """A message with a reply subject gets what the handler gives back."""
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
+    async def handler(message: MeshMessage[int]) -> int:
+        return message.data * 2
+
+    await mesh.catalog()
+    answer = await node_of(mesh).inbox.request(f"{name}.in", b"21", timeout=10)
+    assert b"42" == answer.body
+    assert "ok" == codec.read_answer(answer.head, b"").status
+
+
+async def test_what_fails_is_told_and_the_next_one_handled(mesh: AgentMesh, name: str) -> None:
+    """Input that does not fit and handlers that raise go to `mesh.errors`, as those of requests do."""
+    handled: asyncio.Queue[str] = asyncio.Queue()
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
+    async def handler(message: MeshMessage[Order]) -> None:
+        if message.data.item == "bad":
+            raise ValueError("cannot pack that")
+        handled.put_nowait(message.data.item)
+
+    heard = await errors_of(mesh, name)
+    for payload in ("no order", Order(item="bad"), Order(item="good")):
+        await mesh.publish(f"{name}.in", payload)
+    assert ["good"] == await take(handled)
+    told = [json.loads(message.body) for message in await take(heard, 2)]
+    assert ["handler_error", "invalid_input"] == sorted(envelope["code"] for envelope in told)
+    assert {name} == {envelope["agent"] for envelope in told}
+
+
+async def test_a_responder_with_sources_is_still_called(mesh: AgentMesh, name: str) -> None:
+    """Sources are besides requests, not instead of them."""
+    got = driven(mesh, name, Order, mesh.subject_source(f"{name}.in"))
+    assert {} == await mesh.call(name, Order(item="called"))
+    await mesh.publish(f"{name}.in", Order(item="sent"))
+    assert ["called", "sent"] == [order.item for order in await take(got, 2)]
+
+
+async def test_what_only_sources_drive_is_not_called(mesh: AgentMesh, name: str) -> None:
+    """It is in the catalog as no agent to call, and calls are refused in the protocol's words."""
+    driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.in"))
+    [entry] = await mesh.catalog(channel=name)
+    assert (False, False) == (entry.invocable, entry.streaming)
+    with pytest.raises(
+        InvocationMismatch, match=f"^Agent '{name}' is a background task and cannot be called$"
+    ):
+        await mesh.call(name, {})
+
+
+async def test_changes_of_keys_come_in_order_one_at_a_time(mesh: AgentMesh, name: str) -> None:
+    """What is there first, then each change; the next one waits until the handler is done."""
+    at_work, most = 0, 0
+    got: asyncio.Queue[KVEntry[str | None]] = asyncio.Queue()
+    await mesh.kv.put(f"{name}.a", "there")
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.>")])
+    async def handler(entry: KVEntry[str | None]) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(0.002)
+        at_work -= 1
+        got.put_nowait(entry)
+
+    await mesh.catalog()
+    assert ["there"] == [entry.value for entry in await take(got)]
+    for number in range(10):
+        await mesh.kv.put(f"{name}.k{number}", str(number))
+    await mesh.kv.delete(f"{name}.a")
+    await mesh.kv.put(f"{name}x.other", "not this")
+    entries = await take(got, 11)
+    assert [*map(str, range(10)), None] == [entry.value for entry in entries]
+    assert f"{name}.a" == entries[-1].key
+    assert sorted(entry.revision for entry in entries) == [entry.revision for entry in entries]
+    assert (1, True) == (most, got.empty())
+
+
+@pytest.mark.parametrize("hint", [Order, KVEntry[Order]])
+async def test_deletions_come_to_those_who_can_take_them(mesh: AgentMesh, name: str, hint: Any) -> None:
+    """A handler for values only is not bothered; values are read as its model."""
+    await mesh.kv.put_model(f"{name}.a", Order(item="1"))
+    got = driven(mesh, name, hint, mesh.kv_source(f"{name}.*", on_init="skip"))
+    await mesh.catalog()
+    await asyncio.wait_for(following(mesh, name), 10)
+    await mesh.kv.delete(f"{name}.a")
+    await mesh.kv.put_model(f"{name}.a", Order(item="2"))
+    [given] = await take(got)
+    assert Order(item="2") == (given if hint is Order else given.value)
+
+
+async def following(mesh: AgentMesh, name: str) -> None:
+    """Wait until an agent's KV sources have been told all that there was."""
+    route = node_of(mesh).router.get(name)
+    assert route is not None
+    while not all(getattr(feed, "_seen", True) for feed in route._feeds):
+        await asyncio.sleep(0.005)
+
+
+async def test_what_is_there_can_be_skipped(mesh: AgentMesh, name: str) -> None:
+    """With `on_init="skip"` only changes count."""
+    await mesh.kv.put(f"{name}.a", "there")
+    got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", on_init="skip"))
+    await mesh.catalog()
+    await asyncio.wait_for(following(mesh, name), 10)
+    await mesh.kv.put(f"{name}.b", "new")
+    assert ["new"] == [entry.value for entry in await take(got)]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
+async def test_nothing_is_lost_or_repeated_over_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
+    """What changed while this mesh was away comes afterwards, what was told before does not."""
+    store = str(tmp_path) if kept else ""
+    server = EmbeddedServer(store=store)
+    await server.start()
+    try:
+        async with AgentMesh(server.url) as mesh:
+            got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*"))
+            await mesh.kv.put("k.a", "1")
+            await mesh.kv.put("k.b", "1")
+            assert ["1", "1"] == [entry.value for entry in await take(got, 2)]
+            bus = node_of(mesh).bus
+            await server.stop()
+            while bus.connected:
+                await asyncio.sleep(0.01)
+            server = EmbeddedServer(server.port, store)
+            await server.start()
+            await bus.until_connected()
+            await mesh.kv.put("k.b", "2")
+            await mesh.kv.put("k.c", "3")
+            assert [("k.b", "2"), ("k.c", "3")] == [(e.key, e.value) for e in await take(got, 2)]
+            assert got.empty()
+    finally:
+        await server.stop()
+
+
+async def test_a_group_shares_the_changes_of_keys(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """Of two meshes in a group one handles each change, also those made while neither was there."""
+    for number in range(5):
+        await mesh.kv.put(f"{name}.k{number}", "before")
+    other = new_mesh()
+    got = [
+        driven(m, name, KVEntry[str], m.kv_source(f"{name}.*", queue_group=f"g{name}")) for m in (mesh, other)
+    ]
+    async with other:
+        await mesh.catalog()
+        for number in range(5, 20):
+            await mesh.kv.put(f"{name}.k{number}", "after")
+        handled: list[str] = []
+        async with asyncio.timeout(20):
+            while len(handled) < 20:
+                waits = [asyncio.ensure_future(queue.get()) for queue in got]
+                done, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in late:
+                    wait.cancel()
+                handled += [wait.result().key for wait in done]
+        assert sorted(f"{name}.k{number}" for number in range(20)) == sorted(handled)
+
+
+async def streamer(order: Order) -> AsyncIterator[int]:
+    yield 1
+
+
+async def entry_handler(entry: KVEntry[str]) -> None:
+    return
+
+
+async def message_handler(message: MeshMessage[str]) -> None:
+    return
+
+
+@pytest.mark.parametrize(
+    ("handler", "sources", "told"),
+    [
+        (streamer, [SubjectSource("a")], "nobody would read"),
+        (entry_handler, [SubjectSource("a")], "takes entry"),
+        (message_handler, [KVSource("a")], "takes message"),
+        (message_handler, [], "has none"),
+    ],
+    ids=["streamer", "entry of a subject", "message of a key", "no source"],
+)
+def test_a_handler_that_does_not_fit_its_sources_is_refused(
+    handler: Callable[..., Any], sources: Sequence[Source], told: str
+) -> None:
+    """Where it is declared, in words, with file and line."""
+    with pytest.raises(InvalidAgent, match=told) as caught:
+        AgentMesh().agent(AgentSpec(name="a"), sources=sources)(handler)
+    assert __file__ in str(caught.value)
+
+
+@pytest.mark.parametrize("subject", ["", "a b", "a..b", "a.>.b", ".a", "x" * 5000])
+def test_sources_that_cannot_be_are_refused(subject: str) -> None:
+    """A bad subject, pattern, group or word never reaches the server."""
+    mesh = AgentMesh()
+    for make in (mesh.subject_source, mesh.kv_source):
+        with pytest.raises(InvalidAgent, match="cannot be used"):
+            make(subject)
+    with pytest.raises(InvalidAgent, match="queue group"):
+        mesh.subject_source("a", queue_group=subject)
+    with pytest.raises(InvalidAgent, match="'replay' or 'skip'"):
+        mesh.kv_source("a", on_init=subject)  # type: ignore[arg-type]
+
+
+async def test_too_many_at_once_are_told(mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subject that is faster than its agent's limits allow is `overloaded`, and told as such."""
+    release = asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
+    async def handler(message: MeshMessage[int]) -> None:
+        await release.wait()
+
+    heard = await errors_of(mesh, name)
+    route = node_of(mesh).router.get(name)
+    assert route is not None
+    room = route.agent.limits.concurrency + route.agent.limits.queue
+    for number in range(room + 1):
+        await mesh.publish(f"{name}.in", json.dumps(number))
+    [told] = await take(heard)
+    assert "overloaded" == json.loads(told.body)["code"]
+    release.set()
+
+
+async def test_errors_keep_their_own_code(mesh: AgentMesh, name: str) -> None:
+    """A MeshError of a source's handler is told with its code and details."""
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.*")])
+    async def handler(entry: KVEntry[str]) -> None:
+        raise MeshError("quota", "used up", details={"left": 0})
+
+    heard = await errors_of(mesh, name)
+    await mesh.kv.put(f"{name}.a", "x")
+    [told] = await take(heard)
+    assert {"code": "quota", "details": {"left": 0}}.items() <= json.loads(told.body).items()
