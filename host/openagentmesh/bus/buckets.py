@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from hashlib import sha256
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from nats.errors import Error as NatsError
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
@@ -27,6 +27,16 @@ from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
 Entry = KeyValue.Entry
+
+
+class Version(NamedTuple):
+    """What tells one state of a key from another, without its value."""
+
+    revision: int | None
+    created: object
+    operation: str | None
+
+
 # What a watch yields beside entries: it begins anew, and it has shown all there was.
 Mark = Literal["begin", "current"]
 
@@ -213,24 +223,33 @@ class Buckets:
                     await watcher.stop()
 
     async def changes(
-        self, bucket: str, keys: str = ">", *, replay: bool = True, seen: dict[str, object] | None = None
+        self, bucket: str, keys: str = ">", *, replay: bool = True, seen: dict[str, Version] | None = None
     ) -> AsyncGenerator[Entry, None]:
         """Every change of these keys once, also across reconnects; `replay` begins with what is there.
 
-        Deletions come too, as entries with an operation. Who goes on later where it left off
-        gives the same `seen` again.
+        Deletions come too, as entries with an operation; also of keys that are not there any
+        more on a server that lost them. Who goes on later where it left off gives the same
+        `seen` again.
         """
         seen = {} if seen is None else seen
+        present: set[str] = set()
         async with aclosing(self.watch(bucket, keys)) as entries:
             async for entry in entries:
-                if entry == "current":
-                    replay = True  # what is new from here on is new to us
-                elif isinstance(entry, Entry):
+                if isinstance(entry, Entry):
+                    present.add(entry.key)
                     # A new server may count anew, so the revision alone tells nothing.
-                    version = (entry.revision, entry.created)
+                    version = Version(entry.revision, entry.created, entry.operation)
                     known, seen[entry.key] = seen.get(entry.key) == version, version
                     if replay and not known:
                         yield entry
+                elif entry == "begin":
+                    present.clear()
+                else:
+                    for key in seen.keys() - present:
+                        lost = seen.pop(key)
+                        if not lost.operation:
+                            yield Entry(bucket, key, None, lost.revision, None, None, "DEL")
+                    replay = True  # what is new from here on is new to us
 
     async def shared_changes(
         self, bucket: str, keys: str, group: str, *, replay: bool, patience: float

@@ -129,11 +129,11 @@ class Caller:
                     if frame.nobody and self._bus.unsettled:
                         await asyncio.sleep(RETURNING)
                         await self._bus.publish(subjects.agent(name), body, head, reply)
+                    elif frame.error or frame.nobody:
+                        await self._body(frame, name, "stream")
                     elif not frame.end:
-                        yield codec.load(await self._body(frame, name, "stream"))
+                        yield codec.load(frame.body)
                         await reader.consumed()
-                    elif frame.error:
-                        raise codec.read_error(frame.body)
             except TimeoutError:
                 waited = total if reader.is_over else timeout
                 raise _timeout(subject, waited, name, request_id) from None

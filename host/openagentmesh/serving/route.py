@@ -108,10 +108,10 @@ class Route:
     async def open(self) -> None:
         """Take requests, listen to sources, run what runs by itself."""
         agent, shared = self.agent, self._shared
-        if agent.contract.invocable:
+        if agent.contract.invocable and self.sid is None:
             subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
             self.sid = await shared.bus.listen(subject, self.receive, queue)
-        elif agent.handler.shape in {"publisher", "watcher"}:
+        if agent.handler.shape in {"publisher", "watcher"}:
             self.background = Background(agent, shared.bus, shared.events, shared.instance_id)
             self.background.start()
         if not self._feeds:
@@ -137,9 +137,11 @@ class Route:
             self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self.agent = agent
         if not (plain and self.is_plain):
-            if self.sid is not None:
+            # Who goes on taking requests never leaves the queue group meanwhile.
+            if self.sid is not None and (agent.active_when or not agent.contract.invocable):
                 await self._shared.bus.leave(self.sid)
-            self.sid = self.background = self.gate = None
+                self.sid = None
+            self.background = self.gate = None
             self._feeds = []
             await self.start()
 
@@ -208,13 +210,14 @@ class Route:
                     else:
                         result = await agent.endpoint(call)
                         await self._reply(call, reply, agent.dump(result))
-            if noisy or call.usage is not None:
-                await self._tell_completed(call)
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
         # leaves a task would stop the whole event loop.
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
             if not call.abandoned:
                 await self._reply_error(request, reply, _as_mesh_error(exc, call, deadline))
+        else:
+            if noisy or call.usage is not None:
+                await self._tell_completed(call)
         finally:
             call.over = True
             if lifeline is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from openagentmesh.bus.buckets import Buckets, Entry
+from openagentmesh.bus.buckets import Buckets, Entry, Version
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.tasks import end
@@ -67,7 +67,7 @@ class KVFeed:
         self._agent = agent
         self._buckets = buckets
         self._take = take
-        self._seen: dict[str, object] = {}
+        self._seen: dict[str, Version] = {}
         self._opened = False
         self._task: asyncio.Task[None] | None = None
 
