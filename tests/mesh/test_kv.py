@@ -2,9 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,13 +21,79 @@ from openagentmesh import (
     PayloadTooLarge,
 )
 from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.mesh.kv import KV, Draft
+from openagentmesh.protocol import subjects
 from pydantic import BaseModel
 
 from tests.serving.test_router import node_of
 
+KEY = re.compile(r"[-/_=A-Za-z0-9]+(\.[-/_=A-Za-z0-9]+)*")
+
 
 class Plan(BaseModel):
     steps: list[str] = []
+
+
+class Unjson(BaseModel):
+    thing: Any
+
+
+Meanwhile = Callable[[KV], Awaitable[None]]
+
+
+@asynccontextmanager
+async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[..., Awaitable[None]]]]:
+    """A mesh on a server of its own, and what restarts that; `store` is a folder or empty.
+
+    What the restart is given changes the store while the mesh is away.
+    """
+    server = EmbeddedServer(store=str(store))
+    await server.start()
+
+    async def restart(meanwhile: Meanwhile | None = None) -> None:
+        nonlocal server
+        await server.stop()
+        while node_of(mesh).bus.connected:
+            await asyncio.sleep(0.01)
+        if meanwhile is not None:
+            elsewhere = EmbeddedServer(store=str(store))
+            await elsewhere.start()
+            async with AgentMesh(elsewhere.url) as stranger:
+                await meanwhile(stranger.kv)
+            await elsewhere.stop()
+        server = EmbeddedServer(server.port, str(store))
+        await server.start()
+        await node_of(mesh).bus.until_connected()
+
+    try:
+        async with AgentMesh(server.url) as mesh:
+            yield mesh, restart
+    finally:
+        await server.stop()
+
+
+async def enter(block: AbstractAsyncContextManager[Any]) -> None:
+    async with block:
+        pass
+
+
+READERS: list[Callable[[KV, str], Awaitable[object]]] = [
+    lambda kv, key: kv.get(key),
+    lambda kv, key: kv.update(key, str),
+    lambda kv, key: kv.get_model(key, Plan),
+    lambda kv, key: enter(kv.cas(key)),
+    lambda kv, key: enter(kv.try_cas(key)),
+    lambda kv, key: enter(kv.cas_model(key, Plan)),
+    lambda kv, key: enter(kv.try_cas_model(key, Plan)),
+]
+EVERYTHING: list[Callable[[KV, str], Awaitable[object]]] = [
+    *READERS,
+    lambda kv, key: kv.put(key, "x"),
+    lambda kv, key: kv.delete(key),
+    lambda kv, key: kv.create(key, "x"),
+    lambda kv, key: kv.put_model(key, Plan()),
+    lambda kv, key: anext(kv.watch(key)),  # may have wildcards
+]
 
 
 async def take(watch: AsyncGenerator[str, None]) -> str:
@@ -40,18 +108,29 @@ async def test_a_text_comes_back_as_it_was_put(mesh: AgentMesh, name: str) -> No
     assert "grüße" == await mesh.kv.get(name)
     await mesh.kv.delete(name)
     await mesh.kv.delete(name)
-    with pytest.raises(NotFound, match=name) as caught:
+    with pytest.raises(NotFound):
         await mesh.kv.get(name)
-    assert {"key": name} == caught.value.details
     await mesh.kv.put(name, "")
     assert "" == await mesh.kv.get(name)
 
 
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "never there"])
+async def test_a_key_that_is_not_there_is_named(mesh: AgentMesh, name: str, *, deleted: bool) -> None:
+    """Whatever wants to read it is told `not_found` and which key; nothing is written instead."""
+    if deleted:
+        await mesh.kv.put(name, "x")
+        await mesh.kv.delete(name)
+    for read in READERS:
+        with pytest.raises(NotFound, match=f"'{name}'") as caught:
+            await read(mesh.kv, name)
+        assert {"key": name} == caught.value.details
+    assert [] == await mesh.kv.list(name)
+
+
 async def test_create_is_for_keys_that_are_not_there(mesh: AgentMesh, name: str) -> None:
     """Of ten who create a key at once one succeeds; a deleted key can be created again."""
-    results = await asyncio.gather(
-        *[mesh.kv.create(name, str(number)) for number in range(10)], return_exceptions=True
-    )
+    creating = [mesh.kv.create(name, str(number)) for number in range(10)]
+    results = await asyncio.gather(*creating, return_exceptions=True)
     assert 9 == sum(isinstance(result, KVKeyExists) for result in results)
     winner = next(i for i, result in enumerate(results) if isinstance(result, int))
     assert str(winner) == await mesh.kv.get(name)
@@ -108,6 +187,19 @@ async def test_compare_and_set(mesh: AgentMesh, name: str) -> None:
     assert "theirs again" == await mesh.kv.get(name)
 
 
+async def test_a_key_that_was_deleted_meanwhile_is_a_conflict(mesh: AgentMesh, name: str) -> None:
+    """Also when it was created again with the same value: that is another key."""
+    for again in (False, True):
+        await mesh.kv.put(name, "1")
+        async with mesh.kv.try_cas(name) as draft:
+            draft.value = "2"
+            await mesh.kv.delete(name)
+            if again:
+                await mesh.kv.create(name, "1")
+        assert (False, True) == (draft.committed, draft.attempted_write)
+        assert again == bool(await mesh.kv.list(name))
+
+
 async def test_a_draft_that_nobody_changed_is_not_written(mesh: AgentMesh, name: str) -> None:
     """The revision stays when the value does, and when the block raises."""
     revision = await mesh.kv.put(name, "1")
@@ -128,7 +220,6 @@ async def test_models(mesh: AgentMesh, name: str) -> None:
         draft.value.steps.append("two")
     async with mesh.kv.try_cas_model(f"{name}.a", Plan) as tried:
         tried.value = Plan(steps=[*tried.value.steps, "three"])
-    assert tried.committed
     assert Plan(steps=["one", "two", "three"]) == await mesh.kv.get_model(f"{name}.a", Plan)
     await mesh.kv.put_model(f"{name}.b", Plan())
     listed = await mesh.kv.list_models(name, Plan)
@@ -152,37 +243,101 @@ async def test_bytes_that_are_no_text_are_listed_not_read(mesh: AgentMesh, name:
     assert [b"\xff\x00"] == [entry.value for entry in await mesh.kv.list(name)]
 
 
-@pytest.mark.parametrize("key", ["", " ", "a b", ".a", "a.", "a..b", "a.*", ">", "é", "x" * 5000, 7, None])
+@pytest.mark.parametrize(
+    "key", ["", " ", "a b", ".a", "a.", "a..b", "a.*", ">", "é", "a\n", "x" * 5000, 7, None, b"a", ["a"]]
+)
 async def test_what_cannot_be_a_key_is_refused(mesh: AgentMesh, name: str, key: str) -> None:
-    """Nothing of it reaches the server, and the connection lives on."""
-    for attempt in (mesh.kv.put(key, "x"), mesh.kv.get(key), mesh.kv.delete(key), mesh.kv.create(key, "x")):
-        with pytest.raises(InvalidInput, match="key"):
-            await attempt
+    """By every method, in words; nothing of it reaches the server, and the connection lives on."""
+    for use in EVERYTHING[:-1] if key in ("a.*", ">") else EVERYTHING:
+        with pytest.raises(InvalidInput, match="key is"):
+            await use(mesh.kv, key)
     await mesh.kv.put(name, "x")
     assert 0 == node_of(mesh).bus.reconnects
 
 
-async def test_what_cannot_be_a_value_is_refused(mesh: AgentMesh, name: str) -> None:
-    """Numbers and models want another method; what is too large is `payload_too_large`."""
-    for value in (7, Plan(), None):
-        with pytest.raises(InvalidInput, match="put_model"):
-            await mesh.kv.put(name, value)  # type: ignore[arg-type]
-    with pytest.raises(PayloadTooLarge):
-        await mesh.kv.put(name, "x" * 2_000_000)
-    await mesh.kv.put(name, "x")
-    assert "x" == await mesh.kv.get(name)
+@given(key=st.text(max_size=8) | st.text("ab./*>_=- \n\x00é", max_size=8))
+def test_a_key_is_judged_before_anything_is_sent(key: str) -> None:
+    """Any text is refused as a key, or is one: then all it lacks is a connection."""
+    expected = ConnectionFailed if KEY.fullmatch(key) else InvalidInput
+
+    async def run() -> None:
+        for use in EVERYTHING[:-1]:
+            with pytest.raises(expected):
+                await use(AgentMesh().kv, key)
+
+    asyncio.run(run())
 
 
-async def test_before_connecting_everything_is_connection_failed() -> None:
-    """The shared state is there once the mesh is."""
-    kv = AgentMesh().kv
-    with pytest.raises(ConnectionFailed):
-        await kv.get("key")
-    with pytest.raises(ConnectionFailed):
-        await anext(kv.watch("key"))
-    with pytest.raises(ConnectionFailed):
-        async with kv.cas("key"):
-            pass
+@pytest.mark.parametrize("pattern", ["", "a b", "a.>.b", "a*", "a..*", ".>", "x" * 5000, None])
+async def test_what_cannot_be_watched_is_refused(pattern: str) -> None:
+    """Wildcards stand for whole words, and `>` at the end only; that is judged before anything is sent."""
+    with pytest.raises(InvalidInput, match="key is"):
+        await anext(AgentMesh().kv.watch(pattern))
+
+
+async def test_a_key_may_be_long(mesh: AgentMesh) -> None:
+    """The longest key there can be is written, read, watched and deleted as any other."""
+    key = "x" * subjects.MAX_SUBJECT
+    await mesh.kv.create(key, "1")
+    async with aclosing(mesh.kv.watch(key)) as watch:
+        assert "1" == await take(watch)
+    await mesh.kv.delete(key)
+    assert [] == await mesh.kv.list(key)
+
+
+async def set_draft(block: AbstractAsyncContextManager[Draft[Any]], value: object) -> None:
+    async with block as draft:
+        draft.value = value
+
+
+WRITES: dict[str, Callable[[KV, str, Any], Awaitable[object]]] = {
+    "put": lambda kv, key, value: kv.put(key, value),
+    "update": lambda kv, key, value: kv.update(key, lambda _: value),
+    "cas": lambda kv, key, value: set_draft(kv.cas(key), value),
+    "put_model": lambda kv, key, value: kv.put_model(key, value),
+    "cas_model": lambda kv, key, value: set_draft(kv.cas_model(key, Plan), value),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [7, "\ud800", Unjson(thing=object())], ids=["number", "surrogate", "no JSON"]
+)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+async def test_what_cannot_be_stored_is_refused(
+    mesh: AgentMesh, name: str, write: Callable[[KV, str, Any], Awaitable[object]], value: object
+) -> None:
+    """However it is written it is InvalidInput that names the key, and what was there stays."""
+    await mesh.kv.put_model(name, Plan(steps=["before"]))
+    with pytest.raises(InvalidInput, match=f"'{name}'"):
+        await write(mesh.kv, name, value)
+    assert Plan(steps=["before"]) == await mesh.kv.get_model(name, Plan)
+
+
+@pytest.mark.parametrize("over", [-200, -20, 0, 1, 1_000_000])
+async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: int) -> None:
+    """Around the server's limit a write succeeds or is `payload_too_large`, headers counted."""
+    value = "x" * (node_of(mesh).bus.max_payload + over)
+    for key, write in ((f"{name}.put", mesh.kv.put), (f"{name}.create", mesh.kv.create)):
+        try:
+            await write(key, value)
+        except PayloadTooLarge:
+            assert over > -200
+        else:
+            assert over <= 0
+            assert value == await mesh.kv.get(key)
+            await mesh.kv.delete(key)
+    assert 0 == node_of(mesh).bus.reconnects
+
+
+async def test_without_a_connection_everything_is_connection_failed(url: str, name: str) -> None:
+    """Before it is connected and after it was left."""
+    mesh = AgentMesh(url)
+    for _ in range(2):
+        for use in (*EVERYTHING, KV.list):
+            with pytest.raises(ConnectionFailed):
+                await use(mesh.kv, name)
+        async with mesh:
+            await mesh.kv.put(name, "x")
 
 
 async def test_a_watch_tells_what_is_there_and_each_change(mesh: AgentMesh, name: str) -> None:
@@ -198,26 +353,37 @@ async def test_a_watch_tells_what_is_there_and_each_change(mesh: AgentMesh, name
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
 async def test_a_watch_outlives_a_restart_of_the_server(name: str, tmp_path: Path, *, kept: bool) -> None:
-    """What was told is not told again, what changes afterwards is, also on a server that lost all."""
-    server = EmbeddedServer(store=str(tmp_path) if kept else "")
-    await server.start()
-    try:
-        async with AgentMesh(server.url) as mesh, aclosing(mesh.kv.watch(name)) as watch:
-            await mesh.kv.put(name, "before")
-            assert "before" == await take(watch)
-            coming = asyncio.ensure_future(anext(watch))
-            await server.stop()
-            bus = node_of(mesh).bus
-            while bus.connected:
-                await asyncio.sleep(0.01)
-            server = EmbeddedServer(server.port, str(tmp_path) if kept else "")
-            await server.start()
-            await bus.until_connected()
-            await mesh.kv.put(name, "after")
-            async with asyncio.timeout(20):
-                assert "after" == await coming
-    finally:
-        await server.stop()
+    """What was told is not told again, what changed while away and afterwards is."""
+
+    async def meanwhile(kv: KV) -> None:
+        await kv.put(f"{name}.a", "while away")
+
+    async with (
+        restartable(tmp_path if kept else "") as (mesh, restart),
+        aclosing(mesh.kv.watch(f"{name}.*")) as watch,
+    ):
+        for key in ("a", "b"):
+            await mesh.kv.put(f"{name}.{key}", f"before {key}")
+            assert f"before {key}" == await take(watch)
+        await restart(meanwhile if kept else None)
+        await mesh.kv.put(f"{name}.c", "after")
+        if kept:
+            assert "while away" == await take(watch)
+        assert "after" == await take(watch)
+
+
+async def test_a_write_waits_for_a_server_that_comes_back(name: str, tmp_path: Path) -> None:
+    """It is done once the connection and the buckets are there again."""
+    writing: list[asyncio.Task[int]] = []
+
+    async def meanwhile(_: KV) -> None:
+        writing.append(asyncio.create_task(mesh.kv.put(name, "2")))
+
+    async with restartable(tmp_path) as (mesh, restart):
+        await mesh.kv.put(name, "1")
+        await restart(meanwhile)
+        assert 1 < await asyncio.wait_for(writing[0], 20)
+        assert "2" == await mesh.kv.get(name)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,16 +3,34 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
-from openagentmesh import AgentMesh, AgentSpec, InvalidInput, LogEvent, MeshError, Usage, report_usage
+from openagentmesh import (
+    AgentMesh,
+    AgentSpec,
+    ConnectionFailed,
+    InvalidInput,
+    LogEvent,
+    MeshError,
+    Usage,
+    report_usage,
+)
 from openagentmesh.bus.client import Message
+from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.protocol.subjects import OBSERVABILITY_BUCKET
 
+from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
 
+LEVELS: list[LogLevel] = ["debug", "info", "warn", "error"]
+# What ends or fails a feed of a publisher's events, and an error that is none.
+ODD_HEADERS = ({subjects.STREAM_END: "true"}, {subjects.STATUS: "error"}, {"Content-Type": "junk"})
 KEYS = ["timestamp", "level", "agent", "event", "request_id", "message", "data"]
 
 
@@ -23,10 +41,11 @@ async def listen(mesh: AgentMesh, subject: str) -> asyncio.Queue[Message]:
     return heard
 
 
-async def next_event(heard: asyncio.Queue[Message]) -> dict[str, object]:
+async def next_event(heard: asyncio.Queue[Message]) -> dict[str, Any]:
     async with asyncio.timeout(10):
-        found: dict[str, object] = json.loads((await heard.get()).body)
+        found: dict[str, Any] = json.loads((await heard.get()).body)
     assert KEYS == list(found)
+    assert datetime.fromisoformat(found["timestamp"]).utcoffset() is not None
     return found
 
 
@@ -41,11 +60,12 @@ def declare(mesh: AgentMesh, name: str) -> None:
         return text
 
 
-async def settle_level(mesh: AgentMesh, name: str, level: str) -> None:
-    """Wait until the instance that serves has heard of the level."""
+async def settle_level(mesh: AgentMesh, name: str, level: LogLevel) -> None:
+    """Wait until the instance that serves tells what is of this level and nothing below it."""
     events = node_of(mesh).router.events
+    expected = [LEVELS.index(each) >= LEVELS.index(level) for each in LEVELS]
     async with asyncio.timeout(10):
-        while events.wants(name, "debug") != (level == "debug"):
+        while [events.wants(name, each) for each in LEVELS] != expected:
             await asyncio.sleep(0.005)
 
 
@@ -96,9 +116,8 @@ async def test_levels_change_live(mesh: AgentMesh, name: str) -> None:
     received, completed = await next_event(heard), await next_event(heard)
     assert ("request_received", "debug") == (received["event"], received["level"])
     assert ("request_completed", received["request_id"]) == (completed["event"], completed["request_id"])
-    data = completed["data"]
-    assert isinstance(data, dict)
-    assert 0 <= data["duration_ms"] < 10_000
+    assert ["duration_ms"] == list(completed["data"])
+    assert 0 <= completed["data"]["duration_ms"] < 10_000
     await mesh.observe.set(name, log_level="error")
     await settle_level(mesh, name, "error")
     with pytest.raises(MeshError):
@@ -106,41 +125,177 @@ async def test_levels_change_live(mesh: AgentMesh, name: str) -> None:
     assert heard.empty()
 
 
-async def test_what_holds_for_an_agent(mesh: AgentMesh, name: str) -> None:
-    """Its own setting, else the one for all, else info."""
-    try:
-        assert "info" == (await mesh.observe.get(name)).log_level
+async def test_a_level_hides_what_is_below_it(name: str) -> None:
+    """At each level exactly the events of that level and of those above it are told, as they are known."""
+    told = {
+        "request_received": "debug",
+        "request_completed": "debug",
+        "usage_reported": "info",
+        "request_failed": "warn",
+        "validation_error": "warn",
+    }
+    async with AgentMesh.local() as mesh:
+        declare(mesh, name)
+        heard = await listen(mesh, subjects.logs(name))
+        await mesh.catalog()
+        assert "agent_registered" == (await next_event(heard))["event"]
+        for level in LEVELS:
+            await mesh.observe.set_global(log_level=level)
+            await settle_level(mesh, name, level)
+            await mesh.call(name, "cost")
+            for payload in ("fail", 7):
+                with pytest.raises(MeshError):
+                    await mesh.call(name, payload)
+            await node_of(mesh).bus.publish(subjects.logs(name), b"end")
+            events = {}
+            while (message := await asyncio.wait_for(heard.get(), 10)).body != b"end":
+                event = json.loads(message.body)
+                events[event["event"]] = event["level"]
+            least = LEVELS.index(level)
+            assert {e: own for e, own in told.items() if LEVELS.index(own) >= least} == events  # type: ignore[arg-type]
+
+
+async def test_what_holds_for_an_agent(name: str) -> None:
+    """Its own setting, else the one for all, else info; settings that are gone or junk are not set."""
+    async with AgentMesh.local() as mesh:
+        declare(mesh, name)
+        await mesh.catalog()
+        buckets = node_of(mesh).buckets
+
+        async def holds(level: LogLevel) -> None:
+            assert level == (await mesh.observe.get(name)).log_level
+            await settle_level(mesh, name, level)
+
+        await holds("info")
         await mesh.observe.set_global(log_level="warn")
-        assert ["warn", "warn"] == [(await mesh.observe.get(n)).log_level for n in (name, None)]
+        assert "warn" == (await mesh.observe.get()).log_level
+        await holds("warn")
         await mesh.observe.set(name, log_level="debug")
-        assert "debug" == (await mesh.observe.get(name)).log_level
-    finally:
-        await node_of(mesh).buckets.delete_all(OBSERVABILITY_BUCKET, [subjects.EVERY_AGENT])
+        await holds("debug")
+        await mesh.observe.set_global(log_level="error")
+        await holds("debug")
+        await buckets.delete_all(OBSERVABILITY_BUCKET, [name])
+        await holds("error")
+        await buckets.delete_all(OBSERVABILITY_BUCKET, [subjects.EVERY_AGENT])
+        await holds("info")
 
 
 @pytest.mark.parametrize(
-    ("agent", "level"), [("a..b", "info"), ("a b", "info"), ("a", "loud"), ("a", "INFO")]
+    "junk", [b"", b"{", b"[]", b'{"log_level": "loud"}', b'{"log_level": null}', b"\xff"]
 )
-async def test_bad_names_and_levels_are_refused(mesh: AgentMesh, agent: str, level: str) -> None:
+async def test_a_junk_setting_counts_as_not_set(name: str, junk: bytes) -> None:
+    """Anybody may have written it: then the level for all holds, and later settings do."""
+    async with AgentMesh.local() as mesh:
+        declare(mesh, name)
+        await mesh.catalog()
+        await mesh.observe.set(name, log_level="error")
+        await mesh.observe.set_global(log_level="debug")
+        await settle_level(mesh, name, "error")
+        await node_of(mesh).buckets.put(OBSERVABILITY_BUCKET, name, junk)
+        assert "debug" == (await mesh.observe.get(name)).log_level
+        await settle_level(mesh, name, "debug")
+        await mesh.observe.set(name, log_level="warn")
+        await settle_level(mesh, name, "warn")
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
+async def test_levels_hold_again_after_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
+    """As they are set on the new server, also what was set while away."""
+
+    async def meanwhile(kv: KV) -> None:
+        await (await kv._ready()).put(OBSERVABILITY_BUCKET, f"{name}.b", b'{"log_level": "error"}')
+
+    async with restartable(tmp_path if kept else "") as (mesh, restart):
+        for agent in ("a", "b"):
+            declare(mesh, f"{name}.{agent}")
+            await mesh.observe.set(f"{name}.{agent}", log_level="debug")
+            await settle_level(mesh, f"{name}.{agent}", "debug")
+        await restart(meanwhile if kept else None)
+        await settle_level(mesh, f"{name}.b", "error" if kept else "info")
+        await settle_level(mesh, f"{name}.a", "debug" if kept else "info")
+        await mesh.observe.set(f"{name}.a", log_level="warn")
+        await settle_level(mesh, f"{name}.a", "warn")
+
+
+async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server lost again while all is made true again, for longer than anybody waits, is no end either."""
+    failed = asyncio.Event()
+
+    @asynccontextmanager
+    async def away(what: str) -> AsyncIterator[None]:
+        if OBSERVABILITY_BUCKET in what:
+            failed.set()
+        raise ConnectionFailed(f"{what} failed: the server is away.")
+        yield
+
+    async with AgentMesh.local() as mesh:
+        declare(mesh, name)
+        await mesh.observe.set(name, log_level="warn")
+        await settle_level(mesh, name, "warn")
+        buckets = node_of(mesh).buckets
+        with monkeypatch.context() as patch:
+            patch.setattr(buckets, "_using", away)
+            for watcher in list(buckets._watchers):
+                await watcher.stop()
+            await asyncio.wait_for(failed.wait(), 10)
+        await buckets.restore()
+        await mesh.observe.set(name, log_level="debug")
+        await settle_level(mesh, name, "debug")
+
+
+@pytest.mark.parametrize(
+    ("agent", "level"),
+    [
+        ("a..b", "info"),
+        ("a b", "info"),
+        ("", "info"),
+        (None, "info"),
+        ("a", "loud"),
+        ("a", "INFO"),
+        ("a", None),
+    ],
+)
+async def test_bad_names_and_levels_are_refused(mesh: AgentMesh, agent: Any, level: Any) -> None:
     """In words, before anything is written."""
-    with pytest.raises(InvalidInput):
-        await mesh.observe.set(agent, log_level=level)  # type: ignore[arg-type]
+    before = await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
+    with pytest.raises(InvalidInput, match=r"names no agent|no log level"):
+        await mesh.observe.set(agent, log_level=level)
+    assert before == await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
 
 
-async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str) -> None:
+async def test_reading_wants_a_name_and_a_level_too(mesh: AgentMesh) -> None:
+    """`get` and `logs` refuse what can be neither; the connection lives on."""
+    for name in ("a b", "a..b", ".a"):
+        with pytest.raises(InvalidInput):
+            await mesh.observe.get(name)
+        with pytest.raises(InvalidInput):
+            await anext(mesh.observe.logs(name))
+    with pytest.raises(InvalidInput, match="debug, info, warn, error"):
+        await anext(mesh.observe.logs(level="loud"))  # type: ignore[arg-type]
+    assert "info" == (await mesh.observe.get("nobody")).log_level
+    assert 0 == node_of(mesh).bus.reconnects
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["all", "one"])
+async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *, everybody: bool) -> None:
     """`logs` yields LogEvents of one agent or of all, without those below the level and without junk."""
     declare(mesh, name)
+    declare(mesh, f"{name}.other")
     await mesh.catalog()
-    async with aclosing(mesh.observe.logs(name, level="warn")) as logs:
+    async with aclosing(mesh.observe.logs(None if everybody else name, level="warn")) as logs:
         reading = await begin(mesh, logs)
-        for junk in (b"", b"{", b"[]", b'{"level": "loud"}', b"\xff"):
-            await node_of(mesh).bus.publish(subjects.logs(name), junk)
+        for head in (b"", *map(codec.write_headers, ODD_HEADERS)):
+            for junk in (b"", b"{", b"[]", b'{"level": "loud"}', b"\xff"):
+                await node_of(mesh).bus.publish(subjects.logs(name), junk, head)
         await mesh.call(name, "cost")
-        with pytest.raises(MeshError):
-            await mesh.call(name, "fail")
-        event = await reading
-    assert isinstance(event, LogEvent)
-    assert (name, "request_failed", "warn", "no") == (event.agent, event.event, event.level, event.message)
+        for agent in (f"{name}.other", name):
+            with pytest.raises(MeshError):
+                await mesh.call(agent, "fail")
+        events = [await asyncio.wait_for(reading, 10)]
+        while events[-1].agent != name:
+            events.append(await asyncio.wait_for(anext(logs), 10))
+    assert ([f"{name}.other"] if everybody else []) + [name] == [event.agent for event in events]
+    assert {("request_failed", "warn", "no")} == {(e.event, e.level, e.message) for e in events}
 
 
 async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asyncio.Future[LogEvent]:
@@ -150,17 +305,6 @@ async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asynci
         await asyncio.sleep(0)
     await node_of(mesh).bus.flush()
     return reading
-
-
-async def test_junk_settings_break_nothing(mesh: AgentMesh, name: str) -> None:
-    """What strangers write into the bucket counts as not set; later changes are heard of."""
-    declare(mesh, name)
-    await mesh.catalog()
-    for junk in (b"", b"{", b'{"log_level": "loud"}', b"\xff"):
-        await node_of(mesh).buckets.put(OBSERVABILITY_BUCKET, name, junk)
-        assert "info" == (await mesh.observe.get(name)).log_level
-    await mesh.observe.set(name, log_level="debug")
-    await settle_level(mesh, name, "debug")
 
 
 async def test_usage_travels_with_the_answer(mesh: AgentMesh, name: str) -> None:

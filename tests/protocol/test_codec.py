@@ -233,7 +233,7 @@ def test_a_request_is_read_whole() -> None:
 
 def test_a_request_without_headers_is_a_plain_call() -> None:
     """A peer that sends only a body is served: no id, no caller, no limit."""
-    assert codec.Request("", "", False, None, 0, "", b"x", {}) == codec.read_request(b"", b"x")  # noqa: FBT003
+    assert codec.Request("", "", False, None, 0, "", "", b"x", {}) == codec.read_request(b"", b"x")  # noqa: FBT003
 
 
 @pytest.mark.parametrize(

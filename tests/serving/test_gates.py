@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Cancelled, Condition, MeshError, MeshMessage, NotAvailable
-from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.bus.client import Message
 from openagentmesh.mesh import presence
-from openagentmesh.protocol import subjects
+from openagentmesh.mesh.kv import KV
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import InvalidAgent
 
+from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
 
 
@@ -27,9 +30,12 @@ def gated(mesh: AgentMesh, name: str, condition: Condition) -> None:
 
 
 async def events_of(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
-    """The names of the agent's log events."""
+    """The agent's log events: `info agent_activated`."""
     heard: asyncio.Queue[str] = asyncio.Queue()
-    receive = lambda message: heard.put_nowait(json.loads(message.body)["event"])  # noqa: E731 - a receiver
+
+    def receive(message: Message) -> None:
+        heard.put_nowait("{level} {event}".format_map(json.loads(message.body)))
+
     await node_of(mesh).bus.listen(subjects.logs(name), receive)
     await node_of(mesh).bus.flush()
     return heard
@@ -37,7 +43,7 @@ async def events_of(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
 
 async def told(heard: asyncio.Queue[str], event: str) -> None:
     async with asyncio.timeout(20):
-        while await heard.get() != event:
+        while await heard.get() != f"info {event}":
             pass
 
 
@@ -49,7 +55,7 @@ def is_open(mesh: AgentMesh, name: str) -> bool:
 
 
 async def settled(mesh: AgentMesh, name: str, *, open_: bool) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(5):
         while is_open(mesh, name) != open_:
             await asyncio.sleep(0.005)
 
@@ -60,8 +66,9 @@ async def test_a_key_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -> No
     gated(mesh, name, mesh.kv_condition(f"{name}.mode", lambda mode: mode == "on"))
     await mesh.catalog()
     for _ in range(2):
-        with pytest.raises(NotAvailable):
-            await mesh.call(name)
+        for ask in (mesh.call, mesh.send):
+            with pytest.raises(NotAvailable):
+                await ask(name)
         assert name in {entry.name for entry in await mesh.catalog()}
         assert name == (await mesh.contract(name)).name
         assert name in (await presence.instances(node_of(mesh).buckets))[mesh.instance_id]["agents"]
@@ -207,15 +214,26 @@ async def test_a_gate_holds_for_everything_an_agent_does(mesh: AgentMesh, name: 
 
 async def test_after_a_burst_of_changes_the_last_one_holds(mesh: AgentMesh, name: str) -> None:
     """However fast the key changes, the agent ends up as it says."""
-    gated(mesh, name, mesh.kv_condition(name, lambda text: text == "on"))
+    judged: set[str] = set()
+
+    def on(text: str) -> bool:
+        judged.add(text)
+        return text.startswith("on")
+
+    gated(mesh, name, mesh.kv_condition(name, on))
     await mesh.catalog()
-    for last in ("on", "off", "on"):
+    for last in ("on 1", "off 2", "on 3"):
         for _ in range(10):
             await mesh.kv.put(name, "on")
             await mesh.kv.put(name, "off")
         await mesh.kv.put(name, last)
-        await settled(mesh, name, open_=last == "on")
-    assert mesh.instance_id == await mesh.call(name)
+        async with asyncio.timeout(20):
+            while last not in judged:
+                await asyncio.sleep(0.005)
+        await settled(mesh, name, open_=last.startswith("on"))
+    # It may still be closing for the last "off", and is on after that.
+    assert mesh.instance_id == await settled_call(mesh, name)
+    assert is_open(mesh, name)
 
 
 async def test_a_predicate_that_raises_changes_nothing(
@@ -240,30 +258,25 @@ async def test_a_predicate_that_raises_changes_nothing(
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
 async def test_a_gate_is_right_again_after_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
-    """It follows the key on the new server, whatever became of it."""
-    store = str(tmp_path) if kept else ""
-    server = EmbeddedServer(store=store)
-    await server.start()
-    try:
-        async with AgentMesh(server.url) as mesh:
-            gated(mesh, name, mesh.kv_condition("key", lambda text: text == "on"))
-            await mesh.kv.put("key", "on")
-            await settled_call(mesh, name)
-            bus = node_of(mesh).bus
-            await server.stop()
-            while bus.connected:
-                await asyncio.sleep(0.01)
-            server = EmbeddedServer(server.port, store)
-            await server.start()
-            await bus.until_connected()
-            if kept:  # otherwise the key is gone, which is as good
-                assert is_open(mesh, name)
-                await mesh.kv.put("key", "off")
-            await settled(mesh, name, open_=False)
-            await mesh.kv.put("key", "on")
-            await settled_call(mesh, name)
-    finally:
-        await server.stop()
+    """It follows the keys on the new server, whatever became of them while it was away."""
+
+    async def meanwhile(kv: KV) -> None:
+        await kv.put(f"{name}.b", "off")
+        await kv.put(f"{name}.c", "on")
+        await kv.delete(f"{name}.d")
+
+    async with restartable(tmp_path if kept else "") as (mesh, restart):
+        for key in ("a", "b", "c", "d"):
+            gated(mesh, f"{name}.{key}", mesh.kv_condition(f"{name}.{key}", lambda text: text == "on"))
+            await mesh.kv.put(f"{name}.{key}", "off" if key == "c" else "on")
+            await mesh.catalog()
+            await settled(mesh, f"{name}.{key}", open_=key != "c")
+        await restart(meanwhile if kept else None)
+        for key in ("b", "d", "c", "a"):
+            await settled(mesh, f"{name}.{key}", open_=kept and key in {"a", "c"})
+        for key in ("a", "b"):
+            await mesh.kv.put(f"{name}.{key}", "on")
+            assert mesh.instance_id == await settled_call(mesh, f"{name}.{key}")
 
 
 async def settled_call(mesh: AgentMesh, name: str) -> Any:
@@ -291,3 +304,92 @@ async def test_swapping_a_gated_agent_keeps_one_gate(mesh: AgentMesh, name: str)
     await mesh.kv.put(f"{name}.new", "on")
     await settled(mesh, name, open_=True)
     assert mesh.instance_id == await mesh.call(name)
+
+
+async def test_what_is_turned_on_again_serves_at_once(mesh: AgentMesh, name: str) -> None:
+    """It does not wait for what still runs from before; that finishes too."""
+    started, go = asyncio.Event(), asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name), active_when=mesh.kv_condition(name, lambda text: text == "on"))
+    async def wait(text: str) -> str:
+        if text == "slow":
+            started.set()
+            await go.wait()
+        return text
+
+    await mesh.kv.put(name, "on")
+    await mesh.catalog()
+    slow = asyncio.create_task(mesh.call(name, "slow"))
+    await started.wait()
+    await mesh.kv.put(name, "off")
+    await settled(mesh, name, open_=False)
+    await mesh.kv.put(name, "on")
+    try:
+        await settled(mesh, name, open_=True)
+        assert "quick" == await mesh.call(name, "quick")
+    finally:
+        go.set()
+        assert "slow" == await slow
+
+
+async def test_a_publisher_that_is_turned_off_ends_its_events(mesh: AgentMesh, name: str) -> None:
+    """Its subscribers get the end frame with the count; on again it counts from 0."""
+    frames: asyncio.Queue[codec.Answer] = asyncio.Queue()
+    receive = lambda message: frames.put_nowait(codec.read_answer(message.head, message.body))  # noqa: E731
+    await node_of(mesh).bus.listen(subjects.events(name), receive)
+
+    @mesh.agent(AgentSpec(name=name), active_when=mesh.kv_condition(name, lambda text: text == "on"))
+    async def publisher() -> AsyncIterator[int]:
+        yield 7
+        await asyncio.Event().wait()
+
+    await mesh.catalog()
+    for _ in range(2):
+        await mesh.kv.put(name, "on")
+        frame = await asyncio.wait_for(frames.get(), 10)
+        assert (b"7", 0, False) == (frame.body, frame.seq, frame.end)
+        await mesh.kv.put(name, "off")
+        frame = await asyncio.wait_for(frames.get(), 10)
+        assert (b"", 1, True, "") == (frame.body, frame.seq, frame.end, frame.status)
+        await settled(mesh, name, open_=False)
+
+
+@pytest.mark.parametrize("kind", ["key", "subject"])
+async def test_a_predicate_may_raise_anything(mesh: AgentMesh, name: str, kind: str) -> None:
+    """A cancellation that leaks from it ends neither the following nor the connection."""
+
+    def strict(text: str) -> bool:
+        if text == "neither":
+            raise asyncio.CancelledError
+        return text == "on"
+
+    make, tell = (mesh.kv_condition, mesh.kv.put) if kind == "key" else (mesh.subject_condition, mesh.publish)
+    gated(mesh, name, make(name, strict))
+    await mesh.catalog()
+    for text, open_ in (("on", True), ("neither", True), ("off", False), ("neither", False), ("on", True)):
+        await tell(name, text)
+        await settled(mesh, name, open_=open_)
+    assert 0 == node_of(mesh).bus.reconnects
+
+
+@pytest.mark.parametrize("word", ["", "a b", "a..b", ".a", "a.>.b", "x" * 5000, None, 7])
+def test_keys_and_subjects_of_conditions_are_checked(word: Any) -> None:
+    """What cannot be one is refused where it is declared, in words; a key condition is of one key."""
+    mesh = AgentMesh()
+    for make in (mesh.kv_condition, mesh.subject_condition):
+        with pytest.raises(InvalidAgent, match="cannot be used"):
+            make(word, bool)
+    with pytest.raises(InvalidAgent, match="cannot be used"):
+        mesh.kv_condition("a.*", bool)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"), [("predicate", "on"), ("drain_timeout", -1), ("drain_timeout", "30")]
+)
+def test_what_is_no_condition_is_refused(part: str, wrong: Any) -> None:
+    """What would fail when the mesh connects or the gate moves fails at its declaration."""
+    for make in (AgentMesh().kv_condition, AgentMesh().subject_condition):
+        with pytest.raises(InvalidAgent, match=part):
+            make("a", **{"predicate": bool, part: wrong})
+    with pytest.raises(InvalidAgent, match="active_when"):
+        gated(AgentMesh(), "a", wrong)

@@ -2,14 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from openagentmesh import (
     AgentMesh,
     AgentSpec,
+    ConnectionFailed,
     InvalidAgent,
     InvocationMismatch,
     KVEntry,
@@ -19,17 +20,35 @@ from openagentmesh import (
     SubjectSource,
 )
 from openagentmesh.bus.client import Message
-from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
-from pydantic import BaseModel
+from openagentmesh.protocol.subjects import CONTEXT_BUCKET
+from openagentmesh.serving.agent import DEFAULT_LIMITS
+from openagentmesh.serving.triggers import KVFeed
+from pydantic import BaseModel, Field, model_validator
 
+from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
 
 Source = SubjectSource | KVSource
 
 
+Word = Annotated[str, Field(max_length=9)]
+
+
 class Order(BaseModel):
     item: str
+
+
+class Strict(BaseModel):
+    """A model whose author never thought of None."""
+
+    item: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def stripped(cls, value: dict[str, str]) -> dict[str, str]:
+        return {"item": value["item"].strip()}
 
 
 def driven(mesh: AgentMesh, name: str, hint: Any, *sources: Source) -> asyncio.Queue[Any]:
@@ -48,7 +67,7 @@ def driven(mesh: AgentMesh, name: str, hint: Any, *sources: Source) -> asyncio.Q
 
 
 async def take(got: asyncio.Queue[Any], count: int = 1) -> list[Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(5):
         return [await got.get() for _ in range(count)]
 
 
@@ -66,10 +85,14 @@ async def errors_of(mesh: AgentMesh, name: str) -> asyncio.Queue[Message]:
         (Order, Order(item="tea"), Order(item="tea")),
         (dict[str, str], Order(item="tea"), {"item": "tea"}),
         (str, "plain text", "plain text"),
+        (str | None, "plain text", "plain text"),
+        (Word, "word", "word"),
+        (Any, "plain text", "plain text"),
+        (Any, Order(item="tea"), {"item": "tea"}),
         (bytes, b"\x00\xff", b"\x00\xff"),
         (None, "whatever", None),
     ],
-    ids=["model", "dict", "text", "bytes", "nothing"],
+    ids=["model", "dict", "text", "text or none", "short text", "any text", "any JSON", "bytes", "nothing"],
 )
 async def test_a_message_drives_the_handler(
     mesh: AgentMesh, name: str, hint: Any, payload: Order | str | bytes, expected: object
@@ -90,9 +113,8 @@ async def test_a_message_comes_with_its_subject_and_headers(mesh: AgentMesh, nam
     await mesh.catalog()
     await mesh.publish(f"{name}.a", Order(item="tea"), headers={"X-Mine": "yes"})
     [message] = await take(got)
-    assert (f"{name}.a", Order(item="tea"), "yes") == (
-        message.subject, message.data, message.headers["X-Mine"],
-    )  # fmt: skip
+    assert (f"{name}.a", Order(item="tea")) == (message.subject, message.data)
+    assert "yes" == message.headers["X-Mine"]
 
 
 async def test_a_queue_group_shares_and_others_all_get(
@@ -135,15 +157,23 @@ async def test_what_fails_is_told_and_the_next_one_handled(mesh: AgentMesh, name
     async def handler(message: MeshMessage[Order]) -> None:
         if message.data.item == "bad":
             raise ValueError("cannot pack that")
+        if message.data.item == "more":
+            raise MeshError("quota", "used up", details={"left": 0})
         handled.put_nowait(message.data.item)
 
-    heard = await errors_of(mesh, name)
-    for payload in ("no order", Order(item="bad"), Order(item="good")):
+    heard, events = await errors_of(mesh, name), asyncio.Queue[Message]()
+    await node_of(mesh).bus.listen(subjects.logs(name), events.put_nowait)
+    for payload in ("no order", Order(item="bad"), b"", Order(item="more"), Order(item="good")):
         await mesh.publish(f"{name}.in", payload)
     assert ["good"] == await take(handled)
-    told = [json.loads(message.body) for message in await take(heard, 2)]
-    assert ["handler_error", "invalid_input"] == sorted(envelope["code"] for envelope in told)
-    assert {name} == {envelope["agent"] for envelope in told}
+    told = [json.loads(message.body) for message in await take(heard, 4)]
+    codes = ["handler_error", "invalid_input", "invalid_input", "quota"]
+    assert codes == sorted(each["code"] for each in told)
+    assert [name] * 4 == [envelope["agent"] for envelope in told]
+    assert {"left": 0} in [envelope["details"] for envelope in told]
+    logged = [json.loads(message.body) for message in await take(events, 4)]
+    kinds = ["validation_error" if code == "invalid_input" else "request_failed" for code in codes]
+    assert sorted(zip(kinds, codes, strict=True)) == sorted((e["event"], e["data"]["code"]) for e in logged)
 
 
 async def test_a_responder_with_sources_is_still_called(mesh: AgentMesh, name: str) -> None:
@@ -193,7 +223,7 @@ async def test_changes_of_keys_come_in_order_one_at_a_time(mesh: AgentMesh, name
     assert (1, True) == (most, got.empty())
 
 
-@pytest.mark.parametrize("hint", [Order, KVEntry[Order]])
+@pytest.mark.parametrize("hint", [Order, KVEntry[Order], Strict])
 async def test_deletions_come_to_those_who_can_take_them(mesh: AgentMesh, name: str, hint: Any) -> None:
     """A handler for values only is not bothered; values are read as its model."""
     await mesh.kv.put_model(f"{name}.a", Order(item="1"))
@@ -203,54 +233,40 @@ async def test_deletions_come_to_those_who_can_take_them(mesh: AgentMesh, name: 
     await mesh.kv.delete(f"{name}.a")
     await mesh.kv.put_model(f"{name}.a", Order(item="2"))
     [given] = await take(got)
-    assert Order(item="2") == (given if hint is Order else given.value)
+    assert "2" == (given.value if isinstance(given, KVEntry) else given).item
 
 
 async def following(mesh: AgentMesh, name: str) -> None:
     """Wait until an agent's KV sources have been told all that there was."""
     route = node_of(mesh).router.get(name)
     assert route is not None
-    while not all(getattr(feed, "_seen", True) for feed in route._feeds):
-        await asyncio.sleep(0.005)
-
-
-async def test_what_is_there_can_be_skipped(mesh: AgentMesh, name: str) -> None:
-    """With `on_init="skip"` only changes count."""
-    await mesh.kv.put(f"{name}.a", "there")
-    got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", on_init="skip"))
-    await mesh.catalog()
-    await asyncio.wait_for(following(mesh, name), 10)
-    await mesh.kv.put(f"{name}.b", "new")
-    assert ["new"] == [entry.value for entry in await take(got)]
+    for feed in route._feeds.values():
+        if isinstance(feed, KVFeed):
+            await feed._started.wait()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
 async def test_nothing_is_lost_or_repeated_over_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
     """What changed while this mesh was away comes afterwards, what was told before does not."""
-    store = str(tmp_path) if kept else ""
-    server = EmbeddedServer(store=store)
-    await server.start()
-    try:
-        async with AgentMesh(server.url) as mesh:
-            got = driven(mesh, name, KVEntry[str | None], mesh.kv_source("k.*"))
-            await mesh.kv.put("k.a", "1")
-            await mesh.kv.put("k.b", "1")
-            assert ["1", "1"] == [entry.value for entry in await take(got, 2)]
-            bus = node_of(mesh).bus
-            await server.stop()
-            while bus.connected:
-                await asyncio.sleep(0.01)
-            server = EmbeddedServer(server.port, store)
-            await server.start()
-            await bus.until_connected()
-            if not kept:  # what the new server does not have was deleted
-                assert {("k.a", None), ("k.b", None)} == {(e.key, e.value) for e in await take(got, 2)}
-            await mesh.kv.put("k.b", "2")
-            await mesh.kv.put("k.c", "3")
-            assert [("k.b", "2"), ("k.c", "3")] == [(e.key, e.value) for e in await take(got, 2)]
-            assert got.empty()
-    finally:
-        await server.stop()
+
+    async def meanwhile(kv: KV) -> None:
+        await kv.put("k.c", "2")
+        await kv.delete("k.b")
+        await kv.put("k.d", "2")
+
+    async with restartable(tmp_path if kept else "") as (mesh, restart):
+        got = driven(mesh, name, KVEntry[str | None], mesh.kv_source("k.*"))
+        for key in ("k.a", "k.b", "k.c"):
+            await mesh.kv.put(key, "1")
+        assert ["1", "1", "1"] == [entry.value for entry in await take(got, 3)]
+        await restart(meanwhile if kept else None)
+        # What a new server does not have was deleted.
+        told = {"k.c": "2", "k.b": None, "k.d": "2"} if kept else dict.fromkeys(("k.a", "k.b", "k.c"))
+        assert told == {entry.key: entry.value for entry in await take(got, 3)}
+        await mesh.kv.put("k.b", "3")
+        await mesh.kv.put("k.e", "3")
+        assert [("k.b", "3"), ("k.e", "3")] == [(e.key, e.value) for e in await take(got, 2)]
+        assert got.empty()
 
 
 async def test_a_group_shares_the_changes_of_keys(
@@ -259,23 +275,19 @@ async def test_a_group_shares_the_changes_of_keys(
     """Of two meshes in a group one handles each change, also those made while neither was there."""
     for number in range(5):
         await mesh.kv.put(f"{name}.k{number}", "before")
-    other = new_mesh()
-    got = [
-        driven(m, name, KVEntry[str], m.kv_source(f"{name}.*", queue_group=f"g{name}")) for m in (mesh, other)
-    ]
+    other, handled = new_mesh(), asyncio.Queue[str]()
+    for member in (mesh, other):
+
+        @member.agent(AgentSpec(name=name), sources=[member.kv_source(f"{name}.*", queue_group=name)])
+        async def handler(entry: KVEntry[str]) -> None:
+            handled.put_nowait(entry.key)
+
     async with other:
         await mesh.catalog()
         for number in range(5, 20):
             await mesh.kv.put(f"{name}.k{number}", "after")
-        handled: list[str] = []
-        async with asyncio.timeout(20):
-            while len(handled) < 20:
-                waits = [asyncio.ensure_future(queue.get()) for queue in got]
-                done, late = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                for wait in late:
-                    wait.cancel()
-                handled += [wait.result().key for wait in done]
-        assert sorted(f"{name}.k{number}" for number in range(20)) == sorted(handled)
+        assert sorted(f"{name}.k{number}" for number in range(20)) == sorted(await take(handled, 20))
+    assert handled.empty()
 
 
 async def streamer(order: Order) -> AsyncIterator[int]:
@@ -297,11 +309,13 @@ async def message_handler(message: MeshMessage[str]) -> None:
         (entry_handler, [SubjectSource("a")], "takes entry"),
         (message_handler, [KVSource("a")], "takes message"),
         (message_handler, [], "has none"),
+        (message_handler, SubjectSource("a"), "source"),
+        (message_handler, ["a"], "driven by"),
     ],
-    ids=["streamer", "entry of a subject", "message of a key", "no source"],
+    ids=["streamer", "entry of a subject", "message of a key", "no source", "no list", "a text"],
 )
 def test_a_handler_that_does_not_fit_its_sources_is_refused(
-    handler: Callable[..., Any], sources: Sequence[Source], told: str
+    handler: Callable[..., Any], sources: Any, told: str
 ) -> None:
     """Where it is declared, in words, with file and line."""
     with pytest.raises(InvalidAgent, match=told) as caught:
@@ -309,8 +323,8 @@ def test_a_handler_that_does_not_fit_its_sources_is_refused(
     assert __file__ in str(caught.value)
 
 
-@pytest.mark.parametrize("subject", ["", "a b", "a..b", "a.>.b", ".a", "x" * 5000])
-def test_sources_that_cannot_be_are_refused(subject: str) -> None:
+@pytest.mark.parametrize("subject", ["", "a b", "a..b", "a.>.b", ".a", "x" * 5000, 7, b"a"])
+def test_sources_that_cannot_be_are_refused(subject: Any) -> None:
     """A bad subject, pattern, group or word never reaches the server."""
     mesh = AgentMesh()
     for make in (mesh.subject_source, mesh.kv_source):
@@ -319,10 +333,10 @@ def test_sources_that_cannot_be_are_refused(subject: str) -> None:
     with pytest.raises(InvalidAgent, match="queue group"):
         mesh.subject_source("a", queue_group=subject)
     with pytest.raises(InvalidAgent, match="'replay' or 'skip'"):
-        mesh.kv_source("a", on_init=subject)  # type: ignore[arg-type]
+        mesh.kv_source("a", on_init=subject)
 
 
-async def test_too_many_at_once_are_told(mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_at_once_are_told(mesh: AgentMesh, name: str) -> None:
     """A subject that is faster than its agent's limits allow is `overloaded`, and told as such."""
     release = asyncio.Event()
 
@@ -331,24 +345,88 @@ async def test_too_many_at_once_are_told(mesh: AgentMesh, name: str, monkeypatch
         await release.wait()
 
     heard = await errors_of(mesh, name)
-    route = node_of(mesh).router.get(name)
-    assert route is not None
-    room = route.agent.limits.concurrency + route.agent.limits.queue
-    for number in range(room + 1):
-        await mesh.publish(f"{name}.in", json.dumps(number))
+    for number in range(DEFAULT_LIMITS.concurrency + DEFAULT_LIMITS.queue + 1):
+        await mesh.publish(f"{name}.in", str(number))
     [told] = await take(heard)
     assert "overloaded" == json.loads(told.body)["code"]
     release.set()
 
 
-async def test_errors_keep_their_own_code(mesh: AgentMesh, name: str) -> None:
-    """A MeshError of a source's handler is told with its code and details."""
-
-    @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.*")])
-    async def handler(entry: KVEntry[str]) -> None:
-        raise MeshError("quota", "used up", details={"left": 0})
-
+async def test_a_text_that_is_none_is_invalid(mesh: AgentMesh, name: str) -> None:
+    """A handler is never given a text that nobody wrote: bytes that are no UTF-8 are `invalid_input`."""
+    got = driven(mesh, name, str, mesh.kv_source(f"{name}.*"), mesh.subject_source(f"{name}.in"))
     heard = await errors_of(mesh, name)
-    await mesh.kv.put(f"{name}.a", "x")
-    [told] = await take(heard)
-    assert {"code": "quota", "details": {"left": 0}}.items() <= json.loads(told.body).items()
+    await mesh.kv.put(f"{name}.a", b"\xff")
+    await mesh.publish(f"{name}.in", b"\xff")
+    assert ["invalid_input"] * 2 == [json.loads(m.body)["code"] for m in await take(heard, 2)]
+    assert got.empty()
+
+
+@pytest.mark.parametrize("begin", ["well", "lost"])
+async def test_what_is_there_can_be_skipped(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, begin: str
+) -> None:
+    """With `on_init="skip"` only changes count, also when the server is lost before all is known."""
+    await mesh.kv.put(f"{name}.a", "there")
+    buckets, failed = node_of(mesh).buckets, asyncio.Event()
+    watch = buckets.watch
+
+    async def lost() -> AsyncIterator[Any]:
+        failed.set()
+        raise ConnectionFailed("The server is away.")
+        yield
+
+    def lost_once(bucket: str, keys: str = ">") -> AsyncIterator[Any]:
+        return watch(bucket, keys) if bucket != CONTEXT_BUCKET or failed.is_set() else lost()
+
+    if begin == "lost":
+        monkeypatch.setattr(buckets, "watch", lost_once)
+    got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", on_init="skip"))
+    await mesh.catalog()
+    await asyncio.wait_for(following(mesh, name), 10)
+    await mesh.kv.put(f"{name}.b", "new")
+    assert ["new"] == [entry.value for entry in await take(got)]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
+@pytest.mark.parametrize("on_init", ["replay", "skip"])
+async def test_a_group_outlives_a_restart(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_init: Any, kept: bool
+) -> None:
+    """What is changed as soon as the connection is back is handled, and once."""
+    monkeypatch.setattr("openagentmesh.bus.buckets._PULL", 0.2)
+    async with restartable(tmp_path if kept else "") as (mesh, restart):
+        got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init))
+        await mesh.catalog()
+        stream = node_of(mesh).bus.jetstream()
+        while not any(i.name[:2] == "g-" for i in await stream.consumers_info(f"KV_{CONTEXT_BUCKET}")):
+            await asyncio.sleep(0.01)
+        await mesh.kv.put("k.a", "1")
+        assert ["1"] == [entry.value for entry in await take(got)]
+        await restart()
+        await mesh.kv.put("k.b", "2")
+        await mesh.kv.put("k.c", "3")
+        assert ["2", "3"] == [entry.value for entry in await take(got, 2)]
+
+
+async def test_what_a_leaving_member_did_not_get_to_is_handled_soon(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """What it finished is not handled again; what it took and did not begin does not wait for a timeout."""
+    started, leaving, handled = asyncio.Event(), new_mesh(), asyncio.Queue[str]()
+    for member in (leaving, mesh):
+
+        @member.agent(AgentSpec(name=name), sources=[member.kv_source(f"{name}.*", queue_group=name)])
+        async def handler(entry: KVEntry[str]) -> None:
+            started.set()
+            await asyncio.sleep(0.05)
+            handled.put_nowait(entry.key)
+
+        if member is leaving:
+            async with leaving:
+                await mesh.kv.put(f"{name}.a", "x")
+                await started.wait()
+                await mesh.kv.put(f"{name}.b", "made while the only member is busy")
+    await mesh.catalog()
+    assert [f"{name}.a", f"{name}.b"] == await take(handled, 2)
+    assert handled.empty()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from hashlib import sha256
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from nats.errors import Error as NatsError
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
@@ -22,21 +22,14 @@ from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.explained import explained
 from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
 Entry = KeyValue.Entry
-
-
-class Version(NamedTuple):
-    """What tells one state of a key from another, without its value."""
-
-    revision: int | None
-    created: object
-    operation: str | None
-
-
+# When a key was written: revision and time.
+Version = tuple[int | None, object]
 # What a watch yields beside entries: it begins anew, and it has shown all there was.
 Mark = Literal["begin", "current"]
 
@@ -68,6 +61,61 @@ async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
     ack = from_json(message.body) if message.body else {"error": "nobody stores this bucket"}
     if "error" in ack:
         raise ConnectionFailed(f"A write to a bucket was refused: {ack['error']}.")
+
+
+async def _told(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Entry | Mark, None]:
+    """What a watcher tells, with `current` where it has told all there was.
+
+    The library says so too early when the server has sent everything, but its own callback has
+    not taken the first of it.
+    """
+    left, subscription = 0, watcher._sub  # noqa: SLF001 - only it knows
+    assert subscription is not None
+    async for entry in watcher:
+        if entry is None:
+            left = subscription.pending_msgs + watcher._updates.qsize()  # noqa: SLF001 - as above
+            if not left:
+                yield "current"
+        else:
+            yield entry
+            left -= 1
+            if left == 0:
+                yield "current"
+
+
+class _Newest:
+    """What a watcher tells, kept until it is asked for: of each key the newest state.
+
+    The library drops what a slow reader leaves in its queue; here nothing is lost, and no more
+    is kept than there are keys.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str | None, Entry | Mark] = {}
+        self._arrived = asyncio.Event()
+        self._ended = False
+
+    async def take_all(self, watcher: KeyValue.KeyWatcher) -> None:
+        """Keep what comes until the watcher ends."""
+        try:
+            async with aclosing(_told(watcher)) as entries:
+                async for entry in entries:
+                    key = entry.key if isinstance(entry, Entry) else None
+                    self._kept.pop(key, None)  # the newest comes last
+                    self._kept[key] = entry
+                    self._arrived.set()
+        finally:
+            self._ended = True
+            self._arrived.set()
+
+    async def next(self) -> Entry | Mark | None:
+        """What came first of what is kept; None when there will be no more."""
+        while not self._kept:
+            if self._ended:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._kept.pop(next(iter(self._kept)))
 
 
 class Buckets:
@@ -185,17 +233,18 @@ class Buckets:
         """All keys and values as they are now."""
         return {entry.key: entry.value or b"" for entry in await self.entries(bucket)}
 
-    async def entries(self, bucket: str) -> list[Entry]:
-        """All keys as they are now."""
+    async def entries(self, bucket: str, keys: str = ">") -> list[Entry]:
+        """All keys as they are now, or those of a pattern."""
         found: list[Entry] = []
         async with self._using(f"Reading all of '{bucket}'"):
-            watcher = await self._open[bucket].watch(">", ignore_deletes=True)
+            watcher = await self._open[bucket].watch(keys)
             try:
-                async with asyncio.timeout(_PATIENCE):
-                    async for entry in watcher:
-                        if entry is None:
+                async with asyncio.timeout(_PATIENCE), aclosing(_told(watcher)) as entries:
+                    async for entry in entries:
+                        if entry == "current":
                             break
-                        found.append(entry)
+                        if isinstance(entry, Entry) and not entry.operation:
+                            found.append(entry)
             finally:
                 await watcher.stop()
         return found
@@ -213,51 +262,73 @@ class Buckets:
                     with attempt:
                         watcher = await self._open[bucket].watch(keys)
             self._watchers.add(watcher)
+            newest = _Newest()
+            pumping = asyncio.create_task(newest.take_all(watcher))
             try:
                 yield "begin"
-                async for entry in watcher:
-                    yield "current" if entry is None else entry
+                while (entry := await newest.next()) is not None:
+                    yield entry
             finally:
                 self._watchers.discard(watcher)
+                await end(pumping)
                 with suppress(NatsError):  # the connection may be closed already
                     await watcher.stop()
 
-    async def changes(
-        self, bucket: str, keys: str = ">", *, replay: bool = True, seen: dict[str, Version] | None = None
+    async def changes(  # noqa: C901 - one loop over all that a watch may tell
+        self,
+        bucket: str,
+        keys: str = ">",
+        *,
+        replay: bool = True,
+        seen: dict[str, Version] | None = None,
+        started: asyncio.Event | None = None,
     ) -> AsyncGenerator[Entry, None]:
         """Every change of these keys once, also across reconnects; `replay` begins with what is there.
 
         Deletions come too, as entries with an operation; also of keys that are not there any
         more on a server that lost them. Who goes on later where it left off gives the same
-        `seen` again.
+        `seen` again; `started` is set when all that was there has been told or skipped.
         """
         seen = {} if seen is None else seen
-        present: set[str] = set()
+        present: set[str] | None = None
         async with aclosing(self.watch(bucket, keys)) as entries:
             async for entry in entries:
-                if isinstance(entry, Entry):
-                    present.add(entry.key)
+                if entry == "begin":
+                    present = set()
+                elif entry == "current":
+                    for key in seen.keys() - (present or set()):
+                        yield Entry(bucket, key, None, seen.pop(key)[0], None, None, "DEL")
+                    present, replay = None, True  # what is new from here on is new to us
+                    if started is not None:
+                        started.set()
+                elif isinstance(entry, Entry) and entry.operation:
+                    if seen.pop(entry.key, None) and replay:
+                        yield entry
+                elif isinstance(entry, Entry):
+                    if present is not None:
+                        present.add(entry.key)
                     # A new server may count anew, so the revision alone tells nothing.
-                    version = Version(entry.revision, entry.created, entry.operation)
+                    version = (entry.revision, entry.created)
                     known, seen[entry.key] = seen.get(entry.key) == version, version
                     if replay and not known:
                         yield entry
-                elif entry == "begin":
-                    present.clear()
-                else:
-                    for key in seen.keys() - present:
-                        lost = seen.pop(key)
-                        if not lost.operation:
-                            yield Entry(bucket, key, None, lost.revision, None, None, "DEL")
-                    replay = True  # what is new from here on is new to us
 
-    async def shared_changes(
-        self, bucket: str, keys: str, group: str, *, replay: bool, patience: float
+    async def shared_changes(  # noqa: PLR0913 - what a group agrees on
+        self,
+        bucket: str,
+        keys: str,
+        group: str,
+        *,
+        replay: bool,
+        patience: float,
+        started: asyncio.Event,
+        closing: asyncio.Event,
     ) -> AsyncGenerator[Entry, None]:
         """Every change of these keys to one member of a group, at least once, whoever is away.
 
         Who took a change is done with it when it asks for the next one; after `patience`
-        seconds another member gets it.
+        seconds another member gets it. `started` is set when changes are kept for the group,
+        and after `closing` no more are taken.
         """
         durable = f"{group}-{sha256(keys.encode()).hexdigest()[:12]}"
         config = ConsumerConfig(
@@ -270,8 +341,9 @@ class Buckets:
             pull = await self._bus.jetstream().pull_subscribe(
                 prefix + keys, durable, f"KV_{bucket}", config=config
             )
+            started.set()
             try:
-                while True:
+                while not closing.is_set():
                     try:
                         (message,) = await pull.fetch(1, timeout=_PULL)
                     except TimeoutError:

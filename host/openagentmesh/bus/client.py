@@ -58,7 +58,7 @@ class HardenedClient(Client):
 
     async def leave(self, sid: int) -> None:
         """Tell the server to send no more; what is on its way is still received."""
-        if self._subs.pop(sid, None) is not None and not self.is_reconnecting:
+        if self._subs.pop(sid, None) is not None and not self.is_closed:
             await self.write(f"UNSUB {sid}\r\n".encode())
 
     def forget(self, sid: int) -> None:

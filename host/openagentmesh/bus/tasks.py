@@ -1,10 +1,18 @@
-"""Ending tasks."""
+"""Tasks that are ended for certain, and tasks that go on."""
 
 import asyncio
-from collections.abc import Iterable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from openagentmesh.protocol.errors import MeshError
+
+log = logging.getLogger(__name__)
+
 _AGAIN: Final = 0.1
+_LONGEST_PAUSE: Final = 5.0
 
 
 async def end(*tasks: asyncio.Task[Any] | None) -> None:
@@ -30,3 +38,18 @@ async def end_within(seconds: float, tasks: Iterable[asyncio.Task[Any]]) -> set[
         return set()
     _, deaf = await asyncio.wait(running, timeout=seconds)
     return deaf
+
+
+async def persistently(follow: Callable[[], Awaitable[None]], what: str) -> None:
+    """Follow for ever: what fails while the server is away is tried again."""
+
+    def failed(state: RetryCallState) -> None:
+        log.warning("%s cannot be followed now: %s", what, state.outcome and state.outcome.exception())
+
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(MeshError),
+        wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
+        before_sleep=failed,
+    ):
+        with attempt:
+            await follow()

@@ -48,8 +48,8 @@ def config(agent: Agent = None, url: Url = None, *, json_: Json = False) -> None
 
 @app.command("set")
 def set_(
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="Tell from this level on.")],
     agent: Agent = None,
-    log_level: Annotated[LogLevel, typer.Option("--log-level", help="Tell from this level on.")] = "info",
     everywhere: Annotated[  # noqa: FBT002 - a flag
         bool, typer.Option("--global", help="For all agents that have no level of their own.")
     ] = False,
@@ -68,6 +68,8 @@ def set_(
             else:
                 await _observe(node).set(agent, log_level=log_level)
             note(f"{agent or 'all agents'}: {log_level}")
+            if json_:
+                say(as_json({"log_level": log_level}))
 
     run(main(), json_=json_)
 

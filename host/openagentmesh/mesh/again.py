@@ -44,13 +44,13 @@ async def call(once: Callable[[float | None], Awaitable[T]], retry: int, timeout
 
 
 async def stream(
-    once: Callable[[float | None], AsyncGenerator[Any, None]], retry: int, timeout: float | None
+    once: Callable[[float | None], AsyncGenerator[Any, None]], retry: int, total: float | None
 ) -> AsyncGenerator[Any, None]:
-    """Ask at most `retry` times more, as long as nothing has been yielded."""
-    left, began = _Left(timeout), False
+    """Ask at most `retry` times more, as long as nothing has been yielded, all within `total` seconds."""
+    left, began = _Left(total), False
     for attempt in range(retry + 1):
         try:
-            async with aclosing(once(timeout)) as chunks:
+            async with aclosing(once(left.seconds)) as chunks:
                 async for chunk in chunks:
                     began = True
                     yield chunk

@@ -103,7 +103,7 @@ class Caller:
         `timeout` seconds from one to the next, and `total` seconds for all.
         """
         self._waits.check(name, "stream")
-        timeout, total = within_deadline(timeout), within_deadline(total)
+        timeout = within_deadline(timeout, streaming=True)
         body, request_id = codec.dump(payload), _request_id(headers)
         _check_id(request_id)
         subject = subjects.stream(request_id)
@@ -164,6 +164,7 @@ class Caller:
             request_id,
             self._instance_id,
             timeout=timeout if on_reply else None,
+            credit=WINDOW if on_reply else 0,
             accept="" if on_reply or reply_to else codec.NO_REPLY,
             reply_to=reply_to,
             extra=headers,
@@ -173,6 +174,8 @@ class Caller:
                 replies = Replies(name, request_id, on_reply, on_error)
                 await self._send_for_replies(replies, body, head, timeout)
             elif reply_to:
+                if subjects.invalid_subject(reply_to):
+                    raise InvalidInput(f"{reply_to!r} is no subject to reply to: no wildcards, no blanks.")
                 await self._waits.look_up(name, "send")
                 await self._bus.publish(subjects.agent(name), body, head, reply_to)
             else:
@@ -240,6 +243,7 @@ class Caller:
                     body = await self._body(frame, name, "send")
                     if not frame.end:
                         await replies.give(codec.load(body))
+                        await reader.consumed()
                     if frame.end or frame.seq is None:
                         return
         except TimeoutError:
@@ -301,7 +305,7 @@ def _check_id(request_id: str) -> None:
 
 def _timeout(subject: str, timeout: float | None, name: str, request_id: str) -> MeshTimeout:
     return MeshTimeout(
-        f"No message on {subject} within {timeout}s",
+        f"No message on {subject} within {timeout if timeout is None else round(timeout, 3)}s",
         agent=name,
         request_id=request_id,
         details={"subject": subject, "timeout": timeout},

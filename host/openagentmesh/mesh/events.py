@@ -41,11 +41,8 @@ class Events:
 
     async def publish(self, subject: str, payload: object, headers: Mapping[str, str] | None) -> None:
         """Send one message to whoever listens to `subject`."""
-        if subjects.invalid_pattern(subject) or "*" in subject or ">" in subject:
-            raise ValueError(
-                f"Nothing can be published on {subject!r}: "
-                "a subject is words joined by single dots, without wildcards and blanks."
-            )
+        if why := subjects.invalid_subject(subject):
+            raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
         head, body = codec.publish_headers(self._instance_id, payload, headers)
         await self._bus.publish(subject, body, head)
 
@@ -72,12 +69,16 @@ class Events:
             while (message := await feed.next(timeout)) is not None:
                 yield message
 
-    async def on_subject(self, subject: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
+    async def on_subject(
+        self, subject: str, timeout: float | None, *, endless: bool = False
+    ) -> AsyncGenerator[MeshMessage[Any], None]:
         """What comes on a subject, until a frame says that it is the last; an error is raised.
 
-        On a subject with wildcards many emit, and none of them ends it for the others.
+        On a subject with wildcards many emit, and none of them ends it for the others; nobody
+        does with `endless`.
         """
-        async with self._listening(_Feed(subject, endless="*" in subject or ">" in subject)) as feed:
+        many = endless or "*" in subject or ">" in subject
+        async with self._listening(_Feed(subject, endless=many)) as feed:
             while (message := await feed.next(timeout)) is not None:
                 yield message
 
@@ -143,7 +144,7 @@ class _Feed:
                     message = self._messages.popleft()
                     frame = codec.read_answer(message.head, message.body)
                     self._ended = frame.end and not self._endless
-                    if frame.error:
+                    if frame.failed:
                         self._on_error(message.subject, frame)
                     elif frame.body:
                         value = codec.load_message(frame.headers, frame.body)

@@ -49,7 +49,7 @@ class _Form(Generic[T]):
     """How values are stored: as text, or as a model's JSON."""
 
     load: Callable[[str, bytes], T]
-    dump: Callable[[T], bytes]
+    dump: Callable[[str, T], bytes]
 
 
 class KV:
@@ -129,7 +129,7 @@ class KV:
         """All keys that begin with `prefix`, with their values."""
         return [
             KVEntry(entry.key, entry.value or b"", entry.revision or 0)
-            for entry in await (await self._ready()).entries(CONTEXT_BUCKET)
+            for entry in await (await self._ready()).entries(CONTEXT_BUCKET, _pattern(prefix))
             if entry.key.startswith(prefix)
         ]
 
@@ -148,7 +148,10 @@ class KV:
 
     async def put_model(self, key: str, model: BaseModel) -> int:
         """Set a key to a model's JSON; returns its revision."""
-        return await self.put(key, model.model_dump_json())
+        if not isinstance(model, BaseModel):
+            raise InvalidInput(f"The value for the key '{key}' is a {type(model).__name__}, not a model.")
+        buckets = await self._checked(key)
+        return await buckets.put(CONTEXT_BUCKET, key, _model(type(model)).dump(key, model))
 
     async def get_model(self, key: str, model: type[ModelT]) -> ModelT:
         """The model under a key.
@@ -190,8 +193,8 @@ class KV:
         entry = await self._read(key)
         draft = Draft(key, form.load(key, entry.value), entry.revision)
         yield draft
-        value = form.dump(draft.value)
-        if value == form.dump(form.load(key, entry.value)):
+        value = form.dump(key, draft.value)
+        if value == form.dump(key, form.load(key, entry.value)):
             draft.committed = True
             return
         draft.attempted_write = True
@@ -213,9 +216,18 @@ class KV:
         return await self._ready()
 
 
+def _pattern(prefix: str) -> str:
+    """The keys among which those with a prefix are: what the server can sort out by whole words."""
+    words = prefix.rpartition(".")[0]
+    return f"{words}.>" if words and not subjects.invalid_key(words) else ">"
+
+
 def _encode(key: str, value: object) -> bytes:
     if isinstance(value, str):
-        return value.encode()
+        try:
+            return value.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidInput(f"The value for the key '{key}' is no UTF-8 text: {exc}.") from exc
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     raise InvalidInput(
@@ -230,7 +242,7 @@ def _text(key: str, value: bytes) -> str:
         raise InvalidInput(f"What is stored under '{key}' is no text; read it with list().") from exc
 
 
-_TEXT: Final = _Form(_text, lambda text: _encode("", text))
+_TEXT: Final[_Form[str]] = _Form(_text, _encode)
 
 
 def _model(model: type[ModelT]) -> _Form[ModelT]:
@@ -247,4 +259,10 @@ def _model(model: type[ModelT]) -> _Form[ModelT]:
             ) from exc
         return found
 
-    return _Form(load, adapter.dump_json)
+    def dump(key: str, value: ModelT) -> bytes:
+        try:
+            return adapter.dump_json(adapter.validate_python(value), warnings="error")
+        except ValueError as exc:
+            raise InvalidInput(f"The value for the key '{key}' is no {model.__name__}: {exc}") from exc
+
+    return _Form(load, dump)

@@ -85,6 +85,7 @@ class AgentMesh(Verbs):
         self._target = Target(url, creds, tls_cert, tls_key, tls_ca)
         self._instance_id = new_id()
         self._agents: dict[str, Agent] = {}
+        self._names: set[str] = set()
         self._types = Types()
         self._node: Node | None = None
         self._hosted = False
@@ -149,6 +150,7 @@ class AgentMesh(Verbs):
                 loading.declare(agent)
             elif self._node is not None:
                 self._node.bind(agent)
+            self._names.add(agent.name)
             if not self._hosted:
                 self._agents[agent.name] = agent
             return function
@@ -252,7 +254,7 @@ class AgentMesh(Verbs):
     async def _ready(self) -> Node:
         if self._node is None:
             raise ConnectionFailed("This mesh is not connected. Use it inside `async with mesh:`.")
-        await self._node.settled()
+        await self._node.settled(self._names)
         return self._node
 
     async def _serve(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.objects import Objects
 from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end
+from openagentmesh.bus.tasks import end, persistently
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.events import Events
@@ -84,6 +84,7 @@ class Node:
         self._contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
+        self._being_bound: frozenset[str] = frozenset()
         self._repairing: asyncio.Task[None] | None = None
         self._watching_over: asyncio.Task[None] | None = None
         self._following_levels: asyncio.Task[None] | None = None
@@ -127,9 +128,12 @@ class Node:
         if self._unbound and self._started and self._binding is None:
             self._binding = asyncio.create_task(self._bind())
 
-    async def settled(self) -> None:
-        """Wait until every agent bound so far is up; raises what kept it from that."""
+    async def settled(self, names: Collection[str] | None = None) -> None:
+        """Wait until every agent bound so far is up, or these; raises what kept them from that."""
+        self._bind_soon()  # what failed before is tried again
         while (binding := self._binding) is not None:
+            if names is not None and not (self._unbound.keys() | self._being_bound).intersection(names):
+                return
             await asyncio.wait([binding])
             if binding.cancelled():
                 raise ConnectionFailed("This mesh is being left.")
@@ -140,13 +144,14 @@ class Node:
         try:
             while self._unbound:
                 agents, self._unbound = self._unbound, {}
+                self._being_bound = frozenset(agents)
                 try:
                     await self._serve(agents)
                 except BaseException:
                     self._unbound = agents | self._unbound  # tried again after the next reconnect
                     raise
         finally:
-            self._binding = None
+            self._binding, self._being_bound = None, frozenset()
 
     async def _serve(self, agents: dict[str, Agent]) -> None:
         for name, why in (await self._conflicts(agents)).items():
@@ -185,13 +190,9 @@ class Node:
             self.directory.changed = self._on_registry_change
             self.directory.follow()
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
-            self._following_levels = asyncio.create_task(self._follow_levels())
-
-    async def _follow_levels(self) -> None:
-        try:
-            await follow_levels(self.buckets, self.router.events)
-        except MeshError as exc:
-            log.warning("log levels are not followed any more: %s", exc)
+            self._following_levels = asyncio.create_task(
+                persistently(lambda: follow_levels(self.buckets, self.router.events), "log levels")
+            )
 
     async def _clear(self, agents: set[str]) -> set[str]:
         """Take agents that died out of the registry, but for those that somebody serves; returns them."""
@@ -261,12 +262,12 @@ class Node:
     async def _restore(self) -> None:
         """Make everything true again that was true before the connection was lost."""
         await self.buckets.restore()
-        await self.objects.restore()
         await self.registry.restore()
         await self.presence.restore()
         if self._watching_over is not None:
             self.directory.follow()
         self._bind_soon()
+        await self.objects.restore()
 
     def _on_registry_change(self, name: str, document: bytes | None) -> None:
         """Put back what is ours: a stock replica removes the agent for all when it stops."""
@@ -276,9 +277,10 @@ class Node:
     async def _repair(self) -> None:
         try:
             await asyncio.sleep(_REPAIR_WAIT)  # let the other finish what it removes
+            self._repairing = None  # what is removed from here on needs another repair
             await self.registry.restore()
-        finally:
-            self._repairing = None
+        except MeshError as exc:
+            log.warning("what others removed is not published again yet: %s", exc)
 
     def _on_host_request(self, message: Message) -> None:
         if not message.reply:

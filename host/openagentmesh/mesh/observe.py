@@ -39,7 +39,9 @@ class Observe:
         """The log events of one agent or of all, from `level` on, as they happen."""
         least = LOG_LEVELS.index(_checked_level(level or "debug"))
         events = (await self._ready()).events
-        async with aclosing(events.on_subject(subjects.logs(agent or _EVERYWHERE), None)) as messages:
+        async with aclosing(
+            events.on_subject(subjects.logs(agent or _EVERYWHERE), None, endless=True)
+        ) as messages:
             async for message in messages:
                 try:
                     event = LogEvent.model_validate(message.data)
@@ -54,8 +56,9 @@ class Observe:
         buckets = (await self._ready()).buckets
         for key in (agent, EVERY_AGENT):
             value = await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key)) if key else None
-            if value:
-                return _read(value)
+            found = _read(key or "", value)
+            if found is not None:
+                return found
         return ObserveConfig()
 
     async def set(self, agent: str, *, log_level: LogLevel) -> None:
@@ -73,16 +76,19 @@ async def follow_levels(buckets: Buckets, events: EventLog) -> None:
     """Keep an instance's levels as they are set on the mesh; runs until cancelled."""
     async with aclosing(buckets.changes(OBSERVABILITY_BUCKET)) as entries:
         async for entry in entries:
-            gone = bool(entry.operation) or not entry.value
-            events.set_level(entry.key, None if gone else _read(entry.value or b"").log_level)
+            found = None if entry.operation else _read(entry.key, entry.value)
+            events.set_level(entry.key, None if found is None else found.log_level)
 
 
-def _read(value: bytes) -> ObserveConfig:
+def _read(key: str, value: bytes | None) -> ObserveConfig | None:
+    """A setting, or None for what is none: anybody may have written there."""
+    if not value:
+        return None
     try:
         return ObserveConfig.model_validate_json(value)
-    except ValidationError as exc:
-        log.warning("an observability setting cannot be read and counts as not set: %s", exc)
-        return ObserveConfig()
+    except ValidationError:
+        log.warning("the log level of '%s' cannot be read and counts as not set: %.100r", key, value)
+        return None
 
 
 def _checked_level(level: str) -> LogLevel:

@@ -88,6 +88,23 @@ async def is_gone(inbox: Inbox, instance_id: str) -> bool | None:
     return codec.read_answer(message.head, message.body).nobody
 
 
+async def nobody_is_told(inbox: Inbox, name: str) -> bool:
+    """Whether NATS says that nobody is there, of a name like this that nobody can have.
+
+    It does not while anyone listens to everything.
+    """
+    try:
+        message = await inbox.request(_impossible(name), timeout=_ASK_EVERY)
+    except MeshError:
+        return False
+    return codec.read_answer(message.head, message.body).nobody
+
+
+def _impossible(name: str) -> str:
+    """A subject beside an agent's own, for a name that nobody can have."""
+    return f"{subjects.agent(name).rpartition('.')[0]}.{codec.new_id()}"
+
+
 async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentContract]) -> set[str]:
     """Which of these agents somebody listens for, though no record says so: peers of other makes.
 
@@ -112,8 +129,7 @@ async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentC
     try:
         for contract in contracts:
             if contract.invocable:
-                subject = subjects.agent(contract.name)
-                impossible = f"{subject.rpartition('.')[0]}.{codec.new_id()}"
+                subject, impossible = subjects.agent(contract.name), _impossible(contract.name)
                 await ask(subject, streaming=not contract.streaming)
                 await ask(impossible, streaming=False)
                 asked.append((contract.name, subject, impossible))

@@ -14,6 +14,7 @@ from openagentmesh.protocol.contract import (
     read_catalog,
     write_catalog,
 )
+from openagentmesh.protocol.errors import MeshError
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,19 @@ class Registry:
         By agent; without those that go together. Requests made for either go to both, so the
         input has to fit both ways.
         """
+        ours = {contract.name: contract for contract in contracts}
+        published = await self._buckets.read(subjects.REGISTRY_BUCKET) if ours else {}
         found = {}
-        for ours in contracts:
-            document = await self._buckets.get(subjects.REGISTRY_BUCKET, ours.name)
-            if document is None:
+        for name, own in ours.items():
+            try:
+                theirs = AgentContract.read(published[name]) if name in published else own
+            except MeshError as exc:
+                log.warning("the contract that others published for %s cannot be compared: %s", name, exc)
                 continue
-            theirs = AgentContract.read(document)
-            back = [change for change in breaking_changes(ours, theirs) if change.what == "input"]
-            changes = breaking_changes(theirs, ours)
-            changes += [change for change in back if change not in changes]
-            if changes:
-                found[ours.name] = changes
+            changes = breaking_changes(theirs, own)
+            back = [change for change in breaking_changes(own, theirs) if change.what == "input"]
+            if changes := changes + [change for change in back if change not in changes]:
+                found[name] = changes
         return found
 
     async def withdraw(self, names: Iterable[str], *, everywhere: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal, overload
 
 from pydantic import BaseModel
@@ -93,12 +94,10 @@ class Verbs(ABC):
 
         """
         node = await self._ready()
-        found = node.caller.stream(name, payload, timeout, headers, total)
+        once = partial(node.caller.stream, name, payload, timeout, headers)
         if retry:
             await again.check(node.directory, name)
-            found = again.stream(
-                lambda timeout: node.caller.stream(name, payload, timeout, headers, total), retry, timeout
-            )
+        found = again.stream(once, retry, total) if retry else once(total)
         async with aclosing(found) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -173,7 +172,8 @@ class Verbs(ABC):
 
         Args:
             agent: of this publisher, until it ends; its failure is raised.
-            channel: of all publishers of this channel, whoever of them fails or ends.
+            channel: of all publishers of this channel, whoever of them fails or ends; not
+                looked at beside one of the others.
             subject: what comes on this NATS subject until a frame says that it is the last; on
                 one with wildcards nobody ends it for the others.
             timeout: seconds to wait for the next event; None for ever.

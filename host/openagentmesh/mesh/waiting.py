@@ -14,7 +14,7 @@ from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.mesh.discovery import Directory
-from openagentmesh.mesh.peers import Peers, died
+from openagentmesh.mesh.peers import Peers, died, nobody_is_told
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract, Verb
 from openagentmesh.protocol.errors import (
@@ -187,8 +187,12 @@ class Waits:
         """
         try:
             await self.look_up(waiting.name, verb)
-        except (NotFound, InvocationMismatch) as exc:
+        except InvocationMismatch as exc:
             waiting.fail(exc)
+        except NotFound as exc:
+            # Where NATS says that nobody is there, it would have said so of this request, too.
+            if not waiting.instance and not await nobody_is_told(self._inbox, waiting.name):
+                waiting.fail(exc)
         except MeshError as exc:
             # The request itself may well be answered.
             log.debug("looking up '%s': %s", waiting.name, exc)
@@ -210,7 +214,9 @@ class Waits:
         except ValidationError:
             return
         self._known.pop(notice.agent, None)
-        for waiting in [w for w in self._waiting if w.name == notice.agent]:
+        # Who has a request in hand is watched by itself, and may well be another one.
+        ours = ("", notice.instance_id)
+        for waiting in [w for w in self._waiting if w.name == notice.agent and w.instance in ours]:
             text = f"The last instance serving agent '{notice.agent}' is gone ({notice.reason})"
             waiting.fail(died(notice, text))
 

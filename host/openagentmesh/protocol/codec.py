@@ -118,6 +118,7 @@ class Request:
     timeout: float | None
     credit: int
     accept: str
+    reply_to: str
     body: bytes
     headers: Mapping[str, str]
 
@@ -135,6 +136,7 @@ def read_request(head: bytes, body: bytes) -> Request:
         None if timeout_ms is None else timeout_ms / 1000,
         _whole_number(get(subjects.CREDIT)) or 0,
         get(subjects.ACCEPT, ""),
+        get(subjects.REPLY_TO, ""),
         body,
         headers,
     )
@@ -228,13 +230,20 @@ def publish_headers(
     """
     kind, body = "application/json", b""
     if isinstance(payload, str):
-        kind, body = "text/plain", payload.encode()
+        kind, body = "text/plain", _utf8(payload)
     elif isinstance(payload, bytes | bytearray | memoryview):
         kind, body = "application/octet-stream", bytes(payload)
     else:
         body = dump(payload)
     headers = {subjects.INSTANCE_ID: instance_id, subjects.CONTENT_TYPE: kind}
     return write_headers(headers | dict(extra or {})), body
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidInput(f"The text cannot be sent as UTF-8: {exc}.") from exc
 
 
 def load_message(headers: Mapping[str, str], body: bytes) -> Any:  # noqa: ANN401 - a JSON value, text or bytes
@@ -318,6 +327,11 @@ class Answer:
     def error(self) -> bool:
         """Whether the body is an error envelope."""
         return self.status == "error"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends a stream or a publisher's run with an error."""
+        return self.end and self.error
 
     @property
     def accepted(self) -> bool:

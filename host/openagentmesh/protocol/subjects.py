@@ -65,9 +65,16 @@ def invalid_name(name: str) -> str | None:
 
 def invalid_pattern(subject: str) -> str | None:
     """Why `subject` cannot be subscribed to, or None when it can."""
-    if len(subject) <= MAX_SUBJECT and PATTERN_RE.fullmatch(subject):
+    if isinstance(subject, str) and len(subject) <= MAX_SUBJECT and PATTERN_RE.fullmatch(subject):
         return None
     return "words are joined by single dots; '*' stands for one word, '>' at the end for all that follow"
+
+
+def invalid_subject(subject: str) -> str | None:
+    """Why nothing can be sent to `subject`, or None when it can."""
+    if invalid_pattern(subject) or "*" in subject or ">" in subject:
+        return "a subject is words joined by single dots, without wildcards and blanks"
+    return None
 
 
 def invalid_key(key: str, *, pattern: bool = False) -> str | None:
@@ -86,7 +93,7 @@ def invalid_key(key: str, *, pattern: bool = False) -> str | None:
 
 def is_token(text: str) -> bool:
     """Whether `text` can stand between two dots of a subject."""
-    return TOKEN_RE.fullmatch(text) is not None
+    return isinstance(text, str) and TOKEN_RE.fullmatch(text) is not None
 
 
 def channel_of(name: str) -> str:

@@ -12,7 +12,14 @@ from openagentmesh.protocol.errors import InvalidAgent
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint
 from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
-from openagentmesh.serving.sources import Condition, KVSource, Source, SubjectSource
+from openagentmesh.serving.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    Source,
+    SubjectCondition,
+    SubjectSource,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,7 +91,8 @@ class Agent:
 
         """
         handler, request = self.handler, call.request
-        is_json = request.headers.get(subjects.CONTENT_TYPE) == "application/json"
+        kind, headers = request.headers.get(subjects.CONTENT_TYPE), request.headers
+        is_json = kind == "application/json" or subjects.STREAM_SEQ in headers  # as publishers emit
         data = (handler.read if is_json else handler.read_plain)(self.name, request.body)
         call.input = MeshMessage(subject, data, call.headers) if handler.envelope else data
 
@@ -124,6 +132,17 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
         )
     if not spec.description:
         spec = spec.model_copy(update={"description": (function.__doc__ or "").strip()})
+    if not isinstance(sources, list | tuple):
+        raise InvalidAgent(
+            f"sources= of agent '{spec.name}' ({where(function)}) is a list; this is {sources!r}.",
+            agent=spec.name,
+        )
+    if active_when is not None and not isinstance(active_when, KVCondition | SubjectCondition):
+        raise InvalidAgent(
+            f"active_when= of agent '{spec.name}' ({where(function)}) is made by mesh.kv_condition or "
+            f"mesh.subject_condition; this is {active_when!r}.",
+            agent=spec.name,
+        )
     handler = inspect_handler(function, spec.name, types, driven=bool(sources))
     for source in sources:
         wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]

@@ -18,7 +18,7 @@ from openagentmesh.serving.streams import FrameWriter
 log = logging.getLogger(__name__)
 
 # How long it may take to clean up after it was cancelled, in seconds.
-_CANCEL_GRACE: Final = 1.0
+_CANCEL_GRACE: Final = 5.0
 
 
 class Background:
@@ -65,7 +65,7 @@ class Background:
             return
         self._stopping = True
         if await end_within(_CANCEL_GRACE, [task]):
-            log.error("%s does not stop: its function swallows its cancellation", self._agent.name)
+            log.error("%s does not stop within %gs and is left", self._agent.name, _CANCEL_GRACE)
         if self.state != "done":
             self.state = "stopped"
 

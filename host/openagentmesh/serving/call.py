@@ -1,6 +1,7 @@
 """What a handler is given and what it may ask about: Call, Endpoint, current_call."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Call:
         abandoned: nobody waits for an answer any more.
         over: it is answered, so its deadline is nobody's any more.
         started: when it came, in seconds of the event loop's clock.
+        patience: seconds it may take; for a stream, from chunk to chunk.
 
     """
 
@@ -41,6 +43,7 @@ class Call:
     abandoned: bool = False
     over: bool = False
     started: float = 0.0
+    patience: float = math.inf
 
     @property
     def request_id(self) -> str:
@@ -95,10 +98,15 @@ def report_usage(usage: Usage) -> None:
     call.usage = usage if call.usage is None else call.usage.plus(usage)
 
 
-def within_deadline(timeout: float | None) -> float | None:
-    """`timeout`, or what is left to the running request when that is less; in seconds."""
+def within_deadline(timeout: float | None, *, streaming: bool = False) -> float | None:
+    """`timeout`, or the running request's patience when that is less; in seconds.
+
+    For a request that is `streaming`, `timeout` is from chunk to chunk, and so is the patience
+    of a stream that hands the chunks on.
+    """
     call = _current.get(None)
     # A task that a handler leaves behind keeps its context, but nobody waits for it.
     if call is None or call.over:
         return timeout
-    return call.remaining if timeout is None else min(timeout, call.remaining)
+    left = call.patience if streaming and call.request.streaming else call.remaining
+    return min(left, math.inf if timeout is None else timeout)

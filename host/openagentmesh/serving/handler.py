@@ -51,7 +51,7 @@ class Type:
         """Whether None is one of its values."""
         try:
             self.adapter.validate_python(None)
-        except ValidationError:
+        except Exception:  # noqa: BLE001 - an author's validator may raise anything: that is a no
             return False
         return True
 
@@ -113,9 +113,7 @@ class Handler:
             return self.input.adapter.validate_json(body)
         except ValidationError as exc:
             errors = _NO_BODY if not body else problems_of(exc)
-            raise InvalidInput(
-                f"Input failed validation for agent '{agent}'", details={"errors": errors}
-            ) from exc
+            raise _invalid_input(agent, errors) from exc
 
     def read_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
         """A stored or published value as the handler's input: texts and bytes stand for themselves.
@@ -124,13 +122,30 @@ class Handler:
             InvalidInput: as `read`.
 
         """
-        if self.input is None or not self.input.is_plain:
+        if self.input is None:
+            return None
+        if self.input.is_plain:
+            if bytes in (get_args(self.input.hint) or [self.input.hint]):
+                return body
+            try:
+                return body.decode()
+            except UnicodeDecodeError as exc:
+                problem: dict[str, Any] = {
+                    "type": "string_unicode",
+                    "loc": [],
+                    "msg": str(exc),
+                    "input": None,
+                }
+                raise _invalid_input(agent, [problem]) from exc
+        try:
             return self.read(agent, body)
-        return (
-            body
-            if bytes in (get_args(self.input.hint) or [self.input.hint])
-            else body.decode("utf-8", "replace")
-        )
+        except InvalidInput:
+            # No JSON of this type; a text may be one all the same, as `Any` or a word of a Literal.
+            try:
+                return self.input.adapter.validate_python(body.decode())
+            except ValueError:
+                pass
+            raise
 
     def dump(self, value: object) -> bytes:
         """What the handler gave back, as the JSON of its declared type.
@@ -170,6 +185,10 @@ class Handler:
 _NO_BODY: Final[list[dict[str, Any]]] = [
     {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
 ]
+
+
+def _invalid_input(agent: str, errors: list[dict[str, Any]]) -> InvalidInput:
+    return InvalidInput(f"Input failed validation for agent '{agent}'", details={"errors": errors})
 
 
 def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator

@@ -31,7 +31,7 @@ from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.lifeline import Lifeline
 from openagentmesh.serving.sources import Source, SubjectSource
-from openagentmesh.serving.streams import ChunkWriter
+from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ class Route:
         self.background: Background | None = None
         self.gate: Gate | None = None
         self._shared = shared
-        self._feeds: list[SubjectFeed | KVFeed] = []
+        self.is_open = False
+        self._feeds: dict[Source, SubjectFeed | KVFeed] = {}
+        self._draining: asyncio.Task[None] | None = None
         self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -98,52 +100,57 @@ class Route:
 
     async def start(self) -> None:
         """Begin to serve; a gated agent when its condition says so."""
-        agent, shared = self.agent, self._shared
-        if agent.active_when is None:
+        condition, shared = self.agent.active_when, self._shared
+        if condition is None:
             await self.open()
             return
-        self.gate = Gate(agent, agent.active_when, shared.bus, shared.buckets, self._activate, self._rest)
-        await self.gate.start()
+        self.gate = Gate(self.agent, condition, shared.bus, shared.buckets, self._activate, self._rest)
+        await self.gate.start(is_open=self.is_open)
 
     async def open(self) -> None:
-        """Take requests, listen to sources, run what runs by itself."""
+        """Take requests, listen to sources, run what runs by itself; what is there already stays."""
         agent, shared = self.agent, self._shared
+        self.is_open = True
         if agent.contract.invocable and self.sid is None:
             subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
             self.sid = await shared.bus.listen(subject, self.receive, queue)
-        if agent.handler.shape in {"publisher", "watcher"}:
+        if agent.handler.shape in {"publisher", "watcher"} and self.background is None:
             self.background = Background(agent, shared.bus, shared.events, shared.instance_id)
             self.background.start()
-        if not self._feeds:
-            self._feeds = [_feed(source, self, shared) for source in agent.sources]
-        for feed in self._feeds:
-            await feed.open()
+        for source in agent.sources:
+            if source not in self._feeds:
+                self._feeds[source] = _feed(source, self, shared)
+            await self._feeds[source].open()
 
-    async def close(self) -> None:
+    async def close(self, timeout: float) -> None:
         """Follow no gate and no source, and end what runs by itself; requests still come."""
         if self.gate is not None:
             await self.gate.stop()
-        for feed in self._feeds:
-            await feed.close()
-        if self.background is not None:
-            await self.background.stop()
+        await asyncio.gather(*[feed.close(timeout) for feed in self._feeds.values()])
+        await self._end_background()
 
     async def swap(self, agent: Agent) -> None:
-        """Point at another agent; requests under way finish on the old one."""
+        """Point at another agent; requests under way finish on the old one.
+
+        Who goes on taking requests, or messages of a source, misses none meanwhile.
+        """
         plain = self.is_plain
-        if not plain:
-            await self.close()
         if agent.limits.concurrency != self.agent.limits.concurrency:
             self._slots = asyncio.Semaphore(agent.limits.concurrency)
-        self.agent = agent
-        if not (plain and self.is_plain):
-            # Who goes on taking requests never leaves the queue group meanwhile.
-            if self.sid is not None and (agent.active_when or not agent.contract.invocable):
-                await self._shared.bus.leave(self.sid)
-                self.sid = None
-            self.background = self.gate = None
-            self._feeds = []
-            await self.start()
+        self.agent, timeout = agent, self.agent.limits.timeout
+        if plain and self.is_plain:
+            return
+        if self.gate is not None:
+            await self.gate.stop()
+            self.gate = None
+        await self._end_background()
+        if self.is_open and agent.active_when is not None:
+            await self.open()
+        await self.start()
+        for source in self._feeds.keys() - set(agent.sources):
+            await self._feeds.pop(source).close(timeout)
+        if self.sid is not None and not agent.contract.invocable:
+            await self._leave()
 
     @property
     def is_plain(self) -> bool:
@@ -156,16 +163,24 @@ class Route:
         await self._shared.events.emit("info", self.agent.name, "agent_activated")
 
     async def _rest(self, timeout: float) -> None:
-        """Take nothing more and finish what runs; it stays on the mesh, but is off."""
-        for feed in self._feeds:
-            await feed.close()
-        if self.background is not None:
-            await self.background.stop()
-        if self.sid is not None:
-            await self._shared.bus.leave(self.sid)
-            self.sid = None
-        await self.finish(timeout)
+        """Take nothing more; what runs has `timeout` seconds. It stays on the mesh, but is off."""
+        self.is_open = False
+        await asyncio.gather(*[feed.close(0) for feed in self._feeds.values()])
+        await self._end_background()
+        await self._leave()
+        # Not awaited: it may be turned on again before the last one has finished.
+        self._draining = asyncio.create_task(self.finish(timeout))
         await self._shared.events.emit("info", self.agent.name, "agent_deactivated")
+
+    async def _end_background(self) -> None:
+        background, self.background = self.background, None
+        if background is not None:
+            await background.stop()
+
+    async def _leave(self) -> None:
+        sid, self.sid = self.sid, None
+        if sid is not None:
+            await self._shared.bus.leave(sid)
 
     def receive(self, message: Message, accept: Accept | None = None) -> None:
         """Take a request off the wire: spawn and return. `accept` reads it when it is a source's."""
@@ -189,9 +204,10 @@ class Route:
         """Walk one request from its message to its reply."""
         agent, now = self.agent, asyncio.get_running_loop().time()
         request = codec.read_request(message.head, message.body)
-        call = Call(agent.name, request, now + agent.patience(request), started=now)
+        patience = agent.patience(request)
+        call = Call(agent.name, request, now + patience, started=now, patience=patience)
         deadline = Deadline(call.deadline)
-        reply = "" if request.accept == codec.NO_REPLY else message.reply
+        reply = _reply_subject(message, request, overheard=accept is not None)
         lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
         self.counts.requests += 1
@@ -233,7 +249,8 @@ class Route:
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
         request = codec.read_request(message.head, message.body)
-        await self._reply_error(request, "" if request.accept == codec.NO_REPLY else message.reply, error)
+        reply = _reply_subject(message, request, overheard=message.subject != subjects.agent(agent.name))
+        await self._reply_error(request, reply, error)
 
     async def finish(self, timeout: float) -> None:
         """Wait for what is running; after `timeout` seconds cancel it, which answers it."""
@@ -251,21 +268,17 @@ class Route:
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
         subject = _chunk_subject(request, reply)
-        if not subject:
-            call.send = _send_to_nobody
-            await agent.endpoint(call)
-            return
         start = codec.frame_start(request.request_id, shared.instance_id)
-        writer = ChunkWriter(shared.bus, shared.inbox, subject, start, agent.dump, request.credit)
-
-        patience = agent.patience(request)
+        # What was sent without a reply subject is done for its own sake.
+        writer_of = ChunkWriter if subject else NoWriter
+        writer = writer_of(shared.bus, shared.inbox, subject, start, agent.dump, request.credit)
 
         async def send(chunk: object) -> None:
             if writer.must_wait:  # from here on it is the reader who takes its time
                 deadline.move(loop.time() + agent.limits.timeout)
             await writer.send(chunk)
             # A stream may go on for ever, as long as it goes on.
-            call.deadline = loop.time() + patience
+            call.deadline = loop.time() + call.patience
             deadline.move(call.deadline)
 
         call.send, writer.gone = send, _abandoning(call)
@@ -321,15 +334,26 @@ class Route:
 
 def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     if isinstance(source, SubjectSource):
-        return SubjectFeed(source, shared.bus, route.receive)
-    return KVFeed(source, route.agent, shared.buckets, route.take)
+        return SubjectFeed(source, route.agent.name, shared.bus, route.receive)
+    return KVFeed(source, lambda: route.agent, shared.buckets, route.take)
 
 
 def _verb(request: Request, reply: str) -> Verb:
     """What the caller did: a streamer may be sent to as well, but not called."""
     if request.streaming:
         return "stream"
-    return "call" if reply and not reply.startswith(subjects.RESULTS) else "send"
+    is_call = reply and not request.reply_to and not reply.startswith(subjects.RESULTS)
+    return "call" if is_call else "send"
+
+
+def _reply_subject(message: Message, request: Request, *, overheard: bool) -> str:
+    """Where the answer goes; empty when there is to be none.
+
+    A source may listen where others are asked; it is they who answer.
+    """
+    if request.accept == codec.NO_REPLY or (overheard and message.subject.startswith("mesh.")):
+        return ""
+    return message.reply
 
 
 def _chunk_subject(request: Request, reply: str) -> str:
@@ -342,10 +366,6 @@ def _chunk_subject(request: Request, reply: str) -> str:
             "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
         )
     return subjects.stream(request.request_id)
-
-
-async def _send_to_nobody(_chunk: object) -> None:
-    """What was sent without a reply subject is done for its own sake."""
 
 
 def _abandoning(call: Call) -> Callable[[], None]:

@@ -40,14 +40,14 @@ class Router:
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""
-        await self._close()
+        await self._close(timeout)
         await self._shared.bus.leave(*[route.sid for route in self if route.sid is not None])
         await self.finish(timeout)
 
     async def finish(self, timeout: float) -> None:
         """Finish what runs; cancel and answer the rest after `timeout` seconds."""
-        await self._close()
+        await self._close(timeout)
         await asyncio.gather(*[route.finish(timeout) for route in self])
 
-    async def _close(self) -> None:
-        await asyncio.gather(*[route.close() for route in self if not route.is_plain])
+    async def _close(self, timeout: float) -> None:
+        await asyncio.gather(*[route.close(timeout) for route in self if not route.is_plain])

@@ -58,6 +58,7 @@ class KVCondition:
 
     def __post_init__(self) -> None:
         _check(subjects.invalid_key(self.key), f"condition key {self.key!r}")
+        _check_condition(self.predicate, self.drain_timeout)
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,10 +75,18 @@ class SubjectCondition:
 
     def __post_init__(self) -> None:
         _check(subjects.invalid_pattern(self.subject), f"condition subject {self.subject!r}")
+        _check_condition(self.predicate, self.drain_timeout)
 
 
 Condition = KVCondition | SubjectCondition
 """When an agent is on: `active_when=` of `@mesh.agent`. `drain_timeout` is in seconds."""
+
+
+def _check_condition(predicate: object, drain_timeout: object) -> None:
+    if not callable(predicate):
+        raise InvalidAgent(f"A condition's predicate is a function; this is {predicate!r}.")
+    if not isinstance(drain_timeout, int | float) or not drain_timeout >= 0:
+        raise InvalidAgent(f"drain_timeout is a number of seconds, 0 or more; this is {drain_timeout!r}.")
 
 
 def _check_group(group: str | None) -> None:

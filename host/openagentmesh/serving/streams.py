@@ -108,6 +108,19 @@ class ChunkWriter(FrameWriter):
             self.gone()
 
 
+class NoWriter(ChunkWriter):
+    """Takes the chunks of a stream that nobody reads."""
+
+    async def send(self, chunk: object) -> None:  # noqa: ARG002 - nobody reads it
+        """Make way for others, as every writer does now and then."""
+        if self.seq % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+        self.seq += 1
+
+    async def end(self, usage: Usage | None = None) -> None:
+        """There is nobody to tell."""
+
+
 class ChunkReader:
     """Puts the frames of one stream in order for its caller (protocol §7).
 
@@ -151,8 +164,8 @@ class ChunkReader:
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
         frame = codec.read_frame(message.head, message.body)
-        if message.reply and message.reply != self._reply:
-            # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
+        # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
+        if message.reply and message.reply != self._reply and not (frame.accepted and self._reply):
             if not frame.accepted:
                 self._reply = message.reply
             self.on_instance(frame.instance, message.reply)

@@ -7,13 +7,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Final
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-
 from openagentmesh.bus.buckets import Buckets, Entry, Version
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.tasks import end
-from openagentmesh.protocol import codec
+from openagentmesh.bus.tasks import end, persistently
+from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.serving.agent import Agent
@@ -22,10 +20,10 @@ from openagentmesh.serving.sources import Condition, KVCondition, KVSource, Subj
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE: Final = 5.0
 # A change that an instance of a group took and did not finish goes to another one after the
 # agent's timeout and this many seconds.
 _GROUP_GRACE: Final = 10.0
+_LAST_WORD: Final = 0.5
 
 Accept = Callable[[Agent, Call], None]
 Take = Callable[[Message, Accept], "asyncio.Task[None]"]
@@ -34,24 +32,34 @@ Take = Callable[[Message, Accept], "asyncio.Task[None]"]
 class SubjectFeed:
     """The messages of a subject, each of which is answered as a request."""
 
-    def __init__(self, source: SubjectSource, bus: Bus, receive: Callable[[Message, Accept], object]) -> None:
+    def __init__(
+        self, source: SubjectSource, agent: str, bus: Bus, receive: Callable[[Message, Accept], object]
+    ) -> None:
         self._source = source
+        self._own = {subjects.errors(agent), subjects.logs(agent)}
         self._bus = bus
         self._receive = receive
         self._sid: int | None = None
 
     async def open(self) -> None:
-        """Begin to listen."""
+        """Begin to listen, unless it does."""
         source = self._source
+        if self._sid is not None:
+            return
         self._sid = await self._bus.listen(source.subject, self._on_message, source.queue_group or "")
 
-    async def close(self) -> None:
+    async def close(self, _timeout: float) -> None:
         """Listen no more."""
         sid, self._sid = self._sid, None
         if sid is not None:
             await self._bus.leave(sid)
 
     def _on_message(self, message: Message) -> None:
+        frame = codec.read_answer(message.head, message.body)
+        if frame.failed or (frame.end and not message.body):
+            return  # the end of a publisher's run is no event
+        if message.subject in self._own:
+            return  # an agent that is told of its own failures would go on for ever
         self._receive(message, lambda agent, call: agent.accept_message(call, message.subject))
 
 
@@ -62,51 +70,68 @@ class KVFeed:
     nothing twice.
     """
 
-    def __init__(self, source: KVSource, agent: Agent, buckets: Buckets, take: Take) -> None:
+    def __init__(self, source: KVSource, agent: Callable[[], Agent], buckets: Buckets, take: Take) -> None:
         self._source = source
         self._agent = agent
         self._buckets = buckets
         self._take = take
         self._seen: dict[str, Version] = {}
-        self._opened = False
+        # Set once what was there at first has been told, or skipped.
+        self._started = asyncio.Event()
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._handling: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Begin to follow the keys."""
-        self._task = asyncio.create_task(_persistently(self._follow, f"the keys {self._source.pattern}"))
+        """Begin to follow the keys, unless it does."""
+        if self._task is None:
+            self._closing.clear()
+            self._task = asyncio.create_task(persistently(self._follow, f"the keys {self._source.pattern}"))
 
-    async def close(self) -> None:
-        """Follow no more; what is being handled goes on."""
+    async def close(self, timeout: float) -> None:
+        """Follow no more; what is being handled has `timeout` seconds, and then goes on by itself."""
+        self._closing.set()
+        if self._handling is not None and not self._handling.done() and self._task is not None:
+            # What a group shares is then acknowledged as handled.
+            await asyncio.wait([self._handling], timeout=timeout)
+            await asyncio.wait([self._task], timeout=_LAST_WORD if self._source.queue_group else 0)
         await end(self._task)
+        self._task = None
 
     async def _follow(self) -> None:
         async with aclosing(self._changes()) as changes:
             async for entry in changes:
-                type_ = self._agent.handler.input
+                type_ = self._agent().handler.input
                 if entry.operation and type_ is not None and not type_.takes_none:
                     continue  # its handler is for values only
                 message = Message(f"$KV.{CONTEXT_BUCKET}.{entry.key}", "", b"", entry.value or b"")
                 # In a task of its own, for closing the feed must not stop the handler.
-                await asyncio.wait([self._take(message, partial(Agent.accept_entry, entry=entry))])
+                self._handling = self._take(message, partial(Agent.accept_entry, entry=entry))
+                await asyncio.wait([self._handling])
 
     def _changes(self) -> AsyncGenerator[Entry, None]:
         source = self._source
-        if source.queue_group:
-            return self._buckets.shared_changes(
-                CONTEXT_BUCKET,
-                source.pattern,
-                source.queue_group,
-                replay=source.on_init == "replay",
-                patience=self._agent.limits.timeout + _GROUP_GRACE,
+        replay = self._started.is_set() or source.on_init == "replay"
+        if not source.queue_group:
+            return self._buckets.changes(
+                CONTEXT_BUCKET, source.pattern, replay=replay, seen=self._seen, started=self._started
             )
-        replay, self._opened = self._opened or source.on_init == "replay", True
-        return self._buckets.changes(CONTEXT_BUCKET, source.pattern, replay=replay, seen=self._seen)
+        return self._buckets.shared_changes(
+            CONTEXT_BUCKET,
+            source.pattern,
+            source.queue_group,
+            replay=replay,
+            patience=self._agent().limits.timeout + _GROUP_GRACE,
+            started=self._started,
+            closing=self._closing,
+        )
 
 
 class Gate:
     """Turns an agent on and off as its condition says.
 
     `open_` and `shut` are awaited one at a time; `is_open` tells what was done last.
+    What fails is logged, and tried again with the next change.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - a gate stands between all of these
@@ -130,12 +155,12 @@ class Gate:
         self._sid: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
+    async def start(self, *, is_open: bool) -> None:
         """Take the position that the condition has now, and follow it from here on."""
-        condition = self._condition
+        condition, self.is_open = self._condition, is_open
         if isinstance(condition, KVCondition):
             self._decide_by_value(await self._buckets.get(CONTEXT_BUCKET, condition.key))
-            following = _persistently(self._follow_key, f"the key {condition.key}")
+            following = persistently(self._follow_key, f"the key {condition.key}")
             self._tasks.append(asyncio.create_task(following))
         else:
             self._sid = await self._bus.listen(condition.subject, self._on_message)
@@ -161,13 +186,15 @@ class Gate:
             self._decide(value.decode("utf-8", "replace"))
 
     def _on_message(self, message: Message) -> None:
-        headers = codec.read_headers(message.head) if message.head else {}
-        self._decide(codec.load_message(headers, message.body))
+        frame = codec.read_answer(message.head, message.body)
+        if message.body and not frame.failed:
+            self._decide(codec.load_message(frame.headers, message.body))
 
     def _decide(self, value: Any) -> None:  # noqa: ANN401 - what the predicate takes
         try:
             self._want(bool(self._condition.predicate(value)))
-        except Exception:  # the author's predicate ends here, and the gate stays as it is
+        # The author's predicate ends here, whatever it raises, and the gate stays as it is.
+        except BaseException:
             log.exception("%s: its condition failed on %.200r and stays as it was", self._agent.name, value)
 
     def _want(self, wanted: bool) -> None:  # noqa: FBT001 - the position itself
@@ -181,25 +208,11 @@ class Gate:
             await self._move()
 
     async def _move(self) -> None:
-        if self._wanted == self.is_open:
+        wanted = self._wanted
+        if wanted == self.is_open:
             return
-        self.is_open = self._wanted
-        if self.is_open:
-            await self._open()
-        else:
-            await self._shut(self._condition.drain_timeout)
-
-
-async def _persistently(follow: Callable[[], Awaitable[None]], what: str) -> None:
-    """Follow for ever: what fails while the server is away is tried again."""
-
-    def failed(state: RetryCallState) -> None:
-        log.warning("%s cannot be followed now: %s", what, state.outcome and state.outcome.exception())
-
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(MeshError),
-        wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
-        before_sleep=failed,
-    ):
-        with attempt:
-            await follow()
+        try:
+            await (self._open() if wanted else self._shut(self._condition.drain_timeout))
+            self.is_open = wanted
+        except MeshError as exc:
+            log.warning("%s could not be turned %s: %s", self._agent.name, "on" if wanted else "off", exc)
