@@ -104,3 +104,20 @@ def test_status_tells_what_runs_by_itself(talking: Up) -> None:
     assert "watcher  running  1 restart" in lines["ops.janitor"]
     assert "RuntimeError: the broom is not there yet" in lines["ops.janitor"]
     assert "off: its condition does not hold" in lines["desk.trade"]
+
+
+def test_sources_and_gates_are_driven_by_hand(talking: Up) -> None:
+    """`mesh publish` and `kv put` are what drives them: the gated agent is on, the driven one handles."""
+    assert 1 == talking.ask("agent", "call", "desk.trade", '"sell"').code
+    assert 0 == talking.ask("kv", "put", "desk.status", "open").code
+    assert "open\n" == talking.ask("kv", "get", "desk.status").out
+    assert until(lambda: talking.ask("agent", "call", "desk.trade", '"sell"').code == 0)
+    assert 0 == talking.ask("kv", "delete", "desk.status").code
+    missing = talking.ask("kv", "get", "desk.status")
+    assert (1, "") == (missing.code, missing.out)
+    assert missing.err.startswith("Error [not_found]")
+    with Process("mesh", "listen", "by.hand", "--json", "--url", talking.url, cwd=talking.folder) as process:
+        process.said("Ctrl-C stops")
+        assert 0 == talking.ask("mesh", "publish", "by.hand", '{"item": "tea"}').code
+        assert '{\\"item\\":\\"tea\\"}' in process.said('by.hand"')
+    assert 2 == talking.ask("mesh", "publish", "by.*", "{}").code

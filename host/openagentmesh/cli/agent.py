@@ -1,21 +1,27 @@
 """`oam agent`: call, stream, contract."""
 
 import json
-import sys
 from contextlib import aclosing
 from typing import Annotated, Any
 
 import typer
 
-from openagentmesh.cli.output import Json, Url, as_json, connected, run, say, say_each, usage_error
+from openagentmesh.cli.output import (
+    Json,
+    Payload,
+    Url,
+    as_json,
+    connected,
+    read_payload,
+    run,
+    say,
+    say_each,
+)
 from openagentmesh.protocol.contract import AgentContract
 
 app = typer.Typer(help="Use one agent.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The agent, as in nlp.summarizer.")]
-Payload = Annotated[
-    str | None, typer.Argument(metavar="[JSON]", help="The input as JSON; read from stdin when left out.")
-]
 Timeout = Annotated[
     float, typer.Option(min=0.001, help="Seconds to wait; for a stream, from chunk to chunk.")
 ]
@@ -26,7 +32,7 @@ def call(
     name: Name, payload: Payload = None, timeout: Timeout = 30.0, url: Url = None, *, json_: Json = False
 ) -> None:
     """Call an agent and print its reply, one line of JSON."""
-    given = _payload(payload)
+    given = read_payload(payload)
 
     async def main() -> None:
         async with connected(url) as node:
@@ -40,7 +46,7 @@ def stream(
     name: Name, payload: Payload = None, timeout: Timeout = 60.0, url: Url = None, *, json_: Json = False
 ) -> None:
     """Call a streamer and print its chunks, one line of JSON each."""
-    given = _payload(payload)
+    given = read_payload(payload)
 
     async def main() -> None:
         async with (
@@ -56,7 +62,7 @@ def stream(
 @app.command()
 def send(name: Name, payload: Payload = None, url: Url = None, *, json_: Json = False) -> None:
     """Send a request without waiting for what the agent does with it."""
-    given = _payload(payload)
+    given = read_payload(payload)
 
     async def main() -> None:
         async with connected(url) as node:
@@ -92,23 +98,6 @@ def contract(
             say(_as_text(found) if text else as_json(json.loads(found.to_registry_json()), indent=2))
 
     run(main(), json_=json_)
-
-
-def _payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape
-    if text is None and not sys.stdin.isatty():
-        text = sys.stdin.read()
-    if text is None or not text.strip():
-        return None
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except ValueError as exc:
-        usage_error(
-            f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'"
-        )
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _as_text(contract: AgentContract) -> str:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from openagentmesh.cli import agent, mesh, observe, status, up
+from openagentmesh.cli import agent, kv, mesh, observe, status, up
 
 app = typer.Typer(
     name="oam",
@@ -17,6 +17,7 @@ app.command()(up.up)
 app.command()(status.status)
 app.add_typer(mesh.app, name="mesh")
 app.add_typer(agent.app, name="agent")
+app.add_typer(kv.app, name="kv")
 app.add_typer(observe.app, name="observe")
 
 

@@ -31,11 +31,23 @@ from openagentmesh.bus.server import (
     lock_store,
     why_not,
 )
-from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say, say_each
+from openagentmesh.cli.output import (
+    Json,
+    Payload,
+    Url,
+    as_json,
+    connected,
+    note,
+    read_payload,
+    run,
+    say,
+    say_each,
+)
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.running import stop_event
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.codec import read_headers
-from openagentmesh.protocol.subjects import in_channel, invalid_pattern
+from openagentmesh.protocol.subjects import CONTENT_TYPE, in_channel, invalid_pattern, invalid_subject
 
 app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
 
@@ -43,6 +55,7 @@ _STORE: Final = Path(".oam/nats")
 _PID_FILE: Final = _STORE / "server.pid"
 _LOG_FILE: Final = _STORE / "server.log"
 _START_TIMEOUT: Final = 10.0
+_AS_JSON: Final = {CONTENT_TYPE: "application/json"}
 _MOST_BACKLOG: Final = 10_000
 # How an agent is used, by whether it can be called and whether it streams.
 _KINDS: Final = {(True, False): "call", (True, True): "stream", (False, True): "events", (False, False): "-"}
@@ -142,7 +155,9 @@ def down(*, json_: Json = False) -> None:
     if json_:
         say(as_json({"stopped": bool(pid)}))
     _PID_FILE.unlink(missing_ok=True)
-    (Path.cwd() / address.FILE_NAME).unlink(missing_ok=True)
+    written = Path.cwd() / address.FILE_NAME
+    if written.is_file() and written.read_text(encoding="utf-8").startswith(f"nats://{HOST}:"):
+        written.unlink()  # one that `mesh connect` wrote for another server stays
 
 
 async def _until_free() -> None:
@@ -203,6 +218,28 @@ def catalog(
             kind = _KINDS[entry.invocable, entry.streaming]
             about = entry.description.partition("\n")[0]
             say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
+
+    run(main(), json_=json_)
+
+
+@app.command()
+def publish(
+    subject: Annotated[str, typer.Argument(help="A NATS subject without wildcards.")],
+    payload: Payload = None,
+    url: Url = None,
+    *,
+    json_: Json = False,
+) -> None:
+    """Send one JSON value to everybody who listens to a subject."""
+    given = read_payload(payload)
+    if why := invalid_subject(subject):
+        raise typer.BadParameter(f"'{subject}' cannot be published on: {why}")
+
+    async def main() -> None:
+        async with connected(url) as node:
+            # A text is published as JSON as well: it stands in quotes on the command line, too.
+            await node.bus.publish(subject, codec.dump(given), codec.write_headers(_AS_JSON))
+            await node.bus.flush()
 
     run(main(), json_=json_)
 

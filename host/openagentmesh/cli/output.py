@@ -25,6 +25,10 @@ Url = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, for programs.")]
 
+Payload = Annotated[
+    str | None, typer.Argument(metavar="[JSON]", help="The input as JSON; read from stdin when left out.")
+]
+
 T = TypeVar("T")
 _MOST_DETAILS: Final = 2000
 
@@ -110,6 +114,24 @@ def note(text: str) -> None:
 def usage_error(text: str) -> NoReturn:
     """End with exit code 2."""
     raise typer.BadParameter(text)
+
+
+def read_payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """The input of a command, JSON from the command line or from stdin."""
+    if text is None and not sys.stdin.isatty():
+        text = sys.stdin.read()
+    if text is None or not text.strip():
+        return None
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except ValueError as exc:
+        usage_error(
+            f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'"
+        )
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def example_input(schema: dict[str, Any] | None) -> object:
