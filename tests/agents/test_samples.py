@@ -55,9 +55,9 @@ async def test_the_guide_finds_others_by_tag() -> None:
     async with mesh.local():
         assert {"asked": [], "answers": {}} == await mesh.call("guide", {"text": "x"})
         async with AgentMesh(mesh.url) as second:
+            assert second._node is not None
             for agent in summarizer._agents.values():
-                assert second._node is not None
                 second._node.bind(agent)
-            await second.catalog()
+            await second._node.settled()
             answer = await mesh.call("guide", {"text": "hello"})
     assert {"asked": ["nlp.summarizer"], "answers": {"nlp.summarizer": {"summary": "hello"}}} == answer
