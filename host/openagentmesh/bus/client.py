@@ -15,6 +15,8 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
+from openagentmesh.bus.tasks import end
+
 log = logging.getLogger(__name__)
 
 _PING: Final = b"PING\r\n"
@@ -93,6 +95,9 @@ class HardenedClient(Client):
             # The base class would write it into a dead socket, and leave its tasks behind.
             self._pending.clear()
             self._pending_data_size = 0
+        reconnecting = self._reconnection_task
+        if reconnecting is not asyncio.current_task():
+            await end(reconnecting)  # the base class cancels it once, which it can swallow
         await super().close()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
