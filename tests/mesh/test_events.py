@@ -216,12 +216,14 @@ async def test_silence_is_a_timeout(mesh: AgentMesh, name: str, wanted: str, sub
     assert f"No message on {subject.format(name)} within 0.3s" == caught.value.message
 
 
+@pytest.mark.parametrize("bound", [{"_MOST_WAITING": 5}, {"_MOST_BYTES": 50}], ids=["messages", "bytes"])
 @pytest.mark.parametrize("goes_on", [False, True], ids=["a-burst", "more-comes-while-it-reads"])
 async def test_a_slow_subscriber_is_told_so(
-    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, goes_on: bool, bound: dict[str, int]
 ) -> None:
     """Who falls too far behind gets all until the first one that is lost, then Overloaded."""
-    monkeypatch.setattr("openagentmesh.mesh.events._MOST_WAITING", 5)
+    for limit, value in bound.items():
+        monkeypatch.setattr(f"openagentmesh.mesh.events.{limit}", value)
     got: list[dict[str, str]] = []
     async with aclosing(mesh.subscribe(subject=name)) as feed:
         first = asyncio.ensure_future(anext(feed))

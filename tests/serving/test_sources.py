@@ -269,27 +269,6 @@ async def test_nothing_is_lost_or_repeated_over_a_restart(name: str, tmp_path: P
         assert got.empty()
 
 
-async def test_a_group_shares_the_changes_of_keys(
-    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
-) -> None:
-    """Of two meshes in a group one handles each change, also those made while neither was there."""
-    for number in range(5):
-        await mesh.kv.put(f"{name}.k{number}", "before")
-    other, handled = new_mesh(), asyncio.Queue[str]()
-    for member in (mesh, other):
-
-        @member.agent(AgentSpec(name=name), sources=[member.kv_source(f"{name}.*", queue_group=name)])
-        async def handler(entry: KVEntry[str]) -> None:
-            handled.put_nowait(entry.key)
-
-    async with other:
-        await mesh.catalog()
-        for number in range(5, 20):
-            await mesh.kv.put(f"{name}.k{number}", "after")
-        assert sorted(f"{name}.k{number}" for number in range(20)) == sorted(await take(handled, 20))
-    assert handled.empty()
-
-
 async def streamer(order: Order) -> AsyncIterator[int]:
     yield 1
 
@@ -386,47 +365,3 @@ async def test_what_is_there_can_be_skipped(
     await asyncio.wait_for(following(mesh, name), 10)
     await mesh.kv.put(f"{name}.b", "new")
     assert ["new"] == [entry.value for entry in await take(got)]
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
-@pytest.mark.parametrize("on_init", ["replay", "skip"])
-async def test_a_group_outlives_a_restart(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_init: Any, kept: bool
-) -> None:
-    """What is changed as soon as the connection is back is handled, and once."""
-    monkeypatch.setattr("openagentmesh.bus.buckets._PULL", 0.2)
-    async with restartable(tmp_path if kept else "") as (mesh, restart):
-        got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init))
-        await mesh.catalog()
-        stream = node_of(mesh).bus.jetstream()
-        while not any(i.name[:2] == "g-" for i in await stream.consumers_info(f"KV_{CONTEXT_BUCKET}")):
-            await asyncio.sleep(0.01)
-        await mesh.kv.put("k.a", "1")
-        assert ["1"] == [entry.value for entry in await take(got)]
-        await restart()
-        await mesh.kv.put("k.b", "2")
-        await mesh.kv.put("k.c", "3")
-        assert ["2", "3"] == [entry.value for entry in await take(got, 2)]
-
-
-async def test_what_a_leaving_member_did_not_get_to_is_handled_soon(
-    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
-) -> None:
-    """What it finished is not handled again; what it took and did not begin does not wait for a timeout."""
-    started, leaving, handled = asyncio.Event(), new_mesh(), asyncio.Queue[str]()
-    for member in (leaving, mesh):
-
-        @member.agent(AgentSpec(name=name), sources=[member.kv_source(f"{name}.*", queue_group=name)])
-        async def handler(entry: KVEntry[str]) -> None:
-            started.set()
-            await asyncio.sleep(0.05)
-            handled.put_nowait(entry.key)
-
-        if member is leaving:
-            async with leaving:
-                await mesh.kv.put(f"{name}.a", "x")
-                await started.wait()
-                await mesh.kv.put(f"{name}.b", "made while the only member is busy")
-    await mesh.catalog()
-    assert [f"{name}.a", f"{name}.b"] == await take(handled, 2)
-    assert handled.empty()

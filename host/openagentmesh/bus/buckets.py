@@ -6,7 +6,9 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from hashlib import sha256
 from typing import Final, Literal
 
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
@@ -126,6 +128,7 @@ class Buckets:
         self._inbox = inbox
         self._open: dict[str, KeyValue] = {}
         self._watchers: set[KeyValue.KeyWatcher] = set()
+        self._pulls: set[asyncio.Task[list[Msg]]] = set()
         # Clear from when the server is lost until its buckets are known to be there.
         self._ready = asyncio.Event()
         bus.on_lost = self._ready.clear
@@ -338,16 +341,17 @@ class Buckets:
         )
         prefix = f"$KV.{bucket}."
         async with self._using(f"Following '{keys}' of '{bucket}' as '{group}'"):
-            pull = await self._bus.jetstream().pull_subscribe(
-                prefix + keys, durable, f"KV_{bucket}", config=config
-            )
+            jetstream, stream = self._bus.jetstream(), f"KV_{bucket}"
+            pull = await jetstream.pull_subscribe(prefix + keys, durable, stream, config=config)
+            # A group that is there already keeps where it stands, but not how long it waits.
+            group_now = (await jetstream.consumer_info(stream, durable)).config
+            await jetstream.add_consumer(stream, group_now.evolve(ack_wait=patience))
             started.set()
             try:
                 while not closing.is_set():
-                    try:
-                        (message,) = await pull.fetch(1, timeout=_PULL)
-                    except TimeoutError:
-                        continue  # nothing changed meanwhile
+                    message = await self._pulled(pull)
+                    if message is None:
+                        continue
                     sequence, headers = message.metadata.sequence, message.headers or {}
                     yield Entry(
                         bucket=bucket,
@@ -363,9 +367,24 @@ class Buckets:
                 with suppress(NatsError):  # the connection may be closed already
                     await pull.unsubscribe()
 
+    async def _pulled(self, pull: JetStreamContext.PullSubscription) -> Msg | None:
+        """The next change for a group; None when there was none for a while, or it has to be asked anew."""
+        fetching = asyncio.create_task(pull.fetch(1, timeout=_PULL))
+        self._pulls.add(fetching)
+        try:
+            await asyncio.wait([fetching])
+            return None if fetching.cancelled() else fetching.result()[0]
+        except TimeoutError:
+            return None
+        finally:
+            self._pulls.discard(fetching)
+            await end(fetching)
+
     async def restore(self) -> None:
         """After a reconnect, maybe to a new and empty server: make what is missing, watch anew."""
         await self.make()
+        for fetching in self._pulls:
+            fetching.cancel()  # a server that was restarted does not know of it
         for watcher in list(self._watchers):
             await watcher.stop()
 

@@ -18,8 +18,9 @@ from openagentmesh.protocol.messages import MeshMessage
 
 log = logging.getLogger(__name__)
 
-# A subscriber may be this many events behind.
+# A subscriber may be this many events behind, and this many bytes.
 _MOST_WAITING: Final = 65_536
+_MOST_BYTES: Final = 64 * 1024 * 1024
 
 
 class Events:
@@ -106,6 +107,7 @@ class _Feed:
         self._endless = endless
         self._publishers_only = publishers_only
         self._messages: deque[Message] = deque()
+        self._size = 0
         self._waiting: asyncio.Future[None] | None = None
         self._failed: MeshError | None = None
         self._ended = False
@@ -116,10 +118,12 @@ class _Feed:
         unwanted = self._publishers_only and not subjects.publisher_of(message.subject)
         if unwanted or self._failed is not None:
             return
-        if len(self._messages) >= _MOST_WAITING:
-            self.fail(Overloaded(f"The subscriber of {self.subject} is {_MOST_WAITING} messages behind."))
+        if len(self._messages) >= _MOST_WAITING or self._size >= _MOST_BYTES:
+            behind = f"{len(self._messages)} messages of {self._size} bytes behind"
+            self.fail(Overloaded(f"The subscriber of {self.subject} is {behind}."))
             return
         self._messages.append(message)
+        self._size += len(message.body)
         if self._waiting is not None:
             settle(self._waiting, None)
 
@@ -142,6 +146,7 @@ class _Feed:
                 while not self._ended:
                     await self._until_any()
                     message = self._messages.popleft()
+                    self._size -= len(message.body)
                     frame = codec.read_answer(message.head, message.body)
                     self._ended = frame.end and not self._endless
                     if frame.failed:

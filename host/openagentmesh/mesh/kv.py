@@ -96,11 +96,13 @@ class KV:
     ) -> None:
         """Replace a text by what `fn` makes of it, again with the new text when others were faster.
 
+        It is tried once at least.
+
         Raises:
             KVConflict: others were faster `max_retries` times.
 
         """
-        for attempt in range(max_retries):
+        for attempt in range(max(1, max_retries)):
             async with self.try_cas(key) as draft:
                 result = fn(draft.value)
                 draft.value = await result if isawaitable(result) else result
@@ -118,6 +120,10 @@ class KV:
         """The text of a key as it is and each time it changes, also across reconnects.
 
         With a pattern, of all keys that match. Deletions are not told.
+
+        Raises:
+            InvalidInput: what is stored under a key that matches is no text.
+
         """
         buckets = await self._checked(key, pattern=True)
         async with aclosing(buckets.changes(CONTEXT_BUCKET, key)) as entries:
