@@ -15,6 +15,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
+from openagentmesh.bus.parser import Parser
 from openagentmesh.bus.tasks import end
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class HardenedClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._receivers: dict[int, Receiver] = {}
+        self._ps = Parser(self)
 
     async def listen(self, subject: str, receiver: Receiver, queue: str = "") -> int:
         """Subscribe; `receiver` is called from the read loop and must return at once.
@@ -100,19 +102,20 @@ class HardenedClient(Client):
             await end(reconnecting)  # the base class cancels it once, which it can swallow
         await super().close()
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+    def take(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
+        """Give a message to its receiver; False when the library has to take it."""
         receiver = self._receivers.get(sid)
         if receiver is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
+            return False
         self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(data)
+        self.stats["in_bytes"] += len(body)
         # Subjects are bytes to the server; strangers may use any.
         name = subject.decode("utf-8", "surrogateescape")
         try:
-            receiver(Message(name, reply.decode("utf-8", "surrogateescape"), headers or b"", data))
+            receiver(Message(name, reply.decode("utf-8", "surrogateescape"), head, body))
         except Exception:  # a message ends here; the read loop must not
             log.exception("a message on %r could not be taken", name)
+        return True
 
     async def _send_publish(
         self,
