@@ -122,9 +122,9 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(read: Read, text: st
     [
         ("[server]\nport = 'x'", "server.port", "integer", "'x'"),
         ("[server]\nport = 65536", "server.port", "less than or equal to 65535", "65536"),
-        ("[server]\nport = true", "server.port", "integer", "True"),
+        ("[server]\nport = true", "server.port", "integer", "true"),
         ("[mesh]\nurl = 5", "mesh.url", "string", "5"),
-        ("mesh = 5", "mesh", "dictionary", "5"),
+        ("mesh = 5", "mesh", "a table, [mesh]", "5"),
         ("[host]\nagents = 'agents'", "host.agents", "list", "'agents'"),
         ("[host]\nagents = ['a', 5]", "host.agents[1]", "string", "5"),
         ("[host]\nstrict = 'perhaps'", "host.strict", "boolean", "'perhaps'"),
@@ -135,8 +135,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(read: Read, text: st
         ("[limits]\ntimeout = nan", "limits.timeout", "", "nan"),
         ("[limits]\ntimeout = inf", "limits.timeout", "", "inf"),
         ("[agents.x]\nqueue = -1", "agents.x.queue", "greater than or equal to 0", "-1"),
-        ("[agents]\nx = 5", "agents.x", "dictionary", "5"),
-        ("[settings]\nx = 5", "settings.x", "dictionary", "5"),
+        ("[agents]\nx = 5", "agents.x", "a table, [agents.x]", "5"),
+        ("[agents]\nqueue = 5", "agents.queue", "stands in [limits]", "5"),
+        ("[[server]]", "server", "a table, [server]", "[{}]"),
+        ("[settings]\nx = 5", "settings.x", "a table, [settings.x]", "5"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected_and_found(
@@ -147,6 +149,52 @@ def test_a_wrong_value_is_named_with_what_was_expected_and_found(
     assert line.startswith(f"{key}: ")
     assert line.endswith(f"found {found}")
     assert expected in line
+
+
+@pytest.mark.parametrize("name", ["nlp.summarizer", "a.b.c"])
+def test_an_agents_name_that_is_not_quoted(read: Read, name: str) -> None:
+    """A dotted name that TOML takes for tables within tables is shown as it has to be written."""
+    (line,) = problems(read, f"[agents.{name}]\nqueue = 1")
+    assert line.endswith(f'quote the name of an agent: [agents."{name}"]')
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "pauses"),
+    [
+        ("[limits]\nrestart_pause = 100", "limits.restart_pause", ("100 s", "60 s")),
+        ("[limits]\nrestart_pause_max = 0.1", "limits.restart_pause_max", ("0.5 s", "0.1 s")),
+        ("[agents.x]\nrestart_pause = 70", "agents.x.restart_pause", ("70 s", "60 s")),
+        (
+            "[limits]\nrestart_pause = 2\n[agents.'a.b']\nrestart_pause_max = 1",
+            'agents."a.b".restart_pause_max',
+            ("2 s", "1 s"),
+        ),
+    ],
+)
+def test_a_restart_pause_above_its_own_bound(
+    read: Read, text: str, key: str, pauses: tuple[str, str]
+) -> None:
+    """The first pause may not be longer than the longest; the message has the key that was set and both."""
+    (line,) = problems(read, text)
+    assert line.startswith(
+        f"{key}: restart_pause ({pauses[0]}) is longer than restart_pause_max ({pauses[1]})"
+    )
+
+
+def test_an_inherited_restart_pause_is_told_once(read: Read) -> None:
+    """An agent that only inherits the pauses of `[limits]` is no problem of its own, equal ones are none."""
+    assert 1 == len(problems(read, "[limits]\nrestart_pause = 100\n[agents.x]\nqueue = 1"))
+    assert 2 == read("[limits]\nrestart_pause = 2\nrestart_pause_max = 2").limits.restart_pause
+
+
+def test_settings_that_nobody_reads(read: Read) -> None:
+    """A table of `[settings]` without a module of its name is told with the nearest name there is."""
+    config = read("[settings.echo]\n[settings.sumarizer]\nx = 1\n[settings.'zz z']")
+    assert [
+        "mesh.toml has [settings.sumarizer], but there is no module 'sumarizer'; did you mean 'summarizer'?",
+        "mesh.toml has [settings.\"zz z\"], but there is no module 'zz z'; modules: echo, summarizer",
+    ] == list(config.unread(["summarizer", "echo"]))
+    assert [] == list(read("").unread([]))
 
 
 @pytest.mark.parametrize("value", ["'foo'", "5", "['a', 5]", "{}"])

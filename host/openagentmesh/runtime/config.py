@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,6 +17,9 @@ from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
 
 FILE_NAME: Final = "mesh.toml"
+_BARE_RE: Final = re.compile(r"[A-Za-z0-9_-]+")
+# Where something stands in the file: the names of its tables, its own name, places in lists.
+Loc = tuple[int | str, ...]
 _VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
 
 
@@ -123,6 +126,12 @@ class Config(_Section):
         """Whether an agent is to be served."""
         return name not in self.agents or self.agents[name].enabled
 
+    def unread(self, modules: Collection[str]) -> Iterator[str]:
+        """Why no module reads a table of `[settings]`, given the keys of those that there are."""
+        for name in sorted(self.settings.keys() - set(modules)):
+            hint = _near(name, modules, "modules")
+            yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
+
     def path(self, text: str | None) -> str | None:
         """A path of this file as an absolute one."""
         return str(self.folder / Path(text).expanduser()) if text else None
@@ -154,6 +163,7 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
     except ValidationError as exc:
         more = [problem for problem in _problems(exc) if problem.partition(":")[0] not in told]
         raise _error(file, problems + more) from exc
+    problems += _pauses(config)
     if problems:
         raise _error(file, problems)
     return config
@@ -182,23 +192,64 @@ def _filled(value: object, key: str, environ: Mapping[str, str], problems: list[
     return _VARIABLE_RE.sub(replace, value)
 
 
+def _pauses(config: Config) -> Iterator[str]:
+    """Sections that set a pause which is longer than the longest one, their own or an inherited."""
+    sections: dict[Loc, LimitsSection | AgentSection] = {("limits",): config.limits}
+    sections |= {("agents", name): section for name, section in config.agents.items()}
+    for loc, section in sections.items():
+        limits = config.limits_of(str(loc[1])) if loc[1:] else Limits(**config.limits.model_dump())
+        own = [key for key in ("restart_pause", "restart_pause_max") if key in section.model_fields_set]
+        if own and limits.restart_pause > limits.restart_pause_max:
+            yield (
+                f"{_key((*loc, own[0]))}: restart_pause ({limits.restart_pause:g} s) is longer than "
+                f"restart_pause_max ({limits.restart_pause_max:g} s), the longest it may grow to; "
+                "lower the one or raise the other"
+            )
+
+
 def _problems(exc: ValidationError) -> Iterator[str]:
     for error in exc.errors(include_url=False):
+        loc, given = error["loc"], error["input"]
         if error["type"] == "extra_forbidden":
-            yield _unknown(error["loc"])
+            yield _unknown(loc, given)
+        elif error["type"] in {"model_type", "dict_type"}:
+            yield f"{_key(loc)}: {_no_table(loc)}, found {_shown(given)}"
         else:
-            shown = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-            yield f"{_key(error['loc'])}: {_lowered(error['msg'])}{shown}"
+            shown = "" if isinstance(given, dict) else f", found {_shown(given)}"
+            yield f"{_key(loc)}: {_lowered(error['msg'])}{shown}"
 
 
-def _unknown(loc: tuple[int | str, ...]) -> str:
-    known = _known_keys(loc[:-1])
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"{_key(loc)}: unknown key; {hint}"
+def _unknown(loc: Loc, given: object = None) -> str:
+    if loc[0] == "agents" and isinstance(given, dict):
+        hint = f"quote the name of an agent: [agents.{_meant(loc, given)}]"
+        return f"{_key(loc)}: a table has no place here; {hint}"
+    return f"{_key(loc)}: unknown key; {_near(str(loc[-1]), _known_keys(loc[:-1]), 'known here')}"
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+def _meant(loc: Loc, given: dict[str, Any]) -> str:
+    """The agent's name that TOML took for tables within tables, for it was not quoted."""
+    parts = [str(part) for part in loc[1:]]
+    while len(given) == 1:
+        [(part, inner)] = given.items()
+        if not isinstance(inner, dict):
+            break
+        parts.append(part)
+        given = inner
+    return f'"{".".join(parts)}"'
+
+
+def _no_table(loc: Loc) -> str:
+    if loc[0] == "agents" and loc[-1] in LimitsSection.model_fields:
+        return "input should be the table of an agent; what holds for every agent stands in [limits]"
+    return f"input should be a table, [{_key(loc)}]"
+
+
+def _near(name: str, known: Collection[str], title: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"{title}: {', '.join(sorted(known)) or 'none'}"
+
+
+def _known_keys(loc: Loc) -> list[str]:
     """The keys of the section at `loc`."""
     model: type[BaseModel] = AgentSection
     if loc[:1] != ("agents",):
@@ -210,11 +261,16 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     return [name for name in model.model_fields if name != "folder"]
 
 
-def _key(loc: tuple[int | str, ...]) -> str:
-    parts = [
-        f"[{part}]" if isinstance(part, int) else f'."{part}"' if "." in part else f".{part}" for part in loc
-    ]
-    return "".join(parts).lstrip(".")
+def _key(loc: Loc) -> str:
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" if _BARE_RE.fullmatch(part) else f'."{part}"'
+        for part in loc
+    ).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    """A value as TOML has it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _lowered(message: str) -> str:
