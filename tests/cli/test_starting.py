@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_project
+from tests.cli.conftest import BROKEN, write_project
 from tests.cli.processes import NOBODY, Process, Result, Up, oam
+
+TYPED = """from openagentmesh import AgentMesh, AgentSpec
+
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="narrow", description="Takes one type."))
+async def narrow(req: {type}) -> str:
+    return "x"
+"""
 
 
 def test_a_call_is_answered(hosted: Up) -> None:
@@ -134,3 +143,47 @@ def test_a_module_that_hangs_can_be_left(tmp_path: Path) -> None:
         host.said("hanging")
         host.signal(signal.SIGINT)
         assert 130 == host.finish(5).code
+
+
+@pytest.mark.parametrize(
+    ("toml", "source", "advice"),
+    [
+        ("", None, "Put a Python file with an agent into agents/ and start again."),
+        ("", "x = 1\n", "The modules declare no agent: put @mesh.agent(…) above a function and start again."),
+        ("", BROKEN, "Mend what failed and start again."),
+        ("[agents.narrow]\nenabled = false\n", TYPED.format(type="int"), "mesh.toml disables every agent;"),
+    ],
+)
+def test_why_nothing_is_served(tmp_path: Path, toml: str, source: str | None, advice: str) -> None:
+    """A host without agents says what keeps it from having some."""
+    folder = write_project(tmp_path / "p", toml=toml)
+    if source is not None:
+        (folder / "agents" / "one.py").write_text(source)
+    with Process("up", "--log-format", "pretty", cwd=folder) as host:
+        assert advice in host.said(advice)
+
+
+def test_refused_agents_are_told(tmp_path: Path) -> None:
+    """When the contract policy refuses all agents, the banner says so, and not to add files."""
+    first, second = (
+        write_project(tmp_path / "first"),
+        write_project(tmp_path / "second", toml='contract = "refuse"\n'),
+    )
+    (first / "agents" / "one.py").write_text(TYPED.format(type="int"))
+    (second / "agents" / "one.py").write_text(TYPED.format(type="dict"))
+    with (
+        Up(first) as running,
+        Process("up", "--url", running.url, "--log-format", "pretty", cwd=second) as host,
+    ):
+        host.said("narrow is refused: its contract does not go together")
+        host.said('or set [host] contract = "warn"')
+        host.said("Ctrl-C finishes")
+        assert "Put a Python file" not in "".join(host.err)
+
+
+def test_settings_of_no_module_are_told(tmp_path: Path) -> None:
+    """A table of `[settings]` that no module reads is a warning with the name that was meant."""
+    with Process("up", cwd=write_project(tmp_path / "p", "echo", toml="[settings.ecko]\nx = 1\n")) as host:
+        told = host.said("[settings.ecko]")
+    assert "WARNING" in told
+    assert "there is no module 'ecko'; did you mean 'echo'?" in told

@@ -13,6 +13,7 @@ from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import Config, load_config
 from openagentmesh.runtime.host import Host
+from openagentmesh.runtime.origins import DEFAULT_FOLDER
 
 log = logging.getLogger("openagentmesh.up")
 
@@ -62,10 +63,14 @@ async def _serve(config: Config, *, pretty: bool) -> None:
     async with host:
         # Before anything is said: who reads it may send a signal at once.
         stop = stop_event(lambda: _say_stopping(host))
+        for warning in config.unread({module.origin.key for module in host.modules}):
+            log.warning("%s", warning)
         if pretty:
             note(_banner(host))
         else:
             log.info("serving %s on %s", count(len(host.agents), "agent"), host.node.bus.target.shown)
+            if not host.agents:
+                log.warning("%s", _why_none(host))
         await until_stopped(stop, host.node.bus.closed)
     log.info("stopped")
 
@@ -92,7 +97,9 @@ def _banner(host: Host) -> str:
         lines.append(f"    {agent.name:<{width}}  {_dim(agent.contract.version)}  {about}")
     if len(agents) > _MOST_SHOWN:
         lines.append(_dim(f"    and {len(agents) - _MOST_SHOWN} more: oam mesh catalog"))
-    lines += [typer.style(f"    {m.origin.shown} failed: {m.error}", fg=typer.colors.RED) for m in failed]
+    wrong = [f"    {m.origin.shown} failed: {m.error}" for m in failed]
+    wrong += [f"    {name} is refused: {why}" for name, why in host.node.refused.items()]
+    lines += [typer.style(line, fg=typer.colors.RED) for line in wrong]
     lines += ["", *_how_to_call(host), f"  {_dim('Ctrl-C finishes what runs, then stops.')}", ""]
     return "\n".join(lines)
 
@@ -107,7 +114,7 @@ def _dim(text: str) -> str:
 
 def _how_to_call(host: Host) -> list[str]:
     if not host.agents:
-        return ["  Put a Python file with an agent into agents/ and start again."]
+        return [f"  {_why_none(host)}", ""]
     url = host.node.bus.target.url
     is_default = url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
     where = "" if is_default else f" --url {host.node.bus.target.shown}"
@@ -120,3 +127,21 @@ def _how_to_call(host: Host) -> list[str]:
     given = example_input(contract.input_schema)
     payload = "" if given is None else f" '{as_json(given)}'"
     return ["  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]
+
+
+def _why_none(host: Host) -> str:
+    """What to do when no agent is served."""
+    declared = {agent.name for module in host.modules for agent in module.agents}
+    if declared & host.node.refused.keys():
+        return (
+            "Make the refused agents go together with those that run, stop those, "
+            'or set [host] contract = "warn"; then start again.'
+        )
+    if declared:
+        return "mesh.toml disables every agent; set enabled = true for one and start again."
+    if any(module.state == "failed" for module in host.modules):
+        return "Mend what failed and start again."
+    if host.modules:
+        return "The modules declare no agent: put @mesh.agent(…) above a function and start again."
+    folder = next(iter(host.config.host.agents or []), DEFAULT_FOLDER)
+    return f"Put a Python file with an agent into {folder.rstrip('/')}/ and start again."
