@@ -148,3 +148,16 @@ async def test_after_leave_messages_under_way_are_still_received(client: Hardene
     client.forget(sid)
     assert [b"first"] == [message.body for message in received]
     await client.close()
+
+
+@pytest.mark.parametrize("before", [b"", b"+OK\r\n", b"PING\r\n"])
+async def test_a_message_is_received_behind_anything(
+    client: HardenedClient, name: str, before: bytes
+) -> None:
+    """Whichever of the parsers comes to a message, its receiver gets it."""
+    received: list[Message] = []
+    sid = await client.listen(name, received.append)
+    await client._ps.parse(before + f"MSG {name} {sid} 5\r\nhello\r\nMSG {name} {sid} 1\r\n".encode())
+    await client._ps.parse(b"!\r\n")
+    assert [b"hello", b"!"] == [message.body for message in received]
+    await client.close()

@@ -102,6 +102,10 @@ class HardenedClient(Client):
             await end(reconnecting)  # the base class cancels it once, which it can swallow
         await super().close()
 
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        if not self.take(sid, subject, reply, data, headers or b""):
+            await super()._process_msg(sid, subject, reply, data, headers)
+
     def take(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
         """Give a message to its receiver; False when the library has to take it."""
         receiver = self._receivers.get(sid)

@@ -7,13 +7,15 @@ from typing import Final
 
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
 from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, text_of
 
 # The server's own error codes: limits of the account, of the server, of the bucket.
 _NO_ROOM: Final = frozenset({10002, 10023, 10047, 10054, 10077})
+# JetStream is off for the account or on the server; None when nobody answers for its API.
+_NO_JETSTREAM: Final = frozenset({10039, 10076, None})
 
 
 @contextmanager
@@ -35,6 +37,16 @@ def explained(bus: Bus, what: str) -> Iterator[None]:
         if not bus.connected:
             why = "the connection is closed" if bus.is_closed else "the server is away"
             raise ConnectionFailed(f"{what} failed: {why}.") from exc
-        raise ConnectionFailed(
-            f"{what} failed: {text_of(exc)}. Is JetStream enabled on the server (`nats-server -js`)?"
-        ) from exc
+        raise ConnectionFailed(f"{what} failed: {_why(exc)}.") from exc
+
+
+def _why(exc: Exception) -> str:
+    if isinstance(exc, ServiceUnavailableError) and exc.err_code in _NO_JETSTREAM:
+        return "JetStream is off; start the server with `nats-server -js`, or enable it for this account"
+    if isinstance(exc, APIError):
+        return f"the server says '{exc.description}' (code {exc.err_code or exc.code})"
+    if isinstance(exc, NoStreamResponseError):
+        return "nobody stores it; the bucket has been deleted, or JetStream has been turned off"
+    if isinstance(exc, TimeoutError):
+        return "no answer in time; the server is too busy, or does not let this user use JetStream"
+    return text_of(exc)

@@ -90,18 +90,30 @@ def lock_store(folder: Path) -> IO[str]:
         lock = (folder / LOCK_FILE).open("a")
     except OSError as exc:
         raise ServerFailed(
-            f"The server's store '{folder}' cannot be made: {exc}. Set [server] store."
+            f"The server's store '{folder}' cannot be made: {exc}. Make its folder writable, or set "
+            "[server] store in mesh.toml to another one."
         ) from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
-        raise ServerFailed(
-            f"Another server uses the store '{folder}', perhaps that of another `oam up` here. "
-            "See it with `oam status`, or set [server] store to another folder."
-        ) from exc
+        raise ServerFailed(_who_has(folder)) from exc
     lock.truncate(0)
     return lock
+
+
+def _who_has(folder: Path) -> str:
+    """Whose server uses a store, and what to do; that of `oam mesh up` has its pid and url in the lock."""
+    pid, _, url = (folder / LOCK_FILE).read_text().partition(" ")
+    if url:
+        return (
+            f"`oam mesh up` has started a server here already (pid {pid}, {url}), which uses the store "
+            f"'{folder}'. Use it with `oam up --url {url}`, or stop it with `oam mesh down`."
+        )
+    return (
+        f"Another server uses the store '{folder}', perhaps that of another `oam up` here. See it with "
+        "`oam status`, and stop it there; or start in another folder, or with another [server] store."
+    )
 
 
 def command(port: int, store: str) -> list[str]:
@@ -116,7 +128,8 @@ def why_not(said: str, url: str) -> str:
         return (
             f"Port {taken[-1] if taken else url.rpartition(':')[2]} of {HOST} is in use, perhaps by another "
             f"`oam up`. See what runs there with `oam status --url {url}`, use it with "
-            f"`oam up --url {url}`, or take any free port with `oam up --port 0`."
+            f"`oam up --url {url}`, or take another port: `oam up --port 0` for any free one, "
+            "`oam mesh up -p PORT`."
         )
     return f"nats-server did not start: {said or 'it said nothing'}."
 

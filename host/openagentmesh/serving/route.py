@@ -13,7 +13,6 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
-from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import (
     Cancelled,
     HandlerError,
@@ -30,6 +29,7 @@ from openagentmesh.serving.call import Call, set_current_call
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.lifeline import Lifeline
+from openagentmesh.serving.reading import chunk_subject, reply_subject, verb_of
 from openagentmesh.serving.sources import Source, SubjectSource
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
@@ -67,6 +67,8 @@ class Route:
 
     def __init__(self, agent: Agent, shared: Shared) -> None:
         self.agent = agent
+        # What sources, gate and background follow; it catches up with `agent` in `follow`.
+        self._followed = agent
         self.counts = Counts()
         self.sid: int | None = None
         self.background: Background | None = None
@@ -74,9 +76,10 @@ class Route:
         self._shared = shared
         self.is_open = False
         self._feeds: dict[Source, SubjectFeed | KVFeed] = {}
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[int] | None = None
         self._slots = asyncio.Semaphore(agent.limits.concurrency)
-        self._tasks: set[asyncio.Task[None]] = set()
+        # What runs, and on which version.
+        self._tasks: dict[asyncio.Task[None], Agent] = {}
 
     @property
     def in_flight(self) -> int:
@@ -129,16 +132,20 @@ class Route:
         await asyncio.gather(*[feed.close(timeout) for feed in self._feeds.values()])
         await self._end_background()
 
-    async def swap(self, agent: Agent) -> None:
-        """Point at another agent; requests under way finish on the old one.
+    def swap(self, agent: Agent) -> None:
+        """Point at another agent, from the next request on; those under way finish on the old one."""
+        if agent.limits.concurrency != self.agent.limits.concurrency:
+            self._slots = asyncio.Semaphore(agent.limits.concurrency)
+        self.agent = agent
+
+    async def follow(self) -> None:
+        """Let all that drives the agent besides requests follow what `swap` has done.
 
         Who goes on taking requests, or messages of a source, misses none meanwhile.
         """
-        plain = self.is_plain
-        if agent.limits.concurrency != self.agent.limits.concurrency:
-            self._slots = asyncio.Semaphore(agent.limits.concurrency)
-        self.agent, timeout = agent, self.agent.limits.timeout
-        if plain and self.is_plain:
+        old, agent = self._followed, self.agent
+        if old is agent or (_is_plain(old) and _is_plain(agent)):
+            self._followed = agent
             return
         if self.gate is not None:
             await self.gate.stop()
@@ -148,15 +155,25 @@ class Route:
             await self.open()
         await self.start()
         for source in self._feeds.keys() - set(agent.sources):
-            await self._feeds.pop(source).close(timeout)
+            await self._feeds.pop(source).close(old.limits.timeout)
         if self.sid is not None and not agent.contract.invocable:
             await self._leave()
+        self._followed = agent  # only now: what fails is tried again
+
+    async def end(self, timeout: float) -> None:
+        """Serve no more: leave, finish what runs; after `timeout` seconds cancel and answer it."""
+        await self.close(timeout)
+        await self._leave()
+        await self.finish(timeout)
+
+    def running_on(self, agent: Agent) -> int:
+        """Requests under way on one version of the agent."""
+        return sum(each is agent for each in self._tasks.values())
 
     @property
     def is_plain(self) -> bool:
         """Whether it takes requests and nothing else, so that it is swapped without a pause."""
-        agent = self.agent
-        return agent.contract.invocable and not agent.sources and agent.active_when is None
+        return _is_plain(self.agent)
 
     async def _activate(self) -> None:
         await self.open()
@@ -186,28 +203,28 @@ class Route:
         """Take a request off the wire: spawn and return. `accept` reads it when it is a source's."""
         limits = self.agent.limits
         if len(self._tasks) >= limits.concurrency + limits.queue:
-            self._spawn(self.refuse(message))
+            self._spawn(self.refuse(message), self.agent)
         else:
             self.take(message, accept)
 
     def take(self, message: Message, accept: Accept | None = None) -> "asyncio.Task[None]":
         """Answer a request in a task of its own, however many there are."""
-        return self._spawn(self.answer(message, accept))
+        return self._spawn(self.answer(message, self.agent, accept), self.agent)
 
-    def _spawn(self, walk: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _spawn(self, walk: Coroutine[Any, Any, None], agent: Agent) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(walk)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = agent
+        task.add_done_callback(self._tasks.pop)
         return task
 
-    async def answer(self, message: Message, accept: Accept | None = None) -> None:
-        """Walk one request from its message to its reply."""
-        agent, now = self.agent, asyncio.get_running_loop().time()
+    async def answer(self, message: Message, agent: Agent, accept: Accept | None = None) -> None:
+        """Walk one request from its message to its reply, all of it on one version of the agent."""
+        now = asyncio.get_running_loop().time()
         request = codec.read_request(message.head, message.body)
         patience = agent.patience(request)
         call = Call(agent.name, request, now + patience, started=now, patience=patience)
         deadline = Deadline(call.deadline)
-        reply = _reply_subject(message, request, overheard=accept is not None)
+        reply = reply_subject(message, request, overheard=accept is not None)
         lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
         self.counts.requests += 1
@@ -220,7 +237,7 @@ class Route:
                     if accept is not None:
                         accept(agent, call)
                     else:
-                        agent.accept(call, _verb(request, reply))
+                        agent.accept(call, verb_of(request, reply))
                     if agent.contract.streaming:
                         await self._stream(agent, call, reply, deadline)
                     else:
@@ -249,16 +266,21 @@ class Route:
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
         request = codec.read_request(message.head, message.body)
-        reply = _reply_subject(message, request, overheard=message.subject != subjects.agent(agent.name))
+        reply = reply_subject(message, request, overheard=message.subject != subjects.agent(agent.name))
         await self._reply_error(request, reply, error)
 
-    async def finish(self, timeout: float) -> None:
-        """Wait for what is running; after `timeout` seconds cancel it, which answers it."""
-        if not self._tasks:
-            return
-        _, late = await asyncio.wait(self._tasks, timeout=timeout)
+    async def finish(self, timeout: float, agent: Agent | None = None) -> int:
+        """Wait for what is running, or what is on one version; after `timeout` seconds cancel it.
+
+        That answers it. Returns how many requests do not stop.
+        """
+        running = [task for task, each in self._tasks.items() if agent is None or each is agent]
+        if not running:
+            return 0
+        _, late = await asyncio.wait(running, timeout=timeout)
         if deaf := await end_within(_CANCEL_GRACE, late):
             log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
+        return len(deaf)
 
     def _lifeline(self, call: Call, reply: str) -> Lifeline:
         shared = self._shared
@@ -267,7 +289,7 @@ class Route:
 
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
-        subject = _chunk_subject(request, reply)
+        subject = chunk_subject(request, reply)
         start = codec.frame_start(request.request_id, shared.instance_id)
         # What was sent without a reply subject is done for its own sake.
         writer_of = ChunkWriter if subject else NoWriter
@@ -332,40 +354,14 @@ class Route:
         await self._tell(call.request, "debug", "request_completed", data=took)
 
 
+def _is_plain(agent: Agent) -> bool:
+    return agent.contract.invocable and not agent.sources and agent.active_when is None
+
+
 def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     if isinstance(source, SubjectSource):
         return SubjectFeed(source, route.agent.name, shared.bus, route.receive)
     return KVFeed(source, lambda: route.agent, shared.buckets, route.take)
-
-
-def _verb(request: Request, reply: str) -> Verb:
-    """What the caller did: a streamer may be sent to as well, but not called."""
-    if request.streaming:
-        return "stream"
-    is_call = reply and not request.reply_to and not reply.startswith(subjects.RESULTS)
-    return "call" if is_call else "send"
-
-
-def _reply_subject(message: Message, request: Request, *, overheard: bool) -> str:
-    """Where the answer goes; empty when there is to be none.
-
-    A source may listen where others are asked; it is they who answer.
-    """
-    if request.accept == codec.NO_REPLY or (overheard and message.subject.startswith("mesh.")):
-        return ""
-    return message.reply
-
-
-def _chunk_subject(request: Request, reply: str) -> str:
-    """Where a streamer's chunks go; empty when nobody wants them."""
-    if not request.streaming:
-        return reply
-    if not subjects.is_token(request.request_id):
-        raise InvalidInput(
-            f"A stream needs the header {subjects.REQUEST_ID}: "
-            "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
-        )
-    return subjects.stream(request.request_id)
 
 
 def _abandoning(call: Call) -> Callable[[], None]:

@@ -33,10 +33,15 @@ class Router:
         """Serve an agent under its name from now on, in place of another one if there is."""
         route = self._routes.get(agent.name)
         if route is not None:
-            await route.swap(agent)
+            route.swap(agent)
+            await route.follow()
             return
         route = self._routes[agent.name] = Route(agent, self._shared)
         await route.start()
+
+    def remove(self, name: str) -> Route | None:
+        """Forget the route of an agent; whoever takes it ends it."""
+        return self._routes.pop(name, None)
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""

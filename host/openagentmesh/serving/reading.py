@@ -1,0 +1,37 @@
+"""Reading a request: what its caller did, and where the answer goes."""
+
+from openagentmesh.bus.client import Message
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.contract import Verb
+from openagentmesh.protocol.errors import InvalidInput
+
+
+def verb_of(request: Request, reply: str) -> Verb:
+    """What the caller did: a streamer may be sent to as well, but not called."""
+    if request.streaming:
+        return "stream"
+    is_call = reply and not request.reply_to and not reply.startswith(subjects.RESULTS)
+    return "call" if is_call else "send"
+
+
+def reply_subject(message: Message, request: Request, *, overheard: bool) -> str:
+    """Where the answer goes; empty when there is to be none.
+
+    A source may listen where others are asked; it is they who answer.
+    """
+    if request.accept == codec.NO_REPLY or (overheard and message.subject.startswith("mesh.")):
+        return ""
+    return message.reply
+
+
+def chunk_subject(request: Request, reply: str) -> str:
+    """Where a streamer's chunks go; empty when nobody wants them."""
+    if not request.streaming:
+        return reply
+    if not subjects.is_token(request.request_id):
+        raise InvalidInput(
+            f"A stream needs the header {subjects.REQUEST_ID}: "
+            "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
+        )
+    return subjects.stream(request.request_id)
