@@ -90,8 +90,8 @@ def lock_store(folder: Path) -> IO[str]:
         lock = (folder / LOCK_FILE).open("a")
     except OSError as exc:
         raise ServerFailed(
-            f"The server's store '{folder}' cannot be made: {exc}. Make its folder writable, or set "
-            "[server] store in mesh.toml to another one."
+            f"The server's store '{folder}' cannot be made: {exc}. "
+            "Set [server] store in mesh.toml to a folder that can be, or start in another folder."
         ) from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,22 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
+from openagentmesh.cli.connecting import connected
 from openagentmesh.cli.output import (
     Json,
     Payload,
     Url,
+    agent_name,
     as_json,
-    connected,
     read_payload,
     run,
     say,
     say_each,
+    usage_error,
 )
 from openagentmesh.protocol.contract import AgentContract
 
 app = typer.Typer(help="Use one agent.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="The agent, as in nlp.summarizer.")]
+Name = Annotated[str, typer.Argument(help="The agent, as in nlp.summarizer.", callback=agent_name)]
 Timeout = Annotated[
     float, typer.Option(min=0.001, help="Seconds to wait; for a stream, from chunk to chunk.")
 ]
@@ -91,6 +93,8 @@ def contract(
     json_: Json = False,
 ) -> None:
     """Print what an agent takes and gives back."""
+    if text and json_:
+        usage_error("--text is for people, --json for programs; give one of them")
 
     async def main() -> None:
         async with connected(url) as node:

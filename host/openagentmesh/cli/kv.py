@@ -1,18 +1,35 @@
 """`oam kv`: the shared state of the mesh."""
 
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from openagentmesh.bus.buckets import Buckets
-from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say, say_each
+from openagentmesh.cli.connecting import connected
+from openagentmesh.cli.output import Json, Url, as_json, note, run, say, say_each, usage_error
 from openagentmesh.mesh.kv import KV
 from openagentmesh.mesh.node import Node
+from openagentmesh.protocol.subjects import invalid_key
 
 app = typer.Typer(help="The shared state: texts under keys.", no_args_is_help=True)
 
-Key = Annotated[str, typer.Argument(help="Words joined by dots, as in shop.settings.open.")]
+
+def _key(key: str) -> str:
+    if why := invalid_key(key):
+        usage_error(f"{key!r} is no key: {why}.")
+    return key
+
+
+def _pattern(pattern: str) -> str:
+    if why := invalid_key(pattern, pattern=True):
+        usage_error(f"{pattern!r} matches no key: {why}.")
+    return pattern
+
+
+_HELP: Final = "Words joined by dots, as in shop.settings.open."
+Key = Annotated[str, typer.Argument(help=_HELP, callback=_key)]
+Pattern = Annotated[str, typer.Argument(help=_HELP, callback=_pattern)]
 
 
 @app.command()
@@ -58,7 +75,7 @@ def delete(key: Key, url: Url = None, *, json_: Json = False) -> None:
 
 
 @app.command()
-def watch(key: Key, url: Url = None, *, json_: Json = False) -> None:
+def watch(key: Pattern, url: Url = None, *, json_: Json = False) -> None:
     """Print a key's text as it is and each time it changes, until Ctrl-C; with '*' or '>' of many keys."""
 
     async def main() -> None:

@@ -2,9 +2,12 @@
 
 import sys
 
-import typer
+try:
+    import typer
 
-from openagentmesh.cli import agent, kv, mesh, observe, status, up
+    from openagentmesh.cli import agent, kv, mesh, observe, status, up
+except KeyboardInterrupt:
+    sys.exit(130)
 
 app = typer.Typer(
     name="oam",

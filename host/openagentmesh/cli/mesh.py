@@ -31,12 +31,14 @@ from openagentmesh.bus.server import (
     lock_store,
     why_not,
 )
+from openagentmesh.cli.connecting import advised, connected
 from openagentmesh.cli.output import (
     Json,
     Payload,
     Url,
+    agent_name,
     as_json,
-    connected,
+    fail,
     note,
     read_payload,
     run,
@@ -47,6 +49,7 @@ from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.codec import read_headers
+from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.protocol.subjects import CONTENT_TYPE, in_channel, invalid_pattern, invalid_subject
 
 app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
@@ -69,16 +72,19 @@ def up(
     json_: Json = False,
 ) -> None:
     """Start a NATS server for development, without agents, and write .oam-url."""
-    run(_foreground(port) if foreground else _background(port, json_=json_), json_=json_)
+    run(_foreground(port, json_=json_) if foreground else _background(port, json_=json_), json_=json_)
 
 
-async def _foreground(port: int) -> None:
+async def _foreground(port: int, *, json_: bool) -> None:
     server = EmbeddedServer(port, str(_STORE), on_event=note)
     await server.start()
     path = address.write(Path.cwd(), server.url)
     try:
+        stop = stop_event()
         note(f"nats-server is running on {server.url}; Ctrl-C stops it")
-        await stop_event().wait()
+        if json_:
+            say(as_json({"url": server.url, "pid": server.pid}))
+        await stop.wait()
     finally:
         path.unlink(missing_ok=True)
         await server.stop()
@@ -96,7 +102,7 @@ async def _background(port: int, *, json_: bool) -> None:
         start_new_session=True,
         pass_fds=[lock.fileno()],
     )
-    lock.write(str(process.pid))  # so that `down` knows whose lock it is
+    lock.write(f"{process.pid} {url}")  # so that others know whose lock it is
     lock.close()
     try:
         await _until_ready(process, url)
@@ -138,10 +144,10 @@ def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
 def down(*, json_: Json = False) -> None:
     """Stop the server that `oam mesh up` started here."""
     if not _PID_FILE.is_file():
-        note("no server was started here with `oam mesh up`")
-        raise typer.Exit(1)
+        said = "No server was started here with `oam mesh up`; run this in the folder where one was."
+        fail(ServerFailed(said), json_=json_)
     lock = _STORE / LOCK_FILE
-    pid = lock.read_text() if lock.exists() else ""
+    pid = lock.read_text().partition(" ")[0] if lock.exists() else ""
     try:
         # Whoever runs on this store holds its lock; without one, the pid may be anybody's by now.
         lock_store(_STORE).close()
@@ -175,7 +181,9 @@ async def _until_free() -> None:
 @app.command()
 def connect(
     url: Annotated[str, typer.Argument(help="The NATS server, as in nats://mesh.example.com:4222.")],
-    creds: Annotated[Path | None, typer.Option(help="A credentials file for it.")] = None,
+    creds: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A credentials file for it.")
+    ] = None,
     *,
     json_: Json = False,
 ) -> None:
@@ -184,7 +192,10 @@ def connect(
 
     async def main() -> None:
         bus = Bus(target, "oam")
-        await bus.connect()
+        try:
+            await bus.connect()
+        except ConnectionFailed as exc:
+            raise advised(exc, "Check the address; .oam-url was not written.") from exc
         await bus.close()
         path = address.write(Path.cwd(), url, target.creds)
         note(f"{target.shown} answers; {path.name} written")
@@ -194,7 +205,9 @@ def connect(
 
 @app.command()
 def catalog(
-    channel: Annotated[str | None, typer.Option(help="Only this name and what lies below it.")] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="Only this name and what lies below it.", callback=agent_name)
+    ] = None,
     url: Url = None,
     *,
     json_: Json = False,

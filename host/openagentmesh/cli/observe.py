@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
-from openagentmesh.cli.output import Json, Url, as_json, connected, note, run, say, say_each, usage_error
+from openagentmesh.cli.connecting import connected
+from openagentmesh.cli.output import Json, Url, agent_name, as_json, note, run, say, say_each, usage_error
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.observe import Observe
 from openagentmesh.protocol.messages import LogEvent, LogLevel
 
 app = typer.Typer(help="Log events of agents.", no_args_is_help=True)
 
-Agent = Annotated[str | None, typer.Argument(help="One agent; all of them when left out.")]
+Agent = Annotated[
+    str | None, typer.Argument(help="One agent; all of them when left out.", callback=agent_name)
+]
 _COLORS = {"debug": typer.colors.BLUE, "warn": typer.colors.YELLOW, "error": typer.colors.RED}
 
 
@@ -28,8 +31,12 @@ def logs(
 
     async def main() -> None:
         async with connected(url) as node, aclosing(_observe(node).logs(agent, level=level)) as events:
-            note(f"log events of {agent or 'all agents'}; Ctrl-C stops")
-            await say_each(events, lambda event: event.model_dump_json() if json_ else _line(event))
+
+            async def begun() -> None:
+                await node.bus.flush()
+                note(f"log events of {agent or 'all agents'}; Ctrl-C stops")
+
+            await say_each(events, lambda event: event.model_dump_json() if json_ else _line(event), begun)
 
     run(main(), json_=json_)
 

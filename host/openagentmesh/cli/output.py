@@ -1,21 +1,17 @@
-"""What commands share: addresses, connections, and how results and errors are shown."""
+"""What commands share: options, and how results and errors are shown."""
 
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
-from openagentmesh.bus import address
-from openagentmesh.bus.connection import Target
 from openagentmesh.bus.tasks import end
-from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.running import stop_event
-from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.protocol.subjects import invalid_name
 
 Url = Annotated[
     str | None,
@@ -26,22 +22,11 @@ Url = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, for programs.")]
 
 Payload = Annotated[
-    str | None, typer.Argument(metavar="[JSON]", help="The input as JSON; read from stdin when left out.")
+    str | None, typer.Argument(metavar="JSON", help="The input as JSON; read from stdin when left out.")
 ]
 
 T = TypeVar("T")
 _MOST_DETAILS: Final = 2000
-
-
-@asynccontextmanager
-async def connected(url: str | None) -> AsyncIterator[Node]:
-    """A node for one command, which serves nothing."""
-    node = Node(Target(address.url_or_default(url), address.creds_or_none()), new_id())
-    await node.start()
-    try:
-        yield node
-    finally:
-        await node.stop(0)
 
 
 def run(main: Coroutine[Any, Any, None], *, json_: bool = False) -> None:
@@ -64,9 +49,20 @@ def fail(error: MeshError, *, json_: bool = False) -> NoReturn:
     typer.echo(f"Error [{error.code}] {error.message}", err=True)
     if error.details:
         typer.echo(f"  {as_json(error.details)[:_MOST_DETAILS]}", err=True)
-    if error.hint and "key" not in error.details:  # hints are about agents
-        typer.echo(f"  {error.hint.replace('NAME', error.agent or 'NAME')}", err=True)
+    if hint := _hint(error):
+        typer.echo(f"  {hint}", err=True)
     raise typer.Exit(1)
+
+
+def _hint(error: MeshError) -> str:
+    """What helps with errors of this kind; nothing where it would lead nowhere."""
+    if "key" in error.details:  # the hint is about agents
+        return ""
+    if isinstance(error, ConnectionFailed) and "url" not in error.details:  # it is about addresses
+        return ""
+    if "NAME" in error.hint and not error.agent:
+        return ""
+    return error.hint.replace("NAME", error.agent)
 
 
 def as_json(value: object, *, indent: int | None = None) -> str:
@@ -90,8 +86,16 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-async def say_each(items: AsyncIterable[T], line: Callable[[T], str]) -> None:
-    """Print a line for each item as it comes, until there are no more or Ctrl-C."""
+async def _nothing() -> None: ...
+
+
+async def say_each(
+    items: AsyncIterable[T], line: Callable[[T], str], begun: Callable[[], Awaitable[None]] = _nothing
+) -> None:
+    """Print a line for each item as it comes, until there are no more or Ctrl-C.
+
+    `begun` runs when the first item has been asked for, and so whatever listens for it does.
+    """
 
     async def say_all() -> None:
         async for item in items:
@@ -99,11 +103,14 @@ async def say_each(items: AsyncIterable[T], line: Callable[[T], str]) -> None:
 
     saying = asyncio.create_task(say_all())
     stopping = asyncio.create_task(stop_event().wait())
-    await asyncio.wait([saying, stopping], return_when=asyncio.FIRST_COMPLETED)
-    await end(stopping)
-    if saying.done():
-        saying.result()
-    await end(saying)
+    try:
+        await asyncio.sleep(0)  # `saying` runs up to where it waits
+        await begun()
+        await asyncio.wait([saying, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if saying.done():
+            saying.result()
+    finally:
+        await end(stopping, saying)
 
 
 def note(text: str) -> None:
@@ -114,6 +121,13 @@ def note(text: str) -> None:
 def usage_error(text: str) -> NoReturn:
     """End with exit code 2."""
     raise typer.BadParameter(text)
+
+
+def agent_name(name: str | None) -> str | None:
+    """See that an argument can name an agent, before anything is sent."""
+    if name is not None and (why := invalid_name(name)):
+        usage_error(f"{name!r} names nothing: {why}.")
+    return name
 
 
 def read_payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape

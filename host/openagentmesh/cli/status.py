@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from pydantic_core import from_json
 
-from openagentmesh.cli.output import Json, Url, as_json, connected, count, note, run, say
+from openagentmesh.cli.connecting import connected
+from openagentmesh.cli.output import Json, Url, as_json, count, note, run, say
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.presence import instances
 from openagentmesh.protocol import codec, subjects

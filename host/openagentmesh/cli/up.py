@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from openagentmesh.cli.connecting import advised
 from openagentmesh.cli.logs import LogFormat, set_up_logging
 from openagentmesh.cli.output import as_json, count, example_input, fail, note
 from openagentmesh.mesh.running import run, stop_event, until_stopped
-from openagentmesh.protocol.errors import MeshError
-from openagentmesh.runtime.config import Config, load_config
+from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.runtime.config import FILE_NAME, Config, load_config
 from openagentmesh.runtime.host import Host
 from openagentmesh.runtime.origins import DEFAULT_FOLDER
 
@@ -36,6 +37,10 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
     pretty = set_up_logging(log_format, log_level)
     try:
         run(_serve(_configured(config, port, url, strict=strict), pretty=pretty))
+    except ConnectionFailed as exc:
+        giver = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
+        advice = f"{giver} gives this address; correct it, or leave it out for a server of our own."
+        fail(advised(exc, advice))
     except MeshError as exc:
         fail(exc)
 
