@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from openagentmesh.bus.connection import Target
 from openagentmesh.mesh.node import Node
+from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from openagentmesh.runtime.loader import Loader, Module
 from openagentmesh.runtime.origins import find_origins
+from openagentmesh.runtime.reload import Reloader
 
 HOST_URL = "nats://127.0.0.1:1"
 MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
@@ -66,9 +68,13 @@ def load(tmp_path: Path) -> Iterator[Load]:
         if not isinstance(what, Config):
             write(tmp_path / "agents", what)
             what = Config(folder=tmp_path.resolve(), host=HostSection(agents=["agents"], entry_points=False))
-        origins = find_origins(what)
-        loaders.append(Loader(Node(Target(HOST_URL), "0" * 32), settings or {}, origins))
-        return {origin.shown.removeprefix("agents/"): loaders[-1].load(origin) for origin in origins}
+        what = what.model_copy(update={"settings": dict(settings or {})})
+        node = Node(Target(HOST_URL), "0" * 32)
+        loader = Loader(node, what)
+        loaders.append(loader)
+        reloader = Reloader(loader, node, Changes(loader.imports, None, lambda: what), what)
+        reloader.load_all(find_origins(what))
+        return {module.origin.shown.removeprefix("agents/"): module for module in reloader.modules}
 
     yield load_
     for loader in loaders:

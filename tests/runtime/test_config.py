@@ -55,6 +55,8 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         strict = true
         drain_timeout = 0
         contract = "refuse"
+        reload = false
+        load_timeout = 2.5
         [limits]
         concurrency = 64
         queue = 0
@@ -80,6 +82,8 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "strict": True,
         "drain_timeout": 0,
         "contract": "refuse",
+        "reload": False,
+        "load_timeout": 2.5,
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
     assert (Limits(8, 0, 60, 2, 4), Limits(64, 0, 60, 2, 8)) == (

@@ -108,8 +108,13 @@ async def test_a_folder_without_init_is_imported_as_alone(load: Load) -> None:
 
 async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
     """An import inside a function works when it is called, long after loading, in each folder by itself."""
-    lazy = MESH + "def name():\n    from _late import NAME\n    return NAME\n" + agent("a", "name()")
-    files = {"x/a.py": lazy, "x/_late.py": "NAME = 'x'", "y/a.py": lazy, "y/_late.py": "NAME = 'y'"}
+    lazy = MESH + "def name():\n    from _late import NAME\n    return NAME\n"
+    files = {
+        "x/a.py": lazy + agent("x", "name()"),
+        "x/_late.py": "NAME = 'x'",
+        "y/a.py": lazy + agent("y", "name()"),
+        "y/_late.py": "NAME = 'y'",
+    }
     modules = load(files)
     assert ["x", "y"] == [await ask(module) for module in modules.values()]
 

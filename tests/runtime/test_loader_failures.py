@@ -124,7 +124,7 @@ async def test_a_script_that_starts_its_own_loop_is_told_to_guard_it(load: Load,
     assert 'put that under `if __name__ == "__main__":`' in module.error
     assert module.line.startswith(f"{module.origin.path}:")
     guarded = LOOP + GOOD + "if __name__ == '__main__':\n    " + start.replace("\n", "\n    ") + "\n"
-    assert "serving" == load({"sub/guarded.py": guarded})["sub/guarded.py"].state
+    assert "serving" == load({"b.py": guarded})["b.py"].state
 
 
 def test_a_shared_sibling_that_fails_fails_its_importers(load: Load) -> None:

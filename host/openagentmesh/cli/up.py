@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,9 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = None,
     url: Annotated[str | None, typer.Option(help="Use this NATS server instead of an embedded one.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a module fails to load.")] = False,  # noqa: FBT002 - a flag
+    reload: Annotated[
+        bool | None, typer.Option(help="Reload a file as soon as it is saved; else as mesh.toml says.")
+    ] = None,
     log_format: Annotated[LogFormat, typer.Option(help="How events are shown.")] = LogFormat.AUTO,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -36,7 +41,8 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
         raise typer.BadParameter(f"'{log_level}' is no level; take debug, info, warning or error")
     pretty = set_up_logging(log_format, log_level)
     try:
-        run(_serve(_configured(config, port, url, strict=strict), pretty=pretty))
+        read = partial(_configured, config, port, url, strict=strict, reload=reload)
+        run(_serve(read, (config or Path(FILE_NAME)).resolve(), pretty=pretty))
     except ConnectionFailed as exc:
         giver = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
         advice = f"{giver} gives this address; correct it, or leave it out for a server of our own."
@@ -45,7 +51,9 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
         fail(exc)
 
 
-def _configured(path: Path | None, port: int | None, url: str | None, *, strict: bool) -> Config:
+def _configured(
+    path: Path | None, port: int | None, url: str | None, *, strict: bool, reload: bool | None
+) -> Config:
     """mesh.toml, with what the command line says instead."""
     config = load_config(path)
     if url is not None:
@@ -56,13 +64,15 @@ def _configured(path: Path | None, port: int | None, url: str | None, *, strict:
                 f"--port is for the embedded server, but {config.mesh.url} is to be used"
             )
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    if strict:
-        config = config.model_copy(update={"host": config.host.model_copy(update={"strict": True})})
-    return config
+    host = {"strict": True} if strict else {}
+    if reload is not None:
+        host["reload"] = reload
+    return config.model_copy(update={"host": config.host.model_copy(update=host)}) if host else config
 
 
-async def _serve(config: Config, *, pretty: bool) -> None:
-    host = Host(config)
+async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> None:
+    config = read()
+    host = Host(config, config_file=file, read_config=read, watch=config.host.reload)
     # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     async with host:

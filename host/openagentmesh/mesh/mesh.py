@@ -13,6 +13,7 @@ from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.reloading import Reloading
 from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.mesh.verbs import Verbs
 from openagentmesh.protocol.codec import new_id
@@ -54,7 +55,7 @@ class _LocalMesh:
         return lambda: _local(mesh or owner())
 
 
-class AgentMesh(Verbs):
+class AgentMesh(Verbs, Reloading):
     """A mesh of agents: declare some, find others, call them by name.
 
     Construction does no input or output. In a module that a host loads, the mesh is the
@@ -82,6 +83,7 @@ class AgentMesh(Verbs):
         tls_key: str | None = None,
         tls_ca: str | None = None,
     ) -> None:
+        super().__init__()
         self._target = Target(url, creds, tls_cert, tls_key, tls_ca)
         self._instance_id = new_id()
         self._agents: dict[str, Agent] = {}
@@ -147,7 +149,7 @@ class AgentMesh(Verbs):
             )
             loading = current_loading()
             if loading is not None:
-                loading.declare(agent)
+                loading.generation.agents.append(agent)
             elif self._node is not None:
                 self._node.bind(agent)
             self._names.add(agent.name)

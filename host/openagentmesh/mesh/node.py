@@ -81,7 +81,7 @@ class Node:
         self.describe: Callable[[], dict[str, Any]] = self.description
         self.refused: dict[str, str] = {}
         self._limits = limits
-        self._contract_policy = contract_policy
+        self.contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
         self._being_bound: frozenset[str] = frozenset()
@@ -90,6 +90,7 @@ class Node:
         self._following_levels: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._started = False
+        self._registering = asyncio.Lock()
 
     async def start(self, agents: Iterable[Agent] = (), *, serves: bool = False) -> None:
         """Connect, serve `agents`, publish their contracts.
@@ -124,6 +125,41 @@ class Node:
         self._unbound[agent.name] = agent.limited(self._limits(agent.name))
         self._bind_soon()
 
+    def replace(self, agents: Iterable[Agent]) -> None:
+        """Serve these versions from the very next request on, all of them at once.
+
+        Agents that are new here, and what others must learn of the changed ones, follow.
+        """
+        for agent in agents:
+            agent = agent.limited(self._limits(agent.name))  # noqa: PLW2901 - the same agent
+            route = self.router.get(agent.name)
+            if route is None:
+                self.bind(agent)
+                continue
+            before = route.agent.contract
+            route.swap(agent)
+            if not route.is_settled or not agent.contract.same_as(before):
+                self.bind(agent)
+
+    async def withdraw(self, names: Collection[str], drain_timeout: float) -> None:
+        """Serve these agents no more: leave, finish what runs, deregister."""
+        for name in names:
+            self._unbound.pop(name, None)
+            self.refused.pop(name, None)
+        routes = [route for name in names if (route := self.router.remove(name))]
+        await asyncio.gather(*[route.end(drain_timeout) for route in routes])
+        await persistently(lambda: self._deregister({route.agent.name for route in routes}), "what is gone")
+
+    async def _deregister(self, names: set[str]) -> None:
+        async with self._registering:
+            # One may have come back meanwhile.
+            gone = {name for name in names if self.router.get(name) is None}
+            lonely = await self._nobodys(await self.presence.renounce(gone))
+            await self.registry.withdraw(gone, everywhere=lonely)
+            await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
+            for name in gone:
+                await self.router.events.emit("info", name, "agent_deregistered")
+
     def _bind_soon(self) -> None:
         if self._unbound and self._started and self._binding is None:
             self._binding = asyncio.create_task(self._bind())
@@ -155,7 +191,7 @@ class Node:
 
     async def _serve(self, agents: dict[str, Agent]) -> None:
         for name, why in (await self._conflicts(agents)).items():
-            if self._contract_policy == "refuse":
+            if self.contract_policy == "refuse":
                 log.error("%s is not served: %s", name, why)
                 self.refused[name] = why
             else:
@@ -164,8 +200,9 @@ class Node:
         for agent in agents.values():
             await self.router.point(agent)
         await self.bus.flush()  # from here on they can be called
-        await self.registry.publish([agent.contract for agent in agents.values()])
-        await self._announce(agents)
+        async with self._registering:
+            await self.registry.publish([agent.contract for agent in agents.values()])
+            await self._announce(agents)
         for agent in agents.values():
             data: dict[str, object] = {"version": agent.contract.version}
             await self.router.events.emit("info", agent.name, "agent_registered", data=data)
@@ -174,9 +211,11 @@ class Node:
         """Which of these agents other live instances serve with contracts that do not go together."""
         for name in agents:
             self.refused.pop(name, None)
-        if self._contract_policy == "allow":
+        if self.contract_policy == "allow":
             return {}
-        shared = await self.presence.served_elsewhere() & agents.keys()
+        # A new version of one that is served here has been compared with its old one.
+        new = {name for name in agents if self.router.get(name) is None}
+        shared = await self.presence.served_elsewhere() & new if new else set()
         conflicts = await self.registry.conflicts([agents[name].contract for name in sorted(shared)])
         return {
             name: "its contract does not go together with the one that another live instance serves: "

@@ -61,6 +61,12 @@ class Presence:
             record = self._about | {"agents": sorted(self._agents)}
             await self._buckets.put(subjects.INSTANCES_BUCKET, self._instance_id, to_json(record))
 
+    async def renounce(self, agents: Iterable[str]) -> set[str]:
+        """Serve these agents no more; returns those of them that no other instance serves."""
+        self._agents -= set(agents)
+        await self.restore()
+        return set(agents) - await self.served_elsewhere()
+
     async def withdraw(self) -> set[str]:
         """Delete the record; returns those of its agents that no other instance serves."""
         if not self._recorded:

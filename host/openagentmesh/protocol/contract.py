@@ -175,6 +175,10 @@ class AgentContract(BaseModel):
             "x-agentmesh": own,
         }
 
+    def same_as(self, other: "AgentContract") -> bool:
+        """Whether both say the same; when they were registered does not count."""
+        return self == other.model_copy(update={"registered_at": self.registered_at})
+
     def to_registry_json(self) -> str:
         """The published document as JSON."""
         return to_json(self.document(), inf_nan_mode="null").decode()

@@ -74,7 +74,8 @@ class HostSection(_Section):
     """`[host]`: what is loaded, and how the host stops. `drain_timeout` in seconds.
 
     `contract` says what happens to an agent whose contract does not go together with the one
-    that another live instance serves under the same name.
+    that another live instance serves under the same name, or that a reload would replace.
+    `load_timeout` is how long a module may take to be reloaded, in seconds.
     """
 
     name: str = ""
@@ -82,6 +83,8 @@ class HostSection(_Section):
     entry_points: Annotated[bool | list[str], BeforeValidator(_names)] = True
     strict: bool = False
     contract: ContractPolicy = "warn"
+    reload: bool = True
+    load_timeout: Seconds = 10.0
     drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
 
 

@@ -1,9 +1,11 @@
 """The host: a server when needed, modules, one node. Start, serve, stop."""
 
+import asyncio
 import logging
 import os
 import platform
 from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,12 +15,17 @@ from typing import Any, Final, Self
 from openagentmesh.bus import address
 from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.loader import Loader, Module
+from openagentmesh.runtime.loader import Loader, Module, shown_line
 from openagentmesh.runtime.origins import find_origins
+from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.reload import Reloader
+from openagentmesh.runtime.watcher import watch
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
@@ -38,17 +45,48 @@ class Host:
     """Keeps the agents of one mesh.toml running.
 
     Use it as an async context manager, or call `start` and `stop`.
+
+    Args:
+        config: what mesh.toml says.
+        config_file: where that is; a change of it is taken over while the host runs.
+        read_config: reads it again.
+        watch: whether a file is reloaded as soon as it is saved.
+
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        *,
+        config_file: Path | None = None,
+        read_config: Callable[[], Config] | None = None,
+        watch: bool = False,
+    ) -> None:
         self.name = config.host.name or config.folder.name or platform.node()
-        self.modules: list[Module] = []
+        self._config = config
+        self._config_file = config_file
+        self._read_config = read_config or (lambda: config)
+        self._watch = watch
+        self._reloader: Reloader | None = None
         self.server: EmbeddedServer | None = None
         self._node: Node | None = None
         # What was started, to be stopped in the reverse order, whatever fails meanwhile.
         self._running = AsyncExitStack()
         self._server_events: deque[dict[str, str]] = deque(maxlen=20)
+
+    @property
+    def config(self) -> Config:
+        """What is in force now."""
+        return self._reloader.config if self._reloader else self._config
+
+    @property
+    def modules(self) -> list[Module]:
+        """What was loaded, or could not be, in the order of mesh.toml."""
+        return self._reloader.modules if self._reloader else []
+
+    @property
+    def _history(self) -> Iterable[Outcome]:
+        return self._reloader.history if self._reloader else []
 
     @property
     def node(self) -> Node:
@@ -75,28 +113,40 @@ class Host:
             raise
 
     async def _start(self) -> None:
-        self.modules.clear()
-        origins = find_origins(self.config)
+        config = self._config
+        origins = find_origins(config)
         target = await self._target()
-        instance_id = new_id()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
-        self._node = Node(
+        node = self._node = Node(
             target,
-            instance_id,
+            new_id(),
             about=about,
-            limits=self.config.limits_of,
-            contract_policy=self.config.host.contract,
+            limits=lambda name: self.config.limits_of(name),  # noqa: PLW0108 - the config may be another one then
+            contract_policy=config.host.contract,
         )
-        self._node.describe = self.describe
-        loader = Loader(self._node, self.config.settings, origins)
+        node.describe = self.describe
+        loader = Loader(node, config)
+        changes = Changes(loader.imports, self._config_file, self._read_config)
+        self._reloader = reloader = Reloader(loader, node, changes, config)
         self._running.callback(loader.close)
-        self._running.push_async_callback(self._node.stop, self.config.host.drain_timeout)
-        for origin in origins:
-            self.modules.append(loader.load(origin))
-        self._refuse_duplicates()
+        self._running.push_async_callback(node.stop, config.host.drain_timeout)
+        reloader.load_all(origins)
         self._report()
         agents = [agent for module in self.modules for agent in module.agents]
-        await self._node.start([a for a in agents if self.config.enabled(a.name)], serves=True)
+        await node.start([a for a in agents if config.enabled(a.name)], serves=True)
+        if self._watch:
+            watching = asyncio.create_task(watch(reloader))
+            self._running.push_async_callback(end, watching)
+
+    async def reload(self, module: str = "") -> Outcome | None:
+        """Load what differs from disk, or one module anyway; None when nothing does.
+
+        Raises:
+            NotFound: there is no such module.
+
+        """
+        assert self._reloader is not None, "the host is not started"
+        return await self._reloader.reload(module)
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""
@@ -127,29 +177,12 @@ class Host:
         log.warning("%s", what)
         self._server_events.append({"at": datetime.now(UTC).isoformat(), "what": what})
 
-    def _refuse_duplicates(self) -> None:
-        """The module that claims a name first has it; a later one is refused whole."""
-        claimed: dict[str, Module] = {}
-        for module in self.modules:
-            names = [agent.name for agent in module.agents]
-            twice = [agent for agent in module.agents if agent.name in claimed]
-            if twice:
-                name, first = twice[0].name, claimed[twice[0].name]
-                sources = next(a.source for a in first.agents if a.name == name), twice[0].source
-                module.fail(
-                    f"agent '{name}' is declared twice: {_shown(sources[0])} has it, so {_shown(sources[1])} "
-                    "is refused; rename one of them",
-                    line=sources[1],
-                )
-            else:
-                claimed |= dict.fromkeys(names, module)
-
     def _report(self) -> None:
         failed = [module for module in self.modules if module.state == "failed"]
         for module in failed:
             log.error("%s failed to load: %s\n%s", module.origin.shown, module.error, module.traceback)
         if failed and self.config.host.strict:
-            listed = "\n".join(f"  {m.origin.shown}: {m.error} ({_shown(m.line)})" for m in failed)
+            listed = "\n".join(f"  {m.origin.shown}: {m.error} ({shown_line(m.line)})" for m in failed)
             raise StartFailed(f"{len(failed)} of {len(self.modules)} modules failed to load:\n{listed}")
         known = {agent.name for module in self.modules for agent in module.agents}
         for name in self.config.agents.keys() - known:
@@ -173,6 +206,9 @@ class Host:
                 }
                 for module in sorted(self.modules, key=lambda module: module.state)[:_MOST_MODULES]
             ],
+            "reloads": [outcome.description() for outcome in self._reloader.history]
+            if self._reloader
+            else [],
             "embedded_server": None
             if server is None
             else {
@@ -183,9 +219,3 @@ class Host:
                 "history": list(self._server_events),
             },
         }
-
-
-def _shown(line: str) -> str:
-    """A `file:line`, its file from the working folder on where it lies below it."""
-    path = Path(line)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else line

@@ -1,27 +1,29 @@
 """From an origin to a module with its agents. Never touches NATS."""
 
-import builtins
 import importlib
-import importlib.util
-import linecache
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from itertools import count
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
-from openagentmesh.mesh.loading import Loading, reset_loading, set_loading
+from openagentmesh.mesh.loading import (
+    Generation,
+    Loading,
+    current_loading,
+    reset_loading,
+    set_loading,
+)
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.runtime.aside import Interrupted
+from openagentmesh.runtime.config import Config
+from openagentmesh.runtime.imports import Imports, without_loop
 from openagentmesh.runtime.origins import Origin
+from openagentmesh.runtime.sources import Source
 from openagentmesh.serving.agent import Agent
 
 _LOOP_STARTED: Final = (
@@ -34,17 +36,26 @@ _GUARD: Final = (
     "it starts its own event loop while it is imported; put that under "
     '`if __name__ == "__main__":`, so that the file still runs alone and the host can load it'
 )
-_OUR_FRAMES: Final = (__file__, "<frozen importlib", importlib.__file__ or "importlib")
+_OUR_FRAMES: Final = (str(Path(__file__).parent), "<frozen importlib", importlib.__file__ or "importlib")
 _OURSELVES: Final = str(Path(__file__).parents[1])
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Module:
-    """One loaded source with the agents it declares, or why it could not be loaded."""
+    """One loaded origin with the agents it declares, or why it could not be loaded.
+
+    Attributes:
+        name: the full name that it was imported by; empty before that.
+        state: `outdated` is serving still, though what is on disk could not be loaded.
+        loose: what it declared past all managed files: it is installed, or imports what is.
+
+    """
 
     origin: Origin
-    state: Literal["serving", "failed"] = "serving"
+    name: str = ""
+    state: Literal["serving", "failed", "outdated"] = "serving"
     agents: list[Agent] = field(default_factory=list)
+    loose: Generation = field(default_factory=Generation)
     error: str = ""
     traceback: str = ""
     line: str = ""
@@ -54,168 +65,136 @@ class Module:
         self.state, self.error, self.traceback, self.line = "failed", error, details, line
         self.agents.clear()
 
+    def fail_of(self, exc: BaseException) -> None:
+        """Serve nothing of this module, for an error that its import raised."""
+        self.fail(_explain(exc), _readable_traceback(exc), _line(exc) or str(self.origin.path or ""))
+
 
 class Loader:
-    """Loads modules for one node, with `settings` as in `[settings.<module>]`.
+    """Loads modules for one node, with the settings that a config has for them."""
 
-    The files of one folder import each other by their bare names, as when one of them is run
-    alone, and are kept apart from those of other folders.
-    """
-
-    def __init__(self, node: Node, settings: Mapping[str, dict[str, Any]], origins: Iterable[Origin]) -> None:
+    def __init__(self, node: Node, config: Config) -> None:
+        self._config = config
+        self.imports = Imports(self._executing)
         self._node = node
-        self._origins = {origin.path for origin in origins}
-        self._settings = settings
-        self._folders: dict[Path, _Folder] = {}
-        self._finder = _Finder(self)
+        self._origins: dict[Path, Origin] = {}
 
     def load(self, origin: Origin) -> Module:
         """Load one origin; what goes wrong is told by the module, never raised.
 
-        Only a Ctrl-C leaves it: a module that hangs can be left.
+        Only a Ctrl-C leaves it, or an interruption of ours: a module that hangs can be left.
         """
         module = Module(origin)
-        if self._finder not in sys.meta_path:
-            sys.meta_path.insert(0, self._finder)
+        self.imports.open()
         try:
-            if origin.path is not None:
-                self._load_path(origin.path, module)
-            else:
-                self._load_dotted(origin, module)
-        except KeyboardInterrupt:
+            with without_loop():
+                self._import(module)
+        except (KeyboardInterrupt, Interrupted):
             raise
         # Code of others may raise anything while it is imported, SystemExit among it.
         except BaseException as exc:  # noqa: BLE001 - a load ends here, and is told
-            module.fail(_explain(exc), _readable_traceback(exc), _line(exc) or str(origin.path or ""))
+            module.fail_of(exc)
         return module
 
     def close(self) -> None:
         """Find nothing more for the modules that were loaded."""
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        for name in [name for name in sys.modules if self.folder_of(name) is not None]:
-            del sys.modules[name]
+        self.imports.close()
 
-    def _load_path(self, path: Path, module: Module) -> None:
-        if "." in path.stem:
-            raise ImportError(f"'{path.name}' cannot be imported with a dot in its name; rename it")
-        folder = self.folder(path.parent)
-        with self.declaring(module.origin.shown, module.origin.key, module.agents):
-            importlib.import_module(f"{folder.package}.{path.stem}")
-        module.agents += folder.declared.get(path, [])
+    def prepare(self, config: Config, origins: Iterable[Origin]) -> None:
+        """Know the settings, and which files are loaded for their own sake."""
+        self._config = config
+        self._origins = {origin.path: origin for origin in origins if origin.path is not None}
 
-    def _load_dotted(self, origin: Origin, module: Module) -> None:
-        with self.declaring(origin.shown, origin.key, module.agents):
-            loaded = importlib.import_module(origin.module)
+    def name_of(self, origin: Origin) -> str:
+        """The full name by which an origin is imported."""
+        path = origin.path
+        return origin.module if path is None else f"{self.imports.folder(path.parent).package}.{path.stem}"
+
+    def _import(self, module: Module) -> None:
+        origin = module.origin
+        if origin.path is None:
+            self.imports.package(origin.module.partition(".")[0])
+        elif "." in origin.path.stem:
+            raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
+        module.name = self.name_of(origin)
+        with self._declaring(origin.shown, origin.key, module.loose):
+            loaded = importlib.import_module(module.name)
         if origin.attribute:
             getattr(loaded, origin.attribute.partition(".")[0])
 
-    def is_origin(self, path: Path) -> bool:
-        """Whether a file, or a package's folder, is loaded for its own sake."""
-        return path in self._origins
+    def agents_of(self, modules: Iterable[Module]) -> dict[Module, list[Agent]]:
+        """The agents that each module's own files declare; those of a helper go to the first one."""
+        modules = list(modules)
+        sources, taken = self.imports.sources, {module.name for module in modules}
+        found: dict[Module, list[Agent]] = {}
+        for module in modules:
+            agents = found[module] = []
+            if module.state != "failed":
+                self._take(sources.get(module.name), agents, taken)
+                agents += module.loose.agents
+        return found
 
-    def folder(self, path: Path) -> "_Folder":
-        """The folder at `path`, with a package name that nothing else has."""
-        if path not in self._folders:
-            stem = "".join(c if c.isalnum() else "_" for c in path.name) or "agents"
-            names = (f"oam_{stem}{number or ''}" for number in count())
-            package = next(name for name in names if name not in sys.modules)
-            self._folders[path] = _Folder(path, package)
-            parent = sys.modules[package] = ModuleType(package)
-            parent.__path__ = [str(path)]
-        return self._folders[path]
-
-    def folder_of(self, fullname: str) -> "_Folder | None":
-        """The folder to which a module of this full name belongs."""
-        package = fullname.partition(".")[0]
-        return next((folder for folder in self._folders.values() if folder.package == package), None)
+    def _take(self, source: Source | None, agents: list[Agent], taken: set[str]) -> None:
+        if source is None:
+            return
+        for name in sorted(source.imports):
+            if name not in taken:
+                taken.add(name)
+                self._take(self.imports.sources.get(name), agents, taken)
+        agents += source.generation.agents
 
     @contextmanager
-    def declaring(self, shown: str, key: str, agents: list[Agent]) -> Iterator[None]:
-        """Collect in `agents` what is declared meanwhile."""
-        settings = self._settings.get(key, {})
-        token = set_loading(Loading(shown, self._node, agents.append, settings))
+    def _executing(self, source: Source) -> Iterator[None]:
+        """Collect what a file declares while it is executed."""
+        path = source.path.parent if source.path.name == "__init__.py" else source.path
+        origin, outer = self._origins.get(path), current_loading()
+        before = self.imports.stage.sources.get(source.name)
+        source.generation.before = before.generation if before else None
+        if origin is None and outer is not None:
+            # A helper: its settings are those of the module that is being loaded.
+            with self._declaring(outer.origin, "", source.generation, outer.settings):
+                yield
+        else:
+            key = origin.key if origin else source.path.stem
+            with self._declaring(str(source.path), key, source.generation):
+                yield
+
+    @contextmanager
+    def _declaring(
+        self, shown: str, key: str, generation: Generation, settings: dict[str, Any] | None = None
+    ) -> Iterator[None]:
+        settings = self._config.settings.get(key, {}) if settings is None else settings
+        token = set_loading(Loading(shown, self._node, generation, settings, self._crosses))
         try:
             yield
         finally:
             reset_loading(token)
 
-
-@dataclass(slots=True)
-class _Folder:
-    """A folder of modules that import each other by their bare names."""
-
-    path: Path
-    package: str
-    declared: dict[Path, list[Agent]] = field(default_factory=dict)
-
-    def has(self, name: str) -> bool:
-        if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
-            return True
-        # A folder without __init__ comes after everything that is installed, as in Python itself.
-        return (self.path / name).is_dir() and importlib.util.find_spec(name) is None
-
-    def importer(self) -> Callable[..., ModuleType]:
-        """An `__import__` that looks in this folder first."""
-
-        def import_(
-            name: str,
-            globals: Mapping[str, object] | None = None,  # noqa: A002 - the built-in's own names
-            locals: Mapping[str, object] | None = None,  # noqa: A002
-            fromlist: Sequence[str] | None = (),
-            level: int = 0,
-        ) -> ModuleType:
-            top = name.partition(".")[0]
-            if level or not self.has(top):
-                return builtins.__import__(name, globals, locals, fromlist or (), level)
-            found = builtins.__import__(f"{self.package}.{name}", globals, locals, fromlist or (), 0)
-            return found if fromlist else sys.modules[f"{self.package}.{top}"]
-
-        return import_
+    def _crosses(self, kept: object) -> bool:
+        """Whether an object is of no managed file, so that the next generation may have it as it is."""
+        module = type(kept).__module__
+        return module not in self.imports.sources and module not in self.imports.stage.sources
 
 
-class _Finder(MetaPathFinder):
-    """Finds the modules of the loader's folders."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        folder = self._loader.folder_of(fullname)
-        spec = PathFinder.find_spec(fullname, path, target) if folder is not None else None
-        if folder is None or spec is None or not isinstance(spec.loader, SourceFileLoader):
-            return spec
-        spec.loader = _FileLoader(fullname, spec.loader.path, self._loader, folder)
-        return spec
+def claimed_twice(
+    modules: Iterable[Module], agents: dict[Module, list[Agent]]
+) -> Iterator[tuple[Module, str, str]]:
+    """Modules with a name that an earlier one has: which, why it is refused, and its line."""
+    claimed: dict[str, Agent] = {}
+    for module in modules:
+        twice = next((agent for agent in agents[module] if agent.name in claimed), None)
+        if twice is None:
+            claimed |= {agent.name: agent for agent in agents[module]}
+            continue
+        first, second = shown_line(claimed[twice.name].source), shown_line(twice.source)
+        why = f"agent '{twice.name}' is declared twice: {first} has it, so {second} is refused"
+        yield module, f"{why}; rename one of them", twice.source
 
 
-class _FileLoader(SourceFileLoader):
-    """Executes a file of a folder: compiled from what is on disk now, its agents collected."""
-
-    def __init__(self, fullname: str, path: str, loader: Loader, folder: _Folder) -> None:
-        super().__init__(fullname, path)
-        self._loader = loader
-        self._folder = folder
-
-    def get_code(self, fullname: str) -> CodeType | None:
-        # A cached .pyc is keyed by whole seconds and size, and misses quick edits.
-        path = self.get_filename(fullname)
-        linecache.checkcache(path)
-        return self.source_to_code(self.get_data(path), path)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._folder.importer()}
-        path = Path(self.path)
-        origin = path.parent if path.name == "__init__.py" else path
-        if not self._loader.is_origin(origin):
-            # A helper: what it declares belongs to the module that is being loaded.
-            super().exec_module(module)
-            return
-        agents = self._folder.declared[origin] = []
-        with self._loader.declaring(self.path, origin.stem, agents):
-            super().exec_module(module)
+def shown_line(line: str) -> str:
+    """A `file:line`, its file from the working folder on where it lies below it."""
+    path = Path(line)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else line
 
 
 def _explain(exc: BaseException) -> str:

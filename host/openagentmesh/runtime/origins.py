@@ -35,11 +35,16 @@ def find_origins(config: Config) -> list[Origin]:
         ConfigError: a place or an entry point does not exist.
 
     """
-    places = config.host.agents
-    if places is None:
-        places = [DEFAULT_FOLDER] if (config.folder / DEFAULT_FOLDER).is_dir() else []
+    places = agent_places(config)
+    if config.host.agents is None and not (config.folder / DEFAULT_FOLDER).is_dir():
+        places = []
     found = [origin for place in places for origin in _at(place, config.folder)]
     return found + list(_entry_points(config.host.entry_points))
+
+
+def agent_places(config: Config) -> list[str]:
+    """Where mesh.toml says that agents are; `agents/` when it does not."""
+    return [DEFAULT_FOLDER] if config.host.agents is None else config.host.agents
 
 
 def _at(place: str, folder: Path) -> Iterator[Origin]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -43,6 +43,7 @@ class Background:
         self._instance_id = instance_id
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._has_failed = asyncio.Event()
 
     def description(self) -> dict[str, Any]:
         """How it fares, for `oam status`; JSON."""
@@ -68,6 +69,13 @@ class Background:
             log.error("%s does not stop within %gs and is left", self._agent.name, _CANCEL_GRACE)
         if self.state != "done":
             self.state = "stopped"
+
+    async def failed_within(self, seconds: float) -> str:
+        """Why it failed within `seconds`; empty when it did not."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._has_failed.wait()
+        return self.error
 
     async def _keep_running(self) -> None:
         loop, limits = asyncio.get_running_loop(), self._agent.limits
@@ -132,6 +140,7 @@ class Background:
         """Tell everybody: subscribers, `mesh.errors`, the log."""
         name = self._agent.name
         self.error = f"{type(exc).__name__}: {text_of(exc)}"
+        self._has_failed.set()
         log.error("%s failed and will be started again: %s", name, self.error, exc_info=exc)
         error = exc if isinstance(exc, MeshError) else HandlerError(text_of(exc))
         body = codec.error_body(error.located(agent=name, request_id=""))

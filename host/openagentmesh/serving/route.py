@@ -133,7 +133,10 @@ class Route:
         await self._end_background()
 
     def swap(self, agent: Agent) -> None:
-        """Point at another agent, from the next request on; those under way finish on the old one."""
+        """Point at another agent, from the next request on; those under way finish on the old one.
+
+        Unless it `is_settled` then, `follow` has to be called.
+        """
         if agent.limits.concurrency != self.agent.limits.concurrency:
             self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self.agent = agent
@@ -144,7 +147,7 @@ class Route:
         Who goes on taking requests, or messages of a source, misses none meanwhile.
         """
         old, agent = self._followed, self.agent
-        if old is agent or (_is_plain(old) and _is_plain(agent)):
+        if self.is_settled:
             self._followed = agent
             return
         if self.gate is not None:
@@ -169,6 +172,11 @@ class Route:
     def running_on(self, agent: Agent) -> int:
         """Requests under way on one version of the agent."""
         return sum(each is agent for each in self._tasks.values())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that drives the agent belongs to the version that the route points at."""
+        return self._followed is self.agent or (_is_plain(self._followed) and self.is_plain)
 
     @property
     def is_plain(self) -> bool:

@@ -1,0 +1,220 @@
+"""What differs between the modules that are loaded and what is on disk."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from openagentmesh.runtime.config import Config
+from openagentmesh.runtime.disk import Digest, Disk, digest_of
+from openagentmesh.runtime.imports import Imports
+from openagentmesh.runtime.loader import Module
+from openagentmesh.runtime.origins import Origin, agent_places, find_origins
+from openagentmesh.runtime.sources import Folder, Source, importers
+
+_EMPTY: Final = digest_of(b"")
+Files = dict[Path, Digest]
+
+
+@dataclass(slots=True)
+class _Cause:
+    """What one changed file concerns: modules that read it, and origins that it is the entry of."""
+
+    names: set[str] = field(default_factory=set)
+    origins: set[Origin] = field(default_factory=set)
+
+
+@dataclass(slots=True, frozen=True)
+class Attempt:
+    """A load that failed: no use to try again before one of these files changes, or one of these appears."""
+
+    causes: Files
+    files: Files
+    sought: tuple[tuple[Folder, str], ...]
+
+    @classmethod
+    def of(cls, causes: Files, executed: Iterable[Source]) -> "Attempt":
+        """What was tried because of `causes`, and executed then."""
+        executed = list(executed)
+        files = dict(pair for source in executed for pair in _files(source))
+        sought = tuple((source.folder, name) for source in executed for name in source.sought)
+        return cls(causes, causes | files, sought)
+
+    def is_hopeless(self, disk: Disk) -> bool:
+        """Whether trying again would give the same."""
+        return all(disk.digest(path) == digest for path, digest in self.files.items()) and not any(
+            folder.has(name) for folder, name in self.sought
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """One reload: what differs, what has to be executed anew for it, and what is gone."""
+
+    config: Config
+    origins: list[Origin]
+    causes: Files
+    names: set[str]
+    load: list[Origin]
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a file is gone or empty, as editors leave it for a moment."""
+        return any(digest in {None, _EMPTY} for digest in self.causes.values())
+
+
+@dataclass(slots=True, frozen=True)
+class Places:
+    """Where to look: `roots` with all below them, `files` each for itself."""
+
+    roots: frozenset[Path]
+    files: frozenset[Path]
+
+    @property
+    def folders(self) -> frozenset[Path]:
+        """The folders of the single files that are below none of the roots."""
+        return frozenset(
+            {file.parent for file in self.files if not any(file.is_relative_to(r) for r in self.roots)}
+        )
+
+
+class Changes:
+    """Finds out what a reload has to do.
+
+    Args:
+        imports: what is loaded.
+        config_file: mesh.toml, which may come and go.
+        read_config: reads it, and adds what the command line says.
+
+    """
+
+    def __init__(self, imports: Imports, config_file: Path | None, read_config: Callable[[], Config]) -> None:
+        self.disk = Disk()
+        self.config_file = config_file
+        self.attempts: list[Attempt] = []
+        self._imports = imports
+        self._read_config = read_config
+        self._config_digest = self._digest_of_config()
+
+    def tried(self, causes: Files, executed: Iterable[Source]) -> None:
+        """Remember a load that failed."""
+        self.attempts.append(Attempt.of(causes, executed))
+
+    def tried_first(self, origin: Origin, executed: Iterable[Source]) -> None:
+        """Remember an origin that failed when the host started."""
+        entry = self._entry_of(origin)
+        self.tried({entry: self.disk.digest(entry)}, executed)
+
+    def done(self, plan: Plan) -> None:
+        """Remember that a plan was carried out."""
+        if self.config_file in plan.causes:
+            self._config_digest = plan.causes[self.config_file]
+
+    def places(self, config: Config) -> Places:
+        """Where all is that the loaded modules came from, or that others may come from."""
+        wanted = [config.folder / Path(place).expanduser() for place in agent_places(config)]
+        roots = {place for place in wanted if place.suffix != ".py"}
+        roots |= {folder.path for folder in self._imports.folders if folder.is_package}
+        files = {path for source in self._imports.sources.values() for path, _ in _files(source)}
+        files |= {path for attempt in self.attempts for path in attempt.files}
+        files |= {place for place in wanted if place.suffix == ".py"}
+        return Places(
+            frozenset(roots), frozenset(files | ({self.config_file} if self.config_file else set()))
+        )
+
+    def config_cause(self) -> Files:
+        """mesh.toml as the one cause."""
+        return {self.config_file: self._digest_of_config()} if self.config_file else {}
+
+    def find(self, modules: list[Module], config: Config, only: str = "") -> Plan | None:
+        """What to do now; None when there is nothing. `only` this module, whether it differs or not.
+
+        Raises:
+            ConfigError: mesh.toml has changed and cannot be used.
+
+        """
+        self.attempts = [attempt for attempt in self.attempts if attempt.is_hopeless(self.disk)]
+        hopeless = {pair for attempt in self.attempts for pair in attempt.causes.items()}
+        config_now = self._digest_of_config()
+        reread = config_now != self._config_digest and (self.config_file, config_now) not in hopeless
+        wanted = self._read_config() if reread else config
+        origins = find_origins(wanted)
+        found = self._causes(modules, origins, config, wanted)
+        if only:
+            found, hopeless = self._named(modules, only), set()
+        causes = {path: self.disk.digest(path) for path in found}
+        causes = {path: digest for path, digest in causes.items() if (path, digest) not in hopeless}
+        if reread and self.config_file is not None:
+            causes[self.config_file] = config_now
+        if not causes:
+            return None
+        names = importers(
+            self._imports.sources, {n for path in causes if path in found for n in found[path].names}
+        )
+        entries = {origin for path in causes if path in found for origin in found[path].origins}
+        entries |= {module.origin for module in modules if module.name in names}
+        return Plan(wanted, origins, causes, names, [origin for origin in origins if origin in entries])
+
+    def _causes(
+        self, modules: list[Module], origins: list[Origin], before: Config, now: Config
+    ) -> dict[Path, _Cause]:
+        found: dict[Path, _Cause] = defaultdict(_Cause)
+        self._files_that_differ(found)
+        loaded = {module.origin: module for module in modules if module.state != "failed"}
+        for origin in origins:
+            if origin not in loaded:
+                found[self._entry_of(origin)].origins.add(origin)
+        for origin, module in loaded.items():
+            if origin not in origins:
+                found[self._entry_of(origin)].names.add(module.name)
+            elif before.settings.get(origin.key) != now.settings.get(origin.key) and self.config_file:
+                found[self.config_file].names.add(module.name)
+        return found
+
+    def _files_that_differ(self, found: dict[Path, _Cause]) -> None:
+        present = {folder.path: _names_in(folder.path) for folder in self._imports.folders if folder.bare}
+        for source in self._imports.sources.values():
+            for path, digest in _files(source):
+                if self.disk.digest(path) != digest:
+                    found[path].names.add(source.name)
+            for name in source.sought & present.get(source.folder.path, set()):
+                if source.folder.has(name):
+                    found[_entry(source.folder.path / name)].names.add(source.name)
+
+    def _named(self, modules: list[Module], only: str) -> dict[Path, _Cause]:
+        """The modules of this name, as if all of them differed."""
+        named = [m for m in modules if only in {m.origin.shown, m.origin.key, m.name}]
+        return {self._entry_of(m.origin): _Cause({m.name}, {m.origin}) for m in named}
+
+    def _entry_of(self, origin: Origin) -> Path:
+        """The file by which an origin is there, or not."""
+        if origin.path is not None:
+            return _entry(origin.path)
+        source = self._imports.sources.get(origin.module)
+        return source.path if source else self.config_file or Path()
+
+    def _digest_of_config(self) -> Digest:
+        return self.disk.digest(self.config_file) if self.config_file else None
+
+
+def _files(source: Source) -> Iterator[tuple[Path, Digest]]:
+    yield source.path, source.digest
+    yield from source.data.items()
+
+
+def _entry(path: Path) -> Path:
+    """The file of a module, or of a package's folder."""
+    if path.suffix == ".py":
+        return path
+    package = path / "__init__.py"
+    return package if package.exists() or path.is_dir() else path.with_suffix(".py")
+
+
+def _names_in(path: Path) -> set[str]:
+    """The names of the modules that a folder may have."""
+    try:
+        return {name.removesuffix(".py") for name in os.listdir(path)}  # noqa: PTH208 - names are all we want
+    except OSError:
+        return set()

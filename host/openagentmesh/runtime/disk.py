@@ -1,0 +1,50 @@
+"""What is on disk now: files, by what identifies their content."""
+
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+# What identifies a file's content without reading it. A preserved modification time is told by
+# the change time, an atomic rename by the inode.
+Stamp = tuple[int, int, int, int]
+Digest = bytes | None
+_SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What identifies a file's content; None when there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def digest_of(content: bytes) -> bytes:
+    """What identifies some content."""
+    return blake2b(content, digest_size=16).digest()
+
+
+class Disk:
+    """Digests of files, read again only when their stamps have changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[Stamp, Digest]] = {}
+
+    def digest(self, path: Path) -> Digest:
+        """A file's digest; None when there is none, or it cannot be read."""
+        now = stamp(path)
+        if now is None:
+            self._known.pop(path, None)
+            return None
+        if path not in self._known or self._known[path][0] != now:
+            try:
+                self._known[path] = now, digest_of(path.read_bytes())
+            except OSError:
+                return None
+        return self._known[path][1]
+
+
+def is_skipped(name: str) -> bool:
+    """Whether nothing in a folder of this name concerns us."""
+    return name in _SKIPPED or name.startswith(".")

@@ -1,0 +1,340 @@
+"""The reload transaction: load a new generation beside the old, then swap, then let the old one go."""
+
+import asyncio
+import logging
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+from openagentmesh.mesh.node import Node
+from openagentmesh.protocol.compatibility import breaking_changes
+from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.runtime.aside import Interrupted, TookTooLong, aside, at_once
+from openagentmesh.runtime.changes import Changes, Files, Places, Plan
+from openagentmesh.runtime.config import Config, ConfigError
+from openagentmesh.runtime.imports import Stage, imports_anew
+from openagentmesh.runtime.loader import Loader, Module, claimed_twice
+from openagentmesh.runtime.origins import Origin
+from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.retire import Retired, retire
+from openagentmesh.runtime.state import Transfer
+from openagentmesh.serving.agent import Agent
+
+log = logging.getLogger(__name__)
+
+# A file that is gone or empty, and a module that lost all its agents, may be half a save.
+_DOUBT: Final = 0.25
+_REMEMBERED: Final = 20
+# How long the event loop may stand still for a load, in seconds.
+_MOMENT: Final = 0.01
+
+
+class ReloadRefused(MeshError):
+    """A changed module is not taken; the one before it goes on."""
+
+    code = "reload_refused"
+
+
+class _LoadFailed(Exception):
+    """A module could not be loaded; it says why."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__(module.error)
+        self.module = module
+
+
+class _Doubtful(Exception):
+    """What is on disk may be half a save: a file is gone or empty, or a module lost all its agents."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A new generation, loaded and checked, before it serves."""
+
+    modules: list[Module]
+    agents: dict[Module, list[Agent]]
+    serve: list[Agent]
+    gone: list[str]
+    transfers: list[Transfer]
+    notes: list[str]
+
+
+class Reloader:
+    """Keeps what a node serves like what is on disk.
+
+    Args:
+        loader: loads modules.
+        node: serves their agents.
+        changes: finds out what differs.
+        config: what mesh.toml says.
+
+    Attributes:
+        modules: all modules, in the order of their origins.
+        config: what is in force now.
+        history: the last reloads.
+        on_failed: called with each reload that was refused.
+
+    """
+
+    def __init__(self, loader: Loader, node: Node, changes: Changes, config: Config) -> None:
+        self.modules: list[Module] = []
+        self.config = config
+        self.history: deque[Outcome] = deque(maxlen=_REMEMBERED)
+        self.on_failed: Callable[[Outcome], None] = lambda _: None
+        self._loader = loader
+        self._node = node
+        self._changes = changes
+        self._turn = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    def load_all(self, origins: list[Origin]) -> None:
+        """Load everything for the first time; modules that fail say so, the others serve."""
+        loader = self._loader
+        loader.prepare(self.config, origins)
+        for origin in origins:
+            stage = loader.imports.take_out(set())
+            module = loader.load(origin)
+            self.modules.append(module)
+            if module.state == "failed":
+                self._changes.tried_first(origin, stage.executed)
+        agents = loader.agents_of(self.modules)
+        for module, why, line in claimed_twice(self.modules, agents):
+            module.fail(why, line=line)
+            agents[module] = []
+            self._changes.tried_first(module.origin, [])
+        for module in self.modules:
+            module.agents = agents[module]
+
+    async def reload(self, only: str = "") -> Outcome | None:
+        """Load what differs from disk, or `only` one module anyway; None when nothing does.
+
+        Never raises for what is on disk: a failure is an outcome, and changes nothing else.
+        """
+        async with self._turn:
+            try:
+                return await self._reload(only, sure=False)
+            except _Doubtful:
+                await asyncio.sleep(_DOUBT)  # nothing tells that an editor has finished
+                return await self._reload(only, sure=True)
+
+    async def _reload(self, only: str, *, sure: bool) -> Outcome | None:
+        try:
+            plan = self._changes.find(self.modules, self.config, only)
+        except ConfigError as exc:
+            return self._refused(self._changes.config_cause(), Stage(), exc, perf_counter())
+        if plan is None:
+            self._is_current()
+            return None
+        if plan.is_doubtful and not sure:
+            raise _Doubtful
+        return await self._carry_out(plan, sure=sure)
+
+    def _is_current(self) -> None:
+        """Say that what could not be loaded was taken back."""
+        if self._changes.attempts:
+            return
+        for module in self.modules:
+            if module.state == "outdated":
+                module.state, module.error, module.traceback, module.line = "serving", "", "", ""
+                log.info("%s is again what is being served", module.origin.shown)
+
+    async def _carry_out(self, plan: Plan, *, sure: bool) -> Outcome:
+        """The transaction."""
+        began, imports = perf_counter(), self._loader.imports
+        stage = Stage()
+        try:
+            self._check_willing(plan)
+            self._loader.prepare(plan.config, plan.origins)
+            stage = imports.take_out(plan.names)
+            try:
+                new = at_once(lambda: self._load(plan.load), _MOMENT if self._looks_quick(plan, stage) else 0)
+            except Interrupted:
+                imports.put_back(stage)
+                stage = imports.take_out(plan.names)
+                new = await aside(lambda: self._load(plan.load), plan.config.host.load_timeout, imports.mend)
+            candidate = self._check(plan, new, stage, sure=sure)
+            await self._migrate(candidate.transfers, plan.config.host.load_timeout)
+            for transfer in candidate.transfers:
+                transfer.carry_out()
+        # Code of others may raise anything.
+        except BaseException as exc:
+            imports.put_back(stage)
+            self._loader.prepare(self.config, [module.origin for module in self.modules])
+            if isinstance(exc, _Doubtful) or not isinstance(exc, Exception):
+                raise
+            return self._refused(plan.causes, stage, exc, began)
+        # Above this line anything may fail, and nothing has changed.
+        return self._commit(plan, stage, candidate, began)
+
+    def _looks_quick(self, plan: Plan, stage: Stage) -> bool:
+        """Whether it is worth trying to load it without a thread."""
+        before = sum(source.took for source in stage.sources.values())
+        return before < _MOMENT and not any(
+            imports_anew(path) for path in plan.causes if path.suffix == ".py"
+        )
+
+    def _check_willing(self, plan: Plan) -> None:
+        for name in plan.names:
+            source = self._loader.imports.sources.get(name)
+            if source is not None and source.generation.declined:
+                why = f"{source.path.name} declines to be reloaded: {source.generation.declined}"
+                raise ReloadRefused(f"{why}. Restart the host")
+
+    def _load(self, origins: Iterable[Origin]) -> list[Module]:
+        modules = [self._loader.load(origin) for origin in origins]
+        for module in modules:
+            if module.state == "failed":
+                raise _LoadFailed(module)
+        return modules
+
+    def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> _Candidate:
+        """What is to serve from now on; raises why it must not."""
+        known = {module.origin: module for module in self.modules} | {module.origin: module for module in new}
+        modules = [known[origin] for origin in plan.origins if origin in known]
+        agents = self._loader.agents_of(modules)
+        before = {module.origin: module for module in self.modules}
+        for module in new:
+            old = before.get(module.origin)
+            if not sure and old is not None and old.agents and not agents[module]:
+                raise _Doubtful
+        for module, why, line in claimed_twice(modules, agents):
+            if module in new:
+                module.fail(why, line=line)
+                raise _LoadFailed(module)
+            agents[module] = []
+        wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
+        served = {route.agent.name: route.agent for route in self._node.router}
+        limits = plan.config.limits_of
+        serve = [
+            agent
+            for name, agent in wanted.items()
+            if name not in served
+            or served[name].handler is not agent.handler
+            or served[name].limits != limits(name)
+        ]
+        notes = self._compared(serve, served, plan.config)
+        transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
+        for transfer in transfers:
+            if not transfer.has_migration:
+                transfer.try_out()
+        gone = [name for name in served if name not in wanted]
+        return _Candidate(modules, agents, serve, gone, transfers, notes)
+
+    def _compared(self, serve: list[Agent], served: dict[str, Agent], config: Config) -> list[str]:
+        """What callers would notice of the new contracts; raises it where that is not wanted."""
+        if config.host.contract == "allow":
+            return []
+        notes = [
+            f"{agent.name}: {change}"
+            for agent in serve
+            if agent.name in served
+            for change in breaking_changes(served[agent.name].contract, agent.contract)
+        ]
+        if notes and config.host.contract == "refuse":
+            raise ReloadRefused(
+                'callers would break, and [host] contract is "refuse": ' + "; ".join(notes),
+                details={"changes": notes},
+            )
+        return notes
+
+    async def _migrate(self, transfers: list[Transfer], limit: float) -> None:
+        for transfer in transfers:
+            if transfer.has_migration:
+                await aside(transfer.migrate, limit)
+                transfer.try_out()
+
+    def _commit(self, plan: Plan, stage: Stage, candidate: _Candidate, began: float) -> Outcome:
+        """Let the new generation serve, without a pause in which both or none do."""
+        routes = {name: route for a in candidate.serve if (route := self._node.router.get(name := a.name))}
+        old = {name: route.agent for name, route in routes.items()}
+        self.config, self.modules = plan.config, candidate.modules
+        for module in self.modules:
+            module.agents = candidate.agents[module]
+            if module.origin in plan.load:
+                module.state = "serving"
+        self._node.contract_policy = plan.config.host.contract
+        self._node.replace(candidate.serve)
+        self._changes.done(plan)
+        outcome = Outcome(
+            self._shown(plan.causes),
+            [*_in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
+            notes=candidate.notes,
+            took_ms=_ms(began),
+            in_flight=sum(route.running_on(old[name]) for name, route in routes.items()),
+        )
+        for change in outcome.notes:
+            log.warning("callers will notice: %s", change)
+        self.history.append(outcome)
+        log.info("%s", outcome.text)
+        retired = Retired([(routes[name], agent) for name, agent in old.items()], candidate.gone, stage)
+        task = asyncio.create_task(retire(retired, self._node, plan.config.host.drain_timeout, outcome))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return outcome
+
+    def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
+        """Remember and tell that what is on disk is not served, and why."""
+        self._changes.tried(causes, stage.executed)
+        error, details, line = _why(exc)
+        outcome = Outcome(self._shown(causes), error=error, details=details, line=line, took_ms=_ms(began))
+        failed = exc.module.origin if isinstance(exc, _LoadFailed) else None
+        for module in self.modules:
+            if module.origin == failed or module.name in stage.modules:
+                module.error, module.traceback, module.line = error, details, line
+                module.state = "failed" if module.state == "failed" else "outdated"
+        if isinstance(exc, _LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
+            self.modules.append(exc.module)
+        self.history.append(outcome)
+        log.error("%s\n%s", outcome.text, details) if details else log.error("%s", outcome.text)
+        self.on_failed(outcome)
+        return outcome
+
+    def _shown(self, causes: Files) -> list[str]:
+        folder = self.config.folder
+        return sorted(str(p.relative_to(folder)) if p.is_relative_to(folder) else str(p) for p in causes)
+
+    def places(self) -> Places:
+        """Where to look for what may change."""
+        return self._changes.places(self.config)
+
+    async def close(self) -> None:
+        """Wait for what is being let go."""
+        while self._retiring:
+            await asyncio.wait(self._retiring)
+
+
+def _in_words(old: dict[str, Agent], new: list[Agent]) -> list[str]:
+    words = []
+    for agent in new:
+        before = old.get(agent.name)
+        version = agent.contract.version
+        if before is None:
+            words.append(f"{agent.name} {version} new")
+        elif before.contract.version != version:
+            words.append(f"{agent.name} {before.contract.version} → {version}")
+        else:
+            words.append(f"{agent.name} {version}")
+    return words
+
+
+def _why(exc: Exception) -> tuple[str, str, str]:
+    """Message, details and `file:line` of a failure, for its author."""
+    if isinstance(exc, _LoadFailed):
+        return exc.module.error, exc.module.traceback, exc.module.line
+    if isinstance(exc, TookTooLong):
+        frames = [
+            f for f in exc.stack if not f.filename.startswith(("<frozen", str(Path(__file__).parents[1])))
+        ]
+        line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        return "it takes too long to load; do what takes long in a watcher", "".join(exc.stack.format()), line
+    if isinstance(exc, MeshError):
+        return exc.message, "", ""
+    return f"{type(exc).__name__}: {text_of(exc)}", "".join(traceback.format_exception(exc)), ""
+
+
+def _ms(began: float) -> float:
+    return (perf_counter() - began) * 1000

@@ -1,0 +1,152 @@
+"""Sources: the files that a host executes as modules, and who of them imported whom."""
+
+import builtins
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from openagentmesh.mesh.loading import Generation
+from openagentmesh.runtime.disk import Digest, digest_of
+
+# Where nobody edits: the standard library, and what was installed.
+INSTALLED: Final = tuple({sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@dataclass(slots=True, eq=False)
+class Folder:
+    """Modules that belong together: a folder of agent files, or an installed package.
+
+    The files of an agent folder import each other by their bare names, as when one of them is
+    run alone, and have a `package` of their own for a first name, so that those of other
+    folders are kept apart. A package has the name that it has.
+    """
+
+    path: Path
+    package: str
+    bare: bool
+
+    @property
+    def is_package(self) -> bool:
+        """Whether it is an installed package of several files."""
+        return not self.bare and self.path.name == self.package
+
+    def has(self, name: str) -> bool:
+        """Whether a bare name is one of this folder's modules."""
+        if not self.bare:
+            return False
+        if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
+            return True
+        # A folder without __init__ comes after everything that is installed, as in Python itself.
+        return (self.path / name).is_dir() and importlib.util.find_spec(name) is None
+
+    def full_name(self, name: str) -> str | None:
+        """The full name of the module that an absolute import in this folder means, if it is ours."""
+        top = name.partition(".")[0]
+        if top == self.package:
+            return name
+        return f"{self.package}.{name}" if self.has(top) else None
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """One file as it was executed: what was read for it, and what it imported.
+
+    Attributes:
+        name: the module's full name.
+        path: the file.
+        folder: where it belongs.
+        digest: of the file's content; None before it was read.
+        data: the digests of the files that it read while it was executed.
+        imports: the full names of the managed modules that it imported.
+        sought: bare names that it imported and its folder did not have.
+        generation: what it declared.
+        pinned: what it imports once it has been replaced: the modules of its own time.
+        stopped: its load was given up; it imports nothing more.
+        module: what it was executed as.
+        took: how long that took, in seconds.
+
+    """
+
+    name: str
+    path: Path
+    folder: Folder
+    digest: Digest = None
+    data: dict[Path, Digest] = field(default_factory=dict)
+    imports: set[str] = field(default_factory=set)
+    sought: set[str] = field(default_factory=set)
+    generation: Generation = field(default_factory=Generation)
+    pinned: dict[str, ModuleType] = field(default_factory=dict)
+    stopped: bool = False
+    module: ModuleType | None = None
+    took: float = 0.0
+
+    def import_(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None = None,  # noqa: A002 - the built-in's own names
+        locals: Mapping[str, object] | None = None,  # noqa: A002
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        """The module's own `__import__`: looks in its folder first, and remembers who was imported."""
+        if self.stopped:
+            raise SystemExit(f"loading {self.name} was given up")
+        full = self._relative(name, level) if level else self.folder.full_name(name)
+        if full is None:
+            self.sought.add(name.partition(".")[0])
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        self._note(full)
+        if full in self.pinned:
+            return self.pinned[full] if fromlist else self._top(name, level)
+        found = builtins.__import__(full, globals, locals, fromlist or (), 0)
+        for item in fromlist or ():
+            self._note(f"{full}.{item}")
+        return found if fromlist else self._top(name, level)
+
+    def import_module(self, name: str, package: str | None) -> ModuleType | None:
+        """What `importlib.import_module` gives this module; None when that is none of ours."""
+        full = importlib.util.resolve_name(name, package) if name.startswith(".") else name
+        full = self.folder.full_name(full) or ""
+        return self.import_(full, fromlist=("__name__",)) if full else None
+
+    def note_read(self, path: object, _mode: object, flags: int) -> None:
+        """Remember a file that was opened while this one was executed."""
+        writing = flags & (os.O_WRONLY | os.O_RDWR)
+        if writing or not isinstance(path, str | PathLike) or str(path).startswith(INSTALLED):
+            return
+        file = Path(os.path.abspath(path))  # noqa: PTH100 - links are to stay what they are
+        if file.suffix not in {".py", ".pyc"} and file.is_file():
+            self.data.setdefault(file, digest_of(file.read_bytes()))
+
+    def _relative(self, name: str, level: int) -> str | None:
+        """The full name of a relative import; None when it leads out of the package."""
+        is_package = self.path.name == "__init__.py"
+        words = self.name.split(".")
+        kept = len(words) - level + is_package
+        return ".".join([*words[:kept], name]).rstrip(".") if kept > 0 else None
+
+    def _top(self, name: str, level: int) -> ModuleType:
+        """What `import a.b` binds: the module of the first name."""
+        assert not level, "a relative import names what it wants"
+        first = self.folder.full_name(name.partition(".")[0])
+        assert first is not None
+        return self.pinned.get(first) or sys.modules[first]
+
+    def _note(self, full: str) -> None:
+        words = full.split(".")
+        self.imports |= {".".join(words[: end + 1]) for end in range(len(words))} - {self.name}
+
+
+def importers(sources: Mapping[str, Source], names: set[str]) -> set[str]:
+    """These modules and all that imported them, directly or not."""
+    found = set(names)
+    while more := {name for name, source in sources.items() if name not in found and source.imports & found}:
+        found |= more
+    return found
