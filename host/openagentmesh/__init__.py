@@ -32,6 +32,7 @@ from openagentmesh.protocol.messages import (
     ObserveConfig,
     Usage,
 )
+from openagentmesh.runtime.hooks import hookimpl
 from openagentmesh.runtime.host import Host
 from openagentmesh.serving.call import Call, Endpoint, current_call, report_usage
 from openagentmesh.serving.sources import (
@@ -82,5 +83,6 @@ __all__ = [
     "Unauthenticated",
     "Usage",
     "current_call",
+    "hookimpl",
     "report_usage",
 ]

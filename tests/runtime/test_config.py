@@ -57,6 +57,8 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         contract = "refuse"
         reload = false
         load_timeout = 2.5
+        replay = 5
+        replay_strict = true
         [limits]
         concurrency = 64
         queue = 0
@@ -84,6 +86,8 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "contract": "refuse",
         "reload": False,
         "load_timeout": 2.5,
+        "replay": 5,
+        "replay_strict": True,
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
     assert (Limits(8, 0, 60, 2, 4), Limits(64, 0, 60, 2, 8)) == (

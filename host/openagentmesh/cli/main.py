@@ -5,7 +5,7 @@ import sys
 try:
     import typer
 
-    from openagentmesh.cli import agent, kv, mesh, observe, status, up
+    from openagentmesh.cli import agent, kv, mesh, observe, reload, status, up
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(up.up)
 app.command()(status.status)
+app.command()(reload.reload)
 app.add_typer(mesh.app, name="mesh")
 app.add_typer(agent.app, name="agent")
 app.add_typer(kv.app, name="kv")

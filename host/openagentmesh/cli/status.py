@@ -62,8 +62,9 @@ def _lines(host: dict[str, Any]) -> list[str]:
     up = _ago(time.time() - host["started_at"])
     lines = [f"{title}  pid {host.get('pid', '?')}  up {up}  {connection['url']}"]
     for module in host.get("modules", []):
-        if module["state"] == "failed":
-            lines.append(f"  {_bad('✗')} {module['origin']}: {module['error']}")
+        if module["state"] != "serving":
+            goes_on = " (the version before it goes on)" if module["state"] == "outdated" else ""
+            lines.append(f"  {_bad('✗')} {module['origin']}: {module['error']}{goes_on}")
             lines += [f"      {line}" for line in module["traceback"].splitlines()]
     width = max((len(agent["name"]) for agent in host["agents"]), default=0)
     for agent in host["agents"]:
@@ -72,7 +73,8 @@ def _lines(host: dict[str, Any]) -> list[str]:
     if host["agent_count"] > len(host["agents"]):
         lines.append(f"  and {host['agent_count'] - len(host['agents'])} more agents")
     server = host.get("embedded_server") or {"history": []}
-    story = sorted(connection["history"] + server["history"], key=lambda event: str(event["at"]))
+    reloads = [{"at": reload["at"], "what": reload["text"]} for reload in host.get("reloads", [])]
+    story = sorted(connection["history"] + server["history"] + reloads, key=lambda event: str(event["at"]))
     lines += [f"  {_clock(event['at'])}  {event['what']}" for event in story[-_RECENT:]]
     return lines
 

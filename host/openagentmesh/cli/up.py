@@ -1,8 +1,10 @@
 """`oam up`: the host, until Ctrl-C."""
 
+import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +35,13 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
     reload: Annotated[
         bool | None, typer.Option(help="Reload a file as soon as it is saved; else as mesh.toml says.")
     ] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(min=0, max=1000, help="Run the last N requests of replayable agents before a reload."),
+    ] = None,
+    replay_strict: Annotated[  # noqa: FBT002 - a flag
+        bool, typer.Option("--replay-strict", help="Refuse a reload in which one of these fails newly.")
+    ] = False,
     log_format: Annotated[LogFormat, typer.Option(help="How events are shown.")] = LogFormat.AUTO,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -41,7 +50,9 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
         raise typer.BadParameter(f"'{log_level}' is no level; take debug, info, warning or error")
     pretty = set_up_logging(log_format, log_level)
     try:
-        read = partial(_configured, config, port, url, strict=strict, reload=reload)
+        options: dict[str, object] = {"reload": reload, "replay": replay}
+        options |= {"strict": strict or None, "replay_strict": replay_strict or None}
+        read = partial(_configured, config, port, url, options)
         run(_serve(read, (config or Path(FILE_NAME)).resolve(), pretty=pretty))
     except ConnectionFailed as exc:
         giver = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
@@ -51,9 +62,7 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
         fail(exc)
 
 
-def _configured(
-    path: Path | None, port: int | None, url: str | None, *, strict: bool, reload: bool | None
-) -> Config:
+def _configured(path: Path | None, port: int | None, url: str | None, host: dict[str, object]) -> Config:
     """mesh.toml, with what the command line says instead."""
     config = load_config(path)
     if url is not None:
@@ -64,20 +73,21 @@ def _configured(
                 f"--port is for the embedded server, but {config.mesh.url} is to be used"
             )
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    host = {"strict": True} if strict else {}
-    if reload is not None:
-        host["reload"] = reload
-    return config.model_copy(update={"host": config.host.model_copy(update=host)}) if host else config
+    said = {key: value for key, value in host.items() if value is not None}
+    return config.model_copy(update={"host": config.host.model_copy(update=said)})
 
 
 async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> None:
     config = read()
     host = Host(config, config_file=file, read_config=read, watch=config.host.reload)
+    reloading = _Reloading(host)
     # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     async with host:
         # Before anything is said: who reads it may send a signal at once.
         stop = stop_event(lambda: _say_stopping(host))
+        with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.start)
         for warning in config.unread({module.origin.key for module in host.modules}):
             log.warning("%s", warning)
         if pretty:
@@ -88,6 +98,24 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
                 log.warning("%s", _why_none(host))
         await until_stopped(stop, host.node.bus.closed)
     log.info("stopped")
+
+
+class _Reloading:
+    """Reloads by hand, on SIGHUP."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Reload what has changed, in a task."""
+        task = asyncio.create_task(self._reload())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload(self) -> None:
+        if await self._host.reload() is None:
+            log.info("nothing has changed on disk")
 
 
 def _say_stopping(host: Host) -> None:

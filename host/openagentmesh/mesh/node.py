@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from itertools import islice
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class Node:
         instance_id: this instance's id on the wire.
         about: what the instance record tells besides the agents.
         limits: the limits of an agent, by name.
+        wrapped: what is put around an agent before it serves.
         contract_policy: what happens to an agent whose contract does not go together with the
             one that another live instance serves: it is served all the same, with or without
             a warning, or it is refused.
@@ -56,13 +57,14 @@ class Node:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one parameter a choice of its owner
         self,
         target: Target,
         instance_id: str,
         *,
         about: dict[str, Any] | None = None,
         limits: Callable[[str], Limits] = lambda _: DEFAULT_LIMITS,
+        wrapped: Callable[[Agent], Agent] = lambda agent: agent,
         contract_policy: ContractPolicy = "warn",
     ) -> None:
         self.instance_id = instance_id
@@ -79,8 +81,11 @@ class Node:
         self.caller = Caller(self.bus, self.inbox, self.waits, instance_id)
         self.events = Events(self.bus, self.directory, instance_id, self.own)
         self.describe: Callable[[], dict[str, Any]] = self.description
+        # What others may ask this instance, by the last word of the subject.
+        self.controls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {"info": self._info}
         self.refused: dict[str, str] = {}
         self._limits = limits
+        self._wrapped = wrapped
         self.contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
         self._binding: asyncio.Task[None] | None = None
@@ -122,8 +127,11 @@ class Node:
 
     def bind(self, agent: Agent) -> None:
         """Serve an agent, in place of one of the same name; `settled` waits until it is up."""
-        self._unbound[agent.name] = agent.limited(self._limits(agent.name))
+        self._unbound[agent.name] = self._ready(agent)
         self._bind_soon()
+
+    def _ready(self, agent: Agent) -> Agent:
+        return self._wrapped(agent.limited(self._limits(agent.name)))
 
     def replace(self, agents: Iterable[Agent]) -> None:
         """Serve these versions from the very next request on, all of them at once.
@@ -131,15 +139,16 @@ class Node:
         Agents that are new here, and what others must learn of the changed ones, follow.
         """
         for agent in agents:
-            agent = agent.limited(self._limits(agent.name))  # noqa: PLW2901 - the same agent
             route = self.router.get(agent.name)
             if route is None:
                 self.bind(agent)
                 continue
             before = route.agent.contract
-            route.swap(agent)
+            ready = self._ready(agent)
+            route.swap(ready)
             if not route.is_settled or not agent.contract.same_as(before):
-                self.bind(agent)
+                self._unbound[agent.name] = ready
+                self._bind_soon()
 
     async def withdraw(self, names: Collection[str], drain_timeout: float) -> None:
         """Serve these agents no more: leave, finish what runs, deregister."""
@@ -322,15 +331,19 @@ class Node:
             log.warning("what others removed is not published again yet: %s", exc)
 
     def _on_host_request(self, message: Message) -> None:
-        if not message.reply:
-            return
-        body = to_json(self.describe()) if message.subject.endswith(".info") else b"{}"
-        task = asyncio.create_task(self._answer_host_request(message.reply, body))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        if message.reply:
+            task = asyncio.create_task(self._answer_host_request(message))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
 
-    async def _answer_host_request(self, reply: str, body: bytes) -> None:
+    async def _answer_host_request(self, message: Message) -> None:
+        verb = message.subject.rpartition(".")[2]
         try:
-            await self.bus.publish(reply, body)
+            control = self.controls.get(verb)
+            body = await control(message.body) if control is not None else b"{}"
+            await self.bus.publish(message.reply, body)
         except MeshError as exc:
             log.warning("a question about this host could not be answered: %s", exc)
+
+    async def _info(self, _body: bytes) -> bytes:
+        return to_json(self.describe())

@@ -33,7 +33,8 @@ class AgentSpec(BaseModel):
     """What the author says of an agent; an empty `description` is the handler's docstring.
 
     `idempotent` says that answering a request twice is as good as once, so that callers may
-    ask again when an answer is lost.
+    ask again when an answer is lost. `replayable` says that its last requests may be answered
+    once more by a version that is about to be loaded, though nobody waits for these answers.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AgentSpec(BaseModel):
     tags: list[str] = Field(default_factory=list)
     version: str = "0.1.0"
     idempotent: bool = False
+    replayable: bool = False
 
 
 class CatalogEntry(BaseModel):

@@ -165,5 +165,5 @@ def logs(name: str) -> str:
 
 
 def host(instance_id: str, verb: str) -> str:
-    """One host's own subject; `verb` is `ping`, `info` or `*`."""
+    """One host's own subject; `verb` is `ping`, `info`, `reload` or `*`."""
     return f"mesh.host.{instance_id}.{verb}"

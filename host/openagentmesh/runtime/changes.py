@@ -185,7 +185,7 @@ class Changes:
 
     def _named(self, modules: list[Module], only: str) -> dict[Path, _Cause]:
         """The modules of this name, as if all of them differed."""
-        named = [m for m in modules if only in {m.origin.shown, m.origin.key, m.name}]
+        named = [module for module in modules if only in names_of(module)]
         return {self._entry_of(m.origin): _Cause({m.name}, {m.origin}) for m in named}
 
     def _entry_of(self, origin: Origin) -> Path:
@@ -197,6 +197,12 @@ class Changes:
 
     def _digest_of_config(self) -> Digest:
         return self.disk.digest(self.config_file) if self.config_file else None
+
+
+def names_of(module: Module) -> set[str]:
+    """How people may call a module."""
+    origin = module.origin
+    return {origin.shown, origin.key, module.name, origin.path.name if origin.path else origin.module}
 
 
 def _files(source: Source) -> Iterator[tuple[Path, Digest]]:

@@ -75,7 +75,9 @@ class HostSection(_Section):
 
     `contract` says what happens to an agent whose contract does not go together with the one
     that another live instance serves under the same name, or that a reload would replace.
-    `load_timeout` is how long a module may take to be reloaded, in seconds.
+    `load_timeout` is how long a module may take to be reloaded, in seconds. `replay` requests
+    of each agent are kept, if it allows that, and run against its next version before it serves;
+    with `replay_strict` a new error refuses it.
     """
 
     name: str = ""
@@ -84,6 +86,8 @@ class HostSection(_Section):
     strict: bool = False
     contract: ContractPolicy = "warn"
     reload: bool = True
+    replay: Annotated[Whole, Field(ge=0, le=1000)] = 0
+    replay_strict: bool = False
     load_timeout: Seconds = 10.0
     drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
 

@@ -12,19 +12,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 
+from pydantic_core import from_json, to_json
+
 from openagentmesh.bus import address
 from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.errors import MeshError, NotFound
+from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config
+from openagentmesh.runtime.hooks import plugin_manager
 from openagentmesh.runtime.loader import Loader, Module, shown_line
 from openagentmesh.runtime.origins import find_origins
 from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.runtime.reload import Reloader
+from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
 from openagentmesh.serving.agent import Agent
 
@@ -51,6 +56,7 @@ class Host:
         config_file: where that is; a change of it is taken over while the host runs.
         read_config: reads it again.
         watch: whether a file is reloaded as soon as it is saved.
+        plugins: objects or modules that implement hooks of `runtime/hooks.py`.
 
     """
 
@@ -61,12 +67,16 @@ class Host:
         config_file: Path | None = None,
         read_config: Callable[[], Config] | None = None,
         watch: bool = False,
+        plugins: Iterable[object] = (),
     ) -> None:
         self.name = config.host.name or config.folder.name or platform.node()
         self._config = config
         self._config_file = config_file
         self._read_config = read_config or (lambda: config)
         self._watch = watch
+        self.plugins = plugin_manager()
+        for plugin in plugins:
+            self.plugins.register(plugin)
         self._reloader: Reloader | None = None
         self.server: EmbeddedServer | None = None
         self._node: Node | None = None
@@ -117,19 +127,24 @@ class Host:
         origins = find_origins(config)
         target = await self._target()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
+        replays = Replays(config.host.replay, lambda agent: self.plugins.hook.mesh_redactor(agent=agent))
         node = self._node = Node(
             target,
             new_id(),
             about=about,
             limits=lambda name: self.config.limits_of(name),  # noqa: PLW0108 - the config may be another one then
+            wrapped=replays.recorded,
             contract_policy=config.host.contract,
         )
         node.describe = self.describe
+        node.controls["reload"] = self._on_reload_request
         loader = Loader(node, config)
         changes = Changes(loader.imports, self._config_file, self._read_config)
-        self._reloader = reloader = Reloader(loader, node, changes, config)
+        self._reloader = reloader = Reloader(loader, node, changes, config, replays)
+        reloader.on_outcome = self._tell
         self._running.callback(loader.close)
         self._running.push_async_callback(node.stop, config.host.drain_timeout)
+        self._running.push_async_callback(reloader.close)
         reloader.load_all(origins)
         self._report()
         agents = [agent for module in self.modules for agent in module.agents]
@@ -146,7 +161,35 @@ class Host:
 
         """
         assert self._reloader is not None, "the host is not started"
+        if module and not self._reloader.knows(module):
+            raise NotFound(f"The host '{self.name}' has no module '{module}'.", details={"module": module})
         return await self._reloader.reload(module)
+
+    async def _on_reload_request(self, body: bytes) -> bytes:
+        """Answer `oam reload`: what came of it, or why there was nothing to do."""
+        try:
+            asked = from_json(body) if body else {}
+            outcome = await self.reload(str(asked.get("module") or ""))
+        except (ValueError, AttributeError) as exc:
+            return to_json({"host": self.name, "error": f"the request is none: {exc}"})
+        except NotFound as exc:
+            return to_json({"host": self.name, "error": exc.message})
+        return to_json({"host": self.name, "outcome": outcome and outcome.description()})
+
+    async def _tell(self, outcome: Outcome) -> None:
+        """Tell observers and plugins of a reload, or of one that was refused."""
+        event = "reload_failed" if outcome.error else "agent_reloaded"
+        level: LogLevel = "error" if outcome.error else "info"
+        for name in outcome.names:
+            data: dict[str, object] = {"files": outcome.files, "line": outcome.line}
+            message = outcome.error or outcome.text
+            await self.node.router.events.emit(level, name, event, message=message, data=data)
+        if outcome.error:
+            try:
+                self.plugins.hook.mesh_reload_failed(outcome=outcome)
+            # A plugin's failure ends here: the reload is over.
+            except Exception:
+                log.exception("a plugin failed while it was told of a reload")
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""

@@ -15,7 +15,8 @@ class Outcome:
         error: why it was refused; empty when it was not.
         details: the traceback of that, or the excerpt with a caret.
         line: `file:line` of that.
-        notes: what to know besides: breaking changes, what was left behind.
+        notes: what to know besides: breaking changes, differences of a replay, what was left behind.
+        names: the agents of the modules concerned.
         took_ms: milliseconds from the first step to the swap, or to the verdict.
         in_flight: requests that were running on the old version then.
         at: when, in UTC.
@@ -28,6 +29,7 @@ class Outcome:
     details: str = ""
     line: str = ""
     notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     took_ms: float = 0.0
     in_flight: int = 0
     at: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -4,22 +4,24 @@ import asyncio
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Final
 
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.aside import Interrupted, TookTooLong, aside, at_once
-from openagentmesh.runtime.changes import Changes, Files, Places, Plan
+from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError
 from openagentmesh.runtime.imports import Stage, imports_anew
 from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.retire import Retired, retire
 from openagentmesh.runtime.state import Transfer
 from openagentmesh.serving.agent import Agent
@@ -71,20 +73,24 @@ class Reloader:
         node: serves their agents.
         changes: finds out what differs.
         config: what mesh.toml says.
+        replays: requests that a new version has to answer before it serves.
 
     Attributes:
         modules: all modules, in the order of their origins.
         config: what is in force now.
         history: the last reloads.
-        on_failed: called with each reload that was refused.
+        on_outcome: called with each reload, and with each that was refused.
 
     """
 
-    def __init__(self, loader: Loader, node: Node, changes: Changes, config: Config) -> None:
+    def __init__(
+        self, loader: Loader, node: Node, changes: Changes, config: Config, replays: Replays | None = None
+    ) -> None:
         self.modules: list[Module] = []
         self.config = config
         self.history: deque[Outcome] = deque(maxlen=_REMEMBERED)
-        self.on_failed: Callable[[Outcome], None] = lambda _: None
+        self.on_outcome: Callable[[Outcome], Awaitable[None]] = _tell_nobody
+        self._replays = replays or Replays(0)
         self._loader = loader
         self._node = node
         self._changes = changes
@@ -116,10 +122,13 @@ class Reloader:
         """
         async with self._turn:
             try:
-                return await self._reload(only, sure=False)
+                outcome = await self._reload(only, sure=False)
             except _Doubtful:
                 await asyncio.sleep(_DOUBT)  # nothing tells that an editor has finished
-                return await self._reload(only, sure=True)
+                outcome = await self._reload(only, sure=True)
+            if outcome is not None:
+                await self.on_outcome(outcome)
+            return outcome
 
     async def _reload(self, only: str, *, sure: bool) -> Outcome | None:
         try:
@@ -157,6 +166,7 @@ class Reloader:
                 stage = imports.take_out(plan.names)
                 new = await aside(lambda: self._load(plan.load), plan.config.host.load_timeout, imports.mend)
             candidate = self._check(plan, new, stage, sure=sure)
+            await self._replay(candidate, strict=plan.config.host.replay_strict)
             await self._migrate(candidate.transfers, plan.config.host.load_timeout)
             for transfer in candidate.transfers:
                 transfer.carry_out()
@@ -241,6 +251,14 @@ class Reloader:
             )
         return notes
 
+    async def _replay(self, candidate: _Candidate, *, strict: bool) -> None:
+        for agent in candidate.serve:
+            for difference in await self._replays.differences(agent):
+                candidate.notes.append(f"{agent.name}: {difference.text}")
+                if strict and difference.is_new_error:
+                    why = "fails on what the version before it answers"
+                    raise ReloadRefused(f"{agent.name} {why}: {difference.text}")
+
     async def _migrate(self, transfers: list[Transfer], limit: float) -> None:
         for transfer in transfers:
             if transfer.has_migration:
@@ -266,10 +284,11 @@ class Reloader:
             took_ms=_ms(began),
             in_flight=sum(route.running_on(old[name]) for name, route in routes.items()),
         )
-        for change in outcome.notes:
-            log.warning("callers will notice: %s", change)
+        outcome.names = sorted({*old, *[agent.name for agent in candidate.serve], *candidate.gone})
         self.history.append(outcome)
         log.info("%s", outcome.text)
+        for note in outcome.notes:
+            log.warning("%s", note)
         retired = Retired([(routes[name], agent) for name, agent in old.items()], candidate.gone, stage)
         task = asyncio.create_task(retire(retired, self._node, plan.config.host.drain_timeout, outcome))
         self._retiring.add(task)
@@ -285,26 +304,35 @@ class Reloader:
         for module in self.modules:
             if module.origin == failed or module.name in stage.modules:
                 module.error, module.traceback, module.line = error, details, line
+                outcome.names += [agent.name for agent in module.agents]
                 module.state = "failed" if module.state == "failed" else "outdated"
         if isinstance(exc, _LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
             self.modules.append(exc.module)
         self.history.append(outcome)
         log.error("%s\n%s", outcome.text, details) if details else log.error("%s", outcome.text)
-        self.on_failed(outcome)
         return outcome
 
     def _shown(self, causes: Files) -> list[str]:
         folder = self.config.folder
         return sorted(str(p.relative_to(folder)) if p.is_relative_to(folder) else str(p) for p in causes)
 
+    def knows(self, module: str) -> bool:
+        """Whether there is a module of this name."""
+        return any(module in names_of(each) for each in self.modules)
+
     def places(self) -> Places:
         """Where to look for what may change."""
         return self._changes.places(self.config)
 
     async def close(self) -> None:
-        """Wait for what is being let go."""
-        while self._retiring:
-            await asyncio.wait(self._retiring)
+        """Wait for what is being let go, as long as a stop may take."""
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=self.config.host.drain_timeout)
+        await end(*self._retiring)
+
+
+async def _tell_nobody(_outcome: Outcome) -> None:
+    return
 
 
 def _in_words(old: dict[str, Agent], new: list[Agent]) -> list[str]:

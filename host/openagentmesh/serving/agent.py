@@ -57,6 +57,7 @@ class Agent:
     sources: tuple[Source, ...] = ()
     active_when: Condition | None = None
     limits: Limits = DEFAULT_LIMITS
+    replayable: bool = False
 
     @property
     def source(self) -> str:
@@ -164,4 +165,7 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
         chunk_schema=output if streaming else None,
         mcp=mcp,
     )
-    return Agent(spec.name, contract, handler, handler.endpoint(), tuple(sources), active_when)
+    endpoint = handler.endpoint()
+    return Agent(
+        spec.name, contract, handler, endpoint, tuple(sources), active_when, replayable=spec.replayable
+    )

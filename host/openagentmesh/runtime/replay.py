@@ -1,0 +1,140 @@
+"""Replay on save: the last real requests of an agent, run against its next version before that serves."""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Final
+
+from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.runtime.hooks import Redactor
+from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.call import Call, set_current_call
+
+# Larger requests and replies are not kept, in bytes.
+_LARGEST: Final = 64 * 1024
+# How long one request may take when it is run again, in seconds.
+_PATIENCE: Final = 5.0
+# What takes longer than before is only told from this difference and this factor on.
+_SLOWER_BY: Final = 0.005
+_SLOWER: Final = 2.0
+_MOST_SHOWN: Final = 80
+
+
+@dataclass(slots=True, frozen=True)
+class _Run:
+    """What one version made of a request: its reply, or its error's code and message; in seconds."""
+
+    reply: bytes
+    error: str
+    seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class Difference:
+    """One kept request on which two versions do not agree."""
+
+    text: str
+    is_new_error: bool
+
+
+class Replays:
+    """Keeps the last requests of agents that say `replayable=True`, and runs them again.
+
+    Args:
+        keep: how many requests of each agent; 0 for none.
+        redactor: gives what takes secrets out of an agent's requests.
+
+    """
+
+    def __init__(self, keep: int, redactor: Callable[[Agent], Redactor | None] = lambda _: None) -> None:
+        self._keep = keep
+        self._redactor = redactor
+        self._kept: dict[str, deque[tuple[Request, _Run]]] = {}
+
+    def kept(self, agent: str) -> int:
+        """How many requests of an agent are kept."""
+        return len(self._kept.get(agent, ()))
+
+    def recorded(self, agent: Agent) -> Agent:
+        """The same agent, its requests kept when it allows that."""
+        can = agent.replayable and agent.contract.invocable and not agent.contract.streaming
+        if not self._keep or not can:
+            return agent
+        kept = self._kept.setdefault(agent.name, deque(maxlen=self._keep))
+        redact, inner = self._redactor(agent), agent.endpoint
+
+        async def endpoint(call: Call) -> object:
+            began, error, reply = perf_counter(), "", b""
+            try:
+                result = await inner(call)
+                reply = agent.dump(result)
+            except Exception as exc:
+                error = _told(exc)
+                raise
+            finally:
+                body = redact(call.request.body) if redact else call.request.body
+                if body is not None and len(body) + len(reply) <= _LARGEST and not call.abandoned:
+                    request = replace(call.request, body=body)
+                    kept.append((request, _Run(reply, error, perf_counter() - began)))
+            return result
+
+        return replace(agent, endpoint=endpoint)
+
+    async def differences(self, agent: Agent) -> list[Difference]:
+        """Run what is kept against a version that does not serve yet; what it does differently."""
+        if not agent.replayable:
+            return []
+        found = []
+        for request, before in list(self._kept.get(agent.name, ())):
+            # In a task of its own, for the handler may ask for the current call.
+            now = await asyncio.create_task(_run(agent, request))
+            if (difference := _compared(request, before, now)) is not None:
+                found.append(difference)
+        return found
+
+
+async def _run(agent: Agent, request: Request) -> _Run:
+    loop = asyncio.get_running_loop()
+    call = Call(agent.name, request, loop.time() + _PATIENCE, started=loop.time(), patience=_PATIENCE)
+    set_current_call(call)
+    began = perf_counter()
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            agent.accept(call, "call")
+            reply = agent.dump(await agent.endpoint(call))
+    # A candidate's handler may raise anything; that is what is compared.
+    except Exception as exc:  # noqa: BLE001 - as above
+        return _Run(b"", _told(exc), perf_counter() - began)
+    return _Run(reply, "", perf_counter() - began)
+
+
+def _told(exc: BaseException) -> str:
+    if isinstance(exc, MeshError):
+        return f"[{exc.code}] {exc.message}"
+    return f"{type(exc).__name__}: {text_of(exc)}"
+
+
+def _compared(request: Request, before: _Run, now: _Run) -> Difference | None:
+    asked = _short(request.body)
+    if now.error != before.error:
+        text = f"{asked} → {now.error or _short(now.reply)} (was {before.error or _short(before.reply)})"
+        return Difference(text, is_new_error=bool(now.error and not before.error))
+    if not _same(now.reply, before.reply):
+        return Difference(f"{asked} → {_short(now.reply)} (was {_short(before.reply)})", is_new_error=False)
+    if now.seconds > max(before.seconds * _SLOWER, before.seconds + _SLOWER_BY):
+        took = f"{now.seconds * 1000:.0f} ms (was {before.seconds * 1000:.0f} ms)"
+        return Difference(f"{asked} takes {took}", is_new_error=False)
+    return None
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    return one == other or (bool(one and other) and json.loads(one) == json.loads(other))
+
+
+def _short(body: bytes) -> str:
+    text = body.decode("utf-8", "replace") or "nothing"
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 1] + "…"
