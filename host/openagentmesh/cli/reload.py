@@ -69,7 +69,10 @@ async def _ask(node: Node, instance_id: str, module: str) -> dict[str, Any]:
 def _show(answer: dict[str, Any]) -> None:
     outcome = answer.get("outcome")
     if outcome is None:
-        note(f"{answer['host']}: {answer.get('error') or 'nothing has changed'}")
+        text = answer.get("error") or "nothing has changed"
+        if waiting := answer.get("not_loaded"):
+            text += f"; not loaded: {', '.join(waiting)}"
+        note(f"{answer['host']}: {text}")
         return
     say(f"{answer['host']}: {outcome['text']}")
     for line in [*outcome["details"].splitlines(), *outcome["notes"]]:

@@ -174,7 +174,13 @@ class Host:
             return to_json({"host": self.name, "error": f"the request is none: {exc}"})
         except NotFound as exc:
             return to_json({"host": self.name, "error": exc.message})
-        return to_json({"host": self.name, "outcome": outcome and outcome.description()})
+        return to_json(
+            {
+                "host": self.name,
+                "outcome": outcome and outcome.description(),
+                "not_loaded": [m.origin.shown for m in self.modules if m.state != "serving"],
+            }
+        )
 
     async def _tell(self, outcome: Outcome) -> None:
         """Tell observers and plugins of a reload, or of one that was refused."""
