@@ -1,0 +1,121 @@
+"""Kept requests that a new version answers before it serves, and what plugins hear of reloads."""
+
+from pathlib import Path
+
+import pytest
+from openagentmesh import AgentMesh, Host, MeshError, hookimpl
+from openagentmesh.protocol import subjects
+from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.replay import Redactor
+from openagentmesh.serving.agent import Agent
+
+from tests.mesh.test_observe import listen, next_event
+from tests.runtime.conftest import MESH, Configure, write
+
+
+def replayable(name: str, result: str, *, more: str = "replayable=True") -> str:
+    """An agent that returns an expression of `req`."""
+    return f"""{MESH}
+@mesh.agent(AgentSpec(name={name!r}, {more}))
+async def handler(req: dict) -> object:
+    return {result}
+"""
+
+
+class Plugin:
+    """Hides passwords, and remembers what failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    @hookimpl
+    def mesh_redactor(self, agent: Agent) -> Redactor:
+        return lambda body: None if b"private" in body else body.replace(b"geheim", b"***")
+
+    @hookimpl
+    def mesh_reload_failed(self, outcome: Outcome) -> None:
+        self.failed.append(outcome.error)
+        raise RuntimeError("a plugin's own failure")
+
+
+async def reloaded(host: Host, path: Path, source: str) -> Outcome:
+    """Save a file and reload it."""
+    path.write_text(source)
+    outcome = await host.reload()
+    assert outcome is not None
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("keep", "more", "told"),
+    [
+        (2, "replayable=True", [2, 3]),
+        (9, "replayable=True", [1, 2, 3]),
+        (9, "", []),
+        (0, "replayable=True", []),
+    ],
+    ids=["the last ones", "all", "not allowed", "off"],
+)
+async def test_the_last_requests_are_answered_by_the_new_version(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, keep: int, more: str, told: list[int]
+) -> None:
+    """As many as are kept, of agents that allow it, when it is on; what differs is told."""
+    config = configure({"a.py": replayable(name, "req['n'] * 2", more=more)}, host={"replay": keep})
+    async with Host(config) as host:
+        for number in (1, 2, 3):
+            await mesh.call(name, {"n": number})
+        outcome = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "req['n'] * 3", more=more))
+        expected = [f'{name}: {{"n":{number}}} → {number * 3} (was {number * 2})' for number in told]
+        assert expected == outcome.notes
+        assert 9 == await mesh.call(name, {"n": 3})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, *, strict: bool
+) -> None:
+    """An error that the old version had too is none; a new one refuses it only when strict."""
+    source = replayable(name, "1 / req['n']")
+    config = configure({"a.py": source}, host={"replay": 5, "replay_strict": strict})
+    async with Host(config) as host:
+        with pytest.raises(MeshError, match="division by zero"):
+            await mesh.call(name, {"n": 0})
+        await mesh.call(name, {"n": 1})
+        same = await reloaded(host, tmp_path / "agents/a.py", source + "# the same\n")
+        assert ([], "") == (same.notes, same.error)
+        worse = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "1 / (req['n'] - 1)"))
+        assert strict == bool(worse.error)
+        assert "ZeroDivisionError: division by zero (was 1.0)" in (worse.error or worse.notes[-1])
+        assert (0.5 if strict else 1.0) == await mesh.call(name, {"n": 2})
+
+
+async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """What is kept is what its redactor leaves; a plugin that fails while it is told harms nothing."""
+    plugin = Plugin()
+    config = configure({"a.py": replayable(name, "req['word']")}, host={"replay": 5})
+    async with Host(config, plugins=[plugin]) as host:
+        for word in ("geheim", "private"):
+            await mesh.call(name, {"word": word})
+        outcome = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "req['word'] + '!'"))
+        assert [f'{name}: {{"word":"***"}} → "***!" (was "geheim")'] == outcome.notes
+        write(tmp_path / "agents", {"a.py": "def x(:\n"})
+        await host.reload()
+        assert ["SyntaxError: invalid syntax"] == plugin.failed
+        assert "hi!" == await mesh.call(name, {"word": "hi"})
+
+
+async def test_observers_hear_of_reloads(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A log event of the agent for a reload, and one with the reason for a refused one."""
+    async with Host(configure({"a.py": replayable(name, "1")})) as host:
+        heard = await listen(mesh, subjects.logs(name))
+        await reloaded(host, tmp_path / "agents/a.py", replayable(name, "2"))
+        await reloaded(host, tmp_path / "agents/a.py", "raise ValueError('not today')\n")
+        found = [await next_event(heard) for _ in range(2)]
+    assert [("agent_reloaded", "info"), ("reload_failed", "error")] == [
+        (e["event"], e["level"]) for e in found
+    ]
+    assert "ValueError: not today" == found[1]["message"]
