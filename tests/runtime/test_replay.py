@@ -6,7 +6,7 @@ import pytest
 from openagentmesh import AgentMesh, Host, MeshError, hookimpl
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime.outcome import Outcome
-from openagentmesh.runtime.replay import Redactor
+from openagentmesh.runtime.hooks import Redactor
 from openagentmesh.serving.agent import Agent
 
 from tests.mesh.test_observe import listen, next_event
@@ -30,6 +30,7 @@ class Plugin:
 
     @hookimpl
     def mesh_redactor(self, agent: Agent) -> Redactor:
+        assert agent.replayable
         return lambda body: None if b"private" in body else body.replace(b"geheim", b"***")
 
     @hookimpl
@@ -47,19 +48,22 @@ async def reloaded(host: Host, path: Path, source: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    ("keep", "more", "told"),
-    [
-        (2, "replayable=True", [2, 3]),
-        (9, "replayable=True", [1, 2, 3]),
-        (9, "", []),
-        (0, "replayable=True", []),
-    ],
+    ("keep", "allowed", "told"),
+    [(2, True, [2, 3]), (9, True, [1, 2, 3]), (9, False, []), (0, True, [])],
     ids=["the last ones", "all", "not allowed", "off"],
 )
-async def test_the_last_requests_are_answered_by_the_new_version(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, keep: int, more: str, told: list[int]
+async def test_the_last_requests_are_answered_by_the_new_version(  # noqa: PLR0913 - fixtures
+    configure: Configure,
+    mesh: AgentMesh,
+    name: str,
+    tmp_path: Path,
+    *,
+    keep: int,
+    allowed: bool,
+    told: list[int],
 ) -> None:
     """As many as are kept, of agents that allow it, when it is on; what differs is told."""
+    more = "replayable=True" if allowed else ""
     config = configure({"a.py": replayable(name, "req['n'] * 2", more=more)}, host={"replay": keep})
     async with Host(config) as host:
         for number in (1, 2, 3):
@@ -115,7 +119,6 @@ async def test_observers_hear_of_reloads(
         await reloaded(host, tmp_path / "agents/a.py", replayable(name, "2"))
         await reloaded(host, tmp_path / "agents/a.py", "raise ValueError('not today')\n")
         found = [await next_event(heard) for _ in range(2)]
-    assert [("agent_reloaded", "info"), ("reload_failed", "error")] == [
-        (e["event"], e["level"]) for e in found
-    ]
+    assert ["agent_reloaded", "reload_failed"] == [event["event"] for event in found]
+    assert ["info", "error"] == [event["level"] for event in found]
     assert "ValueError: not today" == found[1]["message"]
