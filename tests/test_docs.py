@@ -1,5 +1,6 @@
 """What the docs show is what happens."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from openagentmesh.runtime.config import Config, load_config
+from openagentmesh import AgentMesh, Host
+from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -101,3 +103,21 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
         [sys.executable, tmp_path / "tour.py"], capture_output=True, text=True, check=False, timeout=30
     )
     assert "fine\n" == ran.stdout, ran.stderr
+
+
+async def test_state_is_kept_and_moved_as_the_docs_say(tmp_path: Path, url: str) -> None:
+    """The two versions of docs/reloading.md, one saved over the other, answer what stands there."""
+    first, second = blocks("docs/reloading.md")
+    [answer] = blocks("docs/reloading.md", "json")
+    path = tmp_path / "agents" / "counter.py"
+    path.parent.mkdir()
+    path.write_text(first)
+    config = Config(
+        folder=tmp_path, mesh=MeshSection(url=url), host=HostSection(agents=["agents"], entry_points=False)
+    )
+    async with Host(config) as host, AgentMesh(url) as mesh:
+        for _ in range(2):
+            await mesh.call("counter")
+        path.write_text(second)
+        await host.reload()
+        assert json.loads(answer) == await mesh.call("counter")

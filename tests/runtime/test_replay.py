@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from openagentmesh import AgentMesh, Host, MeshError, hookimpl
 from openagentmesh.protocol import subjects
-from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.runtime.hooks import Redactor
+from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.serving.agent import Agent
 
 from tests.mesh.test_observe import listen, next_event
