@@ -1,6 +1,7 @@
 """`oam up`: the host, until Ctrl-C."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -88,6 +89,8 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
         stop = stop_event(lambda: _say_stopping(host))
         with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.start)
+        gc.collect()
+        gc.freeze()  # what is here now stays; each reload then looks at what is new alone
         for warning in config.unread({module.origin.key for module in host.modules}):
             log.warning("%s", warning)
         if pretty:
@@ -143,7 +146,10 @@ def _banner(host: Host) -> str:
     wrong = [f"    {m.origin.shown} failed: {m.error}" for m in failed]
     wrong += [f"    {name} is refused: {why}" for name, why in host.node.refused.items()]
     lines += [typer.style(line, fg=typer.colors.RED) for line in wrong]
-    lines += ["", *_how_to_call(host), f"  {_dim('Ctrl-C finishes what runs, then stops.')}", ""]
+    lines += ["", *_how_to_call(host)]
+    if config.host.reload:
+        lines.append(f"  {_dim('A file that is saved is reloaded at once.')}")
+    lines += [f"  {_dim('Ctrl-C finishes what runs, then stops.')}", ""]
     return "\n".join(lines)
 
 

@@ -172,6 +172,7 @@ class Node:
     def _bind_soon(self) -> None:
         if self._unbound and self._started and self._binding is None:
             self._binding = asyncio.create_task(self._bind())
+            self._binding.add_done_callback(_log_failure)
 
     async def settled(self, names: Collection[str] | None = None) -> None:
         """Wait until every agent bound so far is up, or these; raises what kept them from that."""
@@ -347,3 +348,8 @@ class Node:
 
     async def _info(self, _body: bytes) -> bytes:
         return to_json(self.describe())
+
+
+def _log_failure(binding: asyncio.Task[None]) -> None:
+    if not binding.cancelled() and (exc := binding.exception()):
+        log.warning("not all agents are up yet: %s", exc)

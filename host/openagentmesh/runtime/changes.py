@@ -35,12 +35,12 @@ class Attempt:
     sought: tuple[tuple[Folder, str], ...]
 
     @classmethod
-    def of(cls, causes: Files, executed: Iterable[Source]) -> "Attempt":
-        """What was tried because of `causes`, and executed then."""
+    def of(cls, causes: Files, executed: Iterable[Source], config: Files) -> "Attempt":
+        """What was tried because of `causes`, and executed then, under a `config`."""
         executed = list(executed)
         files = dict(pair for source in executed for pair in _files(source))
         sought = tuple((source.folder, name) for source in executed for name in source.sought)
-        return cls(causes, causes | files, sought)
+        return cls(causes, causes | files | config, sought)
 
     def is_hopeless(self, disk: Disk) -> bool:
         """Whether trying again would give the same."""
@@ -100,7 +100,7 @@ class Changes:
 
     def tried(self, causes: Files, executed: Iterable[Source]) -> None:
         """Remember a load that failed."""
-        self.attempts.append(Attempt.of(causes, executed))
+        self.attempts.append(Attempt.of(causes, executed, self.config_cause()))
 
     def tried_first(self, origin: Origin, executed: Iterable[Source]) -> None:
         """Remember an origin that failed when the host started."""

@@ -277,6 +277,10 @@ class Reloader:
         self._node.contract_policy = plan.config.host.contract
         self._node.replace(candidate.serve)
         self._changes.done(plan)
+        # From here on nothing but what runs on it holds the old generation.
+        self._loader.imports.stage = Stage()
+        for source in stage.executed:
+            source.generation.before = None
         outcome = Outcome(
             self._shown(plan.causes),
             [*_in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
