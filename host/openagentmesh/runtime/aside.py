@@ -47,6 +47,12 @@ def at_once(work: Callable[[], T], limit: float) -> T:
         if working:
             raise Interrupted
 
+    def tell_unraisable(what: "sys.UnraisableHookArgs") -> None:
+        # It may come while some object is thrown away; then it is swallowed, and comes again.
+        if not isinstance(what.exc_value, Interrupted):
+            unraisable(what)
+
+    unraisable, sys.unraisablehook = sys.unraisablehook, tell_unraisable
     handler = signal.signal(signal.SIGALRM, interrupt)
     # Again and again: the work may swallow what interrupts it.
     left, interval = signal.setitimer(signal.ITIMER_REAL, limit, limit)
@@ -56,6 +62,7 @@ def at_once(work: Callable[[], T], limit: float) -> T:
         working = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        sys.unraisablehook = unraisable
         if left:
             left = max(0.001, left - (time.monotonic() - began))
             signal.setitimer(signal.ITIMER_REAL, left, interval)

@@ -1,11 +1,11 @@
 """Imports of managed modules: executed from what is on disk now, recorded, and put back when it fails."""
 
-import ast
 import asyncio
 import builtins
 import importlib
 import importlib.util
 import linecache
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +18,14 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from itertools import count
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from openagentmesh.runtime.disk import digest_of
 from openagentmesh.runtime.sources import INSTALLED, Folder, Source
 
+_IMPORT_RE: Final = re.compile(
+    r"^[ \t]*(?:from[ \t]+(\w[\w.]*)[ \t]+import\b|import[ \t]+(\w[\w., \t]*))", re.MULTILINE
+)
 _executing: ContextVar[Source | None] = ContextVar("executing", default=None)
 Executing = Callable[[Source], AbstractContextManager[None]]
 
@@ -164,16 +167,13 @@ class Imports(MetaPathFinder):
 
 
 def imports_anew(path: Path) -> bool:
-    """Whether a file imports what nobody has imported yet, which may take long."""
+    """Whether a file seems to import what nobody has imported yet, which may take long."""
     try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
+        found = _IMPORT_RE.findall(path.read_text(encoding="utf-8"))
+        here = {entry.name.removesuffix(".py") for entry in path.parent.iterdir()}
+    except (OSError, UnicodeDecodeError):
         return False  # loading it will say so
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {
-        str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level
-    }
-    here = {entry.stem for entry in path.parent.iterdir()}
+    names = {name.partition(" as ")[0].strip() for match in found for name in "".join(match).split(",")}
     return any(name not in sys.modules and name.partition(".")[0] not in here for name in names)
 
 

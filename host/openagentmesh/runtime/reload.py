@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _DOUBT: Final = 0.25
 _REMEMBERED: Final = 20
 # How long the event loop may stand still for a load, in seconds.
-_MOMENT: Final = 0.01
+_MOMENT: Final = 0.012
 
 
 class ReloadRefused(MeshError):

@@ -98,9 +98,8 @@ class Source:
         """The module's own `__import__`: looks in its folder first, and remembers who was imported."""
         if self.stopped:
             raise SystemExit(f"loading {self.name} was given up")
-        full = self._relative(name, level) if level else self.folder.full_name(name)
+        full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
-            self.sought.add(name.partition(".")[0])
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         self._note(full)
         if full in self.pinned:
@@ -124,6 +123,16 @@ class Source:
         file = Path(os.path.abspath(path))  # noqa: PTH100 - links are to stay what they are
         if file.suffix not in {".py", ".pyc"} and file.is_file():
             self.data.setdefault(file, digest_of(file.read_bytes()))
+
+    def _absolute(self, name: str) -> str | None:
+        """The full name of an absolute import that means one of ours."""
+        top = name.partition(".")[0]
+        if top in self.sought:  # a function may import again and again; a file of that name is a reload
+            return None
+        full = self.folder.full_name(name)
+        if full is None:
+            self.sought.add(top)
+        return full
 
     def _relative(self, name: str, level: int) -> str | None:
         """The full name of a relative import; None when it leads out of the package."""

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Scan = dict[Path, Stamp]
 # How often the bell looks, in milliseconds.
-_STEP: Final = 10
+_STEP: Final = 5
 # Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
 _SWEEP: Final = 1.0
 _SWEEP_SHARE: Final = 0.004
