@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -65,19 +66,25 @@ class Plan:
         return any(digest in {None, _EMPTY} for digest in self.causes.values())
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(frozen=True)
 class Places:
     """Where to look: `roots` with all below them, `files` each for itself."""
 
     roots: frozenset[Path]
     files: frozenset[Path]
 
-    @property
+    @cached_property
+    def elsewhere(self) -> frozenset[str]:
+        """The files that a look at all Python files below the roots does not find."""
+        roots = tuple(f"{root}{os.sep}" for root in self.roots)
+        names = {str(file) for file in self.files}
+        return frozenset(name for name in names if not (name.endswith(".py") and name.startswith(roots)))
+
+    @cached_property
     def folders(self) -> frozenset[Path]:
         """The folders of the single files that are below none of the roots."""
-        return frozenset(
-            {file.parent for file in self.files if not any(file.is_relative_to(r) for r in self.roots)}
-        )
+        roots = tuple(f"{root}{os.sep}" for root in self.roots)
+        return frozenset(Path(name).parent for name in self.elsewhere if not name.startswith(roots))
 
 
 class Changes:

@@ -1,5 +1,6 @@
 """What is on disk now: files, by what identifies their content."""
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -11,12 +12,16 @@ Digest = bytes | None
 _SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
 
 
-def stamp(path: Path) -> Stamp | None:
+def stamp(path: Path | str) -> Stamp | None:
     """What identifies a file's content; None when there is no such file."""
     try:
-        found = path.stat()
+        return stamp_of(os.stat(path))  # noqa: PTH116 - thousands of files are looked at again and again
     except OSError:
         return None
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What identifies the content of a file of which this is known."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -12,14 +12,14 @@ from watchfiles import Change, awatch
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
-from openagentmesh.runtime.disk import Stamp, is_skipped, stamp
+from openagentmesh.runtime.disk import Stamp, is_skipped, stamp, stamp_of
 from openagentmesh.runtime.reload import Reloader
 
 log = logging.getLogger(__name__)
 
-Scan = dict[Path, Stamp]
+Scan = dict[str, Stamp]
 # How often the bell looks, in milliseconds.
-_STEP: Final = 5
+_STEP: Final = 10
 # Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
 _SWEEP: Final = 1.0
 _SWEEP_SHARE: Final = 0.004
@@ -42,31 +42,34 @@ async def watch(reloader: Reloader) -> None:
         def concerns_us(_change: Change, path: str, files: set[str] = files) -> bool:
             return path in files or path.endswith(".py") or "." not in path.rpartition(os.sep)[2]
 
-        ringing = [
-            asyncio.create_task(_ring(places.roots, bell, concerns_us, recursive=True)),
-            asyncio.create_task(_ring(places.folders, bell, concerns_us, recursive=False)),
-        ]
+        # A second bell for mesh.toml and the like would double the cost of an idle host: the
+        # regular look finds them soon enough, unless there is nothing else to watch.
+        ringing = asyncio.create_task(
+            _ring(places.roots or places.folders, bell, concerns_us, recursive=bool(places.roots))
+        )
         bell.set()  # what was saved before the bells were there
         try:
-            while (reloader.places().roots, reloader.places().folders) == (places.roots, places.folders):
-                await _until_rung(bell, seen)
-                seen = await _look(reloader, seen)
+            seen = await _watch_places(reloader, places, seen, bell)
         finally:
-            await end(*ringing)
+            await end(ringing)
 
 
-async def _look(reloader: Reloader, seen: Scan) -> Scan:
-    """Scan, wait until what changed is whole, and reload it; returns what was seen last."""
-    now = await _scanned(reloader.places())
-    if now == seen:
-        return seen
-    now = await _settled(reloader.places(), seen, now)
-    try:
-        await reloader.reload()
-    # The reload ends here: whatever went wrong in it, the next save is another one.
-    except Exception:
-        log.exception("a reload failed in a way that it should not")
-    return now
+async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+    """Reload until there are other places to look at; returns what was seen last."""
+    now = places
+    while now == places:
+        await _until_rung(bell, seen)
+        scan = await _scanned(places)
+        if scan == seen:
+            continue
+        seen = await _settled(places, seen, scan)
+        try:
+            await reloader.reload()
+        # The reload ends here: whatever went wrong in it, the next save is another one.
+        except Exception:
+            log.exception("a reload failed in a way that it should not")
+        now = reloader.places()
+    return seen
 
 
 async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
@@ -121,9 +124,12 @@ async def _scanned(places: Places) -> Scan:
 
 
 def _scan(places: Places) -> Scan:
-    found = {path: there for path in places.files if (there := stamp(path))}
+    found: Scan = {}
     for root in places.roots:
         _scan_folder(str(root), found)
+    for path in places.elsewhere:
+        if (there := stamp(path)) is not None:
+            found[path] = there
     return found
 
 
@@ -134,14 +140,10 @@ def _scan_folder(folder: str, found: Scan) -> None:
         return
     for entry in entries:
         try:
-            if entry.is_dir():
-                if not is_skipped(entry.name):
-                    _scan_folder(entry.path, found)
-            elif entry.name.endswith(".py"):
-                there = entry.stat()
-                found[Path(entry.path)] = (
-                    there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns,
-                )  # fmt: skip
+            if entry.name.endswith(".py"):
+                found[entry.path] = stamp_of(entry.stat())
+            elif not is_skipped(entry.name) and entry.is_dir():
+                _scan_folder(entry.path, found)
         except OSError:
             continue  # it went away while we looked
 
