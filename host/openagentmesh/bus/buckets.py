@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from hashlib import sha256
-from typing import Final, Literal
+from typing import Final
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -15,7 +15,7 @@ from nats.js.kv import KeyValue
 from pydantic_core import from_json
 from tenacity import (
     AsyncRetrying,
-    retry_if_exception_type,
+    retry_if_exception,
     stop_after_delay,
     wait_random_exponential,
 )
@@ -25,15 +25,13 @@ from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.explained import explained
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end
+from openagentmesh.bus.watches import Entry, Mark, Newest, end_updates, end_watcher, told
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.subjects import KV_BUCKETS
 
-Entry = KeyValue.Entry
 # When a key was written: revision and time.
 Version = tuple[int | None, object]
-# What a watch yields beside entries: it begins anew, and it has shown all there was.
-Mark = Literal["begin", "current"]
 
 # A put's own protocol headers count towards the server's limit as well.
 ROOM_FOR_HEADERS: Final = 1024
@@ -46,16 +44,6 @@ _PULL: Final = 5.0
 _GROUP_KEPT: Final = 7 * 86_400.0
 
 
-def _retrying(what: type[Exception] | tuple[type[Exception], ...]) -> AsyncRetrying:
-    """Full jitter: many hosts that collide once do not collide again."""
-    return AsyncRetrying(
-        retry=retry_if_exception_type(what),
-        wait=wait_random_exponential(multiplier=0.02, max=1.0),
-        stop=stop_after_delay(_PATIENCE),
-        reraise=True,
-    )
-
-
 async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
     """Wait for one acknowledgement of a write."""
     async with asyncio.timeout(_PATIENCE):
@@ -63,61 +51,6 @@ async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
     ack = from_json(message.body) if message.body else {"error": "nobody stores this bucket"}
     if "error" in ack:
         raise ConnectionFailed(f"A write to a bucket was refused: {ack['error']}.")
-
-
-async def _told(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Entry | Mark, None]:
-    """What a watcher tells, with `current` where it has told all there was.
-
-    The library says so too early when the server has sent everything, but its own callback has
-    not taken the first of it.
-    """
-    left, subscription = 0, watcher._sub  # noqa: SLF001 - only it knows
-    assert subscription is not None
-    async for entry in watcher:
-        if entry is None:
-            left = subscription.pending_msgs + watcher._updates.qsize()  # noqa: SLF001 - as above
-            if not left:
-                yield "current"
-        else:
-            yield entry
-            left -= 1
-            if left == 0:
-                yield "current"
-
-
-class _Newest:
-    """What a watcher tells, kept until it is asked for: of each key the newest state.
-
-    The library drops what a slow reader leaves in its queue; here nothing is lost, and no more
-    is kept than there are keys.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str | None, Entry | Mark] = {}
-        self._arrived = asyncio.Event()
-        self._ended = False
-
-    async def take_all(self, watcher: KeyValue.KeyWatcher) -> None:
-        """Keep what comes until the watcher ends."""
-        try:
-            async with aclosing(_told(watcher)) as entries:
-                async for entry in entries:
-                    key = entry.key if isinstance(entry, Entry) else None
-                    self._kept.pop(key, None)  # the newest comes last
-                    self._kept[key] = entry
-                    self._arrived.set()
-        finally:
-            self._ended = True
-            self._arrived.set()
-
-    async def next(self) -> Entry | Mark | None:
-        """What came first of what is kept; None when there will be no more."""
-        while not self._kept:
-            if self._ended:
-                return None
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._kept.pop(next(iter(self._kept)))
 
 
 class Buckets:
@@ -133,6 +66,15 @@ class Buckets:
         self._ready = asyncio.Event()
         bus.on_lost = self._ready.clear
 
+    def _retrying(self, *what: type[Exception]) -> AsyncRetrying:
+        """Full jitter: many hosts that collide once do not collide again."""
+        return AsyncRetrying(
+            retry=retry_if_exception(lambda exc: isinstance(exc, what) and not self._bus.is_closed),
+            wait=wait_random_exponential(multiplier=0.02, max=1.0),
+            stop=stop_after_delay(_PATIENCE),
+            reraise=True,
+        )
+
     async def make(self) -> None:
         """Make the mesh's buckets where they are missing.
 
@@ -147,7 +89,7 @@ class Buckets:
     async def _make(self, bucket: str) -> KeyValue:
         with explained(self._bus, f"Opening the bucket '{bucket}'"):
             # Right after a server's start JetStream may not answer yet.
-            async for attempt in _retrying((NatsError, TimeoutError)):
+            async for attempt in self._retrying(NatsError, TimeoutError):
                 with attempt:
                     jetstream = self._bus.jetstream()
                     with suppress(BucketNotFoundError):
@@ -222,7 +164,7 @@ class Buckets:
     async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
         async with self._using(f"Changing '{key}' of '{bucket}'"):
-            async for attempt in _retrying(KVConflict):
+            async for attempt in self._retrying(KVConflict):
                 with attempt:
                     entry = await self.entry(bucket, key)
                     value = changed(entry.value or b"" if entry else None)
@@ -242,14 +184,14 @@ class Buckets:
         async with self._using(f"Reading all of '{bucket}'"):
             watcher = await self._open[bucket].watch(keys)
             try:
-                async with asyncio.timeout(_PATIENCE), aclosing(_told(watcher)) as entries:
+                async with asyncio.timeout(_PATIENCE), aclosing(told(watcher)) as entries:
                     async for entry in entries:
                         if entry == "current":
                             break
                         if isinstance(entry, Entry) and not entry.operation:
                             found.append(entry)
             finally:
-                await watcher.stop()
+                await end_watcher(watcher, self._bus)
         return found
 
     async def watch(self, bucket: str, keys: str = ">") -> AsyncGenerator[Entry | Mark, None]:
@@ -261,11 +203,11 @@ class Buckets:
         """
         while True:
             async with self._using(f"Watching '{keys}' of '{bucket}'"):
-                async for attempt in _retrying((NatsError, TimeoutError)):
+                async for attempt in self._retrying(NatsError, TimeoutError):
                     with attempt:
                         watcher = await self._open[bucket].watch(keys)
             self._watchers.add(watcher)
-            newest = _Newest()
+            newest = Newest()
             pumping = asyncio.create_task(newest.take_all(watcher))
             try:
                 yield "begin"
@@ -274,8 +216,7 @@ class Buckets:
             finally:
                 self._watchers.discard(watcher)
                 await end(pumping)
-                with suppress(NatsError):  # the connection may be closed already
-                    await watcher.stop()
+                await end_watcher(watcher, self._bus)
 
     async def changes(  # noqa: C901 - one loop over all that a watch may tell
         self,
@@ -386,7 +327,14 @@ class Buckets:
         for fetching in self._pulls:
             fetching.cancel()  # a server that was restarted does not know of it
         for watcher in list(self._watchers):
-            await watcher.stop()
+            with suppress(NatsError):  # its reader may not have seen yet that it was stopped before
+                await watcher.stop()
+
+    def fail_all(self) -> None:
+        """Let nobody wait for a server that does not come any more."""
+        self._ready.set()
+        for watcher in self._watchers:
+            end_updates(watcher)
 
     async def last_revision(self, bucket: str) -> int:
         """The revision of the newest change, deletions among them."""

@@ -75,7 +75,11 @@ class HardenedClient(Client):
         self._pending.append(command)
         self._pending_data_size += len(command)
         if self._pending_data_size > self._max_pending_size > 0:
+            task = asyncio.current_task()
+            cancelled = task.cancelling() if task is not None else 0
             await self._flush_pending(force_flush=True)
+            if task is not None and task.cancelling() > cancelled:
+                raise asyncio.CancelledError  # the base class swallows it
         elif self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
 

@@ -25,7 +25,6 @@ from openagentmesh.protocol.errors import (
     ConnectionDenied,
     ConnectionFailed,
     InvalidInput,
-    MeshError,
     PayloadTooLarge,
 )
 
@@ -208,6 +207,12 @@ class Bus:
         """Whether the server was away until just now, so that others may not be back yet."""
         return self._away or time.monotonic() - self._reconnected_at < _OTHERS_RETURN
 
+    async def until_settled(self) -> None:
+        """Wait until the server is there, and others are back from its absence."""
+        while self.unsettled:
+            await self.until_connected()
+            await asyncio.sleep(max(0.0, self._reconnected_at + _OTHERS_RETURN - time.monotonic()))
+
     @property
     def max_payload(self) -> int:
         """The server's limit for body and headers together, in bytes."""
@@ -346,7 +351,7 @@ class Bus:
     async def _restore_at_last(self, restore: Restore) -> None:
         """Try until it is done, or until a new reconnect begins it anew."""
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(MeshError),
+            retry=retry_if_exception_type(Exception),  # a library's own error must not end it either
             wait=wait_random_exponential(multiplier=0.1, max=_RESTORE_WAIT_MAX),
             before_sleep=self._restore_failed,
         ):

@@ -1,8 +1,9 @@
 """Reply subjects of our own: one inbox subscription, one receiver a request."""
 
 import asyncio
+from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from openagentmesh.bus.client import Message, Receiver
 from openagentmesh.bus.connection import Bus
@@ -10,6 +11,8 @@ from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, MeshTimeout
 
 T = TypeVar("T")
+# What reached nobody while all return to a restarted server is sent again after this many seconds.
+RETURNING: Final = 0.05
 
 
 def settle(future: asyncio.Future[T], result: T) -> None:
@@ -68,6 +71,22 @@ class Inbox:
             raise MeshTimeout(f"No message on {subject} within {timeout:g}s") from exc
         finally:
             self.forget(reply)
+
+    async def deliver(self, subject: str, body: bytes, head: bytes) -> None:
+        """Send an answer; again while whoever waits for it may not be back from the server's absence."""
+        while self._bus.unsettled:
+            await self._bus.until_connected()
+            nobody: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+            reply = self.expect(partial(settle, nobody))
+            try:
+                await self._bus.publish(subject, body, head, reply)
+                await self._bus.flush()  # NATS' word that nobody is there comes before it
+            finally:
+                self.forget(reply)
+            if not nobody.done():
+                return
+            await asyncio.sleep(RETURNING)
+        await self._bus.publish(subject, body, head)
 
     def _receive(self, message: Message) -> None:
         receiver = self._receivers.get(message.subject)

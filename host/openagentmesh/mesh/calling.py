@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox, fail, settle
+from openagentmesh.bus.requests import RETURNING, Inbox, fail, settle
 from openagentmesh.bus.tasks import end_within
-from openagentmesh.mesh.waiting import RETURNING, Waits
+from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Final
 
-from openagentmesh.bus.buckets import Buckets, Entry
+from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.tasks import end
+from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, NotFound
@@ -87,6 +88,7 @@ class Directory:
                     await self._progress.wait()
             except TimeoutError:
                 if self._current:  # a revision that was purged never arrives
+                    self._revision = max(self._revision, newest)
                     return
                 if self._following is None or self._following.done():
                     raise ConnectionFailed("The registry cannot be followed; the log says why.") from None
@@ -107,7 +109,7 @@ class Directory:
                         loading[entry.key] = document
                     else:
                         loading.pop(entry.key, None)
-                    self._revision = entry.revision or 0
+                    self._revision = max(self._revision, entry.revision or 0)
                     self.changed(entry.key, document)
                 elif entry == "begin":
                     loading, self._revision, self._current = {}, 0, False

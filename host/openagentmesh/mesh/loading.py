@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
+
+from pydantic import BaseModel
 
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import InvalidAgent
@@ -57,7 +60,7 @@ class Loading:
         """The object of this name that an older generation kept, or a new one.
 
         Raises:
-            InvalidAgent: the name is taken.
+            InvalidAgent: the name is taken, or no other generation could have what was made.
 
         """
         generation = self.generation
@@ -65,9 +68,30 @@ class Loading:
             raise InvalidAgent(f"{self.origin} keeps two things under the name '{name}'; rename one of them.")
         before = generation.before.kept if generation.before else {}
         # What cannot pass as it is gets the old one's content when all of the module is known.
-        passes = name in before and self.crosses(before[name])
-        generation.kept[name] = before[name] if passes else make()
-        return generation.kept[name]
+        passes = name in before and self.crosses(before[name]) and _is_wanted(before[name], make)
+        kept = generation.kept[name] = before[name] if passes else make()
+        if not self.crosses(kept) and not has_content(kept):
+            raise InvalidAgent(
+                f"'{name}' is kept and a {type(kept).__name__} of {self.origin}, so that its next version could "
+                "not take it over. Only pydantic models, dataclasses and what other packages define can be "
+                "kept; make it one of these."
+            )
+        return kept
+
+
+def has_content(kept: object) -> bool:
+    """Whether an object can be made anew from the content of another one."""
+    return isinstance(kept, BaseModel) or (is_dataclass(kept) and not isinstance(kept, type))
+
+
+def _is_wanted(kept: object, make: Callable[[], Any]) -> bool:
+    """Whether an object is what a function says that it makes, as far as can be told."""
+    try:
+        hint = get_type_hints(make).get("return", object)
+        origin = get_origin(hint)
+        return isinstance(kept, origin if isinstance(origin, type) and origin is not UnionType else hint)
+    except Exception:  # noqa: BLE001 - a hint may be anything, and is no promise
+        return True
 
 
 _current: ContextVar[Loading | None] = ContextVar("loading", default=None)

@@ -305,6 +305,7 @@ class Node:
         }
 
     def _on_closed(self) -> None:
+        self.buckets.fail_all()
         self.waits.fail_all()
         self.events.fail_all()
 

@@ -27,7 +27,8 @@ Fail = Callable[[MeshError], None]
 class Peers:
     """Asks instances whether they live, as long as somebody waits for them."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, bus: Bus, inbox: Inbox) -> None:
+        self._bus = bus
         self._inbox = inbox
         self._waiting: dict[str, dict[Fail, str]] = {}
         self._silent: dict[str, int] = {}
@@ -53,6 +54,9 @@ class Peers:
     async def _ask_all(self) -> None:
         while self._waiting:
             await asyncio.sleep(_ASK_EVERY)
+            if self._bus.unsettled:  # it is we who are cut off
+                self._silent.clear()
+                continue
             await asyncio.gather(*[self._ask(instance_id) for instance_id in self._waiting])
             self._silent = {key: times for key, times in self._silent.items() if key in self._waiting}
 

@@ -45,7 +45,8 @@ class Reloading:
 
         `old` has what is kept by name, in its JSON form and a copy, `from_version` is the version
         of the module's first agent; it returns what the new classes are to validate. It runs in
-        a thread while the old version serves, and a failure refuses the reload.
+        a thread while the old version serves, again when requests change the state meanwhile, and
+        a failure refuses the reload. Once it has run it does not until the version or it changes.
         """
         if (loading := current_loading()) is not None:
             loading.generation.migration = function

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.requests import RETURNING, Inbox
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.peers import Peers, died, nobody_is_told
 from openagentmesh.protocol import codec, subjects
@@ -34,9 +34,6 @@ _SECOND_LOOK: Final = 0.25
 _MOST_KNOWN: Final = 100_000
 # After this many seconds a name is looked up again beside its next request.
 _KNOWN_FOR: Final = 3.0
-# While everybody returns to a restarted server, a request that reached nobody is sent again
-# this often, in seconds.
-RETURNING: Final = 0.05
 # A host that has a request in hand says so within this many seconds.
 _ACCEPTS_WITHIN: Final = 2.0
 
@@ -69,7 +66,7 @@ class Waits:
         self._inbox = inbox
         self._directory = directory
         self._own = own
-        self._peers = Peers(inbox)
+        self._peers = Peers(bus, inbox)
         self._waiting: set[Waiting] = set()
         # When a name was last seen in the registry.
         self._known: dict[str, float] = {}

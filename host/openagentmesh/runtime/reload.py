@@ -23,7 +23,7 @@ from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.retire import Retired, retire
-from openagentmesh.runtime.state import Transfer
+from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Reloader:
                 new = await aside(lambda: self._load(plan.load), plan.config.host.load_timeout, imports.mend)
             candidate = self._check(plan, new, stage, sure=sure)
             await self._replay(candidate, strict=plan.config.host.replay_strict)
-            await self._migrate(candidate.transfers, plan.config.host.load_timeout)
+            await move([t for t in candidate.transfers if t.has_migration], plan.config.host.load_timeout)
             for transfer in candidate.transfers:
                 transfer.carry_out()
         # Code of others may raise anything.
@@ -258,12 +258,6 @@ class Reloader:
                 if strict and difference.is_new_error:
                     why = "fails on what the version before it answers"
                     raise ReloadRefused(f"{agent.name} {why}: {difference.text}")
-
-    async def _migrate(self, transfers: list[Transfer], limit: float) -> None:
-        for transfer in transfers:
-            if transfer.has_migration:
-                await aside(transfer.migrate, limit)
-                transfer.try_out()
 
     def _commit(self, plan: Plan, stage: Stage, candidate: _Candidate, began: float) -> Outcome:
         """Let the new generation serve, without a pause in which both or none do."""

@@ -41,20 +41,36 @@ class Retired:
 
 async def retire(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> None:
     """Finish what runs on the old version, dispose of it, tell what it left behind."""
-    names = [agent.name for _, agent in retired.agents]
-    back, *_ = await asyncio.gather(
-        _probation(retired.agents, node, outcome),
-        node.withdraw(retired.gone, drain_timeout),
-        *[route.finish(drain_timeout, agent) for route, agent in retired.agents],
-    )
-    if back:
+    names = ", ".join([*(agent.name for _, agent in retired.agents), *retired.gone]) or "a module"
+    if await _finish(retired, node, drain_timeout, outcome):
         return  # the old version runs again
     for source in retired.stage.sources.values():
         await dispose(source.generation.disposals)
     left = [*_left_by(list(retired.stage.modules.values()))]
+    marks = _marked(retired.stage.modules)
+    # Whoever still has something of it is none of ours.
+    retired.agents, retired.stage = [], Stage()
+    source = None  # type: ignore[assignment]
+    alive = await survivors(marks)
+    if not left:  # else it is said already who holds it
+        left = [f"the version itself is still in memory, held by {holder}" for holder in map(holder_of, alive)]
+    del alive
     outcome.notes += left
     for what in left:
-        log.warning("the old version of %s left behind: %s", ", ".join(names) or "a module", what)
+        log.warning("the old version of %s left behind: %s", names, what)
+
+
+async def _finish(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> bool:
+    """Wait until nothing runs on the old version any more; tells whether it runs again."""
+    # What others have to know of the new one may have to wait for the server.
+    names = [agent.name for _, agent in retired.agents]
+    _, back, *_ = await asyncio.gather(
+        persistently(lambda: node.settled(names), "what was reloaded"),
+        _probation(retired.agents, node, outcome),
+        node.withdraw(retired.gone, drain_timeout),
+        *[route.finish(drain_timeout, agent) for route, agent in retired.agents],
+    )
+    return back
 
 
 def _left_by(modules: list[ModuleType]) -> Iterator[str]:
@@ -63,22 +79,29 @@ def _left_by(modules: list[ModuleType]) -> Iterator[str]:
     yield from _log_handlers_of(modules)
 
 
-async def dispose(disposals: Iterable[Callable[[], Any]]) -> None:
-    """Call what a module's author wants called when it is replaced; failures are logged."""
-    for function in disposals:
+async def dispose(disposals: list[Callable[[], Any]]) -> None:
+    """Call once what a module's author wants called when it is replaced; failures are logged."""
+    functions, disposals[:] = disposals[:], []
+    for function in functions:
         try:
             async with asyncio.timeout(_DISPOSAL):
                 result = function()
                 if isawaitable(result):
                     await result
-        except Exception:  # the author's function ends here, whatever it raises
-            log.exception("%s, called when its module was replaced, failed", function.__qualname__)
+        # The author's function ends here, whatever it raises, but not what cancels us.
+        except BaseException:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            log.exception("%s, called when its module was replaced, failed", _name_of(function))
 
 
 async def _probation(agents: list[tuple[Route, Agent]], node: Node, outcome: Outcome) -> bool:
     """Let old publishers and watchers come back whose new versions fail at once; tells whether any did."""
     backgrounds = [(route, old) for route, old in agents if route.agent.handler.shape in _BY_THEMSELVES]
-    await node.settled([route.agent.name for route, _ in backgrounds])
+    if not backgrounds:
+        return False
+    await persistently(lambda: node.settled([route.agent.name for route, _ in backgrounds]), "what was reloaded")
     return any(await asyncio.gather(*[_has_come_back(route, old, outcome) for route, old in backgrounds]))
 
 

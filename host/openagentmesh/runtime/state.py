@@ -1,15 +1,24 @@
 """State that survives a reload: taken from the old version, moved, given to the new one."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import CodeType
+from typing import Any, Final
 
 from pydantic import BaseModel, TypeAdapter
+from pydantic.errors import PydanticSchemaGenerationError
+from pydantic_core import PydanticSerializationError, to_json
 
-from openagentmesh.mesh.loading import Generation
+from openagentmesh.mesh.loading import Generation, Migration, has_content
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.runtime.aside import Interrupted, TookTooLong, aside, at_once
 
 _PARTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
+# How often a migration is run again because requests have changed what it moved.
+_TRIES: Final = 3
+# How long the event loop may stand still for the last try, in seconds.
+_MOMENT: Final = 0.012
 
 
 class Transfer:
@@ -18,18 +27,32 @@ class Transfer:
     def __init__(self, generation: Generation) -> None:
         self._new = generation
         self._old = generation.before or Generation()
+        self._copy: dict[str, Any] = {}
         self._moved: dict[str, Any] | None = None
         both = generation.kept.keys() & self._old.kept.keys()
         # The others were taken as they are, when the module was executed.
-        self._names = [name for name in both if generation.kept[name] is not self._old.kept[name]]
+        self._names = {name for name in both if generation.kept[name] is not self._old.kept[name]}
+        self._passed = both - self._names
 
     @property
     def has_migration(self) -> bool:
-        """Whether the author moves the state by a function of the module."""
-        return self._new.migration is not None and bool(self._old.kept)
+        """Whether the author moves the state by a function of the module, and that was not done before."""
+        new, old = self._new, self._old
+        if new.migration is None or not old.kept:
+            return False
+        return new.version != old.version or not _same(new.migration, old.migration)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the author's function has moved all that is kept, as it is now."""
+        return self._moved is not None and self._copy == self._dumped_all()
+
+    def copy(self) -> None:
+        """Take a copy of what is kept, for `migrate`."""
+        self._copy = self._dumped_all()
 
     def migrate(self) -> None:
-        """Let the author's function make the new state from a copy of the old one.
+        """Let the author's function make the new state from the copy of the old one.
 
         Raises:
             BaseException: whatever that function raises.
@@ -37,7 +60,20 @@ class Transfer:
         """
         migration = self._new.migration
         assert migration is not None
-        self._moved = migration(self._dumped(self._old.kept), self._old.version)
+        moved = migration({**self._copy}, self._old.version)
+        if not isinstance(moved, dict):
+            raise MeshError(f"migrate returned {moved!r:.80}, not a dict of what is kept by name.")
+        for name, value in moved.items():
+            if name not in self._new.kept:
+                raise MeshError(f"migrate returned '{name}', and nothing is kept under that name.")
+            if name in self._passed and value != self._copy.get(name):
+                raise MeshError(
+                    f"migrate changes '{name}', a {type(self._new.kept[name]).__name__} that passes as it is "
+                    "and which the old version still uses; keep the new form under another name."
+                )
+            if not _takes_content(self._new.kept[name]):
+                self._refuse_change(name)
+        self._moved = {name: value for name, value in moved.items() if name not in self._passed}
 
     def try_out(self) -> None:
         """Make sure that `carry_out` will do.
@@ -48,38 +84,109 @@ class Transfer:
 
         """
         for name, value in self._contents().items():
-            _validated(name, self._new.kept[name], value)
+            _validated(self._new.kept[name], value)
 
     def carry_out(self) -> None:
         """Give the new state the content of the old one, as it is at this moment."""
         for name, value in self._contents().items():
             kept = self._new.kept[name]
-            _fill(kept, _validated(name, kept, value))
+            _fill(kept, _validated(kept, value))
 
     def _contents(self) -> dict[str, Any]:
         if self._moved is not None:
-            passed = self._old.kept.keys() - set(self._names)
-            names = self._new.kept.keys() - passed
-            return {name: value for name, value in self._moved.items() if name in names}
+            return self._moved
+        for name in self._names:
+            if not _takes_content(self._new.kept[name]):
+                self._refuse_change(name)
         return self._dumped(self._names)
 
+    def _dumped_all(self) -> dict[str, Any]:
+        """All that was kept and has a JSON form; clients and the like have none."""
+        found = {}
+        for name in self._old.kept:
+            try:
+                found |= self._dumped([name])
+            except (MeshError, PydanticSerializationError):
+                if name not in self._passed:
+                    raise
+        return found
+
     def _dumped(self, names: Iterable[str]) -> dict[str, Any]:
-        kept = self._old.kept
-        return {name: TypeAdapter(type(kept[name])).dump_python(kept[name], mode="json") for name in names}
+        found = {}
+        for name in names:
+            kept = self._old.kept[name]
+            try:
+                adapter = TypeAdapter[Any](type(kept))
+            except PydanticSchemaGenerationError:
+                self._refuse_change(name)
+            # What a model computes is no input of it.
+            found[name] = adapter.dump_python(kept, mode="json", round_trip=True, warnings=False)
+        return found
 
-
-def _validated(name: str, kept: object, value: object) -> object:
-    if not isinstance(kept, BaseModel) and not dataclasses.is_dataclass(kept):
+    def _refuse_change(self, name: str) -> None:
+        was, now = (type(kept.get(name)).__name__ for kept in (self._old.kept, self._new.kept))
         raise MeshError(
-            f"'{name}' is kept and a {type(kept).__name__} of the reloaded file. Only pydantic models, "
-            "dataclasses and what other packages define can be kept; make it one of these."
+            f"'{name}' was kept as a {was}, whose content a {now} cannot take over; give it another name."
         )
-    found: object = TypeAdapter(type(kept)).validate_python(value)
+
+
+async def move(transfers: Sequence[Transfer], limit: float) -> None:
+    """Run the authors' migrations beside the event loop, until all that is kept is moved as it is now.
+
+    Args:
+        transfers: those that have migrations.
+        limit: the seconds that each may take.
+
+    Raises:
+        MeshError: one takes too long, or requests change the state faster than it is moved.
+        BaseException: whatever a migration raises.
+
+    """
+    for last in [False] * _TRIES + [True]:
+        for transfer in [transfer for transfer in transfers if not transfer.is_moved]:
+            transfer.copy()
+            try:
+                if last:
+                    at_once(transfer.migrate, _MOMENT)
+                else:
+                    await aside(transfer.migrate, limit)
+            except TookTooLong:
+                raise MeshError(
+                    f"migrate takes longer than {limit:g}s, which is [host] load_timeout."
+                ) from None
+            except Interrupted:
+                raise MeshError("requests change what is kept faster than migrate moves it.") from None
+            transfer.try_out()
+
+
+def _same(one: Migration, other: Migration | None) -> bool:
+    """Whether two functions do the same, wherever in their files they are."""
+    codes = [getattr(function, "__code__", None) for function in (one, other)]
+    return None not in codes and _essence(codes[0]) == _essence(codes[1])
+
+
+def _essence(code: Any) -> object:  # noqa: ANN401 - a constant may be anything
+    if not isinstance(code, CodeType):
+        return type(code), code
+    return code.co_code, code.co_names, code.co_varnames, tuple(_essence(each) for each in code.co_consts)
+
+
+def _takes_content(kept: object) -> bool:
+    return has_content(kept) or isinstance(kept, dict | list | set)
+
+
+def _validated(kept: object, value: object) -> object:
+    # As from JSON, where strict models too take a text for a date; migrations may use either name.
+    found: object = TypeAdapter[Any](type(kept)).validate_json(to_json(value), by_alias=True, by_name=True)
     return found
 
 
-def _fill(kept: object, content: object) -> None:
+def _fill(kept: Any, content: Any) -> None:  # noqa: ANN401 - two objects of one class, whichever
     """Give an object the content of another one of its class; who holds it keeps it."""
+    if isinstance(kept, dict | list | set):
+        kept.clear()
+        (kept.extend if isinstance(kept, list) else kept.update)(content)
+        return
     names = (
         [field.name for field in dataclasses.fields(content)]
         if dataclasses.is_dataclass(content)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from openagentmesh.bus.buckets import Entry
+from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, Verb

@@ -124,6 +124,8 @@ class Background:
         try:
             async with aclosing(events):
                 async for event in events:
+                    if self._stopping:  # it swallowed its cancellation, and another one may run already
+                        raise asyncio.CancelledError
                     await self._bus.until_connected()
                     await writer.send(event)
         except BaseException as exc:

@@ -322,7 +322,7 @@ class Route:
         if reply:
             shared = self._shared
             head = codec.reply_headers(call.request_id, shared.instance_id, call.agent, call.usage)
-            await shared.bus.publish(reply, body, head)
+            await shared.inbox.deliver(reply, body, head)
 
     async def _reply_error(self, request: Request, reply: str, error: MeshError) -> None:
         self.counts.errors += 1
@@ -335,7 +335,7 @@ class Route:
                 frame = codec.error_headers(request.request_id, instance_id, frame=True)
                 await bus.publish(subjects.stream(request.request_id), body, frame)
             elif reply:
-                await bus.publish(reply, body, head)
+                await self._shared.inbox.deliver(reply, body, head)
             await bus.publish(subjects.errors(name), body, head)
         except MeshError as exc:
             log.error("%s: the caller could not be told of %r: %s", name, error, exc)  # noqa: TRY400 - no bug of ours

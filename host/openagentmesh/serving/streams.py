@@ -92,7 +92,15 @@ class ChunkWriter(FrameWriter):
                 self._granted.clear()
                 await self._granted.wait()
             self._credit -= 1
+        if self._bus.unsettled:
+            await self._bus.until_settled()  # its reader may not be back yet
         await super().send(chunk)
+
+    async def end(self, usage: Usage | None = None) -> None:
+        """Send the end frame, which carries the count of chunks."""
+        if self._bus.unsettled:
+            await self._bus.until_settled()
+        await super().end(usage)
 
     def close(self) -> None:
         """Listen to the reader no more."""
@@ -103,7 +111,7 @@ class ChunkWriter(FrameWriter):
         if credit:
             self._credit += credit
             self._granted.set()
-        else:
+        elif not (self._bus.unsettled and codec.read_answer(message.head, b"").nobody):
             self.close()
             self.gone()
 

@@ -7,10 +7,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Final
 
-from openagentmesh.bus.buckets import Buckets, Entry, Version
+from openagentmesh.bus.buckets import Buckets, Version
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.tasks import end, persistently
+from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
