@@ -72,9 +72,9 @@ class Loading:
         kept = generation.kept[name] = before[name] if passes else make()
         if not self.crosses(kept) and not has_content(kept):
             raise InvalidAgent(
-                f"'{name}' is kept and a {type(kept).__name__} of {self.origin}, so that its next version could "
-                "not take it over. Only pydantic models, dataclasses and what other packages define can be "
-                "kept; make it one of these."
+                f"'{name}' is kept and a {type(kept).__name__} of {self.origin}, so that its next version "
+                "could not take it over. Only pydantic models, dataclasses and what other packages define "
+                "can be kept; make it one of these."
             )
         return kept
 

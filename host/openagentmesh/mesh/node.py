@@ -81,6 +81,8 @@ class Node:
         self.caller = Caller(self.bus, self.inbox, self.waits, instance_id)
         self.events = Events(self.bus, self.directory, instance_id, self.own)
         self.describe: Callable[[], dict[str, Any]] = self.description
+        # Awaited when nothing runs any more, while the connection is still there.
+        self.on_finished: Callable[[], Awaitable[None]] = _do_nothing
         # What others may ask this instance, by the last word of the subject.
         self.controls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {"info": self._info}
         self.refused: dict[str, str] = {}
@@ -277,6 +279,7 @@ class Node:
     async def _close(self) -> None:
         await end(self._binding, self._repairing, self._watching_over, self._following_levels)
         await self.router.finish(0)
+        await self.on_finished()
         self.events.fail_all()
         await self.caller.close()
         await self.waits.close()
@@ -349,6 +352,10 @@ class Node:
 
     async def _info(self, _body: bytes) -> bytes:
         return to_json(self.describe())
+
+
+async def _do_nothing() -> None:
+    return
 
 
 def _log_failure(binding: asyncio.Task[None]) -> None:

@@ -36,12 +36,12 @@ class Attempt:
     sought: tuple[tuple[Folder, str], ...]
 
     @classmethod
-    def of(cls, causes: Files, executed: Iterable[Source], config: Files) -> "Attempt":
-        """What was tried because of `causes`, and executed then, under a `config`."""
+    def of(cls, causes: Files, executed: Iterable[Source], more: Files) -> "Attempt":
+        """What was tried because of `causes`, and executed then, with `more` that counts."""
         executed = list(executed)
         files = dict(pair for source in executed for pair in _files(source))
         sought = tuple((source.folder, name) for source in executed for name in source.sought)
-        return cls(causes, causes | files | config, sought)
+        return cls(causes, causes | files | more, sought)
 
     def is_hopeless(self, disk: Disk) -> bool:
         """Whether trying again would give the same."""
@@ -105,14 +105,21 @@ class Changes:
         self._read_config = read_config
         self._config_digest = self._digest_of_config()
 
-    def tried(self, causes: Files, executed: Iterable[Source]) -> None:
-        """Remember a load that failed."""
-        self.attempts.append(Attempt.of(causes, executed, self.config_cause()))
+    def tried(self, causes: Files, executed: Iterable[Source], files: Iterable[Path] = ()) -> None:
+        """Remember a load that failed, of these other files too."""
+        more = self.config_cause() | {path: self.disk.digest(path) for path in files}
+        self.attempts.append(Attempt.of(causes, executed, more))
 
-    def tried_first(self, origin: Origin, executed: Iterable[Source]) -> None:
+    def tried_first(self, origin: Origin, executed: Iterable[Source], files: Iterable[Path] = ()) -> None:
         """Remember an origin that failed when the host started."""
         entry = self._entry_of(origin)
-        self.tried({entry: self.disk.digest(entry)}, executed)
+        self.tried({entry: self.disk.digest(entry)}, executed, files)
+
+    def differing(self) -> set[str]:
+        """The modules that are not what is on disk, or import what is not."""
+        found: dict[Path, _Cause] = defaultdict(_Cause)
+        self._files_that_differ(found)
+        return importers(self._imports.sources, {name for cause in found.values() for name in cause.names})
 
     def done(self, plan: Plan) -> None:
         """Remember that a plan was carried out."""

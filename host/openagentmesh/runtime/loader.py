@@ -101,7 +101,8 @@ class Loader:
         self.imports.close()
 
     def prepare(self, config: Config, origins: Iterable[Origin]) -> None:
-        """Know the settings, and which files are loaded for their own sake."""
+        """Know the settings, and which files are loaded for their own sake; look at folders afresh."""
+        importlib.invalidate_caches()
         self._config = config
         self._origins = {origin.path: origin for origin in origins if origin.path is not None}
 
@@ -178,8 +179,8 @@ class Loader:
 
 def claimed_twice(
     modules: Iterable[Module], agents: dict[Module, list[Agent]]
-) -> Iterator[tuple[Module, str, str]]:
-    """Modules with a name that an earlier one has: which, why it is refused, and its line."""
+) -> Iterator[tuple[Module, str, Agent, Agent]]:
+    """Modules with a name that an earlier one has: which, why it is refused, its agent, the earlier one."""
     claimed: dict[str, Agent] = {}
     for module in modules:
         twice = next((agent for agent in agents[module] if agent.name in claimed), None)
@@ -188,7 +189,7 @@ def claimed_twice(
             continue
         first, second = shown_line(claimed[twice.name].source), shown_line(twice.source)
         why = f"agent '{twice.name}' is declared twice: {first} has it, so {second} is refused"
-        yield module, f"{why}; rename one of them", twice.source
+        yield module, f"{why}; rename one of them", twice, claimed[twice.name]
 
 
 def shown_line(line: str) -> str:

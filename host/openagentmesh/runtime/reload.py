@@ -22,7 +22,7 @@ from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.retire import Retired, retire
+from openagentmesh.runtime.retire import Retired, dispose, retire
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.serving.agent import Agent
 
@@ -44,9 +44,11 @@ class ReloadRefused(MeshError):
 class _LoadFailed(Exception):
     """A module could not be loaded; it says why."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, files: Iterable[Path] = ()) -> None:
         super().__init__(module.error)
         self.module = module
+        # Other files that it failed of.
+        self.files = list(files)
 
 
 class _Doubtful(Exception):
@@ -96,6 +98,7 @@ class Reloader:
         self._changes = changes
         self._turn = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        node.on_finished = self._dispose
 
     def load_all(self, origins: list[Origin]) -> None:
         """Load everything for the first time; modules that fail say so, the others serve."""
@@ -108,10 +111,10 @@ class Reloader:
             if module.state == "failed":
                 self._changes.tried_first(origin, stage.executed)
         agents = loader.agents_of(self.modules)
-        for module, why, line in claimed_twice(self.modules, agents):
-            module.fail(why, line=line)
+        for module, why, twice, first in claimed_twice(self.modules, agents):
+            module.fail(why, line=twice.source)
             agents[module] = []
-            self._changes.tried_first(module.origin, [])
+            self._changes.tried_first(module.origin, [], [first.file])
         for module in self.modules:
             module.agents = agents[module]
 
@@ -135,19 +138,18 @@ class Reloader:
             plan = self._changes.find(self.modules, self.config, only)
         except ConfigError as exc:
             return self._refused(self._changes.config_cause(), Stage(), exc, perf_counter())
+        self._look_for_restored()
         if plan is None:
-            self._is_current()
             return None
         if plan.is_doubtful and not sure:
             raise _Doubtful
         return await self._carry_out(plan, sure=sure)
 
-    def _is_current(self) -> None:
-        """Say that what could not be loaded was taken back."""
-        if self._changes.attempts:
-            return
+    def _look_for_restored(self) -> None:
+        """Say of what could not be loaded that its files are again those that are served."""
+        differing = self._changes.differing()
         for module in self.modules:
-            if module.state == "outdated":
+            if module.state == "outdated" and module.name not in differing:
                 module.state, module.error, module.traceback, module.line = "serving", "", "", ""
                 log.info("%s is again what is being served", module.origin.shown)
 
@@ -211,10 +213,10 @@ class Reloader:
             old = before.get(module.origin)
             if not sure and old is not None and old.agents and not agents[module]:
                 raise _Doubtful
-        for module, why, line in claimed_twice(modules, agents):
+        for module, why, twice, first in claimed_twice(modules, agents):
             if module in new:
-                module.fail(why, line=line)
-                raise _LoadFailed(module)
+                module.fail(why, line=twice.source)
+                raise _LoadFailed(module, [first.file])
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
         served = {route.agent.name: route.agent for route in self._node.router}
@@ -295,7 +297,8 @@ class Reloader:
 
     def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
-        self._changes.tried(causes, stage.executed)
+        files = exc.files if isinstance(exc, _LoadFailed) else []
+        self._changes.tried(causes, stage.executed, files)
         error, details, line = _why(exc)
         outcome = Outcome(self._shown(causes), error=error, details=details, line=line, took_ms=_ms(began))
         failed = exc.module.origin if isinstance(exc, _LoadFailed) else None
@@ -327,6 +330,12 @@ class Reloader:
         if self._retiring:
             await asyncio.wait(self._retiring, timeout=self.config.host.drain_timeout)
         await end(*self._retiring)
+
+    async def _dispose(self) -> None:
+        """Dispose of what served to the last; once, however often the node is closed."""
+        for source in list(self._loader.imports.sources.values()):
+            functions, source.generation.disposals = source.generation.disposals, []
+            await dispose(functions)
 
 
 async def _tell_nobody(_outcome: Outcome) -> None:

@@ -1,14 +1,19 @@
 """Letting an old generation go: wait for what runs on it, dispose of it, and say what it left behind."""
 
 import asyncio
+import gc
 import logging
+import sys
 import threading
+import typing
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from inspect import isawaitable
-from types import FunctionType, ModuleType
+from inspect import isasyncgen, isawaitable
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
+from openagentmesh.bus.tasks import persistently
 from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.outcome import Outcome
@@ -20,6 +25,8 @@ log = logging.getLogger(__name__)
 # A publisher or watcher that fails this soon after a reload makes way for the one before it.
 _PROBATION: Final = 1.0
 _DISPOSAL: Final = 5.0
+# Objects that are looked at, at most, to find out who holds an old version.
+_MOST_LOOKED_AT: Final = 10_000
 _BY_THEMSELVES: Final = frozenset({"publisher", "watcher"})
 
 
@@ -44,17 +51,14 @@ async def retire(retired: Retired, node: Node, drain_timeout: float, outcome: Ou
     names = ", ".join([*(agent.name for _, agent in retired.agents), *retired.gone]) or "a module"
     if await _finish(retired, node, drain_timeout, outcome):
         return  # the old version runs again
-    for source in retired.stage.sources.values():
-        await dispose(source.generation.disposals)
+    await dispose(f for source in retired.stage.sources.values() for f in source.generation.disposals)
     left = [*_left_by(list(retired.stage.modules.values()))]
     marks = _marked(retired.stage.modules)
     # Whoever still has something of it is none of ours.
     retired.agents, retired.stage = [], Stage()
-    source = None  # type: ignore[assignment]
-    alive = await survivors(marks)
+    await asyncio.sleep(0)  # what has just ended is let go of in the loop's next turn
     if not left:  # else it is said already who holds it
-        left = [f"the version itself is still in memory, held by {holder}" for holder in map(holder_of, alive)]
-    del alive
+        left = [f"{name} in memory, held by {_holder_of(mark)}" for name, mark in _alive(marks)]
     outcome.notes += left
     for what in left:
         log.warning("the old version of %s left behind: %s", names, what)
@@ -62,15 +66,13 @@ async def retire(retired: Retired, node: Node, drain_timeout: float, outcome: Ou
 
 async def _finish(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> bool:
     """Wait until nothing runs on the old version any more; tells whether it runs again."""
-    # What others have to know of the new one may have to wait for the server.
-    names = [agent.name for _, agent in retired.agents]
-    _, back, *_ = await asyncio.gather(
-        persistently(lambda: node.settled(names), "what was reloaded"),
-        _probation(retired.agents, node, outcome),
+    back = asyncio.ensure_future(_probation(retired.agents, node, outcome))
+    await asyncio.gather(
+        back,
         node.withdraw(retired.gone, drain_timeout),
         *[route.finish(drain_timeout, agent) for route, agent in retired.agents],
     )
-    return back
+    return back.result()
 
 
 def _left_by(modules: list[ModuleType]) -> Iterator[str]:
@@ -79,10 +81,9 @@ def _left_by(modules: list[ModuleType]) -> Iterator[str]:
     yield from _log_handlers_of(modules)
 
 
-async def dispose(disposals: list[Callable[[], Any]]) -> None:
-    """Call once what a module's author wants called when it is replaced; failures are logged."""
-    functions, disposals[:] = disposals[:], []
-    for function in functions:
+async def dispose(disposals: Iterable[Callable[[], Any]]) -> None:
+    """Call what a module's author wants called when it is replaced; failures are logged."""
+    for function in disposals:
         try:
             async with asyncio.timeout(_DISPOSAL):
                 result = function()
@@ -93,15 +94,15 @@ async def dispose(disposals: list[Callable[[], Any]]) -> None:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            log.exception("%s, called when its module was replaced, failed", _name_of(function))
+            log.exception("%s, called when nothing ran on its module any more, failed", _name_of(function))
 
 
 async def _probation(agents: list[tuple[Route, Agent]], node: Node, outcome: Outcome) -> bool:
     """Let old publishers and watchers come back whose new versions fail at once; tells whether any did."""
     backgrounds = [(route, old) for route, old in agents if route.agent.handler.shape in _BY_THEMSELVES]
-    if not backgrounds:
-        return False
-    await persistently(lambda: node.settled([route.agent.name for route, _ in backgrounds]), "what was reloaded")
+    names = [agent.name for _, agent in agents]
+    # What others have to know of the new version may have to wait for the server.
+    await persistently(lambda: node.settled(names), "what was reloaded")
     return any(await asyncio.gather(*[_has_come_back(route, old, outcome) for route, old in backgrounds]))
 
 
@@ -121,11 +122,23 @@ async def _has_come_back(route: Route, old: Agent, outcome: Outcome) -> bool:
 def _tasks_of(modules: list[ModuleType]) -> Iterator[str]:
     """Tasks that run functions of these modules."""
     spaces = {id(vars(module)) for module in modules}
-    for task in asyncio.all_tasks():
-        coroutine = task.get_coro()
-        frame = getattr(coroutine, "cr_frame", None)
-        if frame is not None and id(frame.f_globals) in spaces and task is not asyncio.current_task():
-            yield f"the task {task.get_name()} ({getattr(coroutine, '__qualname__', coroutine)})"
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        of_them = (frame for frame in _frames_of(task.get_coro()) if id(frame.f_globals) in spaces)
+        if (frame := next(of_them, None)) is not None:
+            yield f"the task {task.get_name()} ({frame.f_code.co_qualname})"
+
+
+def _frames_of(running: Any) -> Iterator[FrameType]:  # noqa: ANN401 - whatever can be awaited
+    """The frames of a coroutine, and of what it awaits."""
+    while running is not None:
+        if type(running).__name__.startswith("async_generator_"):  # a step of one, which hides it
+            running = next((each for each in gc.get_referents(running) if isasyncgen(each)), None)
+        kind = next((kind for kind in ("cr", "ag", "gi") if hasattr(running, f"{kind}_frame")), None)
+        if kind is None:
+            return
+        if (frame := getattr(running, f"{kind}_frame")) is not None:
+            yield frame
+        running = getattr(running, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
 
 
 def _threads_of(modules: list[ModuleType]) -> Iterator[str]:
@@ -149,3 +162,68 @@ def _log_handlers_of(modules: list[ModuleType]) -> Iterator[str]:
 def _is_of(function: object, modules: list[ModuleType]) -> bool:
     plain = getattr(function, "__func__", function)
     return isinstance(plain, FunctionType) and any(plain.__globals__ is vars(module) for module in modules)
+
+
+class _Mark:
+    """Lies in the namespace of a module, and dies with it."""
+
+    __slots__ = ("__weakref__",)
+
+
+_Marks = dict[str, weakref.ref[_Mark]]
+
+
+def _marked(modules: dict[str, ModuleType]) -> _Marks:
+    """Mark the namespaces of modules; the modules themselves would not tell, for functions outlive them."""
+    marks = {}
+    for name, module in modules.items():
+        mark = vars(module)["__retired__"] = _Mark()
+        marks[name] = weakref.ref(mark)
+    return marks
+
+
+def _alive(marks: _Marks) -> Iterator[tuple[str, _Mark]]:
+    """The modules that are still in memory."""
+    if not marks:
+        return
+    for clear in getattr(typing, "_cleanups", ()):  # its caches hold classes that hints name
+        clear()
+    gc.collect()
+    for name, mark in marks.items():
+        found = mark()
+        # What was frozen is never collected, which is no fault of who wrote it.
+        if found is not None and not (gc.get_freeze_count() and _is_frozen(found)):
+            yield name, found
+
+
+def _is_frozen(mark: _Mark) -> bool:
+    return not any(isinstance(each, dict) for each in gc.get_referrers(mark))
+
+
+def _holder_of(mark: _Mark) -> str:
+    """What holds the namespace that a mark lies in, in words."""
+    known: dict[int, object] = {id(mark): mark}
+    level, last = [mark], mark
+    while level and len(known) < _MOST_LOOKED_AT:
+        found = gc.get_referrers(*level)
+        ours = {id(level), id(known), id(found)}
+        last, level = level[0], [each for each in found if id(each) not in known.keys() | ours]
+        for each in level:
+            name = each.get("__name__") if isinstance(each, dict) else None
+            module = sys.modules.get(name) if isinstance(name, str) else None
+            if isinstance(each, dict) and module is not None and vars(module) is each:
+                return f"{name}.{next(key for key, value in each.items() if id(value) in known)}"
+        known |= {id(each): each for each in level}
+    return _in_words(last)
+
+
+def _in_words(holder: object) -> str:
+    if isinstance(holder, FrameType):
+        return f"a call of {holder.f_code.co_qualname}"
+    if hasattr(holder, "__qualname__"):
+        return f"something that has {_name_of(holder)}"
+    return f"a {type(holder).__module__}.{type(holder).__qualname__}"
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", "") or repr(function)

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import partial
 from types import CodeType
 from typing import Any, Final
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -102,7 +101,7 @@ class Transfer:
 
     def _dumped_all(self) -> dict[str, Any]:
         """All that was kept and has a JSON form; clients and the like have none."""
-        found = {}
+        found: dict[str, Any] = {}
         for name in self._old.kept:
             try:
                 found |= self._dumped([name])
@@ -112,7 +111,7 @@ class Transfer:
         return found
 
     def _dumped(self, names: Iterable[str]) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name in names:
             kept = self._old.kept[name]
             try:

@@ -34,7 +34,8 @@ _MANY: Final = 500
 async def watch(reloader: Reloader) -> None:
     """Reload what was saved, as soon as it is whole; runs until cancelled."""
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
-    bell, seen = asyncio.Event(), await _scanned(reloader.places())
+    bell = asyncio.Event()
+    seen: Scan = {}  # what was saved since it was loaded is found by the first look
     while True:
         places = reloader.places()
         files = {str(file) for file in places.files}

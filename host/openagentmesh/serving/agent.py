@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from openagentmesh.bus.watches import Entry
@@ -63,6 +64,11 @@ class Agent:
     def source(self) -> str:
         """File and line of the handler."""
         return where(self.handler.function)
+
+    @property
+    def file(self) -> Path:
+        """The handler's file."""
+        return Path(self.source.rpartition(":")[0])
 
     def limited(self, limits: Limits) -> "Agent":
         """The same agent within other limits."""
