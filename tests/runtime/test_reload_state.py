@@ -23,8 +23,10 @@ KINDS = {
     "model": ("class Tally(BaseModel):\n    count: int = 0\n", "Tally()", ".count"),
     "dataclass": ("@dataclass\nclass Tally:\n    count: int = 0\n", "Tally()", ".count"),
     "strict": (
-        "import datetime\nclass Tally(BaseModel, strict=True, extra='forbid'):\n"
-        "    count: int = Field(0, alias='Count')\n    at: datetime.date = datetime.date(2026, 1, 2)\n",
+        (
+            "import datetime\nclass Tally(BaseModel, strict=True, extra='forbid'):\n"
+            "    count: int = Field(0, alias='Count')\n    at: datetime.date = datetime.date(2026, 1, 2)\n"
+        ),
         "Tally()",
         ".count",
     ),
