@@ -162,7 +162,8 @@ class Reloader:
             self._loader.prepare(plan.config, plan.origins)
             stage = imports.take_out(plan.names)
             try:
-                new = at_once(lambda: self._load(plan.load), _MOMENT if self._looks_quick(plan, stage) else 0)
+                moment = _MOMENT if self._looks_quick(plan, stage) else 0
+                new = at_once(lambda: imports.in_haste(lambda: self._load(plan.load)), moment)
             except Interrupted:
                 imports.put_back(stage)
                 stage = imports.take_out(plan.names)
@@ -197,7 +198,7 @@ class Reloader:
                 raise ReloadRefused(f"{why}. Restart the host")
 
     def _load(self, origins: Iterable[Origin]) -> list[Module]:
-        modules = [self._loader.load(origin) for origin in origins]
+        modules = [self._loader.load(origin, can_be_left=False) for origin in origins]
         for module in modules:
             if module.state == "failed":
                 raise _LoadFailed(module)
@@ -282,7 +283,8 @@ class Reloader:
             [*_in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
             notes=candidate.notes,
             took_ms=_ms(began),
-            in_flight=sum(route.running_on(old[name]) for name, route in routes.items()),
+            in_flight=sum(route.running_on(old[name]) for name, route in routes.items())
+            + sum(route.in_flight for name in candidate.gone if (route := self._node.router.get(name))),
         )
         outcome.names = sorted({*old, *[agent.name for agent in candidate.serve], *candidate.gone})
         self.history.append(outcome)
