@@ -5,6 +5,7 @@ import builtins
 import importlib
 import importlib.util
 import linecache
+import os
 import re
 import sys
 import time
@@ -13,20 +14,23 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.abc import MetaPathFinder
+from importlib._bootstrap import _module_locks  # type: ignore[attr-defined]
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from itertools import count
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
+from openagentmesh.runtime.aside import Interrupted
 from openagentmesh.runtime.disk import digest_of
-from openagentmesh.runtime.sources import INSTALLED, Folder, Source
+from openagentmesh.runtime.sources import INSTALLED, Folder, Source, reached
 
 _IMPORT_RE: Final = re.compile(
     r"^[ \t]*(?:from[ \t]+(\w[\w.]*)[ \t]+import\b|import[ \t]+(\w[\w., \t]*))", re.MULTILINE
 )
 _executing: ContextVar[Source | None] = ContextVar("executing", default=None)
+T = TypeVar("T")
 Executing = Callable[[Source], AbstractContextManager[None]]
 
 
@@ -57,6 +61,7 @@ class Imports(MetaPathFinder):
         self.executing = executing
         self.stage = Stage()
         self._import_module = importlib.import_module
+        self._in_haste = self._was_slow = False
 
     def open(self) -> None:
         """Find the managed modules from now on, unless that is done."""
@@ -71,7 +76,8 @@ class Imports(MetaPathFinder):
         if self in sys.meta_path:
             sys.meta_path.remove(self)
             importlib.import_module = self._import_module
-        for name in [*self.sources, *[folder.package for folder in self.folders if folder.bare]]:
+        ours = {folder.package for folder in self.folders if folder.bare}
+        for name in [*self.sources, *[name for name in sys.modules if name.partition(".")[0] in ours]]:
             sys.modules.pop(name, None)
         self.sources.clear()
 
@@ -110,8 +116,11 @@ class Imports(MetaPathFinder):
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            source = Source(fullname, Path(spec.loader.path), folder)
+            source = Source(fullname, Path(spec.loader.path), folder, elsewhere=self.imported_elsewhere)
             spec.loader = _FileLoader(source, self)
+        elif spec is not None and spec.origin is None and spec.submodule_search_locations:
+            place = Path(next(iter(spec.submodule_search_locations)))
+            spec.loader = _FolderLoader(Source(fullname, place, folder), self)
         return spec
 
     def _folder_of(self, fullname: str) -> Folder | None:
@@ -120,8 +129,12 @@ class Imports(MetaPathFinder):
 
     def _import(self, name: str, package: str | None = None) -> ModuleType:
         """`importlib.import_module`, which finds the siblings of the file that calls it."""
-        asking = self.sources.get(sys._getframe(1).f_globals.get("__name__", ""))  # noqa: SLF001 - nobody else tells
-        found = asking.import_module(name, package) if asking is not None else None
+        # Not by its name: it may have been replaced.
+        asking = sys._getframe(1).f_builtins.get("__import__")  # noqa: SLF001 - nobody else tells
+        source = getattr(asking, "__self__", None)
+        found = source.import_module(name, package) if isinstance(source, Source) else None
+        if found is None and isinstance(source, Source):
+            self.imported_elsewhere(importlib.util.resolve_name(name, package), ())
         return self._import_module(name, package) if found is None else found
 
     def take_out(self, names: set[str]) -> Stage:
@@ -131,11 +144,18 @@ class Imports(MetaPathFinder):
         """
         modules = {name: sys.modules[name] for name in names if name in sys.modules}
         self.stage = Stage(modules, sources={n: self.sources[n] for n in names if n in self.sources})
-        for source in self.stage.sources.values():
-            source.pinned = modules
+        for name, source in self.stage.sources.items():
+            theirs = reached(self.sources, name)
+            source.pinned = {name: sys.modules[name] for name in theirs if name in sys.modules}
+        self._forget_listings()
         for name, module in modules.items():
             parent, child = _place(name)
-            if parent is not None and vars(parent).get(child) is module:
+            # A package that is replaced, too, keeps its modules: requests in flight run on it.
+            if (
+                parent is not None
+                and name.rpartition(".")[0] not in names
+                and vars(parent).get(child) is module
+            ):
                 self.stage.attributes.append((parent, child, module))
                 delattr(parent, child)
         for name in names:
@@ -143,10 +163,18 @@ class Imports(MetaPathFinder):
             self.sources.pop(name, None)
         return self.stage
 
+    def _forget_listings(self) -> None:
+        """Let Python look at our folders again: it goes by their times, which two changes may share."""
+        ours = tuple(f"{folder.path}{os.sep}" for folder in self.folders)
+        for place in [place for place in sys.path_importer_cache if f"{place}{os.sep}".startswith(ours)]:
+            del sys.path_importer_cache[place]
+
     def put_back(self, stage: Stage) -> None:
         """Undo `take_out`, and all that was imported since."""
         for source in stage.executed:
             source.stopped = True
+            # A thread that was left may hold it for long yet.
+            _module_locks.pop(source.name, None)
             self.sources.pop(source.name, None)
             module = sys.modules.pop(source.name, None)
             parent, child = _place(source.name)
@@ -158,6 +186,45 @@ class Imports(MetaPathFinder):
         self.sources.update(stage.sources)
         for source in stage.sources.values():
             source.pinned = {}
+
+    def adopt(self, package: ModuleType) -> None:
+        """Give a package that is made anew those of its modules that are not."""
+        for name in self.sources:
+            parent, _, child = name.rpartition(".")
+            if parent == package.__name__ and name in sys.modules:
+                setattr(package, child, sys.modules[name])
+
+    def in_haste(self, work: Callable[[], T]) -> T:
+        """Do what may be interrupted at any moment, but begin to import nothing that is not ours.
+
+        Others' modules may not be executed by halves, and then again.
+
+        Raises:
+            Interrupted: there was something to import.
+
+        """
+        self._in_haste, self._was_slow = True, False
+        try:
+            result = work()
+        finally:
+            self._in_haste = False
+        if self._was_slow:  # and a bare `except` has caught what told of it
+            raise Interrupted
+        return result
+
+    def imported_elsewhere(self, name: str, fromlist: Sequence[str]) -> None:
+        """Know that a managed module is going to import one that is not.
+
+        Raises:
+            Interrupted: it would be executed, for which there is no time.
+
+        """
+        if not self._in_haste or _executing.get() is None:
+            return
+        found = sys.modules.get(name)
+        if found is None or any(item != "*" and item not in vars(found) for item in fromlist):
+            self._was_slow = True
+            raise Interrupted
 
     def mend(self) -> None:
         """Put back what a load that was given up took out of `sys.modules` when it ended."""
@@ -203,11 +270,7 @@ class _FileLoader(SourceFileLoader):
         """Execute it, with an `__import__` of its own."""
         source, imports = self._source, self._imports
         vars(module)["__builtins__"] = vars(builtins) | {"__import__": source.import_}
-        # A package that is executed anew has those of its modules that are not.
-        for name in imports.sources:
-            parent, _, child = name.rpartition(".")
-            if parent == source.name and name in sys.modules:
-                setattr(module, child, sys.modules[name])
+        imports.adopt(module)
         source.module = module
         imports.sources[source.name] = source
         imports.stage.executed.append(source)
@@ -222,6 +285,19 @@ class _FileLoader(SourceFileLoader):
         finally:
             source.took = time.perf_counter() - began
             _executing.reset(token)
+
+
+class _FolderLoader(Loader):
+    """Makes a package of a folder without `__init__.py`."""
+
+    def __init__(self, source: Source, imports: Imports) -> None:
+        self._source = source
+        self._imports = imports
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute nothing, for there is nothing, but know that it is there."""
+        self._imports.adopt(module)
+        self._imports.stage.executed.append(self._source)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import importlib
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -79,20 +80,20 @@ class Loader:
         self._node = node
         self._origins: dict[Path, Origin] = {}
 
-    def load(self, origin: Origin) -> Module:
+    def load(self, origin: Origin, *, can_be_left: bool = True) -> Module:
         """Load one origin; what goes wrong is told by the module, never raised.
 
-        Only a Ctrl-C leaves it, or an interruption of ours: a module that hangs can be left.
+        Only an interruption of ours leaves it, or a Ctrl-C if it `can_be_left`: a module may hang.
         """
         module = Module(origin)
         self.imports.open()
         try:
             with without_loop():
-                self._import(module)
-        except (KeyboardInterrupt, Interrupted):
-            raise
+                copy_context().run(self._import, module)  # what it sets there is gone with it
         # Code of others may raise anything while it is imported, SystemExit among it.
-        except BaseException as exc:  # noqa: BLE001 - a load ends here, and is told
+        except BaseException as exc:
+            if isinstance(exc, Interrupted) or (can_be_left and isinstance(exc, KeyboardInterrupt)):
+                raise
             module.fail_of(exc)
         return module
 

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -63,14 +63,16 @@ class Source:
         path: the file.
         folder: where it belongs.
         digest: of the file's content; None before it was read.
-        data: the digests of the files that it read while it was executed.
+        data: the digests of the files that it read while it was executed, None of those it missed.
         imports: the full names of the managed modules that it imported.
+        walked: those of them that it reaches as attributes of their packages.
         sought: bare names that it imported and its folder did not have.
         generation: what it declared.
-        pinned: what it imports once it has been replaced: the modules of its own time.
+        pinned: what it imports once it has been replaced: its modules, as they were then.
         stopped: its load was given up; it imports nothing more.
         module: what it was executed as.
         took: how long that took, in seconds.
+        elsewhere: called before it imports a module that is not managed.
 
     """
 
@@ -80,12 +82,14 @@ class Source:
     digest: Digest = None
     data: dict[Path, Digest] = field(default_factory=dict)
     imports: set[str] = field(default_factory=set)
+    walked: set[str] = field(default_factory=set)
     sought: set[str] = field(default_factory=set)
     generation: Generation = field(default_factory=Generation)
     pinned: dict[str, ModuleType] = field(default_factory=dict)
     stopped: bool = False
     module: ModuleType | None = None
     took: float = 0.0
+    elsewhere: Callable[[str, Sequence[str]], None] = lambda _name, _items: None
 
     def import_(
         self,
@@ -100,19 +104,29 @@ class Source:
             raise SystemExit(f"loading {self.name} was given up")
         full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
+            self.elsewhere(name, fromlist or ())
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         self._note(full)
         if full in self.pinned:
-            return self.pinned[full] if fromlist else self._top(name, level)
-        found = builtins.__import__(full, globals, locals, fromlist or (), 0)
-        for item in fromlist or ():
+            return self._of_its_time(full, fromlist) if fromlist else self._top(name, level)
+        try:
+            found = builtins.__import__(full, globals, locals, fromlist or (), 0)
+        except ModuleNotFoundError as exc:
+            self._note_missing(exc.name or "")
+            raise
+        if not fromlist:
+            words = full.split(".")
+            self.walked |= {".".join(words[: -back or None]) for back in range(name.count("."))}
+            return self._top(name, level)
+        for item in getattr(found, "__all__", ()) if "*" in fromlist else fromlist:
             self._note(f"{full}.{item}")
-        return found if fromlist else self._top(name, level)
+            if item not in vars(found):
+                self._note_missing(f"{full}.{item}")
+        return found
 
     def import_module(self, name: str, package: str | None) -> ModuleType | None:
         """What `importlib.import_module` gives this module; None when that is none of ours."""
-        full = importlib.util.resolve_name(name, package) if name.startswith(".") else name
-        full = self.folder.full_name(full) or ""
+        full = self._absolute(importlib.util.resolve_name(name, package))
         return self.import_(full, fromlist=("__name__",)) if full else None
 
     def note_read(self, path: object, _mode: object, flags: int) -> None:
@@ -121,8 +135,11 @@ class Source:
         if writing or not isinstance(path, str | PathLike) or str(path).startswith(INSTALLED):
             return
         file = Path(os.path.abspath(path))  # noqa: PTH100 - links are to stay what they are
-        if file.suffix not in {".py", ".pyc"} and file.is_file():
-            self.data.setdefault(file, digest_of(file.read_bytes()))
+        if file.suffix not in {".py", ".pyc"}:
+            if file.is_file():
+                self.data.setdefault(file, digest_of(file.read_bytes()))
+            elif not file.exists():
+                self.data.setdefault(file, None)
 
     def _absolute(self, name: str) -> str | None:
         """The full name of an absolute import that means one of ours."""
@@ -148,14 +165,52 @@ class Source:
         assert first is not None
         return self.pinned.get(first) or sys.modules[first]
 
+    def _of_its_time(self, full: str, fromlist: Sequence[str]) -> ModuleType:
+        """A module as it was when this one was replaced, though its package may have newer modules now."""
+        found = self.pinned[full]
+        names = [(item, f"{full}.{item}") for item in fromlist]
+        items = {item: self.pinned[name] for item, name in names if name in self.pinned}
+        if all(vars(found).get(item) is module for item, module in items.items()):
+            return found
+        then = ModuleType(full)
+        vars(then).update(vars(found) | items)
+        return then
+
     def _note(self, full: str) -> None:
         words = full.split(".")
         self.imports |= {".".join(words[: end + 1]) for end in range(len(words))} - {self.name}
 
+    def _note_missing(self, full: str) -> None:
+        """Remember where a module would be that is not there."""
+        parent, _, child = full.rpartition(".")
+        if full in sys.modules or full.partition(".")[0] != self.folder.package:
+            return
+        for place in getattr(sys.modules.get(parent), "__path__", ()):
+            self.data |= {Path(place, f"{child}.py"): None, Path(place, child, "__init__.py"): None}
+
 
 def importers(sources: Mapping[str, Source], names: set[str]) -> set[str]:
-    """These modules and all that imported them, directly or not."""
+    """These modules and all that have to be replaced with them: who imported them, directly or not.
+
+    A package is, too, when somebody walks from it to one of them: the old package has to keep its
+    old modules for those who still run on it.
+    """
     found = set(names)
-    while more := {name for name, source in sources.items() if name not in found and source.imports & found}:
+    walked = {name for source in sources.values() for name in source.walked}
+    while more := (
+        {name for name, source in sources.items() if name not in found and source.imports & found}
+        | {name.rpartition(".")[0] for name in walked & found} - found
+    ):
         found |= more
+    return found
+
+
+def reached(sources: Mapping[str, Source], name: str) -> set[str]:
+    """This module and all that it imported, directly or not."""
+    found, ahead = {name}, [name]
+    while ahead:
+        source = sources.get(ahead.pop())
+        more = source.imports - found if source else set()
+        found |= more
+        ahead += more
     return found

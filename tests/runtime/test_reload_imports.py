@@ -1,0 +1,284 @@
+"""Which modules a reload executes anew, and which classes and helpers old and new code see."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from openagentmesh import AgentMesh, Host
+from openagentmesh.runtime.outcome import Outcome
+
+from tests.runtime.conftest import MESH, Configure, agent, write
+
+# A load that takes longer than a moment is interrupted, and begun again in a thread.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+# Every module that a test counts has this for its first line.
+RUN = "import ledger; ledger.runs.append(__name__.partition('.')[2])\n"
+
+
+class Ledger(ModuleType):
+    """A module that is not managed, by which files tell the test what they do, and wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__("ledger")
+        self.runs: list[str] = []
+        self.waiting = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def wait(self) -> None:
+        """What a handler awaits to be in flight until the test opens the gate."""
+        self.waiting.set()
+        await self.gate.wait()
+
+    def executed(self) -> list[str]:
+        """The modules executed since it was last asked, each once."""
+        found = sorted(set(self.runs))
+        self.runs.clear()
+        return found
+
+
+class Bench:
+    """A folder of agent files, the host that serves them, and who calls them by `name`."""
+
+    def __init__(self, configure: Configure, mesh: AgentMesh, name: str, folder: Path) -> None:
+        self.name = name
+        self.ledger = Ledger()
+        self.host: Host
+        self._configure = configure
+        self._mesh = mesh
+        self._folder = folder / "agents"
+
+    def serve(self, files: Mapping[str, str], **host: Any) -> Host:
+        """The host, not started yet."""
+        self.host = Host(self._configure(files, host=host))
+        return self.host
+
+    def write(self, files: Mapping[str, str]) -> None:
+        write(self._folder, files)
+
+    def path(self, file: str) -> Path:
+        return self._folder / file
+
+    async def reloaded(self, files: Mapping[str, str] | None = None) -> Outcome:
+        """A reload that has to be carried out, after these files were written."""
+        self.write(files or {})
+        outcome = await self.host.reload()
+        assert outcome is not None
+        assert ("", "") == (outcome.error, outcome.details)
+        return outcome
+
+    async def refused(self, files: Mapping[str, str] | None = None) -> Outcome:
+        """A reload that has to fail, after these files were written."""
+        self.write(files or {})
+        outcome = await self.host.reload()
+        assert outcome is not None
+        assert outcome.error
+        return outcome
+
+    async def call(self, suffix: str = "", request: object = None) -> Any:
+        return await self._mesh.call(self.name + suffix, request or {})
+
+    async def in_flight(self, suffix: str = "") -> asyncio.Task[Any]:
+        """A request that waits at the gate."""
+        request = asyncio.create_task(self.call(suffix))
+        await self.ledger.waiting.wait()
+        return request
+
+    async def catalog(self) -> list[str]:
+        return sorted(entry.name for entry in await self._mesh.catalog(channel=self.name))
+
+
+@pytest.fixture
+async def bench(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    made = Bench(configure, mesh, name, tmp_path.resolve())
+    monkeypatch.setitem(sys.modules, "ledger", made.ledger)
+    return made
+
+
+def waits(name: str, result: str) -> str:
+    """An agent that is in flight until the gate is opened, and returns `result` then."""
+    return agent(name, f"(await ledger.wait()) or {result}")
+
+
+STYLES = {
+    "relative": "from ._h import N\n",
+    "relative-module": "from . import _h\nN = _h.N\n",
+    "absolute": "from _h import N\n",
+    "module": "import _h\nN = _h.N\n",
+    "star": "from _h import *\n",
+    "import_module": "import importlib\nN = importlib.import_module('_h').N\n",
+    "import_module-relative": "import importlib\nN = importlib.import_module('._h', __package__).N\n",
+    "import_module-from": "from importlib import import_module\nN = import_module('_h').N\n",
+    "dunder": "N = __import__('_h').N\n",
+    "namespace": "from _space.h import N\n",
+    "namespace-module": "import _space.h\nN = _space.h.N\n",
+    "namespace-from": "from _space import h\nN = h.N\n",
+    "package": "from _pack.h import N\n",
+    "package-from": "from _pack import h\nN = h.N\n",
+    "package-star": "from _pack.h import *\n",
+    "package-all": "from _pack import *\nN = h.N\n",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+async def test_an_edited_helper_reloads_who_imports_it(bench: Bench, style: str) -> None:
+    """However a sibling is imported, its edit reloads the importers, and nobody else."""
+    helper = "_space/h.py" if "space" in style else "_pack/h.py" if "pack" in style else "_h.py"
+    files = {
+        "a.py": RUN + STYLES[style] + MESH + agent(f"{bench.name}.a", "N"),
+        "b.py": RUN + MESH + agent(f"{bench.name}.b"),
+        helper: RUN + "N = 1\n",
+        "_pack/__init__.py": "__all__ = ['h']\n",
+    }
+    async with bench.serve(files):
+        bench.ledger.executed()
+        outcome = await bench.reloaded({helper: RUN + "N = 2\n"})
+        assert [f"agents/{helper}"] == outcome.files
+        assert [f"{bench.name}.a 0.1.0"] == outcome.agents
+        assert sorted(["a", helper.removesuffix(".py").replace("/", ".")]) == bench.ledger.executed()
+        assert [2, "ok"] == [await bench.call(".a"), await bench.call(".b")]
+
+
+async def test_an_edit_passes_through_helpers(bench: Bench) -> None:
+    """What imports an importer is reloaded with it; what they import and has not changed stays."""
+    files = {
+        "a.py": RUN + "from _b import N\n" + MESH + agent(f"{bench.name}.a", "N"),
+        "z.py": RUN + "import _d\n" + MESH + agent(f"{bench.name}.z", "id(_d)"),
+        "_b.py": RUN + "from _c import N\nimport _d\n",
+        "_c.py": RUN + "N = 1\n",
+        "_d.py": RUN,
+    }
+    async with bench.serve(files):
+        bench.ledger.executed()
+        before = await bench.call(".z")
+        await bench.reloaded({"_c.py": RUN + "N = 2\n"})
+        assert ["_b", "_c", "a"] == bench.ledger.executed()
+        assert [2, before] == [await bench.call(".a"), await bench.call(".z")]
+
+
+async def test_a_circle_of_imports_moves_together(bench: Bench) -> None:
+    """An edit of one file of a circle executes all of it, and nobody holds on to the old one."""
+    files = {
+        "a.py": RUN + "import _b\nN = 1\n" + MESH + agent(bench.name, "_b.across()"),
+        "_b.py": RUN + "import a, _c\ndef across(): return [a.N, _c.N, _c.a is a, a._b.across is across]\n",
+        "_c.py": RUN + "import a\nN = 1\n",
+    }
+    async with bench.serve(files):
+        bench.ledger.executed()
+        await bench.reloaded({"_c.py": RUN + "import a\nN = 2\n"})
+        assert ["_b", "_c", "a"] == bench.ledger.executed()
+        assert [1, 2, True, True] == await bench.call()
+
+
+LAZY = {
+    "absolute": "from _h import N",
+    "relative": "from ._h import N",
+    "module": "import _h; N = _h.N",
+    "import_module": "import importlib; N = importlib.import_module('_h').N",
+    "package": "from _pack.h import N",
+    "package-from": "from _pack import h; N = h.N",
+    "package-module": "import _pack.h; N = _pack.h.N",
+}
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("style", LAZY)
+async def test_an_old_request_imports_what_was_there_in_its_time(
+    bench: Bench, style: str, *, between: bool
+) -> None:
+    """An import inside a function of a request in flight finds the helper that it began with.
+
+    So it does when its own file was replaced `between`, and the helper only after that.
+    """
+    helper = "_pack/h.py" if "pack" in style else "_h.py"
+    source = f"import ledger\n{MESH}\ndef lazy():\n    {LAZY[style]}\n    return N\nlazy()\n"
+    source += waits(bench.name, "lazy()")
+    async with bench.serve({"a.py": source, helper: "N = 1\n", "_pack/__init__.py": ""}):
+        request = await bench.in_flight()
+        if between:
+            await bench.reloaded({"a.py": source + "\n"})
+        await bench.reloaded({helper: "N = 2\n"})
+        bench.ledger.gate.set()
+        assert [1, 2] == [await request, await bench.call()]
+
+
+WALKS = {
+    "package": {"a.py": "import _pack.h as h, _pack.h\n", "_pack/__init__.py": "", "_pack/h.py": ""},
+    "namespace": {"a.py": "import _pack.h as h, _pack.h\n", "_pack/h.py": ""},
+    "own": {"a/__init__.py": "from . import h\n", "a/h.py": ""},
+}
+
+
+@pytest.mark.parametrize("style", WALKS)
+async def test_an_old_request_keeps_the_modules_of_its_packages(bench: Bench, style: str) -> None:
+    """Old code that walks from a package to a module of it arrives at the old one, after a failure too."""
+    entry, *_, helper = WALKS[style]
+    result = "h.N" if style == "own" else "_pack.h.N"
+    files = WALKS[style] | {helper: "N = 1\n"}
+    files[entry] += f"import ledger\n{MESH}" + waits(bench.name, result)
+    async with bench.serve(files):
+        request = await bench.in_flight()
+        await bench.refused({helper: "N = 2\n1/0\n"})
+        await bench.reloaded({helper: "N = 2\n"})
+        bench.ledger.gate.set()
+        assert [1, 2] == [await request, await bench.call()]
+
+
+ABSENT = {
+    "absolute": ("from _h import N", "_h.py"),
+    "module": ("import _h; N = _h.N", "_h.py"),
+    "relative": ("from ._h import N", "_h.py"),
+    "relative-from": ("from . import _h; N = _h.N", "_h.py"),
+    "import_module": ("import importlib; N = importlib.import_module('_h').N", "_h.py"),
+    "package": ("from _h import N", "_h/__init__.py"),
+    "in-package": ("from _pack.h import N", "_pack/h.py"),
+    "in-package-from": ("from _pack import h; N = h.N", "_pack/h.py"),
+    "package-in-package": ("from _pack import h; N = h.N", "_pack/h/__init__.py"),
+    "deep": ("from _b import N", "_h.py"),
+    "data": ("N = int(open(__file__.replace('a.py', 'n.txt')).read())", "n.txt"),
+}
+
+
+@pytest.mark.parametrize("style", ABSENT)
+async def test_what_was_missed_is_loaded_when_it_appears(bench: Bench, style: str) -> None:
+    """A file that an optional import did not find reloads who looked for it, and again when it goes."""
+    line, helper = ABSENT[style]
+    optional = f"try:\n    {line}\nexcept (ImportError, OSError):\n    N = 0\n"
+    files = {
+        "a.py": optional + MESH + agent(f"{bench.name}.a", "N"),
+        "b.py": RUN + MESH + agent(f"{bench.name}.b"),
+        "_pack/__init__.py": "",
+        "_b.py": "from ._h import N\n",
+    }
+    async with bench.serve(files) as host:
+        bench.ledger.executed()
+        assert 0 == await bench.call(".a")
+        text = "1" if helper == "n.txt" else "N = 1\n"
+        assert [f"agents/{helper}"] == (await bench.reloaded({helper: text})).files
+        assert 1 == await bench.call(".a")
+        assert await host.reload() is None
+        bench.path(helper).unlink()
+        if helper.endswith("__init__.py"):
+            for file in bench.path(helper).parent.rglob("*"):
+                file.unlink(missing_ok=True)
+            bench.path(helper).parent.rmdir()
+        await bench.reloaded()
+        assert 0 == await bench.call(".a")
+        assert [] == bench.ledger.executed()
+
+
+async def test_a_file_is_found_in_a_folder_that_looks_unchanged(bench: Bench) -> None:
+    """A helper that appears within the same tick of the file system's clock is not overlooked."""
+    async with bench.serve({"a.py": MESH + agent(bench.name, "1")}) as host:
+        times = bench.path("").stat()
+        bench.write({"_h.py": "N = 2\n", "a.py": "from _h import N\n" + MESH + agent(bench.name, "N")})
+        os.utime(bench.path(""), ns=(times.st_atime_ns, times.st_mtime_ns))
+        await bench.reloaded()
+        assert 2 == await bench.call()
+        assert await host.reload() is None
