@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from openagentmesh import AgentMesh, Host
+from openagentmesh import AgentMesh, Host, InvalidInput, NotFound
 from openagentmesh.runtime.outcome import Outcome
 
 from tests.runtime.conftest import MESH, Configure, agent, write
@@ -88,8 +89,11 @@ class Bench:
         await self.ledger.waiting.wait()
         return request
 
-    async def catalog(self) -> list[str]:
-        return sorted(entry.name for entry in await self._mesh.catalog(channel=self.name))
+    async def listed(self, *suffixes: str) -> None:
+        """Wait until the catalog has these agents, and no others."""
+        wanted = [self.name + suffix for suffix in suffixes]
+        while wanted != sorted(entry.name for entry in await self._mesh.catalog(channel=self.name)):
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -282,3 +286,88 @@ async def test_a_file_is_found_in_a_folder_that_looks_unchanged(bench: Bench) ->
         await bench.reloaded()
         assert 2 == await bench.call()
         assert await host.reload() is None
+
+
+MODELS = """{future}
+import ledger
+from pydantic import BaseModel
+{mesh}
+
+class Order(BaseModel):
+    item: "Item"
+    more: "list[Item]" = []
+
+class Item(BaseModel):
+    name: str
+    size: int{size}
+
+@mesh.agent(AgentSpec(name={name!r}, description="orders"))
+async def order(req: Order) -> Item:
+    await ledger.wait()
+    assert isinstance(req.item, Item), "an item of another generation"
+    assert all(isinstance(item, Item) for item in req.more)
+    return Item.model_validate(req.item)
+"""
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
+async def test_forward_references_mean_the_classes_of_their_own_generation(bench: Bench, future: str) -> None:
+    """Old and new models of the same names never meet, in a request in flight or in a new one."""
+
+    def source(size: str) -> str:
+        return MODELS.format(future=future, mesh=MESH, name=bench.name, size=size)
+
+    small = {"name": "tea", "size": 1}
+    async with bench.serve({"a.py": source("")}):
+        old = asyncio.create_task(bench.call(request={"item": small, "more": [small]}))
+        await bench.ledger.waiting.wait()
+        await bench.reloaded({"a.py": source(" = 5")})
+        bench.ledger.gate.set()
+        assert small == await old
+        assert {"name": "tea", "size": 5} == await bench.call(request={"item": {"name": "tea"}})
+        with pytest.raises(InvalidInput):
+            await bench.call(request={"item": small, "more": [{"size": 1}]})
+
+
+async def test_an_old_class_is_not_the_new_one(bench: Bench) -> None:
+    """An object that outlives a reload is of its own class still, which is not the new one."""
+    keeps = "import ledger\nfrom _model import M\nif not hasattr(ledger, 'kept'): ledger.kept = M()\n"
+    result = "[isinstance(ledger.kept, M), type(ledger.kept).VERSION, M.VERSION]"
+    files = {"a.py": keeps + MESH + agent(bench.name, result), "_model.py": "class M: VERSION = 1\n"}
+    async with bench.serve(files):
+        assert [True, 1, 1] == await bench.call()
+        await bench.reloaded({"_model.py": "class M: VERSION = 2\n"})
+        assert [False, 1, 2] == await bench.call()
+
+
+async def test_a_module_becomes_a_package_and_a_module_again(bench: Bench) -> None:
+    """`a.py` and `a/__init__.py` are the same agent in another place."""
+    package = "from ._n import N\n" + MESH + agent(bench.name, "N")
+    async with bench.serve({"a.py": MESH + agent(bench.name, "1")}) as host:
+        bench.path("a.py").unlink()
+        await bench.reloaded({"a/__init__.py": package, "a/_n.py": "N = 2\n"})
+        assert ([bench.name], 2) == ([a.name for a in host.agents], await bench.call())
+        await bench.reloaded({"a/_n.py": "N = 3\n"})
+        assert 3 == await bench.call()
+        shutil.rmtree(bench.path("a"))
+        await bench.reloaded({"a.py": MESH + agent(bench.name, "4")})
+        assert ([bench.name], 4) == ([a.name for a in host.agents], await bench.call())
+        assert await host.reload() is None
+
+
+async def test_agents_come_and_go_with_their_files(bench: Bench) -> None:
+    """A new file is a new agent, a renamed one two changes, a deleted one is withdrawn from everywhere."""
+    name = bench.name
+    async with bench.serve({"a.py": MESH + agent(f"{name}.a", "1")}):
+        assert [f"{name}.b 0.1.0 new"] == (await bench.reloaded({"b.py": MESH + agent(f"{name}.b")})).agents
+        await bench.listed(".a", ".b")
+        renamed = await bench.reloaded({"a.py": MESH + agent(f"{name}.c", "2")})
+        assert [f"{name}.c 0.1.0 new", f"{name}.a withdrawn"] == renamed.agents
+        await bench.listed(".b", ".c")
+        assert 2 == await bench.call(".c")
+        bench.path("b.py").unlink()
+        assert [f"{name}.b withdrawn"] == (await bench.reloaded()).agents
+        await bench.listed(".c")
+        for gone in ".a", ".b":
+            with pytest.raises(NotFound):
+                await bench.call(gone)
