@@ -146,7 +146,9 @@ class Reloader:
         return await self._carry_out(plan, sure=sure)
 
     def _look_for_restored(self) -> None:
-        """Say of what could not be loaded that its files are again those that are served."""
+        """Say of what could not be loaded that it is again what is served, or gone."""
+        gone = [m for m in self.modules if m.state == "failed" and m.origin.path and not m.origin.path.exists()]
+        self.modules = [module for module in self.modules if module not in gone]
         differing = self._changes.differing()
         for module in self.modules:
             if module.state == "outdated" and module.name not in differing:
@@ -242,7 +244,7 @@ class Reloader:
         if config.host.contract == "allow":
             return []
         notes = [
-            f"{agent.name}: {change}"
+            f"{agent.name} breaks callers: {change}"
             for agent in serve
             if agent.name in served
             for change in breaking_changes(served[agent.name].contract, agent.contract)
