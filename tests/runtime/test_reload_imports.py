@@ -4,7 +4,9 @@ import asyncio
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,8 @@ class Ledger(ModuleType):
         self.runs: list[str] = []
         self.waiting = asyncio.Event()
         self.gate = asyncio.Event()
+        self.started, self.go = threading.Event(), threading.Event()
+        self.variable: ContextVar[str] = ContextVar("variable", default="untouched")
 
     async def wait(self) -> None:
         """What a handler awaits to be in flight until the test opens the gate."""

@@ -281,7 +281,9 @@ class _FileLoader(SourceFileLoader):
         except BaseException:
             if imports.sources.get(source.name) is source:
                 del imports.sources[source.name]
-            raise
+            # Python would take away the module that was put back. Who imported this one ends by itself.
+            if not source.stopped:
+                raise
         finally:
             source.took = time.perf_counter() - began
             _executing.reset(token)

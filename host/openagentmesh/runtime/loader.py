@@ -1,6 +1,7 @@
 """From an origin to a module with its agents. Never touches NATS."""
 
 import importlib
+import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,9 +67,10 @@ class Module:
         self.state, self.error, self.traceback, self.line = "failed", error, details, line
         self.agents.clear()
 
-    def fail_of(self, exc: BaseException) -> None:
-        """Serve nothing of this module, for an error that its import raised."""
-        self.fail(_explain(exc), _readable_traceback(exc), _line(exc) or str(self.origin.path or ""))
+    def fail_of(self, exc: BaseException, folders: tuple[str, ...]) -> None:
+        """Serve nothing of this module, for an error that its import raised; `folders` are the author's."""
+        line = _line(exc, folders) or str(self.origin.path or "")
+        self.fail(_explain(exc), _readable_traceback(exc), line)
 
 
 class Loader:
@@ -94,7 +96,7 @@ class Loader:
         except BaseException as exc:
             if isinstance(exc, Interrupted) or (can_be_left and isinstance(exc, KeyboardInterrupt)):
                 raise
-            module.fail_of(exc)
+            module.fail_of(exc, tuple(f"{folder.path}{os.sep}" for folder in self.imports.folders))
         return module
 
     def close(self) -> None:
@@ -227,8 +229,8 @@ def _readable_traceback(exc: BaseException) -> str:
     return "".join(shown.format()).rstrip()
 
 
-def _line(exc: BaseException) -> str:
-    """`file:line` where it went wrong: in a file that does not parse, or where the author's code begins."""
+def _line(exc: BaseException, folders: tuple[str, ...]) -> str:
+    """`file:line` where it went wrong: in a file that does not parse, or the last of the author's own."""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{exc.filename}:{exc.lineno}"
     frames = [
@@ -236,4 +238,5 @@ def _line(exc: BaseException) -> str:
         for frame in traceback.extract_tb(exc.__traceback__)
         if not frame.filename.startswith(_OUR_FRAMES)
     ]
-    return f"{frames[0].filename}:{frames[0].lineno}" if frames else ""
+    where = [frame for frame in frames if frame.filename.startswith(folders)][-1:] or frames[:1]
+    return f"{where[0].filename}:{where[0].lineno}" if where else ""

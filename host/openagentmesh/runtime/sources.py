@@ -100,8 +100,7 @@ class Source:
         level: int = 0,
     ) -> ModuleType:
         """The module's own `__import__`: looks in its folder first, and remembers who was imported."""
-        if self.stopped:
-            raise SystemExit(f"loading {self.name} was given up")
+        self._end_if_stopped()
         full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
             self.elsewhere(name, fromlist or ())
@@ -114,6 +113,8 @@ class Source:
         except ModuleNotFoundError as exc:
             self._note_missing(exc.name or "")
             raise
+        finally:
+            self._end_if_stopped()
         if not fromlist:
             words = full.split(".")
             self.walked |= {".".join(words[: -back or None]) for back in range(name.count("."))}
@@ -140,6 +141,10 @@ class Source:
                 self.data.setdefault(file, digest_of(file.read_bytes()))
             elif not file.exists():
                 self.data.setdefault(file, None)
+
+    def _end_if_stopped(self) -> None:
+        if self.stopped:
+            raise SystemExit(f"loading {self.name} was given up")
 
     def _absolute(self, name: str) -> str | None:
         """The full name of an absolute import that means one of ours."""
