@@ -178,6 +178,7 @@ class Reloader:
         # Code of others may raise anything.
         except BaseException as exc:
             imports.put_back(stage)
+            imports.stage = Stage()  # nobody holds what was tried
             self._loader.prepare(self.config, [module.origin for module in self.modules])
             if isinstance(exc, _Doubtful) or not isinstance(exc, Exception):
                 raise
