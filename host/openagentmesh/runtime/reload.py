@@ -22,7 +22,7 @@ from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.retire import Retired, dispose, retire
+from openagentmesh.runtime.retire import Retired, dispose, forget_hints, retire
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.serving.agent import Agent
 
@@ -147,7 +147,8 @@ class Reloader:
 
     def _look_for_restored(self) -> None:
         """Say of what could not be loaded that it is again what is served, or gone."""
-        gone = [m for m in self.modules if m.state == "failed" and m.origin.path and not m.origin.path.exists()]
+        paths = {module: module.origin.path for module in self.modules if module.state == "failed"}
+        gone = [module for module, path in paths.items() if path is not None and not path.exists()]
         self.modules = [module for module in self.modules if module not in gone]
         differing = self._changes.differing()
         for module in self.modules:
@@ -201,6 +202,7 @@ class Reloader:
                 raise ReloadRefused(f"{why}. Restart the host")
 
     def _load(self, origins: Iterable[Origin]) -> list[Module]:
+        forget_hints()
         modules = [self._loader.load(origin, can_be_left=False) for origin in origins]
         for module in modules:
             if module.state == "failed":
