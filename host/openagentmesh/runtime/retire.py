@@ -54,14 +54,21 @@ async def retire(retired: Retired, node: Node, drain_timeout: float, outcome: Ou
     await dispose(f for source in retired.stage.sources.values() for f in source.generation.disposals)
     left = [*_left_by(list(retired.stage.modules.values()))]
     marks = _marked(retired.stage.modules)
-    # Whoever still has something of it is none of ours.
-    retired.agents, retired.stage = [], Stage()
+    await _let_go(retired)
     await asyncio.sleep(0)  # what has just ended is let go of in the loop's next turn
-    if not left:  # else it is said already who holds it
-        left = [f"{name} in memory, held by {_holder_of(mark)}" for name, mark in _alive(marks)]
+    left = left or _survivors(marks)  # what was found before says already who holds it
     outcome.notes += left
     for what in left:
         log.warning("the old version of %s left behind: %s", names, what)
+
+
+async def _let_go(retired: Retired) -> None:
+    """Hold nothing of the old version any more; whoever still does is none of ours."""
+    routes = [route for route, _ in retired.agents]
+    retired.agents, retired.stage = [], Stage()
+    for route in routes:
+        if route.is_settled:
+            await route.follow()  # it forgets the version that it followed
 
 
 async def _finish(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> bool:
@@ -79,6 +86,12 @@ def _left_by(modules: list[ModuleType]) -> Iterator[str]:
     yield from _tasks_of(modules)
     yield from _threads_of(modules)
     yield from _log_handlers_of(modules)
+
+
+def forget_hints() -> None:
+    """Empty the caches of `typing`: in them versions share hints, and what a name in one of them means."""
+    for clear in getattr(typing, "_cleanups", ()):
+        clear()
 
 
 async def dispose(disposals: Iterable[Callable[[], Any]]) -> None:
@@ -103,16 +116,18 @@ async def _probation(agents: list[tuple[Route, Agent]], node: Node, outcome: Out
     names = [agent.name for _, agent in agents]
     # What others have to know of the new version may have to wait for the server.
     await persistently(lambda: node.settled(names), "what was reloaded")
-    return any(await asyncio.gather(*[_has_come_back(route, old, outcome) for route, old in backgrounds]))
+    return any(
+        await asyncio.gather(*[_has_come_back(route, old, node, outcome) for route, old in backgrounds])
+    )
 
 
-async def _has_come_back(route: Route, old: Agent, outcome: Outcome) -> bool:
+async def _has_come_back(route: Route, old: Agent, node: Node, outcome: Outcome) -> bool:
     new = route.agent
     failure = await route.background.failed_within(_PROBATION) if route.background else ""
     if not failure or route.agent is not new or old.handler.shape not in _BY_THEMSELVES:
         return False
-    route.swap(old)
-    await route.follow()
+    node.replace([old])
+    await persistently(lambda: node.settled([old.name]), f"the old version of {old.name}")
     note = f"{new.name}: the new version failed at once ({failure}), so the old one runs again"
     outcome.notes.append(note)
     log.error("%s", note)
@@ -182,39 +197,54 @@ def _marked(modules: dict[str, ModuleType]) -> _Marks:
     return marks
 
 
-def _alive(marks: _Marks) -> Iterator[tuple[str, _Mark]]:
-    """The modules that are still in memory."""
+def _survivors(marks: _Marks) -> list[str]:
+    """The modules that are still in memory, and who holds them."""
     if not marks:
-        return
-    for clear in getattr(typing, "_cleanups", ()):  # its caches hold classes that hints name
-        clear()
+        return []
+    forget_hints()
     gc.collect()
-    for name, mark in marks.items():
-        found = mark()
-        # What was frozen is never collected, which is no fault of who wrote it.
-        if found is not None and not (gc.get_freeze_count() and _is_frozen(found)):
-            yield name, found
-
-
-def _is_frozen(mark: _Mark) -> bool:
-    return not any(isinstance(each, dict) for each in gc.get_referrers(mark))
+    found = []
+    for name, reference in marks.items():
+        mark = reference()
+        if mark is not None and (holder := _holder_of(mark)):
+            found.append(f"{name} in memory, held by {holder}")
+    return found
 
 
 def _holder_of(mark: _Mark) -> str:
-    """What holds the namespace that a mark lies in, in words."""
+    """What holds the namespace that a mark lies in, in words; empty when it is nobody's fault."""
     known: dict[int, object] = {id(mark): mark}
-    level, last = [mark], mark
+    level: list[object] = [mark]
+    last, excused = "", False
     while level and len(known) < _MOST_LOOKED_AT:
         found = gc.get_referrers(*level)
         ours = {id(level), id(known), id(found)}
-        last, level = level[0], [each for each in found if id(each) not in known.keys() | ours]
-        for each in level:
-            name = each.get("__name__") if isinstance(each, dict) else None
-            module = sys.modules.get(name) if isinstance(name, str) else None
-            if isinstance(each, dict) and module is not None and vars(module) is each:
-                return f"{name}.{next(key for key, value in each.items() if id(value) in known)}"
+        level = []
+        for each in found:
+            if id(each) in known or id(each) in ours or each is level:
+                continue
+            if isinstance(each, asyncio.Handle) and each.cancelled():
+                excused = True  # until its time has come it keeps its context
+                continue
+            if words := _root_in_words(each, known):
+                return words
+            level.append(each)
         known |= {id(each): each for each in level}
-    return _in_words(last)
+        last = _in_words(level[0]) if level else last
+    # What was frozen is not told of here, and never collected.
+    return "" if excused or (gc.get_freeze_count() and len(known) == 1) else last
+
+
+def _root_in_words(holder: object, known: dict[int, object]) -> str:
+    """What a holder is called if it is one from which everything can be reached."""
+    is_root = isinstance(holder, Route | Node | asyncio.Handle | threading.Thread)
+    if is_root or (isinstance(holder, asyncio.Task) and not holder.done()):
+        return _in_words(holder)
+    name = holder.get("__name__") if isinstance(holder, dict) else None
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    if isinstance(holder, dict) and module is not None and vars(module) is holder:
+        return f"{name}.{next(key for key, value in holder.items() if id(value) in known)}"
+    return ""
 
 
 def _in_words(holder: object) -> str:
