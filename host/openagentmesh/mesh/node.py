@@ -90,6 +90,8 @@ class Node:
         self._wrapped = wrapped
         self.contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
+        # What was published, for new code alone is no reason to publish a contract again.
+        self._published: dict[str, AgentContract] = {}
         self._binding: asyncio.Task[None] | None = None
         self._being_bound: frozenset[str] = frozenset()
         self._repairing: asyncio.Task[None] | None = None
@@ -167,6 +169,8 @@ class Node:
             gone = {name for name in names if self.router.get(name) is None}
             lonely = await self._nobodys(await self.presence.renounce(gone))
             await self.registry.withdraw(gone, everywhere=lonely)
+            for name in gone:
+                self._published.pop(name, None)
             await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
             for name in gone:
                 await self.router.events.emit("info", name, "agent_deregistered")
@@ -213,11 +217,18 @@ class Node:
             await self.router.point(agent)
         await self.bus.flush()  # from here on they can be called
         async with self._registering:
-            await self.registry.publish([agent.contract for agent in agents.values()])
+            contracts = {n: a.contract for n, a in agents.items() if not self._is_published(a.contract)}
+            if contracts:
+                await self.registry.publish(contracts.values())
+                self._published |= contracts
             await self._announce(agents)
         for agent in agents.values():
             data: dict[str, object] = {"version": agent.contract.version}
             await self.router.events.emit("info", agent.name, "agent_registered", data=data)
+
+    def _is_published(self, contract: AgentContract) -> bool:
+        known = self._published.get(contract.name)
+        return known is not None and known.same_as(contract)
 
     async def _conflicts(self, agents: dict[str, Agent]) -> dict[str, str]:
         """Which of these agents other live instances serve with contracts that do not go together."""
