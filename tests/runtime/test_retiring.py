@@ -283,6 +283,7 @@ async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 -
     """Tasks, threads, logging handlers, and who else holds it: in the reload's notes and in the log."""
     monkeypatch.setattr(asyncio, "stop", threading.Event(), raising=False)
     monkeypatch.setattr(logging, "forgotten", None, raising=False)
+    monkeypatch.setattr("openagentmesh.runtime.retire._SEARCH", 10.0)
     monkeypatch.setattr(logging.getLogger("forgotten"), "handlers", [])
     source = LEAVES.format(mesh=MESH, name=name)
     async with Host(configure({"a.py": source})) as host:

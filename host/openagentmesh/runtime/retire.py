@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import isasyncgen, isawaitable
+from time import monotonic
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
@@ -25,8 +26,10 @@ log = logging.getLogger(__name__)
 # A publisher or watcher that fails this soon after a reload makes way for the one before it.
 _PROBATION: Final = 1.0
 _DISPOSAL: Final = 5.0
-# Objects that are looked at, at most, to find out who holds an old version.
-_MOST_LOOKED_AT: Final = 10_000
+# To find out who holds an old version the event loop stands still; so many seconds at most, and so many
+# objects are looked for at once.
+_SEARCH: Final = 0.25
+_MOST_SOUGHT: Final = 50
 _BY_THEMSELVES: Final = frozenset({"publisher", "watcher"})
 
 
@@ -215,9 +218,11 @@ def _holder_of(mark: _Mark) -> str:
     """What holds the namespace that a mark lies in, in words; empty when it is nobody's fault."""
     known: dict[int, object] = {id(mark): mark}
     level: list[object] = [mark]
-    last, excused = "", False
-    while level and len(known) < _MOST_LOOKED_AT:
-        found = gc.get_referrers(*level)
+    last, excused, until = "", False, monotonic() + _SEARCH
+    while level:
+        if monotonic() > until:
+            return ""  # it may well be a cancelled timer
+        found = gc.get_referrers(*level[:_MOST_SOUGHT])
         ours = {id(level), id(known), id(found)}
         level = []
         for each in found:
