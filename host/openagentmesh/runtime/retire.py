@@ -28,8 +28,8 @@ _PROBATION: Final = 1.0
 _DISPOSAL: Final = 5.0
 # To find out who holds an old version the event loop stands still; so many seconds at most, and so many
 # objects are looked for at once.
-_SEARCH: Final = 0.25
-_MOST_SOUGHT: Final = 50
+_SEARCH: Final = 0.01
+_MOST_SOUGHT: Final = 8
 _BY_THEMSELVES: Final = frozenset({"publisher", "watcher"})
 
 
