@@ -125,7 +125,7 @@ class Background:
             async with aclosing(events):
                 async for event in events:
                     if self._stopping:  # it swallowed its cancellation, and another one may run already
-                        raise asyncio.CancelledError
+                        raise asyncio.CancelledError  # noqa: TRY301 - it ends as if it had not
                     await self._bus.until_connected()
                     await writer.send(event)
         except BaseException as exc:
