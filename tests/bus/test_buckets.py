@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import ConnectionFailed, PayloadTooLarge
-from openagentmesh.bus.buckets import Buckets, Entry
+from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
 
 

@@ -84,13 +84,13 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
     reloading = _Reloading(host)
     # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.collect()
+    gc.freeze()  # what is here now stays; each reload then looks at what came since alone
     async with host:
         # Before anything is said: who reads it may send a signal at once.
         stop = stop_event(lambda: _say_stopping(host))
         with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.start)
-        gc.collect()
-        gc.freeze()  # what is here now stays; each reload then looks at what is new alone
         for warning in config.unread({module.origin.key for module in host.modules}):
             log.warning("%s", warning)
         if pretty:

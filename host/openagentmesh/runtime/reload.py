@@ -137,6 +137,8 @@ class Reloader:
         try:
             plan = self._changes.find(self.modules, self.config, only)
         except ConfigError as exc:
+            if self.history and self.history[-1].error == exc.message:
+                return None  # it is told already
             return self._refused(self._changes.config_cause(), Stage(), exc, perf_counter())
         self._look_for_restored()
         if plan is None:
@@ -304,10 +306,11 @@ class Reloader:
 
     def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
-        files = exc.files if isinstance(exc, _LoadFailed) else []
-        self._changes.tried(causes, stage.executed, files)
+        also = exc.files if isinstance(exc, _LoadFailed) else []
+        self._changes.tried(causes, stage.executed, also)
         error, details, line = _why(exc)
-        outcome = Outcome(self._shown(causes), error=error, details=details, line=line, took_ms=_ms(began))
+        files = self._shown(causes) or ["the configuration"]
+        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
         failed = exc.module.origin if isinstance(exc, _LoadFailed) else None
         for module in self.modules:
             if module.origin == failed or module.name in stage.modules:

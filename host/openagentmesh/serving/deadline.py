@@ -1,6 +1,7 @@
 """A time limit for the running task that may be put off at no cost."""
 
 import asyncio
+from contextvars import Context
 from types import TracebackType
 from typing import Self
 
@@ -41,7 +42,9 @@ class Deadline:
 
     def _arm(self) -> None:
         self._armed_for = self._at
-        self._timer = self._loop.call_at(self._at, self._on_time)
+        # A timer keeps its context until its time, also when it is cancelled; the task's own one
+        # has the request in it.
+        self._timer = self._loop.call_at(self._at, self._on_time, context=Context())
 
     def _on_time(self) -> None:
         if self._loop.time() < self._at:  # it was put off

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import Context
 from typing import Final
 
 from openagentmesh.bus.client import Message
@@ -37,7 +38,7 @@ class Lifeline:
         self._control = ""
         self._unheard, self._missed = 0, False
         self._sending: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(_ACCEPT_AFTER, self._beat)
+        self._timer = asyncio.get_running_loop().call_later(_ACCEPT_AFTER, self._beat, context=Context())
 
     def close(self) -> None:
         """Say and hear nothing more."""
@@ -49,7 +50,7 @@ class Lifeline:
         self._control = self._control or self._inbox.expect(self._receive)
         self._unheard, self._missed = self._unheard if self._missed else 0, False
         self._sending = asyncio.create_task(self._send())
-        self._timer = asyncio.get_running_loop().call_later(_BEAT, self._beat)
+        self._timer = asyncio.get_running_loop().call_later(_BEAT, self._beat, context=Context())
 
     async def _send(self) -> None:
         try:

@@ -140,6 +140,8 @@ class Route:
         if agent.limits.concurrency != self.agent.limits.concurrency:
             self._slots = asyncio.Semaphore(agent.limits.concurrency)
         self.agent = agent
+        if self.is_settled:
+            self._followed = agent  # nothing else is to hold the old one
 
     async def follow(self) -> None:
         """Let all that drives the agent besides requests follow what `swap` has done.
