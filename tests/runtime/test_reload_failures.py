@@ -78,6 +78,7 @@ BROKEN = {
         "Nobody",
         "",
     ),
+    "new": ("import _new.h, _late\n1/0\n", 2, "ZeroDivisionError", "1/0"),
     "sleep": ("import time\ntime.sleep(60)\n", 2, "too long", "time.sleep(60)"),
     "spin": ("while True: pass\n", 1, "too long", "while True: pass"),
     "spin-caught": (
@@ -99,6 +100,8 @@ async def test_a_broken_edit_changes_nothing(bench: Bench, file: str, what: str)
         "_h.py": "N = 1\n",
         "_pack/__init__.py": "",
         "_pack/h.py": "N = 1\n",
+        "_new/h.py": "",
+        "_late.py": "",
     }
     async with bench.serve(files, load_timeout=0.3) as host:
         before = imported()
@@ -283,7 +286,8 @@ IMPORTERS = {
     "new-helper": {"a.py": "import _new\n", "_new.py": "import slow_package\n"},
     "relative-helper": {"a.py": "from . import _new\n", "_new.py": "import slow_package\n"},
     "optional": {
-        "a.py": "try:\n    import slow_package\nexcept:\n    slow_package = None\nassert slow_package\n"
+        "a.py": "import _new\nassert _new.slow_package\n",
+        "_new.py": "try:\n    import slow_package\nexcept:\n    slow_package = None\n",
     },
 }
 
@@ -300,7 +304,7 @@ async def test_what_others_wrote_is_imported_beside_the_event_loop(
     async with bench.serve({"a.py": MESH + agent(bench.name, "1")}):
         files = IMPORTERS[how] | {"a.py": IMPORTERS[how]["a.py"] + MESH + agent(bench.name, "2")}
         reloading = asyncio.create_task(bench.reloaded(files))
-        await asyncio.to_thread(bench.ledger.started.wait)
+        assert await asyncio.to_thread(bench.ledger.started.wait, 10)
         assert 1 == await bench.call()
         bench.ledger.go.set()
         await reloading

@@ -284,6 +284,7 @@ async def test_what_was_missed_is_loaded_when_it_appears(bench: Bench, style: st
 async def test_a_file_is_found_in_a_folder_that_looks_unchanged(bench: Bench) -> None:
     """A helper that appears within the same tick of the file system's clock is not overlooked."""
     async with bench.serve({"a.py": MESH + agent(bench.name, "1")}) as host:
+        await bench.reloaded({"a.py": "from json import dumps\n" + MESH + agent(bench.name, "1")})
         times = bench.path("").stat()
         bench.write({"_h.py": "N = 2\n", "a.py": "from _h import N\n" + MESH + agent(bench.name, "N")})
         os.utime(bench.path(""), ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -206,9 +206,13 @@ class Imports(MetaPathFinder):
         self._in_haste, self._was_slow = True, False
         try:
             result = work()
+        except Exception:
+            if self._was_slow:  # a bare `except` has caught what told of it, and went on without
+                raise Interrupted from None
+            raise
         finally:
             self._in_haste = False
-        if self._was_slow:  # and a bare `except` has caught what told of it
+        if self._was_slow:
             raise Interrupted
         return result
 
