@@ -22,15 +22,25 @@ def install_published(folder: Path, timeout: float = 300) -> Path:
         NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
 
     """
+    return install(folder, PUBLISHED, _CHECK, timeout)
+
+
+def install(folder: Path, what: str, check: str, timeout: float = 300) -> Path:
+    """Make a virtual environment in which `check` runs by installing `what`; returns its interpreter.
+
+    Raises:
+        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
+
+    """
     python = folder / "bin" / "python"
     try:
         if not python.exists():
             _run(sys.executable, "-m", "venv", folder, timeout=timeout)
-        if subprocess.run([python, "-c", _CHECK], check=False, capture_output=True).returncode:
+        if subprocess.run([python, "-c", check], check=False, capture_output=True).returncode:
             # Most of what comes along is never imported, and need not be compiled.
-            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", PUBLISHED, timeout=timeout)
+            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", what, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as exc:
-        raise NotInstalled(f"{PUBLISHED} could not be installed from PyPI: {_reason(exc)}") from exc
+        raise NotInstalled(f"{what} could not be installed from PyPI: {_reason(exc)}") from exc
     return python
 
 

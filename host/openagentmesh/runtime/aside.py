@@ -41,7 +41,7 @@ def at_once(work: Callable[[], T], limit: float) -> T:
     is_main = threading.current_thread() is threading.main_thread()
     if limit <= 0 or not is_main or not hasattr(signal, "setitimer"):
         raise Interrupted
-    working, began = True, time.monotonic()
+    working, began, loop = True, time.monotonic(), asyncio._get_running_loop()  # noqa: SLF001 - made for those who implement loops
 
     def interrupt(_number: int, _frame: object) -> None:
         if working:
@@ -63,6 +63,8 @@ def at_once(work: Callable[[], T], limit: float) -> T:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         sys.unraisablehook = unraisable
+        # An interruption may come while the stand-in for it is put in place, or taken away.
+        asyncio._set_running_loop(loop)  # noqa: SLF001 - as above
         if left:
             left = max(0.001, left - (time.monotonic() - began))
             signal.setitimer(signal.ITIMER_REAL, left, interval)

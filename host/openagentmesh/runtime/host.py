@@ -187,7 +187,9 @@ class Host:
         event = "reload_failed" if outcome.error else "agent_reloaded"
         level: LogLevel = "error" if outcome.error else "info"
         for name in outcome.names:
-            data: dict[str, object] = {"files": outcome.files, "line": outcome.line}
+            data: dict[str, object] = {"files": outcome.files, "took_ms": round(outcome.took_ms, 3)}
+            if outcome.line:
+                data["line"] = outcome.line
             message = outcome.error or outcome.text
             await self.node.router.events.emit(level, name, event, message=message, data=data)
         if outcome.error:
