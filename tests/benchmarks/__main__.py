@@ -69,7 +69,11 @@ def main() -> None:
         folder = given.peer_env or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oam-peer-")))
         pythons = Pythons(None if given.no_peer else folder)
         results = asyncio.run(measure(chosen, given.rounds, pythons, console))
-    lines, about, facts = results.lines(chosen), legend(chosen), machine(given.rounds, load)
+    lines, about, facts = (
+        results.lines(chosen),
+        legend(chosen),
+        [f"median of {given.rounds} rounds", *machine(load)],
+    )
     console.print(as_table(lines), *about, "", *facts, sep="\n", highlight=False)
     given.output.write_text(as_markdown(lines, about, facts), encoding="utf-8")
 

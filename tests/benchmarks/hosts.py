@@ -74,7 +74,7 @@ async def memory(count: int, competitor: Competitor, python: Path) -> float:
     for agents in (0, count):
         async with nats_server() as server, _host(agents, competitor, python, server.url) as (host, _):
             await asyncio.sleep(_IDLE)
-            sizes.append(_resident(host.pid))
+            sizes.append(resident(host.pid))
     return (sizes[1] - sizes[0]) / 1024 / count
 
 
@@ -121,7 +121,7 @@ def _module(count: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _resident(pid: int) -> int:
+def resident(pid: int) -> int:
     """The resident memory of a process, in bytes."""
     if not sys.platform.startswith("linux"):
         raise Unavailable("resident memory is read from /proc, which only Linux has")

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any, Final
@@ -42,10 +43,15 @@ class Program:
         except TimeoutError:
             raise ProgramFailed(f"it said nothing for {_LONGEST:g} s") from None
         if not line:
-            self._errors.seek(0)
-            raise ProgramFailed(self._errors.read().decode("utf-8", "replace").strip() or "it ended")
+            raise ProgramFailed(self.wrote().strip() or "it ended")
         values: dict[str, Any] = json.loads(line)
         return values
+
+    def wrote(self) -> str:
+        """What it has written to its standard error so far."""
+        number = self._errors.fileno()
+        # It shares our place in the file: a seek would make it write over what is there.
+        return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", "replace")
 
     async def go(self) -> None:
         """Tell it to go on."""
@@ -65,11 +71,18 @@ class Program:
 
 
 @asynccontextmanager
-async def started(command: Sequence[str | Path], folder: Path = ROOT) -> AsyncIterator[Program]:
-    """A process, from its start to its end."""
+async def started(
+    command: Sequence[str | Path], folder: Path = ROOT, environ: Mapping[str, str] | None = None
+) -> AsyncIterator[Program]:
+    """A process, from its start to its end; `environ` is added to our own environment."""
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
-            *command, cwd=folder, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors
+            *command,
+            cwd=folder,
+            env=os.environ | (environ or {}),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
         )
         program = Program(process, errors)
         try:

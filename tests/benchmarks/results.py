@@ -70,11 +70,11 @@ def legend(rows: list[Row]) -> list[str]:
     return [f"{row.name}: {row.title}{row.base_text}" for row in rows]
 
 
-def machine(rounds: int, load: float) -> list[str]:
+def machine(load: float) -> list[str]:
     """What the numbers depend on; `load` is how busy the machine was before."""
     server = subprocess.run([find_binary(), "--version"], check=True, capture_output=True, text=True).stdout
     return [
-        f"{datetime.now(UTC):%Y-%m-%d}, median of {rounds} rounds",
+        f"{datetime.now(UTC):%Y-%m-%d}",
         f"{os.cpu_count()} CPUs (load {load:.1f} at the start), {platform.system()} {platform.machine()}",
         f"{platform.python_implementation()} {platform.python_version()}",
         f"nats-server {server.rpartition(' ')[2].strip().removeprefix('v')}, nats-py {version('nats-py')}",
