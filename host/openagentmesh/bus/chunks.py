@@ -19,6 +19,7 @@ from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol.artifacts import CHUNK, STREAM, Description, chunk_subject, digest_text
 from openagentmesh.protocol.codec import new_id
+from openagentmesh.protocol.errors import ConnectionFailed
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Upload:
         self._bus = bus
         self._inbox = inbox
         self._jetstream = jetstream
+        # The number of the reconnect after which all that was sent is known to be there.
+        self._there = bus.reconnects
         self._acks: asyncio.Queue[Message] = asyncio.Queue()
         self._reply = inbox.expect(self._acks.put_nowait)
         self._unconfirmed = 0
@@ -91,6 +94,25 @@ class Upload:
             digest=digest_text(self._digest.digest()),
             options={"max_chunk_size": self.chunk_size},
         )
+
+    async def check(self, key: str) -> None:
+        """See that every confirmed chunk is there, if the server was away meanwhile: it may be a new one.
+
+        Raises:
+            ConnectionFailed: some are gone.
+
+        """
+        reconnects = self._bus.reconnects
+        if reconnects == self._there:
+            return
+        subject = chunk_subject(self._nuid)
+        info = await self._jetstream.stream_info(STREAM, subjects_filter=subject)
+        if (info.state.subjects or {}).get(subject, 0) != self._chunks:
+            raise ConnectionFailed(
+                f"Writing '{key}' to the workspace failed: the server lost what had been sent. Put it again.",
+                details={"key": key},
+            )
+        self._there = reconnects
 
     async def discard(self) -> None:
         """Remove what was sent, once nothing of it is on its way any more: a purge would overtake it."""

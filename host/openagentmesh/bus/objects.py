@@ -23,6 +23,7 @@ from openagentmesh.bus.chunks import Upload, chunked, next_chunk, purge, stored
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.explained import explained
 from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.watches import forget_consumer
 from openagentmesh.protocol.artifacts import (
     DESCRIPTIONS,
     STREAM,
@@ -33,7 +34,7 @@ from openagentmesh.protocol.artifacts import (
     read_description,
 )
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import KVConflict, MeshError, NotFound, PayloadTooLarge
+from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class Objects:
         Raises:
             PayloadTooLarge: the server has no room for it.
             KVConflict: others replace the same object again and again.
+            ConnectionFailed: also when a new server came meanwhile, without what had been sent.
 
         """
         what = f"Writing '{key}' to the workspace"
@@ -94,11 +96,12 @@ class Objects:
                         progress(upload.size)
             async with self._using(what):
                 description = await upload.finish(key)
+                await upload.check(key)
         except BaseException:
             await self._to_the_end(upload.discard())
             raise
         async with self._using(what):
-            await self._to_the_end(self._place(description))
+            await self._to_the_end(self._place_whole(description, upload))
         return description.artifact(datetime.fromisoformat(description.mtime))
 
     async def read(self, key: str, limit: int | None = None) -> AsyncGenerator[bytes, None]:
@@ -207,6 +210,7 @@ class Objects:
             self._followers.discard(follower)
             with suppress(NatsError):  # stopped already, or the connection is closed
                 await follower.unsubscribe()
+            await forget_consumer(follower, self._bus)
 
     async def _place(self, description: Description) -> None:
         """Put a description in the place of the one that is there, and purge what that one described.
@@ -226,6 +230,22 @@ class Objects:
             raise
         if old is not None:
             await purge(self._jetstream, old.nuid)
+
+    async def _place_whole(self, description: Description, upload: Upload) -> None:
+        """Place a description, and take it back if a new server without its chunks has got it."""
+        await self._place(description)
+        try:
+            async for attempt in self._retrying(NatsError, TimeoutError):
+                with attempt:
+                    await upload.check(description.name)
+        except ConnectionFailed:
+            found, sequence = await self._last(description.name)
+            if found is not None and found.nuid == description.nuid:
+                gone = Description(name=description.name, nuid=new_id(), deleted=True)
+                with suppress(KVConflict):  # others have replaced it
+                    await self._publish(gone, sequence)
+            await purge(self._jetstream, description.nuid)
+            raise
 
     async def _publish(self, description: Description, sequence: int) -> None:
         """Replace the description that has this sequence."""

@@ -7,6 +7,7 @@ from contextlib import aclosing, suppress
 from typing import Literal
 
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
 from openagentmesh.bus.connection import Bus
@@ -29,8 +30,9 @@ async def told(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Entry | Mark, Non
     assert subscription is not None
     async for entry in watcher:
         if entry is None:
-            left = subscription.pending_msgs + watcher._updates.qsize()  # noqa: SLF001 - as above
-            if not left and not told_any:
+            left = 0
+            if not told_any:
+                # Not what has arrived so far: that may be only the first of it.
                 delivered = (await subscription.consumer_info()).delivered
                 left = delivered.consumer_seq if delivered else 0
             if not left:
@@ -82,16 +84,22 @@ class Newest:
 
 
 async def end_watcher(watcher: KeyValue.KeyWatcher, bus: Bus) -> None:
-    """Stop a watcher, and what the server keeps for it.
-
-    The library leaves its consumer on the server for five minutes, and the server allows
-    a thousand of them a bucket.
-    """
+    """Stop a watcher, and what the server keeps for it."""
     subscription = watcher._sub  # noqa: SLF001 - only it knows
     with suppress(NatsError):  # the connection may be closed already
         await watcher.stop()
-    if subscription is not None and bus.connected:
-        stream, consumer = subscription._stream, subscription._consumer  # noqa: SLF001 - as above
+    if subscription is not None:
+        await forget_consumer(subscription, bus)
+
+
+async def forget_consumer(subscription: JetStreamContext.PushSubscription, bus: Bus) -> None:
+    """Let the server keep nothing for a subscription that has ended.
+
+    The library leaves its consumer there, for seconds or for five minutes, and the server
+    allows a thousand of them a bucket.
+    """
+    if bus.connected:
+        stream, consumer = subscription._stream, subscription._consumer  # noqa: SLF001 - only it knows
         with suppress(MeshError):  # the server has it go by itself, later
             await bus.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}")
 

@@ -74,7 +74,10 @@ class Workspace:
         await (await self._ready()).delete(key)
 
     async def list(self, prefix: str = "") -> Artifacts:
-        """What is there under all keys that begin with `prefix`."""
+        """What is there under all keys that begin with `prefix`.
+
+        What somebody replaces at this very moment may be left out.
+        """
         _check_prefix(prefix)
         return await (await self._ready()).entries(prefix)
 

@@ -1,0 +1,122 @@
+"""Objects that are put while the server is lost and a new, empty one comes."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+from openagentmesh import ConnectionFailed, NotFound
+from openagentmesh.bus.chunks import Upload
+from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.objects import Objects
+from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.protocol.artifacts import CHUNK, STREAM, Description
+
+from tests.bus.test_objects import chunk_counts, connected, content_of, in_pieces
+from tests.mesh.test_registry import until
+
+LOST = "lost what had been sent"
+
+
+class Servers:
+    """Servers of one address, one after the other, each of them empty."""
+
+    def __init__(self) -> None:
+        self.now = EmbeddedServer()
+
+    async def change(self, bus: Bus, objects: Objects) -> None:
+        """Another one comes; ends when it has the bucket."""
+        before = bus.reconnects
+        await self.now.stop()
+        self.now = EmbeddedServer(self.now.port)
+        await self.now.start()
+
+        async def made() -> bool:
+            return before < bus.reconnects == objects._made
+
+        await until(made)
+
+
+async def is_nowhere(bus: Bus, objects: Objects, name: str) -> None:
+    """Nobody can take it for stored, and nothing of it is left; putting it again works."""
+    assert [] == await objects.entries()
+    with pytest.raises(NotFound):
+        await content_of(objects, name)
+    assert {} == await chunk_counts(bus.jetstream())
+    await objects.put(name, in_pieces(b"again"))
+    assert b"again" == await content_of(objects, name)
+
+
+async def test_a_put_whose_server_is_replaced_half_way_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first server had confirmed is not on the second one: no object that cannot be read."""
+    servers, uploads = Servers(), list[Upload]()
+
+    class Known(Upload):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            uploads.append(self)
+
+    monkeypatch.setattr("openagentmesh.bus.objects.Upload", Known)
+    await servers.now.start()
+    async with connected(servers.now.url) as (bus, objects), asyncio.timeout(20):
+
+        async def confirmed() -> bool:
+            return uploads[0]._acks.qsize() == uploads[0]._unconfirmed
+
+        async def pieces() -> AsyncGenerator[bytes, None]:
+            yield bytes(10 * CHUNK)
+            await until(confirmed)
+            await servers.change(bus, objects)
+            yield bytes(4 * CHUNK)
+
+        with pytest.raises(ConnectionFailed, match=LOST):
+            await objects.put(name, pieces())
+        await is_nowhere(bus, objects, name)
+    await servers.now.stop()
+
+
+async def test_a_put_whose_server_is_replaced_at_its_end_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A description that alone has reached the new server is taken back."""
+    servers = Servers()
+    await servers.now.start()
+    async with connected(servers.now.url) as (bus, objects), asyncio.timeout(20):
+        await objects.make()
+        last = objects._last
+
+        async def last_before(key: str) -> tuple[Description | None, int]:
+            found = await last(key)
+            monkeypatch.undo()
+            await servers.change(bus, objects)
+            return found
+
+        monkeypatch.setattr(objects, "_last", last_before)
+        with pytest.raises(ConnectionFailed, match=LOST):
+            await objects.put(name, in_pieces(bytes(CHUNK + 1)))
+        await is_nowhere(bus, objects, name)
+    await servers.now.stop()
+
+
+async def test_listing_and_watching_leave_nothing_on_the_server(url: str, name: str) -> None:
+    """The consumer of a list, and that of a watch that is over, are gone at once; the server allows few."""
+    async with connected(url) as (bus, objects):
+        await objects.put(name, in_pieces(b"x"))
+
+        async def consumers() -> set[str]:
+            return {consumer.name for consumer in await bus.jetstream().consumers_info(STREAM)}
+
+        before = await consumers()
+
+        async def as_before() -> bool:
+            return not await consumers() - before
+
+        async with aclosing(objects.watch(name)) as changes:
+            await anext(changes)
+            assert 1 == len(await consumers() - before)
+        await until(as_before, 3)  # the library's are there for five seconds
+        for _ in range(20):
+            assert [name] == [artifact.key for artifact in await objects.entries(name)]
+        await until(as_before, 3)
