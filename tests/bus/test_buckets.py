@@ -2,17 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nats.js import JetStreamContext
+from nats.js.api import ConsumerInfo
 from openagentmesh import ConnectionFailed, PayloadTooLarge
-from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.buckets import Buckets, Version
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.bus.watches import Entry
+from openagentmesh.bus.tasks import end
+from openagentmesh.bus.watches import Entry, Mark, Newest
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
+
+from tests.mesh.test_registry import until
 
 
 @pytest.fixture
@@ -111,3 +118,140 @@ async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path, name: s
 async def test_all_buckets_of_the_protocol_are_made(buckets: Buckets) -> None:
     """Each bucket of the protocol can be read once the mesh is up."""
     assert [True] * len(KV_BUCKETS) == [isinstance(await buckets.read(bucket), dict) for bucket in KV_BUCKETS]
+
+
+async def consumers(buckets: Buckets) -> set[str]:
+    """What the server keeps for readers of the context bucket."""
+    found = await buckets._bus.jetstream().consumers_info(f"KV_{CONTEXT_BUCKET}")
+    return {consumer.name for consumer in found}
+
+
+async def test_reading_leaves_nothing_on_the_server(buckets: Buckets, name: str) -> None:
+    """The consumer of a read, and that of a watch that is over, are gone at once; the server allows few."""
+    await buckets.put(CONTEXT_BUCKET, name, b"1")
+    before = await consumers(buckets)
+
+    async def as_before() -> bool:
+        return not await consumers(buckets) - before
+
+    async with aclosing(buckets.watch(CONTEXT_BUCKET, name)) as watch:
+        assert "begin" == await anext(watch)
+        assert 1 == len(await consumers(buckets) - before)
+    await until(as_before)
+    for _ in range(20):
+        assert name in await buckets.read(CONTEXT_BUCKET)
+        assert [name] == [entry.key for entry in await buckets.entries(CONTEXT_BUCKET, name)]
+    await until(as_before)
+
+
+@pytest.mark.parametrize("early", [0, 3])
+async def test_a_watch_waits_for_all_that_the_server_has_sent(
+    buckets: Buckets, name: str, monkeypatch: pytest.MonkeyPatch, early: int
+) -> None:
+    """When the server says that it has sent all, nothing or only the first of it may have arrived."""
+    keys = {f"{name}.{number}" for number in range(10)}
+    await buckets.put_all(CONTEXT_BUCKET, dict.fromkeys(keys, b"x"))
+    client, info_of = buckets._bus._client, JetStreamContext.PushSubscription.consumer_info
+    process, under_way, arriving = client._process_msg, list[Any](), list[asyncio.Task[None]]()
+
+    async def keep(*message: Any) -> None:
+        if message[1].startswith(f"$KV.{CONTEXT_BUCKET}.{name}".encode()):
+            under_way.append(message)
+        else:
+            await process(*message)
+
+    async def arrive(messages: list[Any]) -> None:
+        for message in messages:
+            await process(*message)
+
+    async def sent() -> bool:
+        return len(under_way) == len(keys)
+
+    async def info(subscription: JetStreamContext.PushSubscription) -> ConsumerInfo:
+        if not arriving:
+            await until(sent)
+        found = await info_of(subscription)
+        arriving.append(asyncio.create_task(arrive(under_way[early:] if arriving else under_way[:early])))
+        return found
+
+    monkeypatch.setattr(client, "_process_msg", keep)
+    monkeypatch.setattr(JetStreamContext.PushSubscription, "consumer_info", info)
+    told: list[Entry | Mark] = []
+    async with aclosing(buckets.watch(CONTEXT_BUCKET, f"{name}.*")) as watch:
+        async for entry in watch:
+            told.append(entry)
+            if entry == "current":
+                break
+    assert keys == {entry.key for entry in told if isinstance(entry, Entry)}
+
+
+async def test_a_full_bucket_is_never_empty_while_others_write(buckets: Buckets, name: str) -> None:
+    """Neither to a read nor to a watch, which says `current` only when it has told what there is."""
+    keys = [f"{name}.{number}" for number in range(30)]
+    writing = asyncio.Event()
+
+    async def write() -> None:
+        while True:
+            for key in keys:
+                await buckets.put(CONTEXT_BUCKET, key, b"x")
+            writing.set()
+
+    writer = asyncio.create_task(write())
+    await writing.wait()
+    for _ in range(150):
+        assert await buckets.entries(CONTEXT_BUCKET, f"{name}.*")
+        async with aclosing(buckets.watch(CONTEXT_BUCKET, f"{name}.*")) as watch:
+            assert ("begin", True) == (await anext(watch), isinstance(await anext(watch), Entry))
+    await end(writer)
+
+
+async def test_a_slow_reader_hears_of_no_deletion_that_never_was(
+    buckets: Buckets, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes while it is busy with the first of what is there is still there."""
+    keys, seen, made = [f"{name}.a", f"{name}.b"], dict[str, Version](), list[Newest]()
+
+    class Known(Newest):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    async def told_all() -> bool:
+        return None in made[-1]._kept
+
+    async def told_last() -> bool:
+        kept = made[-1]._kept.get(keys[1])
+        return isinstance(kept, Entry) and kept.value == b"3"
+
+    monkeypatch.setattr("openagentmesh.bus.buckets.Newest", Known)
+    for value in (b"1", b"2"):
+        for key in keys:
+            await buckets.put(CONTEXT_BUCKET, key, value)
+        async with aclosing(buckets.changes(CONTEXT_BUCKET, f"{name}.*", seen=seen)) as changes:
+            assert (keys[0], value) == ((entry := await anext(changes)).key, entry.value)
+            if value == b"2":  # and now it is busy
+                await until(told_all)
+                await buckets.put(CONTEXT_BUCKET, keys[1], b"3")
+                await until(told_last)
+                value = b"3"  # noqa: PLW2901 - the newest
+            entry = await anext(changes)
+            assert (keys[1], value, None) == (entry.key, entry.value, entry.operation)
+
+
+async def test_what_is_replaced_while_a_watch_begins_is_not_deleted(
+    buckets: Buckets, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server leaves it out of what there is at first; only what is really gone is told."""
+    there, gone = f"{name}.there", f"{name}.gone"
+    revision = await buckets.put(CONTEXT_BUCKET, there, b"new")
+
+    async def watch(*_: str) -> AsyncGenerator[Entry | Mark, None]:
+        yield "begin"
+        yield "current"
+        yield Entry(CONTEXT_BUCKET, there, b"new", revision, None, None, None)
+
+    monkeypatch.setattr(buckets, "watch", watch)
+    seen: dict[str, Version] = {there: (1, None), gone: (1, None)}
+    changes = buckets.changes(CONTEXT_BUCKET, f"{name}.*", seen=seen)
+    told = [(entry.key, entry.value, entry.operation) async for entry in changes]
+    assert [(gone, None, "DEL"), (there, b"new", None)] == told

@@ -139,3 +139,29 @@ async def test_what_is_sent_while_the_server_is_away_arrives(name: str, tmp_path
     assert 1 == bus.reconnects
     await bus.close()
     await again.stop()
+
+
+async def test_whatever_restoring_raises_it_is_tried_again(name: str) -> None:
+    """An error of any library does not leave undone what a reconnect needs."""
+    server = EmbeddedServer()
+    await server.start()
+    bus = Bus(Target(server.url), name)
+    await bus.connect()
+    tries, restored = 0, asyncio.Event()
+
+    async def restore() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ValueError
+        restored.set()
+
+    bus.restore = restore
+    await server.stop()
+    again = EmbeddedServer(server.port)
+    await again.start()
+    async with asyncio.timeout(10):
+        await restored.wait()
+    assert 2 == tries
+    await bus.close()
+    await again.stop()

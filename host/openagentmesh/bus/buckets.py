@@ -241,7 +241,9 @@ class Buckets:
                     present = set()
                 elif entry == "current":
                     for key in seen.keys() - (present or set()):
-                        yield Entry(bucket, key, None, seen.pop(key)[0], None, None, "DEL")
+                        # What is replaced at this very moment is told after this mark only.
+                        if await self.get(bucket, key) is None:
+                            yield Entry(bucket, key, None, seen.pop(key)[0], None, None, "DEL")
                     present, replay = None, True  # what is new from here on is new to us
                     if started is not None:
                         started.set()
