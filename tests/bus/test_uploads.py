@@ -50,7 +50,7 @@ async def is_nowhere(bus: Bus, objects: Objects, name: str) -> None:
 async def test_a_put_whose_server_is_replaced_half_way_fails(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first server had confirmed is not on the second one: no object that cannot be read."""
+    """What the first server had confirmed is not on the second one; what others put there stays."""
     servers, uploads = Servers(), list[Upload]()
 
     class Known(Upload):
@@ -69,10 +69,13 @@ async def test_a_put_whose_server_is_replaced_half_way_fails(
             yield bytes(10 * CHUNK)
             await until(confirmed)
             await servers.change(bus, objects)
+            await objects.put(name, in_pieces(b"theirs"))
             yield bytes(4 * CHUNK)
 
         with pytest.raises(ConnectionFailed, match=LOST):
             await objects.put(name, pieces())
+        assert b"theirs" == await content_of(objects, name)
+        await objects.delete(name)
         await is_nowhere(bus, objects, name)
     await servers.now.stop()
 

@@ -77,7 +77,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
     return holding
 
 
-@pytest.mark.parametrize("kind", ["call", "failing-call", "stream"])
+@pytest.mark.parametrize("kind", ["call", "failing-call", "stream", "ending-stream"])
 async def test_an_answer_waits_for_a_caller_that_comes_back_later(
     hold: Hold, tmp_path: Path, kind: str
 ) -> None:
@@ -102,10 +102,11 @@ async def test_an_answer_waits_for_a_caller_that_comes_back_later(
         async def stream(req: int) -> AsyncIterator[int]:
             yield 0
             await work()
-            yield req
+            if kind == "stream":
+                yield req
 
         async def ask() -> object:
-            if kind != "stream":
+            if kind.endswith("call"):
                 return await caller.call("call", 7, timeout=15)
             return [chunk async for chunk in caller.stream("stream", 7, timeout=15)]
 
@@ -126,7 +127,7 @@ async def test_an_answer_waits_for_a_caller_that_comes_back_later(
                 await asking
             assert "own" == caught.value.code
         else:
-            assert (7 if kind == "call" else [0, 7]) == await asking
+            assert {"call": 7, "stream": [0, 7], "ending-stream": [0]}[kind] == await asking
 
 
 async def test_an_absence_of_the_server_is_nobodys_death(
