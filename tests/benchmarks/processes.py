@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -25,8 +26,11 @@ class ProgramFailed(Exception):
 class Program:
     """A running process that says JSON lines."""
 
-    def __init__(self, process: asyncio.subprocess.Process, errors: IO[bytes]) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, errors: IO[bytes], *, has_group: bool = False
+    ) -> None:
         self.pid = process.pid
+        self._has_group = has_group
         self._process = process
         self._errors = errors
 
@@ -66,15 +70,29 @@ class Program:
         try:
             await asyncio.wait_for(self._process.wait(), _STOP)
         except TimeoutError:
-            self._process.kill()
+            self._kill()
             await self._process.wait()
+
+    def _kill(self) -> None:
+        if self._has_group:
+            # Its own processes hold the pipes that we wait for.
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
 
 
 @asynccontextmanager
 async def started(
-    command: Sequence[str | Path], folder: Path = ROOT, environ: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    folder: Path = ROOT,
+    environ: Mapping[str, str] | None = None,
+    *,
+    has_group: bool = False,
 ) -> AsyncIterator[Program]:
-    """A process, from its start to its end; `environ` is added to our own environment."""
+    """A process, from its start to its end; `environ` is added to our own environment.
+
+    One that starts others `has_group`: those end with it, even when it has to be killed.
+    """
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -83,8 +101,9 @@ async def started(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
+            start_new_session=has_group,
         )
-        program = Program(process, errors)
+        program = Program(process, errors, has_group=has_group)
         try:
             yield program
         finally:

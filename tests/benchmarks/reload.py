@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -115,7 +116,7 @@ async def faststream(folder: Path, good: int, broken: int, callers: int) -> Edit
             path.write_text(source.format(version=0))
             command: list[str | Path] = [python.with_name("faststream"), "run", "edited:app", "--reload"]
             async with (
-                started(command, path.parent),
+                started(command, path.parent, has_group=True),
                 _calling(
                     "nats", server.url, callers, path, source, _PEER_BROKEN_FOR, _PEER_PATIENCE
                 ) as editor,
@@ -152,6 +153,7 @@ async def measure(given: argparse.Namespace, folder: Path, report: Report) -> No
 def main() -> int:
     """The command."""
     given, load = options(), os.getloadavg()[0]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped then, too
     report = Report()
     with ExitStack() as stack:
         folder = given.peer_env or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oam-peer-")))
