@@ -122,7 +122,7 @@ class HardenedClient(Client):
         try:
             receiver(Message(name, reply.decode("utf-8", "surrogateescape"), head, body))
         except Exception:  # a message ends here; the read loop must not
-            log.exception("a message on %r could not be taken", name)
+            log.exception("a message on %a could not be taken", name)
         return True
 
     async def _send_publish(
@@ -166,6 +166,16 @@ class HardenedClient(Client):
         self._err = error
         await self._error_cb(error)
         await self._process_op_err(error)
+
+    async def _process_connect_init(self) -> None:
+        # What is no nats-server may answer at the address while that is away; the base class
+        # would end the reconnecting for good.
+        try:
+            await super()._process_connect_init()
+        except (OSError, NatsError, TimeoutError):
+            raise
+        except Exception as exc:
+            raise NatsError(f"nats: no server answers there: {exc!r}") from exc
 
     async def _read_loop(self) -> None:
         # The base class only logs an error while parsing, and then reads no more.

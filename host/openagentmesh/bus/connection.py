@@ -193,9 +193,16 @@ class Bus:
         return bool(self._client.is_connected)
 
     async def until_connected(self) -> None:
-        """Wait until the server is there; for ever when the connection is closed for good."""
+        """Wait until the server is there.
+
+        Raises:
+            ConnectionFailed: the connection is closed for good.
+
+        """
         if not self._here.is_set():
             await self._here.wait()
+        if self.is_closed:
+            raise ConnectionFailed(f"The connection to {self.target.shown} is closed.")
 
     @property
     def is_closed(self) -> bool:
@@ -296,13 +303,15 @@ class Bus:
         """End subscriptions without losing what is on its way: unsubscribe, linger, forget."""
         for sid in sids:
             await self._client.leave(sid)
-        if self.connected:
-            try:
-                await self.flush()
-            except ConnectionFailed as exc:
-                log.warning("leaving without the server's word: %s", exc)
-            await asyncio.sleep(LINGER)  # the server has no event for "the last one is out"
-        self.drop(*sids)
+        try:
+            if self.connected:
+                try:
+                    await self.flush()
+                except ConnectionFailed as exc:
+                    log.warning("leaving without the server's word: %s", exc)
+                await asyncio.sleep(LINGER)  # the server has no event for "the last one is out"
+        finally:
+            self.drop(*sids)
 
     def drop(self, *sids: int) -> None:
         """Receive nothing more for these subscriptions, which were left before."""
@@ -365,4 +374,5 @@ class Bus:
 
     async def _on_closed(self) -> None:
         self.closed.set()
+        self._here.set()  # nobody is to wait for it any more
         self.on_closed()

@@ -116,7 +116,7 @@ class Caller:
             accept=codec.ACK,
             extra=headers,
         )
-        reader = ChunkReader(self._bus.publish, name, request_id, timeout, total)
+        reader = ChunkReader(self._inbox.deliver, name, request_id, timeout, total)
         # Not the chunks' own subject: whoever listens to all of the mesh would hide NATS' 503.
         reply = self._inbox.expect(reader.receive)
         sid = await self._bus.listen(subject, reader.receive)
@@ -207,7 +207,7 @@ class Caller:
     ) -> None:
         _check_id(replies.request_id)
         subject = subjects.results(replies.request_id)
-        reader = ChunkReader(self._bus.publish, replies.agent, replies.request_id, timeout)
+        reader = ChunkReader(self._inbox.deliver, replies.agent, replies.request_id, timeout)
         async with AsyncExitStack() as stack:
             sid = await self._bus.listen(subject, reader.receive)
             stack.push_async_callback(self._quit, sid)

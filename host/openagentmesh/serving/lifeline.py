@@ -11,6 +11,7 @@ from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.serving.call import Call
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,30 @@ class Lifeline:
         self._timer = asyncio.get_running_loop().call_later(_BEAT, self._beat, context=Context())
 
     async def _send(self) -> None:
+        if not self._bus.connected:
+            return  # heard all at once later, the beats would tell nothing
         try:
             await self._bus.publish(self._reply, b"", self._head, self._control)
         except MeshError as exc:
             log.debug("a caller could not be told that its request is in hand: %s", exc)
 
     def _receive(self, message: Message) -> None:
+        nobody = codec.read_answer(message.head, b"").nobody
+        if nobody and self._bus.unsettled:
+            return  # the caller may not be back from the server's absence
         self._unheard, self._missed = self._unheard + 1, True
-        if not codec.read_answer(message.head, b"").nobody or self._unheard >= _UNHEARD:
+        if not nobody or self._unheard >= _UNHEARD:
             self.close()
             self._gone()
+
+
+def abandoning(call: Call) -> Callable[[], None]:
+    """What stops the running request because nobody waits for its answer."""
+    task = asyncio.current_task()
+
+    def abandon() -> None:
+        call.abandoned = True
+        if task is not None:
+            task.cancel()
+
+    return abandon

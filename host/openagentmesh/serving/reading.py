@@ -35,3 +35,13 @@ def chunk_subject(request: Request, reply: str) -> str:
             "at most 128 letters, digits, '_' and '-', for they name the chunks' subject."
         )
     return subjects.stream(request.request_id)
+
+
+def error_subject(request: Request, reply: str, *, overheard: bool) -> str:
+    """Where an error goes: to the subject of a stream's chunks, or to the reply subject.
+
+    What a source overhears is somebody else's stream, and its error nothing for that one's reader.
+    """
+    if request.streaming and not overheard and subjects.is_token(request.request_id):
+        return subjects.stream(request.request_id)
+    return reply

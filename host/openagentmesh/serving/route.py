@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ from openagentmesh.bus.buckets import Buckets
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end_within
+from openagentmesh.bus.tasks import end, end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import (
@@ -28,8 +28,8 @@ from openagentmesh.serving.background import Background
 from openagentmesh.serving.call import Call, set_current_call
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.lifeline import Lifeline
-from openagentmesh.serving.reading import chunk_subject, reply_subject, verb_of
+from openagentmesh.serving.lifeline import Lifeline, abandoning
+from openagentmesh.serving.reading import chunk_subject, error_subject, reply_subject, verb_of
 from openagentmesh.serving.sources import Source, SubjectSource
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 _RETRY_AFTER_MS: Final = 250
 # How long a handler may take to clean up after it was cancelled.
 _CANCEL_GRACE: Final = 1.0
+# How much longer a chunk may take while all return to a restarted server.
+_SETTLING: Final = 5.0
+
+Send = Callable[[str, bytes, bytes], Awaitable[None]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,7 +72,7 @@ class Route:
     def __init__(self, agent: Agent, shared: Shared) -> None:
         self.agent = agent
         # What sources, gate and background follow; it catches up with `agent` in `follow`.
-        self._followed = agent
+        self._followed: Agent | None = None
         self.counts = Counts()
         self.sid: int | None = None
         self.background: Background | None = None
@@ -150,7 +154,6 @@ class Route:
         """
         old, agent = self._followed, self.agent
         if self.is_settled:
-            self._followed = agent
             return
         if self.gate is not None:
             await self.gate.stop()
@@ -160,7 +163,7 @@ class Route:
             await self.open()
         await self.start()
         for source in self._feeds.keys() - set(agent.sources):
-            await self._feeds.pop(source).close(old.limits.timeout)
+            await self._feeds.pop(source).close(old.limits.timeout if old else 0)
         if self.sid is not None and not agent.contract.invocable:
             await self._leave()
         self._followed = agent  # only now: what fails is tried again
@@ -178,7 +181,8 @@ class Route:
     @property
     def is_settled(self) -> bool:
         """Whether all that drives the agent belongs to the version that the route points at."""
-        return self._followed is self.agent or (_is_plain(self._followed) and self.is_plain)
+        old = self._followed
+        return old is self.agent or (old is not None and _is_plain(old) and self.is_plain)
 
     @property
     def is_plain(self) -> bool:
@@ -186,6 +190,7 @@ class Route:
         return _is_plain(self.agent)
 
     async def _activate(self) -> None:
+        await end(self._draining)  # what it waits for may go on
         await self.open()
         await self._shared.events.emit("info", self.agent.name, "agent_activated")
 
@@ -251,13 +256,16 @@ class Route:
                     if agent.contract.streaming:
                         await self._stream(agent, call, reply, deadline)
                     else:
-                        result = await agent.endpoint(call)
-                        await self._reply(call, reply, agent.dump(result))
+                        body = agent.dump(await agent.endpoint(call))
+            if not agent.contract.streaming:
+                await self._reply(call, reply, body)
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
         # leaves a task would stop the whole event loop.
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
             if not call.abandoned:
-                await self._reply_error(request, reply, _as_mesh_error(exc, call, deadline))
+                where = error_subject(request, reply, overheard=accept is not None)
+                error = _as_mesh_error(exc, call, deadline)
+                await self._reply_error(request, where, error, self._shared.inbox.deliver)
         else:
             if noisy or call.usage is not None:
                 await self._tell_completed(call)
@@ -276,8 +284,12 @@ class Route:
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
         request = codec.read_request(message.head, message.body)
-        reply = reply_subject(message, request, overheard=message.subject != subjects.agent(agent.name))
-        await self._reply_error(request, reply, error)
+        overheard = message.subject != subjects.agent(agent.name)
+        where = error_subject(
+            request, reply_subject(message, request, overheard=overheard), overheard=overheard
+        )
+        # Its caller is there: it has just asked, through this very server.
+        await self._reply_error(request, where, error, self._shared.bus.publish)
 
     async def finish(self, timeout: float, agent: Agent | None = None) -> int:
         """Wait for what is running, or what is on one version; after `timeout` seconds cancel it.
@@ -295,7 +307,7 @@ class Route:
     def _lifeline(self, call: Call, reply: str) -> Lifeline:
         shared = self._shared
         head = codec.accepted_headers(call.request_id, shared.instance_id)
-        return Lifeline(shared.bus, shared.inbox, head, reply, _abandoning(call))
+        return Lifeline(shared.bus, shared.inbox, head, reply, abandoning(call))
 
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
@@ -306,14 +318,14 @@ class Route:
         writer = writer_of(shared.bus, shared.inbox, subject, start, agent.dump, request.credit)
 
         async def send(chunk: object) -> None:
-            if writer.must_wait:  # from here on it is the reader who takes its time
-                deadline.move(loop.time() + agent.limits.timeout)
+            if writer.must_wait or shared.bus.unsettled:  # from here on it is others who take their time
+                deadline.move(loop.time() + agent.limits.timeout + _SETTLING)
             await writer.send(chunk)
             # A stream may go on for ever, as long as it goes on.
             call.deadline = loop.time() + call.patience
             deadline.move(call.deadline)
 
-        call.send, writer.gone = send, _abandoning(call)
+        call.send, writer.gone = send, abandoning(call)
         try:
             await agent.endpoint(call)
             await writer.end(call.usage)
@@ -326,18 +338,16 @@ class Route:
             head = codec.reply_headers(call.request_id, shared.instance_id, call.agent, call.usage)
             await shared.inbox.deliver(reply, body, head)
 
-    async def _reply_error(self, request: Request, reply: str, error: MeshError) -> None:
+    async def _reply_error(self, request: Request, where: str, error: MeshError, send: Send) -> None:
         self.counts.errors += 1
         bus, instance_id, name = self._shared.bus, self._shared.instance_id, self.agent.name
         error = error.located(agent=name, request_id=request.request_id)
         body = codec.error_body(error)
         head = codec.error_headers(request.request_id, instance_id)
         try:
-            if request.streaming and subjects.is_token(request.request_id):
-                frame = codec.error_headers(request.request_id, instance_id, frame=True)
-                await bus.publish(subjects.stream(request.request_id), body, frame)
-            elif reply:
-                await self._shared.inbox.deliver(reply, body, head)
+            if where:
+                frame = request.streaming and subjects.is_token(request.request_id)
+                await send(where, body, codec.error_headers(request.request_id, instance_id, frame=frame))
             await bus.publish(subjects.errors(name), body, head)
         except MeshError as exc:
             log.error("%s: the caller could not be told of %r: %s", name, error, exc)  # noqa: TRY400 - no bug of ours
@@ -372,18 +382,6 @@ def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     if isinstance(source, SubjectSource):
         return SubjectFeed(source, route.agent.name, shared.bus, route.receive)
     return KVFeed(source, lambda: route.agent, shared.buckets, route.take)
-
-
-def _abandoning(call: Call) -> Callable[[], None]:
-    """What stops the running request because nobody waits for its answer."""
-    task = asyncio.current_task()
-
-    def abandon() -> None:
-        call.abandoned = True
-        if task is not None:
-            task.cancel()
-
-    return abandon
 
 
 def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshError:

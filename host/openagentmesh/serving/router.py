@@ -32,12 +32,10 @@ class Router:
     async def point(self, agent: Agent) -> None:
         """Serve an agent under its name from now on, in place of another one if there is."""
         route = self._routes.get(agent.name)
-        if route is not None:
-            route.swap(agent)
-            await route.follow()
-            return
-        route = self._routes[agent.name] = Route(agent, self._shared)
-        await route.start()
+        if route is None:
+            route = self._routes[agent.name] = Route(agent, self._shared)
+        route.swap(agent)
+        await route.follow()
 
     def remove(self, name: str) -> Route | None:
         """Forget the route of an agent; whoever takes it ends it."""
@@ -45,14 +43,15 @@ class Router:
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""
-        await self._close(timeout)
         await self._shared.bus.leave(*[route.sid for route in self if route.sid is not None])
         await self.finish(timeout)
 
     async def finish(self, timeout: float) -> None:
         """Finish what runs; cancel and answer the rest after `timeout` seconds."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
         await self._close(timeout)
-        await asyncio.gather(*[route.finish(timeout) for route in self])
+        await asyncio.gather(*[route.finish(max(0.0, end - loop.time())) for route in self])
 
     async def _close(self, timeout: float) -> None:
         await asyncio.gather(*[route.close(timeout) for route in self if not route.is_plain])

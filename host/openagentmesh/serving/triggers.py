@@ -100,6 +100,8 @@ class KVFeed:
         self._task = None
 
     async def _follow(self) -> None:
+        if self._handling is not None:  # of the time before it was closed
+            await asyncio.wait([self._handling])
         async with aclosing(self._changes()) as changes:
             async for entry in changes:
                 type_ = self._agent().handler.input
@@ -154,13 +156,17 @@ class Gate:
         self._wanted = condition.initial
         self._changed = asyncio.Event()
         self._sid: int | None = None
+        self._seen: dict[str, Version] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, *, is_open: bool) -> None:
         """Take the position that the condition has now, and follow it from here on."""
         condition, self.is_open = self._condition, is_open
         if isinstance(condition, KVCondition):
-            self._decide_by_value(await self._buckets.get(CONTEXT_BUCKET, condition.key))
+            entry = await self._buckets.entry(CONTEXT_BUCKET, condition.key)
+            self._decide_by_value(None if entry is None else entry.value or b"")
+            if entry is not None:  # what is deleted from here on is told
+                self._seen[condition.key] = (entry.revision, entry.created)
             following = persistently(self._follow_key, f"the key {condition.key}")
             self._tasks.append(asyncio.create_task(following))
         else:
@@ -176,7 +182,8 @@ class Gate:
 
     async def _follow_key(self) -> None:
         assert isinstance(self._condition, KVCondition)
-        async with aclosing(self._buckets.changes(CONTEXT_BUCKET, self._condition.key)) as changes:
+        changing = self._buckets.changes(CONTEXT_BUCKET, self._condition.key, seen=self._seen)
+        async with aclosing(changing) as changes:
             async for entry in changes:
                 self._decide_by_value(None if entry.operation else entry.value or b"")
 
