@@ -365,3 +365,19 @@ async def test_what_is_there_can_be_skipped(
     await asyncio.wait_for(following(mesh, name), 10)
     await mesh.kv.put(f"{name}.b", "new")
     assert ["new"] == [entry.value for entry in await take(got)]
+
+
+async def test_who_overhears_a_stream_does_not_end_it(mesh: AgentMesh, name: str) -> None:
+    """A source that cannot read somebody else's request tells `mesh.errors`, not that one's reader."""
+    got = driven(mesh, f"{name}.audit", Order, mesh.subject_source(f"mesh.agent.{name}.>"))
+
+    @mesh.agent(AgentSpec(name=f"{name}.gen"))
+    async def gen(count: int) -> AsyncIterator[int]:
+        for number in range(count):
+            yield number
+
+    heard = await errors_of(mesh, f"{name}.audit")
+    assert [0, 1, 2] == [chunk async for chunk in mesh.stream(f"{name}.gen", 3)]
+    [told] = await take(heard)
+    assert "invalid_input" == json.loads(told.body)["code"]
+    assert got.empty()
