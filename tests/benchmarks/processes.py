@@ -27,10 +27,10 @@ class Program:
     """A running process that says JSON lines."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, errors: IO[bytes], *, has_group: bool = False
+        self, process: asyncio.subprocess.Process, errors: IO[bytes], *, foreign: bool = False
     ) -> None:
         self.pid = process.pid
-        self._has_group = has_group
+        self._foreign = foreign
         self._process = process
         self._errors = errors
 
@@ -74,8 +74,7 @@ class Program:
             await self._process.wait()
 
     def _kill(self) -> None:
-        if self._has_group:
-            # Its own processes hold the pipes that we wait for.
+        if self._foreign:
             os.killpg(self.pid, signal.SIGKILL)
         else:
             self._process.kill()
@@ -87,11 +86,11 @@ async def started(
     folder: Path = ROOT,
     environ: Mapping[str, str] | None = None,
     *,
-    has_group: bool = False,
+    foreign: bool = False,
 ) -> AsyncIterator[Program]:
     """A process, from its start to its end; `environ` is added to our own environment.
 
-    One that starts others `has_group`: those end with it, even when it has to be killed.
+    A `foreign` one is none of our programs: nobody reads what it says, and what it started ends with it.
     """
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
@@ -99,11 +98,12 @@ async def started(
             cwd=folder,
             env=os.environ | (environ or {}),
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+            # A pipe that nobody reads fills, and then its writer waits for ever.
+            stdout=asyncio.subprocess.DEVNULL if foreign else asyncio.subprocess.PIPE,
             stderr=errors,
-            start_new_session=has_group,
+            start_new_session=foreign,
         )
-        program = Program(process, errors, has_group=has_group)
+        program = Program(process, errors, foreign=foreign)
         try:
             yield program
         finally:

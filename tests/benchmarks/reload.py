@@ -116,7 +116,7 @@ async def faststream(folder: Path, good: int, broken: int, callers: int) -> Edit
             path.write_text(source.format(version=0))
             command: list[str | Path] = [python.with_name("faststream"), "run", "edited:app", "--reload"]
             async with (
-                started(command, path.parent, has_group=True),
+                started(command, path.parent, foreign=True),
                 _calling(
                     "nats", server.url, callers, path, source, _PEER_BROKEN_FOR, _PEER_PATIENCE
                 ) as editor,
