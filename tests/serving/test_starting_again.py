@@ -8,6 +8,7 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, KVEntry, NotAvailable, NotFound
 
 from tests.serving.test_router import node_of
+from tests.serving.test_sources import following
 
 
 async def test_a_gate_that_could_not_start_is_started_again(
@@ -63,15 +64,16 @@ async def test_changes_of_keys_stay_one_after_the_other_over_a_gate(mesh: AgentM
         route = node_of(mesh).router.get(name)
         await asyncio.sleep(0.01)
     async with asyncio.timeout(10):
-        while not going._value:  # the source may not follow yet
-            await mesh.kv.put(f"{name}.a", "1")
-            await asyncio.sleep(0.02)
+        await following(mesh, name)
+        await mesh.kv.put(f"{name}.a", "1")
+        await going.acquire()
         for value, is_open in (("off", False), ("on", True)):
             await mesh.kv.put(f"{name}-gate", value)
             while route.is_open is not is_open:
                 await asyncio.sleep(0.01)
         await mesh.kv.put(f"{name}.b", "2")
+        with pytest.raises(TimeoutError):  # as long as the other one runs
+            await asyncio.wait_for(going.acquire(), 0.5)
         release.set()
-        await going.acquire()
         await going.acquire()
     assert 1 == most
