@@ -17,7 +17,7 @@ _ABOUT: Final = """\
 A request is lost when nobody answers it, failed when the answer is an error.
 It is mixed when its handler saw two versions.
 A broken edit is a syntax error, a missing import, or a file that is empty for a moment.
-After a loss a caller waits for 50 ms; the version of a first new answer is seen by one more, who waits for none.
+After a loss a caller waits for 50 ms. One more looks out for new versions, and is not counted.
 Broken files stay 0.15 s with ours; 1.5 s with FastStream, which would not notice them otherwise.
 A standstill is by how much an agent in the same host wakes up too late from a sleep of 1 ms.
 It belongs to a reload when it overlaps with it, or with the 0.1 s after it; the load alone causes the others.

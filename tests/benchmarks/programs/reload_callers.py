@@ -121,17 +121,17 @@ class Callers:
                 await asyncio.sleep(_PAUSE)
 
     def _check(self, number: int, answer: dict[str, Any]) -> None:
-        now = monotonic()
-        self._silence, self._answered = max(self._silence, now - self._answered), now
         if answer.get("number") != number:
             raise Failed("the answer to another question")
         self._counts["mixed"] += answer["first"] != answer["last"]
         self._see(answer["first"])
 
     def _see(self, version: int) -> None:
+        now = monotonic()
+        self._silence, self._answered = max(self._silence, now - self._answered), now
         if version not in self._seen:
             self._seen.add(version)
-            say(version=version, at=monotonic())
+            say(version=version, at=now)
 
     async def _look_out(self) -> None:
         """See new versions when no caller does; this is not counted."""
