@@ -71,6 +71,7 @@ async def test_ten_thousand_agents_in_one_host() -> None:
 async def test_what_a_peer_removes_comes_back(mesh: AgentMesh, url: str, name: str) -> None:
     """A stock replica deletes the shared entry when it stops; the one still serving puts it back."""
     serve(mesh, name)
+    await mesh.catalog()  # all of it is written
     async with AgentMesh(url) as other:
         assert [name] == [entry.name for entry in await other.catalog(channel=name)]
         node = node_of(other)
