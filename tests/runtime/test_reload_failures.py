@@ -13,9 +13,6 @@ from openagentmesh import AgentMesh
 from tests.runtime.conftest import MESH, Configure, agent, write
 from tests.runtime.test_reload_imports import RUN, Bench
 
-# A load that takes longer than a moment is interrupted, and begun again in a thread.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
 
 @pytest.fixture
 async def bench(

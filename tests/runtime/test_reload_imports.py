@@ -17,8 +17,6 @@ from openagentmesh.runtime.outcome import Outcome
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 
-# A load that takes longer than a moment is interrupted, and begun again in a thread.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 # Every module that a test counts has this for its first line.
 RUN = "import ledger; ledger.runs.append(__name__.partition('.')[2])\n"
 
@@ -249,7 +247,7 @@ ABSENT = {
     "in-package-from": ("from _pack import h; N = h.N", "_pack/h.py"),
     "package-in-package": ("from _pack import h; N = h.N", "_pack/h/__init__.py"),
     "deep": ("from _b import N", "_h.py"),
-    "data": ("N = int(open(__file__.replace('a.py', 'n.txt')).read())", "n.txt"),
+    "data": ("import pathlib\nN = int(pathlib.Path(__file__.replace('a.py', 'n.txt')).read_text())", "n.txt"),
 }
 
 

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import linecache
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +19,12 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from itertools import count
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Final, TypeVar, cast
+from typing import Any, cast
 
-from openagentmesh.runtime.aside import Interrupted
 from openagentmesh.runtime.disk import digest_of
 from openagentmesh.runtime.sources import INSTALLED, Folder, Source, reached
 
-_IMPORT_RE: Final = re.compile(
-    r"^[ \t]*(?:from[ \t]+(\w[\w.]*)[ \t]+import\b|import[ \t]+(\w[\w., \t]*))", re.MULTILINE
-)
 _executing: ContextVar[Source | None] = ContextVar("executing", default=None)
-T = TypeVar("T")
 Executing = Callable[[Source], AbstractContextManager[None]]
 
 
@@ -61,7 +55,6 @@ class Imports(MetaPathFinder):
         self.executing = executing
         self.stage = Stage()
         self._import_module = importlib.import_module
-        self._in_haste = self._was_slow = False
 
     def open(self) -> None:
         """Find the managed modules from now on, unless that is done."""
@@ -116,7 +109,7 @@ class Imports(MetaPathFinder):
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            source = Source(fullname, Path(spec.loader.path), folder, elsewhere=self.imported_elsewhere)
+            source = Source(fullname, Path(spec.loader.path), folder)
             spec.loader = _FileLoader(source, self)
         elif spec is not None and spec.origin is None and spec.submodule_search_locations:
             place = Path(next(iter(spec.submodule_search_locations)))
@@ -133,8 +126,6 @@ class Imports(MetaPathFinder):
         asking = sys._getframe(1).f_builtins.get("__import__")  # noqa: SLF001 - nobody else tells
         source = getattr(asking, "__self__", None)
         found = source.import_module(name, package) if isinstance(source, Source) else None
-        if found is None and isinstance(source, Source):
-            self.imported_elsewhere(importlib.util.resolve_name(name, package), ())
         return self._import_module(name, package) if found is None else found
 
     def take_out(self, names: set[str]) -> Stage:
@@ -194,58 +185,11 @@ class Imports(MetaPathFinder):
             if parent == package.__name__ and name in sys.modules:
                 setattr(package, child, sys.modules[name])
 
-    def in_haste(self, work: Callable[[], T]) -> T:
-        """Do what may be interrupted at any moment, but begin to import nothing that is not ours.
-
-        Others' modules may not be executed by halves, and then again.
-
-        Raises:
-            Interrupted: there was something to import.
-
-        """
-        self._in_haste, self._was_slow = True, False
-        try:
-            result = work()
-        except Exception:
-            if self._was_slow:  # a bare `except` has caught what told of it, and went on without
-                raise Interrupted from None
-            raise
-        finally:
-            self._in_haste = False
-        if self._was_slow:
-            raise Interrupted
-        return result
-
-    def imported_elsewhere(self, name: str, fromlist: Sequence[str]) -> None:
-        """Know that a managed module is going to import one that is not.
-
-        Raises:
-            Interrupted: it would be executed, for which there is no time.
-
-        """
-        if not self._in_haste or _executing.get() is None:
-            return
-        found = sys.modules.get(name)
-        if found is None or any(item != "*" and item not in vars(found) for item in fromlist):
-            self._was_slow = True
-            raise Interrupted
-
     def mend(self) -> None:
         """Put back what a load that was given up took out of `sys.modules` when it ended."""
         for name, source in self.sources.items():
             if source.module is not None:
                 sys.modules.setdefault(name, source.module)
-
-
-def imports_anew(path: Path) -> bool:
-    """Whether a file seems to import what nobody has imported yet, which may take long."""
-    try:
-        found = _IMPORT_RE.findall(path.read_text(encoding="utf-8"))
-        here = {entry.name.removesuffix(".py") for entry in path.parent.iterdir()}
-    except (OSError, UnicodeDecodeError):
-        return False  # loading it will say so
-    names = {name.partition(" as ")[0].strip() for match in found for name in "".join(match).split(",")}
-    return any(name not in sys.modules and name.partition(".")[0] not in here for name in names)
 
 
 def _place(name: str) -> tuple[ModuleType | None, str]:
@@ -274,7 +218,8 @@ class _FileLoader(SourceFileLoader):
         """Execute it, with an `__import__` of its own."""
         source, imports = self._source, self._imports
         vars(module)["__builtins__"] = vars(builtins) | {"__import__": source.import_}
-        imports.adopt(module)
+        if self.is_package(source.name):
+            imports.adopt(module)
         source.module = module
         imports.sources[source.name] = source
         imports.stage.executed.append(source)

@@ -21,7 +21,6 @@ from openagentmesh.mesh.loading import (
 )
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.runtime.aside import Interrupted
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Imports, without_loop
 from openagentmesh.runtime.origins import Origin
@@ -85,7 +84,7 @@ class Loader:
     def load(self, origin: Origin, *, can_be_left: bool = True) -> Module:
         """Load one origin; what goes wrong is told by the module, never raised.
 
-        Only an interruption of ours leaves it, or a Ctrl-C if it `can_be_left`: a module may hang.
+        Only a Ctrl-C leaves it, if it `can_be_left`: a module may hang.
         """
         module = Module(origin)
         self.imports.open()
@@ -94,7 +93,7 @@ class Loader:
                 copy_context().run(self._import, module)  # what it sets there is gone with it
         # Code of others may raise anything while it is imported, SystemExit among it.
         except BaseException as exc:
-            if isinstance(exc, Interrupted) or (can_be_left and isinstance(exc, KeyboardInterrupt)):
+            if can_be_left and isinstance(exc, KeyboardInterrupt):
                 raise
             module.fail_of(exc, tuple(f"{folder.path}{os.sep}" for folder in self.imports.folders))
         return module

@@ -14,10 +14,10 @@ from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.runtime.aside import Interrupted, TookTooLong, aside, at_once
+from openagentmesh.runtime.aside import TookTooLong, aside
 from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError
-from openagentmesh.runtime.imports import Stage, imports_anew
+from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.outcome import Outcome
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 # A file that is gone or empty, and a module that lost all its agents, may be half a save.
 _DOUBT: Final = 0.25
 _REMEMBERED: Final = 20
-# How long the event loop may stand still for a load, in seconds.
-_MOMENT: Final = 0.012
+# A load that took this many seconds is not waited for the next time.
+_SLOW: Final = 0.008
 
 
 class ReloadRefused(MeshError):
@@ -105,7 +105,7 @@ class Reloader:
         loader = self._loader
         loader.prepare(self.config, origins)
         for origin in origins:
-            stage = loader.imports.take_out(set())
+            stage = loader.imports.stage = Stage()
             module = loader.load(origin)
             self.modules.append(module)
             if module.state == "failed":
@@ -166,13 +166,12 @@ class Reloader:
             self._check_willing(plan)
             self._loader.prepare(plan.config, plan.origins)
             stage = imports.take_out(plan.names)
-            try:
-                moment = _MOMENT if self._looks_quick(plan, stage) else 0
-                new = at_once(lambda: imports.in_haste(lambda: self._load(plan.load)), moment)
-            except Interrupted:
-                imports.put_back(stage)
-                stage = imports.take_out(plan.names)
-                new = await aside(lambda: self._load(plan.load), plan.config.host.load_timeout, imports.mend)
+            new = await aside(
+                lambda: self._load(plan.load),
+                plan.config.host.load_timeout,
+                is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
+                when_late=imports.mend,
+            )
             candidate = self._check(plan, new, stage, sure=sure)
             await self._replay(candidate, strict=plan.config.host.replay_strict)
             await move([t for t in candidate.transfers if t.has_migration], plan.config.host.load_timeout)
@@ -188,13 +187,6 @@ class Reloader:
             return self._refused(plan.causes, stage, exc, began)
         # Above this line anything may fail, and nothing has changed.
         return self._commit(plan, stage, candidate, began)
-
-    def _looks_quick(self, plan: Plan, stage: Stage) -> bool:
-        """Whether it is worth trying to load it without a thread."""
-        before = sum(source.took for source in stage.sources.values())
-        return before < _MOMENT and not any(
-            imports_anew(path) for path in plan.causes if path.suffix == ".py"
-        )
 
     def _check_willing(self, plan: Plan) -> None:
         for name in plan.names:

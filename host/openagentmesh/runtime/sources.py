@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -72,7 +72,6 @@ class Source:
         stopped: its load was given up; it imports nothing more.
         module: what it was executed as.
         took: how long that took, in seconds.
-        elsewhere: called before it imports a module that is not managed.
 
     """
 
@@ -89,7 +88,6 @@ class Source:
     stopped: bool = False
     module: ModuleType | None = None
     took: float = 0.0
-    elsewhere: Callable[[str, Sequence[str]], None] = lambda _name, _items: None
 
     def import_(
         self,
@@ -103,7 +101,6 @@ class Source:
         self._end_if_stopped()
         full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
-            self.elsewhere(name, fromlist or ())
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         self._note(full)
         if full in self.pinned:

@@ -11,13 +11,11 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from openagentmesh.mesh.loading import Generation, Migration, has_content
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.runtime.aside import Interrupted, TookTooLong, aside, at_once
+from openagentmesh.runtime.aside import TookTooLong, aside
 
 _PARTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
-# How often a migration is run again because requests have changed what it moved.
-_TRIES: Final = 3
-# How long the event loop may stand still for the last try, in seconds.
-_MOMENT: Final = 0.012
+# How often a migration is run: again when requests have changed what it moved.
+_TRIES: Final = 4
 
 
 class Transfer:
@@ -141,21 +139,21 @@ async def move(transfers: Sequence[Transfer], limit: float) -> None:
         BaseException: whatever a migration raises.
 
     """
-    for last in [False] * _TRIES + [True]:
-        for transfer in [transfer for transfer in transfers if not transfer.is_moved]:
+    for _ in range(_TRIES):
+        waiting = [transfer for transfer in transfers if not transfer.is_moved]
+        if not waiting:
+            return
+        for transfer in waiting:
             transfer.copy()
             try:
-                if last:
-                    at_once(transfer.migrate, _MOMENT)
-                else:
-                    await aside(transfer.migrate, limit)
+                await aside(transfer.migrate, limit)
             except TookTooLong:
                 raise MeshError(
                     f"migrate takes longer than {limit:g}s, which is [host] load_timeout."
                 ) from None
-            except Interrupted:
-                raise MeshError("requests change what is kept faster than migrate moves it.") from None
             transfer.try_out()
+    if not all(transfer.is_moved for transfer in transfers):
+        raise MeshError("requests change what is kept faster than migrate moves it.")
 
 
 def _same(one: Migration, other: Migration | None) -> bool:
