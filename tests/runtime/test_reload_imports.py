@@ -247,7 +247,7 @@ ABSENT = {
     "in-package-from": ("from _pack import h; N = h.N", "_pack/h.py"),
     "package-in-package": ("from _pack import h; N = h.N", "_pack/h/__init__.py"),
     "deep": ("from _b import N", "_h.py"),
-    "data": ("import pathlib\nN = int(pathlib.Path(__file__.replace('a.py', 'n.txt')).read_text())", "n.txt"),
+    "data": ("import pathlib; N = int(pathlib.Path(__file__.replace('a.py', 'n.txt')).read_text())", "n.txt"),
 }
 
 
