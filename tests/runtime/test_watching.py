@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -59,12 +60,12 @@ def keeping_its_time(path: Path, text: str) -> None:
 
 
 async def slowly(path: Path, text: str) -> None:
-    """As a copy over a slow line; each pause is shorter than the one that means the end."""
+    """As a copy over a slow line: it pauses for longer than a file has to be quiet, but keeps it open."""
     with path.open("w") as file:
-        for start in range(0, len(text), 40):
-            file.write(text[start : start + 40])
+        for start in range(0, len(text), 120):
+            file.write(text[start : start + 120])
             file.flush()
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.08 if sys.platform == "linux" else 0.005)
 
 
 async def ten_times(path: Path, text: str) -> None:

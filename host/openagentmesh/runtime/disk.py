@@ -1,9 +1,15 @@
 """What is on disk now: files, by what identifies their content."""
 
 import os
+import sys
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
+
+if sys.platform == "linux":
+    import signal
+    from fcntl import F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK, fcntl
 
 # What identifies a file's content without reading it. A preserved modification time is told by
 # the change time, an atomic rename by the inode.
@@ -28,6 +34,21 @@ def stamp_of(found: os.stat_result) -> Stamp:
 def digest_of(content: bytes) -> bytes:
     """What identifies some content."""
     return blake2b(content, digest_size=16).digest()
+
+
+def is_being_written(path: str) -> bool:
+    """Whether somebody has a file open for writing, as far as the system tells: Linux refuses a lease then."""
+    if sys.platform != "linux":
+        return False
+    with suppress(OSError), open(path, "rb") as file:  # noqa: PTH123 - as `stamp`
+        # Who opens it for writing while we have the lease is told to us by a signal: one that does nothing.
+        fcntl(file, F_SETSIG, signal.SIGURG)
+        try:
+            fcntl(file, F_SETLEASE, F_RDLCK)
+        except BlockingIOError:
+            return True
+        fcntl(file, F_SETLEASE, F_UNLCK)
+    return False
 
 
 class Disk:

@@ -12,7 +12,7 @@ from watchfiles import Change, awatch
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
-from openagentmesh.runtime.disk import Stamp, is_skipped, stamp, stamp_of
+from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, stamp, stamp_of
 from openagentmesh.runtime.reload import Reloader
 
 log = logging.getLogger(__name__)
@@ -81,11 +81,11 @@ async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
         changed = {path for path in before.keys() | now.keys() if before.get(path) != now.get(path)}
         # A file with a new inode was written elsewhere and moved here whole.
         whole = all(path in now and path in before and before[path][0] != now[path][0] for path in changed)
-        if len(changed) == 1 and whole and not _git_is_busy(places):
+        if len(changed) == 1 and whole and not _is_busy(places, changed):
             return now
         await asyncio.sleep(_SETTLED if len(changed) == 1 else _QUIET)  # nothing tells that a writer is done
         again = await _scanned(places)
-        if again == now and not _git_is_busy(places):
+        if again == now and not _is_busy(places, changed):
             return now
         now = again
     return now
@@ -149,8 +149,8 @@ def _scan_folder(folder: str, found: Scan) -> None:
             continue  # it went away while we looked
 
 
-def _git_is_busy(places: Places) -> bool:
-    """Whether git changes files right now."""
-    return any(
+def _is_busy(places: Places, changed: Iterable[str]) -> bool:
+    """Whether git changes files right now, or somebody still writes one of those that changed."""
+    return any(map(is_being_written, changed)) or any(
         (folder / ".git" / "index.lock").exists() for root in places.roots for folder in (root, *root.parents)
     )

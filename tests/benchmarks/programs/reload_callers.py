@@ -137,7 +137,9 @@ class Callers:
         """See new versions when no caller does; this is not counted."""
         while not self._stopping:
             try:
-                self._see((await self._ask(0, _GLANCE))["first"])
+                answer = await self._ask(0, _GLANCE)
+                if "first" in answer:  # else it is half a file's, which callers count as failed
+                    self._see(answer["first"])
             except (Lost, Failed):
                 await asyncio.sleep(_PAUSE)
 
