@@ -13,16 +13,10 @@ from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 from pydantic_core import from_json
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.explained import explained
+from openagentmesh.bus.explained import explained, retrying
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end
 from openagentmesh.bus.watches import Entry, Mark, Newest, end_updates, end_watcher, told
@@ -66,15 +60,6 @@ class Buckets:
         self._ready = asyncio.Event()
         bus.on_lost = self._ready.clear
 
-    def _retrying(self, *what: type[Exception]) -> AsyncRetrying:
-        """Full jitter: many hosts that collide once do not collide again."""
-        return AsyncRetrying(
-            retry=retry_if_exception(lambda exc: isinstance(exc, what) and not self._bus.is_closed),
-            wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(_PATIENCE),
-            reraise=True,
-        )
-
     async def make(self) -> None:
         """Make the mesh's buckets where they are missing.
 
@@ -89,7 +74,7 @@ class Buckets:
     async def _make(self, bucket: str) -> KeyValue:
         with explained(self._bus, f"Opening the bucket '{bucket}'"):
             # Right after a server's start JetStream may not answer yet.
-            async for attempt in self._retrying(NatsError, TimeoutError):
+            async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
                 with attempt:
                     jetstream = self._bus.jetstream()
                     with suppress(BucketNotFoundError):
@@ -164,7 +149,7 @@ class Buckets:
     async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
         """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
         async with self._using(f"Changing '{key}' of '{bucket}'"):
-            async for attempt in self._retrying(KVConflict):
+            async for attempt in retrying(self._bus, _PATIENCE, KVConflict):
                 with attempt:
                     entry = await self.entry(bucket, key)
                     value = changed(entry.value or b"" if entry else None)
@@ -203,7 +188,7 @@ class Buckets:
         """
         while True:
             async with self._using(f"Watching '{keys}' of '{bucket}'"):
-                async for attempt in self._retrying(NatsError, TimeoutError):
+                async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
                     with attempt:
                         watcher = await self._open[bucket].watch(keys)
             self._watchers.add(watcher)

@@ -1,4 +1,4 @@
-"""The library's errors in words for people."""
+"""The library's errors: tried again, and in words for people."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Final
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, text_of
@@ -38,6 +39,19 @@ def explained(bus: Bus, what: str) -> Iterator[None]:
             why = "the connection is closed" if bus.is_closed else "the server is away"
             raise ConnectionFailed(f"{what} failed: {why}.") from exc
         raise ConnectionFailed(f"{what} failed: {_why(exc)}.") from exc
+
+
+def retrying(bus: Bus, patience: float, *what: type[Exception]) -> AsyncRetrying:
+    """Try again for `patience` seconds what fails by these errors, unless the connection is closed.
+
+    Full jitter: those who collide once do not collide again.
+    """
+    return AsyncRetrying(
+        retry=retry_if_exception(lambda exc: isinstance(exc, what) and not bus.is_closed),
+        wait=wait_random_exponential(multiplier=0.02, max=1.0),
+        stop=stop_after_delay(patience),
+        reraise=True,
+    )
 
 
 def _why(exc: Exception) -> str:

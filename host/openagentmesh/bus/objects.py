@@ -17,11 +17,10 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import DeliverPolicy
 from nats.js.errors import APIError, BucketNotFoundError
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from openagentmesh.bus.chunks import Upload, chunked, next_chunk, purge, stored
 from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.explained import explained
+from openagentmesh.bus.explained import explained, retrying
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.watches import forget_consumer
 from openagentmesh.protocol.artifacts import (
@@ -195,7 +194,7 @@ class Objects:
     async def _follow(self) -> AsyncIterator[JetStreamContext.PushSubscription]:
         """All descriptions, then each new one; ends when the connection is closed or restored."""
         async with self._using("Watching the workspace"):
-            async for attempt in self._retrying(NatsError, TimeoutError):
+            async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
                 with attempt:
                     follower = await self._jetstream.subscribe(
                         DESCRIPTIONS,
@@ -218,7 +217,7 @@ class Objects:
         By compare-and-set: of many who replace one object at once, each purges what it replaced.
         """
         try:
-            async for attempt in self._retrying(KVConflict):
+            async for attempt in retrying(self._bus, _PATIENCE, KVConflict):
                 with attempt:
                     old, sequence = await self._last(description.name)
                     if description.deleted and old is None:
@@ -235,7 +234,7 @@ class Objects:
         """Place a description, and take it back if a new server without its chunks has got it."""
         await self._place(description)
         try:
-            async for attempt in self._retrying(NatsError, TimeoutError):
+            async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
                 with attempt:
                     await upload.check(description.name)
         except ConnectionFailed:
@@ -283,15 +282,6 @@ class Objects:
         task.add_done_callback(self._finishing.discard)
         return await asyncio.shield(task)
 
-    def _retrying(self, *what: type[Exception]) -> AsyncRetrying:
-        """Full jitter: those who collide once do not collide again."""
-        return AsyncRetrying(
-            retry=retry_if_exception(lambda exc: isinstance(exc, what) and not self._bus.is_closed),
-            wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=stop_after_delay(_PATIENCE),
-            reraise=True,
-        )
-
     @asynccontextmanager
     async def _using(self, what: str) -> AsyncIterator[None]:
         """See to it that the bucket is there, and turn the library's errors into ours."""
@@ -303,7 +293,7 @@ class Objects:
     async def _make(self) -> None:
         reconnects = self._bus.reconnects
         # Right after a server's start JetStream may not answer yet.
-        async for attempt in self._retrying(NatsError, TimeoutError):
+        async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
             with attempt:
                 try:
                     await self._jetstream.object_store(ARTIFACTS_BUCKET)
