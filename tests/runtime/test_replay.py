@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from openagentmesh import AgentMesh, Host, MeshError, hookimpl
+from openagentmesh import AgentMesh, Host, MeshError, MeshTimeout, hookimpl
 from openagentmesh.protocol import subjects
+from openagentmesh.runtime import replay
 from openagentmesh.runtime.hooks import Redactor
 from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.serving.agent import Agent
@@ -31,7 +32,13 @@ class Plugin:
     @hookimpl
     def mesh_redactor(self, agent: Agent) -> Redactor:
         assert agent.replayable
-        return lambda body: None if b"private" in body else body.replace(b"geheim", b"***")
+
+        def redact(body: bytes) -> bytes | None:
+            if b"broken" in body:
+                raise ValueError("a redactor's own failure")
+            return None if b"private" in body else body.replace(b"geheim", b"***")
+
+        return redact
 
     @hookimpl
     def mesh_reload_failed(self, outcome: Outcome) -> None:
@@ -96,18 +103,63 @@ async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
 async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """What is kept is what its redactor leaves; a plugin that fails while it is told harms nothing."""
+    """What is kept is what its redactor leaves, nothing when it fails; a plugin's failures harm nobody."""
     plugin = Plugin()
     config = configure({"a.py": replayable(name, "req['word']")}, host={"replay": 5})
     async with Host(config, plugins=[plugin]) as host:
-        for word in ("geheim", "private"):
-            await mesh.call(name, {"word": word})
+        for word in ("geheim", "private", "broken"):
+            assert word == await mesh.call(name, {"word": word})
         outcome = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "req['word'] + '!'"))
         assert [f'{name}: {{"word":"***"}} → "***!" (was "geheim")'] == outcome.notes
         write(tmp_path / "agents", {"a.py": "def x(:\n"})
         await host.reload()
         assert ["SyntaxError: invalid syntax"] == plugin.failed
         assert "hi!" == await mesh.call(name, {"word": "hi"})
+
+
+@pytest.mark.parametrize("error", ["SystemExit(3)", "KeyboardInterrupt()", "asyncio.CancelledError()"])
+async def test_a_candidate_may_raise_anything(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, error: str
+) -> None:
+    """What a new version raises is a difference, and ends nothing but its own run."""
+    source = replayable(name, "req['word']")
+    config = configure({"a.py": source}, host={"replay": 5, "replay_strict": True})
+    async with Host(config) as host:
+        await mesh.call(name, {"word": "hi"})
+        raising = source.replace("    return", f"    import asyncio\n    raise {error}\n    return")
+        outcome = await reloaded(host, tmp_path / "agents/a.py", raising)
+        assert error.partition("(")[0].removeprefix("asyncio.") in outcome.error
+        assert "hi" == await mesh.call(name, {"word": "hi"})
+
+
+async def test_all_that_is_kept_has_one_limit(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that hangs is run until the limit, and what was not replayed is told."""
+    monkeypatch.setattr(replay, "_PATIENCE", 0.2)
+    source = replayable(name, "req['word']")
+    async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
+        for word in ("one", "two", "three"):
+            await mesh.call(name, {"word": word})
+        hanging = source.replace("    return", "    import asyncio\n    await asyncio.sleep(9)\n    return")
+        outcome = await reloaded(host, tmp_path / "agents/a.py", hanging)
+        assert [
+            f'{name}: {{"word":"one"}} → TimeoutError: TimeoutError (was "one")',
+            f"{name}: 2 of 3 requests are not replayed: there are 0.2s for all",
+        ] == outcome.notes
+
+
+async def test_what_its_caller_gave_up_is_not_replayed(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A request that ran into its time limit says nothing of a version, so it is not kept."""
+    source = "import asyncio\n" + replayable(name, "await asyncio.sleep(req['pause'])")
+    async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
+        await mesh.call(name, {"pause": 0})
+        with pytest.raises(MeshTimeout):
+            await mesh.call(name, {"pause": 9}, timeout=0.2)
+        outcome = await reloaded(host, tmp_path / "agents/a.py", source.replace("return await", "await"))
+        assert [] == outcome.notes
 
 
 async def test_observers_hear_of_reloads(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from openagentmesh.runtime.hooks import Redactor
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call, set_current_call
 
+log = logging.getLogger(__name__)
+
 # Larger requests and replies are not kept, in bytes.
 _LARGEST: Final = 64 * 1024
-# How long one request may take when it is run again, in seconds.
+# How long all that is kept of one agent may take when it is run again, in seconds.
 _PATIENCE: Final = 5.0
 # What takes longer than before is only told from this difference and this factor on.
 _SLOWER_BY: Final = 0.005
@@ -62,24 +65,32 @@ class Replays:
     def recorded(self, agent: Agent) -> Agent:
         """The same agent, its requests kept when it allows that."""
         can = agent.replayable and agent.contract.invocable and not agent.contract.streaming
-        if not self._keep or not can:
+        if not self._keep or not can or agent.sources:
             return agent
         kept = self._kept.setdefault(agent.name, deque(maxlen=self._keep))
-        redact, inner = self._redactor(agent), agent.endpoint
+        inner, redact = agent.endpoint, self._redactor(agent)
+
+        def keep(call: Call, reply: bytes, error: str, began: float) -> None:
+            if call.abandoned or len(call.request.body) + len(reply) > _LARGEST:
+                return
+            try:
+                body = redact(call.request.body) if redact else call.request.body
+            # A plugin's failure ends here: what it would have hidden is not kept.
+            except Exception:
+                log.exception("a request of %s is not kept for replays: its redactor failed", agent.name)
+                return
+            if body is not None:
+                run = _Run(reply, error, perf_counter() - began)
+                kept.append((replace(call.request, body=body), run))
 
         async def endpoint(call: Call) -> object:
-            began, error, reply = perf_counter(), "", b""
+            began = perf_counter()
             try:
                 result = await inner(call)
-                reply = agent.dump(result)
             except Exception as exc:
-                error = _told(exc)
+                keep(call, b"", _told(exc), began)
                 raise
-            finally:
-                body = redact(call.request.body) if redact else call.request.body
-                if body is not None and len(body) + len(reply) <= _LARGEST and not call.abandoned:
-                    request = replace(call.request, body=body)
-                    kept.append((request, _Run(reply, error, perf_counter() - began)))
+            keep(call, agent.dump(result), "", began)
             return result
 
         return replace(agent, endpoint=endpoint)
@@ -88,26 +99,32 @@ class Replays:
         """Run what is kept against a version that does not serve yet; what it does differently."""
         if not agent.replayable:
             return []
-        found = []
-        for request, before in list(self._kept.get(agent.name, ())):
+        found: list[Difference] = []
+        kept, until = list(self._kept.get(agent.name, ())), asyncio.get_running_loop().time() + _PATIENCE
+        for number, (request, before) in enumerate(kept):
+            if asyncio.get_running_loop().time() >= until:
+                left = f"{len(kept) - number} of {len(kept)} requests are not replayed"
+                return [*found, Difference(f"{left}: there are {_PATIENCE:g}s for all", is_new_error=False)]
             # In a task of its own, for the handler may ask for the current call.
-            now = await asyncio.create_task(_run(agent, request))
+            now = await asyncio.create_task(_run(agent, request, until))
             if (difference := _compared(request, before, now)) is not None:
                 found.append(difference)
         return found
 
 
-async def _run(agent: Agent, request: Request) -> _Run:
-    loop = asyncio.get_running_loop()
-    call = Call(agent.name, request, loop.time() + _PATIENCE, started=loop.time(), patience=_PATIENCE)
+async def _run(agent: Agent, request: Request, until: float) -> _Run:
+    started = asyncio.get_running_loop().time()
+    call = Call(agent.name, request, until, started=started, patience=until - started)
     set_current_call(call)
     began = perf_counter()
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout_at(until):
             agent.accept(call, "call")
             reply = agent.dump(await agent.endpoint(call))
-    # A candidate's handler may raise anything; that is what is compared.
-    except Exception as exc:  # noqa: BLE001 - as above
+    # A candidate's handler may raise anything, and that is what is compared; a SystemExit would end the loop.
+    except BaseException as exc:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
         return _Run(b"", _told(exc), perf_counter() - began)
     return _Run(reply, "", perf_counter() - began)
 
