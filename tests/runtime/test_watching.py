@@ -68,6 +68,13 @@ async def slowly(path: Path, text: str) -> None:
             await asyncio.sleep(0.08 if sys.platform == "linux" else 0.005)
 
 
+async def emptied_before(path: Path, text: str) -> None:
+    """As an editor that truncates, thinks, and writes: the write is not over when the doubt would be."""
+    path.write_text("")
+    await asyncio.sleep(0.1)
+    await slowly(path, text)
+
+
 async def ten_times(path: Path, text: str) -> None:
     for number in range(10):
         path.write_text(f"{text}# {number}\n" if number < 9 else text)
@@ -115,7 +122,17 @@ def reloads(host: Host) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "save",
-    [in_place, atomically, with_backup, emptied_first, deleted_first, keeping_its_time, slowly, ten_times],
+    [
+        in_place,
+        atomically,
+        with_backup,
+        emptied_first,
+        emptied_before,
+        deleted_first,
+        keeping_its_time,
+        slowly,
+        ten_times,
+    ],
 )
 async def test_every_way_to_save_is_noticed(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, save: Save

@@ -17,7 +17,7 @@ from openagentmesh.cli.logs import LogFormat, set_up_logging
 from openagentmesh.cli.output import as_json, count, example_input, fail, note
 from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
-from openagentmesh.runtime.config import FILE_NAME, Config, load_config
+from openagentmesh.runtime.config import FILE_NAME, Config, ConfigError, load_config
 from openagentmesh.runtime.host import Host
 from openagentmesh.runtime.origins import DEFAULT_FOLDER
 
@@ -70,8 +70,9 @@ def _configured(path: Path | None, port: int | None, url: str | None, host: dict
         config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": url})})
     if port is not None:
         if config.mesh.url:
-            raise typer.BadParameter(
-                f"--port is for the embedded server, but {config.mesh.url} is to be used"
+            raise ConfigError(
+                f"--port is for the embedded server, but [mesh] url or --url says {config.mesh.url}. "
+                "Leave one of them out."
             )
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
     said = {key: value for key, value in host.items() if value is not None}

@@ -93,7 +93,7 @@ class Node:
         # What was published, for new code alone is no reason to publish a contract again.
         self._published: dict[str, AgentContract] = {}
         self._binding: asyncio.Task[None] | None = None
-        self._being_bound: frozenset[str] = frozenset()
+        self._being_bound: dict[str, Agent] = {}
         self._repairing: asyncio.Task[None] | None = None
         self._watching_over: asyncio.Task[None] | None = None
         self._following_levels: asyncio.Task[None] | None = None
@@ -154,8 +154,14 @@ class Node:
                 self._unbound[agent.name] = ready
                 self._bind_soon()
 
+    def bound(self) -> dict[str, Agent]:
+        """The agents that are served, or about to be."""
+        return {route.agent.name: route.agent for route in self.router} | self._being_bound | self._unbound
+
     async def withdraw(self, names: Collection[str], drain_timeout: float) -> None:
         """Serve these agents no more: leave, finish what runs, deregister."""
+        if self._binding is not None and self._being_bound.keys() & set(names):
+            await asyncio.wait([self._binding])
         for name in names:
             self._unbound.pop(name, None)
             self.refused.pop(name, None)
@@ -196,14 +202,14 @@ class Node:
         try:
             while self._unbound:
                 agents, self._unbound = self._unbound, {}
-                self._being_bound = frozenset(agents)
+                self._being_bound = agents
                 try:
                     await self._serve(agents)
                 except BaseException:
                     self._unbound = agents | self._unbound  # tried again after the next reconnect
                     raise
         finally:
-            self._binding, self._being_bound = None, frozenset()
+            self._binding, self._being_bound = None, {}
 
     async def _serve(self, agents: dict[str, Agent]) -> None:
         for name, why in (await self._conflicts(agents)).items():

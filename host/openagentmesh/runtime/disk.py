@@ -37,7 +37,7 @@ def digest_of(content: bytes) -> bytes:
 
 
 def is_being_written(path: str) -> bool:
-    """Whether somebody has a file open for writing, as far as the system tells: Linux refuses a lease then."""
+    """Whether somebody has a file open for writing, as far as the system tells: Linux refuses a lease."""
     if sys.platform != "linux":
         return False
     with suppress(OSError), open(path, "rb") as file:  # noqa: PTH123 - as `stamp`

@@ -28,8 +28,6 @@ from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
 
-# A file that is gone or empty, and a module that lost all its agents, may be half a save.
-_DOUBT: Final = 0.25
 _REMEMBERED: Final = 20
 # A load that took this many seconds is not waited for the next time.
 _SLOW: Final = 0.008
@@ -51,7 +49,7 @@ class _LoadFailed(Exception):
         self.files = list(files)
 
 
-class _Doubtful(Exception):
+class Doubtful(Exception):
     """What is on disk may be half a save: a file is gone or empty, or a module lost all its agents."""
 
 
@@ -98,6 +96,7 @@ class Reloader:
         self._changes = changes
         self._turn = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._config_error = ""  # that was told last, and is still there
         node.on_finished = self._dispose
 
     def load_all(self, origins: list[Origin]) -> None:
@@ -118,17 +117,17 @@ class Reloader:
         for module in self.modules:
             module.agents = agents[module]
 
-    async def reload(self, only: str = "") -> Outcome | None:
+    async def reload(self, only: str = "", *, sure: bool = True) -> Outcome | None:
         """Load what differs from disk, or `only` one module anyway; None when nothing does.
 
         Never raises for what is on disk: a failure is an outcome, and changes nothing else.
+
+        Raises:
+            Doubtful: what is on disk may be half a save, and nobody is `sure` that it is not.
+
         """
         async with self._turn:
-            try:
-                outcome = await self._reload(only, sure=False)
-            except _Doubtful:
-                await asyncio.sleep(_DOUBT)  # nothing tells that an editor has finished
-                outcome = await self._reload(only, sure=True)
+            outcome = await self._reload(only, sure=sure)
             if outcome is not None:
                 await self.on_outcome(outcome)
             return outcome
@@ -137,14 +136,16 @@ class Reloader:
         try:
             plan = self._changes.find(self.modules, self.config, only)
         except ConfigError as exc:
-            if self.history and self.history[-1].error == exc.message:
-                return None  # it is told already
+            told, self._config_error = self._config_error, exc.message
+            if told == exc.message:
+                return None
             return self._refused(self._changes.config_cause(), Stage(), exc, perf_counter())
+        self._config_error = ""
         self._look_for_restored()
         if plan is None:
             return None
         if plan.is_doubtful and not sure:
-            raise _Doubtful
+            raise Doubtful
         return await self._carry_out(plan, sure=sure)
 
     def _look_for_restored(self) -> None:
@@ -152,9 +153,10 @@ class Reloader:
         paths = {module: module.origin.path for module in self.modules if module.state == "failed"}
         gone = [module for module, path in paths.items() if path is not None and not path.exists()]
         self.modules = [module for module in self.modules if module not in gone]
-        differing = self._changes.differing()
-        for module in self.modules:
-            if module.state == "outdated" and module.name not in differing:
+        outdated = [module for module in self.modules if module.state == "outdated"]
+        differing = self._changes.differing() if outdated else set()
+        for module in outdated:
+            if module.name not in differing:
                 module.state, module.error, module.traceback, module.line = "serving", "", "", ""
                 log.info("%s is again what is being served", module.origin.shown)
 
@@ -182,7 +184,7 @@ class Reloader:
             imports.put_back(stage)
             imports.stage = Stage()  # nobody holds what was tried
             self._loader.prepare(self.config, [module.origin for module in self.modules])
-            if isinstance(exc, _Doubtful) or not isinstance(exc, Exception):
+            if isinstance(exc, Doubtful) or not isinstance(exc, Exception):
                 raise
             return self._refused(plan.causes, stage, exc, began)
         # Above this line anything may fail, and nothing has changed.
@@ -212,21 +214,26 @@ class Reloader:
         for module in new:
             old = before.get(module.origin)
             if not sure and old is not None and old.agents and not agents[module]:
-                raise _Doubtful
+                raise Doubtful
         for module, why, twice, first in claimed_twice(modules, agents):
             if module in new:
                 module.fail(why, line=twice.source)
                 raise _LoadFailed(module, [first.file])
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
-        served = {route.agent.name: route.agent for route in self._node.router}
-        limits = plan.config.limits_of
+        served = self._node.bound()
+        # What was refused for the contract of another host is so until something of it changes.
+        same = plan.config.host.contract == self.config.host.contract
+        refused = self._node.refused.keys() - {a.name for module in new for a in agents[module]}
         serve = [
             agent
             for name, agent in wanted.items()
-            if name not in served
-            or served[name].handler is not agent.handler
-            or served[name].limits != limits(name)
+            if not (same and name in refused)
+            and (
+                name not in served
+                or served[name].handler is not agent.handler
+                or served[name].limits != plan.config.limits_of(name)
+            )
         ]
         notes = self._compared(serve, served, plan.config)
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
@@ -293,8 +300,13 @@ class Reloader:
         retired = Retired([(routes[name], agent) for name, agent in old.items()], candidate.gone, stage)
         task = asyncio.create_task(retire(retired, self._node, plan.config.host.drain_timeout, outcome))
         self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        task.add_done_callback(self._has_retired)
         return outcome
+
+    def _has_retired(self, task: asyncio.Task[None]) -> None:
+        self._retiring.discard(task)
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("an old version could not be let go of", exc_info=exc)
 
     def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ from watchfiles import Change, awatch
 from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
 from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, stamp, stamp_of
-from openagentmesh.runtime.reload import Reloader
+from openagentmesh.runtime.reload import Doubtful, Reloader
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ _SETTLED: Final = 0.03
 # Several files are done when nothing changed for this long; nobody waits longer than the limit.
 _QUIET: Final = 0.05
 _QUIET_LIMIT: Final = 1.0
+# What may be half a save is one until nothing has changed for this long.
+_DOUBT: Final = 0.25
 _MANY: Final = 500
 
 
@@ -65,12 +67,29 @@ async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: as
             continue
         seen = await _settled(places, seen, scan)
         try:
-            await reloader.reload()
+            seen = await _reload(reloader, places, seen, bell)
         # The reload ends here: whatever went wrong in it, the next save is another one.
         except Exception:
             log.exception("a reload failed in a way that it should not")
         now = reloader.places()
     return seen
+
+
+async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+    """Reload what was saved, once it is no half of a save; returns what was seen last."""
+    sure = False
+    while True:
+        try:
+            await reloader.reload(sure=sure)
+        except Doubtful:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(bell.wait(), _DOUBT)
+            bell.clear()
+            scan = await _scanned(places)
+            sure = scan == seen
+            seen = seen if sure else await _settled(places, seen, scan)
+        else:
+            return seen
 
 
 async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
