@@ -201,8 +201,8 @@ def test_settings_that_nobody_reads(read: Read) -> None:
     assert [
         "mesh.toml has [settings.sumarizer], but there is no module 'sumarizer'; did you mean 'summarizer'?",
         "mesh.toml has [settings.\"zz z\"], but there is no module 'zz z'; modules: echo, summarizer",
-    ] == list(config.unread(["summarizer", "echo"]))
-    assert [] == list(read("").unread([]))
+    ] == list(config.unread(["summarizer", "echo"], []))
+    assert [] == list(read("").unread([], []))
 
 
 @pytest.mark.parametrize("value", ["'foo'", "5", "['a', 5]", "{}"])

@@ -92,8 +92,6 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
         stop = stop_event(lambda: _say_stopping(host))
         with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.start)
-        for warning in config.unread({module.origin.key for module in host.modules}):
-            log.warning("%s", warning)
         if pretty:
             note(_banner(host))
         else:

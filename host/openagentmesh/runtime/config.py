@@ -133,8 +133,10 @@ class Config(_Section):
         """Whether an agent is to be served."""
         return name not in self.agents or self.agents[name].enabled
 
-    def unread(self, modules: Collection[str]) -> Iterator[str]:
-        """Why no module reads a table of `[settings]`, given the keys of those that there are."""
+    def unread(self, modules: Collection[str], agents: Collection[str]) -> Iterator[str]:
+        """What is said of nobody, given the keys of the modules that there are, and the names of agents."""
+        for name in sorted(self.agents.keys() - set(agents)):
+            yield f'mesh.toml has [agents."{name}"], but no loaded module declares that agent'
         for name in sorted(self.settings.keys() - set(modules)):
             hint = _near(name, modules, "modules")
             yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
@@ -142,6 +144,18 @@ class Config(_Section):
     def path(self, text: str | None) -> str | None:
         """A path of this file as an absolute one."""
         return str(self.folder / Path(text).expanduser()) if text else None
+
+
+def unfollowed(started: Config, now: Config) -> list[str]:
+    """The keys that a running host does not follow, and that are not as they were at its start."""
+    fixed = [("mesh", key) for key in MeshSection.model_fields]
+    fixed += [("server", key) for key in ServerSection.model_fields]
+    fixed += [("host", key) for key in ("name", "reload", "replay")]
+    return [
+        f"[{section}] {key}"
+        for section, key in fixed
+        if getattr(getattr(started, section), key) != getattr(getattr(now, section), key)
+    ]
 
 
 def load_config(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:

@@ -143,7 +143,7 @@ class Host:
         self._reloader = reloader = Reloader(loader, node, changes, config, replays)
         reloader.on_outcome = self._tell
         self._running.callback(loader.close)
-        self._running.push_async_callback(node.stop, config.host.drain_timeout)
+        self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
         self._running.push_async_callback(reloader.close)
         reloader.load_all(origins)
         self._report()
@@ -235,9 +235,9 @@ class Host:
         if failed and self.config.host.strict:
             listed = "\n".join(f"  {m.origin.shown}: {m.error} ({shown_line(m.line)})" for m in failed)
             raise StartFailed(f"{len(failed)} of {len(self.modules)} modules failed to load:\n{listed}")
-        known = {agent.name for module in self.modules for agent in module.agents}
-        for name in self.config.agents.keys() - known:
-            log.warning('mesh.toml has [agents."%s"], but no loaded module declares that agent', name)
+        agents = {agent.name for module in self.modules for agent in module.agents}
+        for warning in self.config.unread({module.origin.key for module in self.modules}, agents):
+            log.warning("%s", warning)
 
     def describe(self) -> dict[str, Any]:
         """What the host does, for `oam status`; JSON."""

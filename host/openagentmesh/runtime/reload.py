@@ -16,7 +16,7 @@ from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.aside import TookTooLong, aside
 from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
-from openagentmesh.runtime.config import Config, ConfigError
+from openagentmesh.runtime.config import Config, ConfigError, unfollowed
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
@@ -87,7 +87,7 @@ class Reloader:
         self, loader: Loader, node: Node, changes: Changes, config: Config, replays: Replays | None = None
     ) -> None:
         self.modules: list[Module] = []
-        self.config = config
+        self.config = self._started = config
         self.history: deque[Outcome] = deque(maxlen=_REMEMBERED)
         self.on_outcome: Callable[[Outcome], Awaitable[None]] = _tell_nobody
         self._replays = replays or Replays(0)
@@ -236,6 +236,12 @@ class Reloader:
             )
         ]
         notes = self._compared(serve, served, plan.config)
+        if self._changes.config_file in plan.causes:
+            notes += plan.config.unread(
+                {m.origin.key for m in modules}, [a.name for f in agents.values() for a in f]
+            )
+            if keys := unfollowed(self._started, plan.config):
+                notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
         for transfer in transfers:
             if not transfer.has_migration:
