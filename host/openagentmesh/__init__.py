@@ -1,6 +1,8 @@
 """openagentmesh: agents as typed async functions, found and called by name over NATS."""
 
+from openagentmesh.mesh.hooks import Instance, Redactor, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
+from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.artifacts import Artifact
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import (
@@ -22,6 +24,7 @@ from openagentmesh.protocol.errors import (
     Overloaded,
     PayloadTooLarge,
     PermissionDenied,
+    PluginFailed,
     Unauthenticated,
 )
 from openagentmesh.protocol.messages import (
@@ -32,9 +35,10 @@ from openagentmesh.protocol.messages import (
     ObserveConfig,
     Usage,
 )
-from openagentmesh.runtime.hooks import hookimpl
 from openagentmesh.runtime.host import Host
-from openagentmesh.serving.call import Call, Endpoint, current_call, report_usage
+from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.call import Call, Caller, Endpoint, Middleware, current_call, report_usage
+from openagentmesh.serving.outgoing import ClientMiddleware, Outgoing
 from openagentmesh.serving.sources import (
     Condition,
     KVCondition,
@@ -44,15 +48,18 @@ from openagentmesh.serving.sources import (
 )
 
 __all__ = [
+    "Agent",
     "AgentContract",
     "AgentDied",
     "AgentMesh",
     "AgentSpec",
     "Artifact",
     "Call",
+    "Caller",
     "Cancelled",
     "CatalogEntry",
     "ChunkSequenceError",
+    "ClientMiddleware",
     "Condition",
     "ConnectionDenied",
     "ConnectionFailed",
@@ -60,6 +67,7 @@ __all__ = [
     "Endpoint",
     "HandlerError",
     "Host",
+    "Instance",
     "InvalidAgent",
     "InvalidInput",
     "InvocationMismatch",
@@ -72,12 +80,17 @@ __all__ = [
     "MeshError",
     "MeshMessage",
     "MeshTimeout",
+    "Middleware",
     "NotAvailable",
     "NotFound",
     "ObserveConfig",
+    "Outcome",
+    "Outgoing",
     "Overloaded",
     "PayloadTooLarge",
     "PermissionDenied",
+    "PluginFailed",
+    "Redactor",
     "SubjectCondition",
     "SubjectSource",
     "Unauthenticated",

@@ -175,7 +175,7 @@ async def test_a_request_that_waits_for_its_turn_is_never_begun(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
     """What is cancelled while it queues gives up its place, and its handler does not run."""
-    node_of(mesh)._limits = lambda _: Limits(concurrency=1)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(concurrency=1))
     started, go, ran = asyncio.Event(), asyncio.Event(), list[str]()
 
     @mesh.agent(AgentSpec(name=name))

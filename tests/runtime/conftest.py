@@ -72,7 +72,9 @@ def load(tmp_path: Path) -> Iterator[Load]:
         node = Node(Target(HOST_URL), "0" * 32)
         loader = Loader(node, what)
         loaders.append(loader)
-        reloader = Reloader(loader, node, Changes(loader.imports, None, lambda: what), what)
+        reloader = Reloader(
+            loader, node, Changes(loader.imports, None, lambda: what), what, lambda agent, _: agent
+        )
         reloader.load_all(find_origins(what))
         return {module.origin.shown.removeprefix("agents/"): module for module in reloader.modules}
 

@@ -52,6 +52,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         name = "dev"
         agents = ["agents", "more/one.py", "package.module"]
         entry_points = ["a"]
+        plugins = ["tracing", "./mine.py"]
         strict = true
         drain_timeout = 0
         contract = "refuse"

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from openagentmesh import AgentMesh, Host, NotFound
+from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.runtime.config import load_config
-from openagentmesh.runtime.outcome import Outcome
 
 from tests.runtime.conftest import MESH, agent, write
 from tests.runtime.test_reload_state import let_go

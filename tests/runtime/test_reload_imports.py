@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, Host, InvalidInput, NotFound
-from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.mesh.outcome import Outcome
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 

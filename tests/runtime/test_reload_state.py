@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, Host
-from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.mesh.outcome import Outcome
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 

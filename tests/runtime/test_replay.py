@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, Host, MeshError, MeshTimeout, hookimpl
+from openagentmesh.mesh.hooks import Redactor
+from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime import replay
-from openagentmesh.runtime.hooks import Redactor
-from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.serving.agent import Agent
 
 from tests.mesh.test_observe import listen, next_event

@@ -42,7 +42,7 @@ def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
 
 
 def restart_soon(mesh: AgentMesh, pause: float = 0.01, longest: float = 0.05) -> None:
-    node_of(mesh)._limits = lambda _: Limits(restart_pause=pause, restart_pause_max=longest)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(restart_pause=pause, restart_pause_max=longest))
 
 
 def background(mesh: AgentMesh, name: str) -> Background:

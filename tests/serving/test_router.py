@@ -124,7 +124,7 @@ async def test_a_timed_out_handler_is_stopped(mesh: AgentMesh, name: str) -> Non
 
 async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
     """A handler that outlives its agent's timeout is stopped and answered by the host."""
-    node_of(mesh)._limits = lambda _: Limits(timeout=0.1)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.1))
 
     @mesh.agent(AgentSpec(name=name))
     async def hang(req: Number) -> Number:
@@ -137,7 +137,7 @@ async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
 
 async def test_beyond_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name: str) -> None:
     """One runs, one waits, the third is refused at once with when to try again."""
-    node_of(mesh)._limits = lambda _: Limits(concurrency=1, queue=1)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(concurrency=1, queue=1))
     going, go = asyncio.Semaphore(0), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))

@@ -215,7 +215,7 @@ async def test_a_slow_reader_keeps_its_stream(
 ) -> None:
     """The host's patience is for the handler: a reader may take longer than that over many chunks."""
     monkeypatch.setattr("openagentmesh.serving.streams._GRANT_WITHIN", 0.1)
-    node_of(mesh)._limits = lambda _: Limits(timeout=0.5)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.5))
 
     @mesh.agent(AgentSpec(name=name))
     async def count(req: Wanted) -> AsyncIterator[int]:

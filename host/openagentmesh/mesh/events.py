@@ -15,6 +15,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
+from openagentmesh.serving.outgoing import Border
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,18 @@ class Events:
     """Publishes and subscribes over one bus; `own` gives the contract of an agent served here."""
 
     def __init__(
-        self, bus: Bus, directory: Directory, instance_id: str, own: Callable[[str], AgentContract | None]
+        self,
+        bus: Bus,
+        directory: Directory,
+        instance_id: str,
+        own: Callable[[str], AgentContract | None],
+        border: Border,
     ) -> None:
         self._bus = bus
         self._directory = directory
         self._instance_id = instance_id
         self._own = own
+        self._border = border
         self._feeds: set[_Feed] = set()
 
     def fail_all(self) -> None:
@@ -45,7 +52,12 @@ class Events:
         if why := subjects.invalid_subject(subject):
             raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
         head, body = codec.publish_headers(self._instance_id, payload, headers)
-        await self._bus.publish(subject, body, head)
+        if not self._border:
+            await self._bus.publish(subject, body, head)
+            return
+        async with self._border.passing("publish", subject, body, headers) as outgoing:
+            head, body = codec.publish_headers(self._instance_id, payload, outgoing.headers)
+            await self._bus.publish(subject, body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
         """The events of one publisher until it ends; its failure is raised.
@@ -67,7 +79,7 @@ class Events:
             raise ValueError(f"{channel!r} is no channel: {why}.")
         every = subjects.channel_events(channel)
         async with self._listening(_Feed(every, endless=True, publishers_only=True)) as feed:
-            while (message := await feed.next(timeout)) is not None:
+            while (message := await self._next(feed, timeout)) is not None:
                 yield message
 
     async def on_subject(
@@ -80,8 +92,15 @@ class Events:
         """
         many = endless or "*" in subject or ">" in subject
         async with self._listening(_Feed(subject, endless=many)) as feed:
-            while (message := await feed.next(timeout)) is not None:
+            while (message := await self._next(feed, timeout)) is not None:
                 yield message
+
+    async def _next(self, feed: "_Feed", timeout: float | None) -> MeshMessage[Any] | None:
+        message = await feed.next(timeout)
+        if message is not None and self._border:
+            async with self._border.passing("receive", message.subject, b"", message.headers):
+                pass  # what its receiver does with it is not ours to bracket
+        return message
 
     @asynccontextmanager
     async def _listening(self, feed: "_Feed") -> AsyncIterator["_Feed"]:

@@ -13,6 +13,7 @@ from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.mesh.reloading import Reloading
 from openagentmesh.mesh.running import run, stop_event, until_stopped
 from openagentmesh.mesh.verbs import Verbs
@@ -67,6 +68,7 @@ class AgentMesh(Verbs, Reloading):
         tls_cert: our certificate's file.
         tls_key: its key's file.
         tls_ca: the file of the authority that signed the server's certificate.
+        plugins: objects that implement hooks, the first one outermost; a host has its own.
 
     """
 
@@ -74,7 +76,7 @@ class AgentMesh(Verbs, Reloading):
     """An async context manager: the mesh with an embedded server of its own, for tests and
     for trying things. `AgentMesh.local()` gives a new mesh, `mesh.local()` serves this one."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the published signature, and plugins
         self,
         url: str = address.DEFAULT_URL,
         *,
@@ -82,6 +84,7 @@ class AgentMesh(Verbs, Reloading):
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
+        plugins: Sequence[object] = (),
     ) -> None:
         super().__init__()
         self._target = Target(url, creds, tls_cert, tls_key, tls_ca)
@@ -91,9 +94,12 @@ class AgentMesh(Verbs, Reloading):
         self._types = Types()
         self._node: Node | None = None
         self._hosted = False
+        self._plugins = Plugins.of(plugins)
         loading = current_loading()
         if loading is not None:
             self._hosted = True
+            if plugins:
+                log.warning("%s brings plugins; in a host those of mesh.toml are in force", loading.origin)
             self._node = loading.node
             if url not in {address.DEFAULT_URL, loading.node.bus.target.url}:
                 log.warning(
@@ -233,11 +239,13 @@ class AgentMesh(Verbs, Reloading):
                 target.tls_ca,
             ),
             self._instance_id,
+            ready=lambda agent: self._plugins.around(agent, {}),
+            plugins=self._plugins,
         )
         # Its handlers may be called, and call others, before the start is complete.
         self._node = node
         try:
-            await node.start(self._agents.values())
+            await node.start([node.ready(agent) for agent in self._agents.values()])
         except BaseException:
             self._node = None
             raise

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextlib import AsyncExitStack
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,17 +17,20 @@ from openagentmesh.bus.objects import Objects
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end, persistently
 from openagentmesh.mesh.calling import Caller
+from openagentmesh.mesh.crossing import BorderCaller
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.events import Events
+from openagentmesh.mesh.hooks import Instance
 from openagentmesh.mesh.observe import follow_levels
 from openagentmesh.mesh.peers import served_by_strangers
+from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.mesh.presence import Presence
 from openagentmesh.mesh.registry import Registry
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
-from openagentmesh.serving.agent import DEFAULT_LIMITS, Agent, Limits
+from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
@@ -46,8 +50,8 @@ class Node:
         target: where to connect.
         instance_id: this instance's id on the wire.
         about: what the instance record tells besides the agents.
-        limits: the limits of an agent, by name.
-        wrapped: what is put around an agent before it serves.
+        ready: makes an agent that was declared ready to serve.
+        plugins: what is put around all that comes and leaves, and runs beside the agents.
         contract_policy: what happens to an agent whose contract does not go together with the
             one that another live instance serves: it is served all the same, with or without
             a warning, or it is refused.
@@ -63,31 +67,34 @@ class Node:
         instance_id: str,
         *,
         about: dict[str, Any] | None = None,
-        limits: Callable[[str], Limits] = lambda _: DEFAULT_LIMITS,
-        wrapped: Callable[[Agent], Agent] = lambda agent: agent,
+        ready: Callable[[Agent], Agent] = lambda agent: agent,
+        plugins: Plugins | None = None,
         contract_policy: ContractPolicy = "warn",
     ) -> None:
+        self.plugins = plugins or Plugins()
+        border = self.plugins.border()
         self.instance_id = instance_id
         self.started_at = time.time()
         self.bus = Bus(target, f"oam-host-{instance_id}")
         self.inbox = Inbox(self.bus)
         self.buckets = Buckets(self.bus, self.inbox)
         self.objects = Objects(self.bus, self.inbox)
-        self.router = Router(self.bus, self.inbox, self.buckets, instance_id)
+        self.router = Router(self.bus, self.inbox, self.buckets, instance_id, border)
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
         self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
         self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
-        self.caller = Caller(self.bus, self.inbox, self.waits, instance_id)
-        self.events = Events(self.bus, self.directory, instance_id, self.own)
+        asking = (self.bus, self.inbox, self.waits, instance_id)
+        self.caller = BorderCaller(*asking, border) if border else Caller(*asking)
+        self.events = Events(self.bus, self.directory, instance_id, self.own, border)
         self.describe: Callable[[], dict[str, Any]] = self.description
         # Awaited when nothing runs any more, while the connection is still there.
         self.on_finished: Callable[[], Awaitable[None]] = _do_nothing
         # What others may ask this instance, by the last word of the subject.
         self.controls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {"info": self._info}
         self.refused: dict[str, str] = {}
-        self._limits = limits
-        self._wrapped = wrapped
+        self.ready = ready
+        self._plugins_running = AsyncExitStack()
         self.contract_policy = contract_policy
         self._unbound: dict[str, Agent] = {}
         # What was published, for new code alone is no reason to publish a contract again.
@@ -102,13 +109,14 @@ class Node:
         self._registering = asyncio.Lock()
 
     async def start(self, agents: Iterable[Agent] = (), *, serves: bool = False) -> None:
-        """Connect, serve `agents`, publish their contracts.
+        """Connect, serve `agents`, which are `ready`, publish their contracts.
 
         With `serves` it is recorded as an instance even while it has no agents.
 
         Raises:
             ConnectionFailed: no server, or one without JetStream.
             ConnectionDenied: the server refuses the credentials.
+            PluginFailed: a plugin cannot start.
 
         """
         await self.bus.connect()
@@ -119,9 +127,12 @@ class Node:
             await self.waits.open()
             await self.bus.listen(subjects.host(self.instance_id, "*"), self._on_host_request)
             await self.buckets.make()
+            await self._plugins_running.enter_async_context(
+                self.plugins.lifespan(Instance(self.instance_id, self.describe))
+            )
             self._started = True
             for agent in agents:
-                self.bind(agent)
+                self._unbound[agent.name] = agent
             await self.settled()
             if serves and not len(self.router):
                 await self._announce([])  # a host without agents is there all the same
@@ -131,27 +142,21 @@ class Node:
 
     def bind(self, agent: Agent) -> None:
         """Serve an agent, in place of one of the same name; `settled` waits until it is up."""
-        self._unbound[agent.name] = self._ready(agent)
+        self._unbound[agent.name] = self.ready(agent)
         self._bind_soon()
 
-    def _ready(self, agent: Agent) -> Agent:
-        return self._wrapped(agent.limited(self._limits(agent.name)))
-
     def replace(self, agents: Iterable[Agent]) -> None:
-        """Serve these versions from the very next request on, all of them at once.
+        """Serve these versions, which are `ready`, from the very next request on, all of them at once.
 
         Agents that are new here, and what others must learn of the changed ones, follow.
         """
         for agent in agents:
             route = self.router.get(agent.name)
-            if route is None:
-                self.bind(agent)
-                continue
-            before = route.agent.contract
-            ready = self._ready(agent)
-            route.swap(ready)
-            if not route.is_settled or not agent.contract.same_as(before):
-                self._unbound[agent.name] = ready
+            same = route is not None and agent.contract.same_as(route.agent.contract)
+            if route is not None:
+                route.swap(agent)
+            if not same or (route is not None and not route.is_settled):
+                self._unbound[agent.name] = agent
                 self._bind_soon()
 
     def bound(self) -> dict[str, Agent]:
@@ -167,6 +172,9 @@ class Node:
             self.refused.pop(name, None)
         routes = [route for name in names if (route := self.router.remove(name))]
         await asyncio.gather(*[route.end(drain_timeout) for route in routes])
+        for route in routes:
+            if self.router.get(route.agent.name) is None:
+                self.plugins.tell_unloaded(route.agent.name)
         await persistently(lambda: self._deregister({route.agent.name for route in routes}), "what is gone")
 
     async def _deregister(self, names: set[str]) -> None:
@@ -297,6 +305,7 @@ class Node:
         await end(self._binding, self._repairing, self._watching_over, self._following_levels)
         await self.router.finish(0)
         await self.on_finished()
+        await self._plugins_running.aclose()
         self.events.fail_all()
         await self.caller.close()
         await self.waits.close()

@@ -194,9 +194,10 @@ def frame_start(request_id: str, instance_id: str) -> bytes:
     return f"NATS/1.0\r\n{request}X-Mesh-Instance-Id: {instance_id}\r\n".encode()
 
 
-def frame_headers(start: bytes, seq: int) -> bytes:
+def frame_headers(start: bytes, seq: int, extra: Mapping[str, str] | None = None) -> bytes:
     """The header block of a chunk or an event, after its stream's `frame_start`."""
-    return b"%bX-Mesh-Stream-Seq: %d\r\nX-Mesh-Stream-End: false\r\n\r\n" % (start, seq)
+    more = write_headers(extra)[len(_VERSION_LINE) + 2 : -2] if extra else b""
+    return b"%b%bX-Mesh-Stream-Seq: %d\r\nX-Mesh-Stream-End: false\r\n\r\n" % (start, more, seq)
 
 
 def end_headers(start: bytes, count: int, usage: Usage | None = None) -> bytes:

@@ -106,6 +106,12 @@ class InvalidAgent(MeshError, TypeError):
     code = "invalid_agent"
 
 
+class PluginFailed(MeshError):
+    """A plugin cannot be used, or failed in a hook. Raised here, never sent."""
+
+    code = "plugin_failed"
+
+
 class HandlerError(MeshError):
     """The handler raised something that is no MeshError."""
 

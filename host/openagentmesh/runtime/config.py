@@ -83,6 +83,7 @@ class HostSection(_Section):
     name: str = ""
     agents: list[str] | None = None
     entry_points: Annotated[bool | list[str], BeforeValidator(_names)] = True
+    plugins: list[str] = []
     strict: bool = False
     contract: ContractPolicy = "warn"
     reload: bool = True
@@ -106,6 +107,7 @@ class AgentSection(_Section):
     """`[agents."name"]`: one agent; what is left out is the default."""
 
     enabled: bool = True
+    plugins: dict[str, dict[str, Any]] = {}
     concurrency: Concurrency | None = None
     queue: Queue | None = None
     timeout: Seconds | None = None
@@ -123,11 +125,18 @@ class Config(_Section):
     limits: LimitsSection = LimitsSection()
     agents: dict[str, AgentSection] = {}
     settings: dict[str, dict[str, Any]] = {}
+    plugins: dict[str, dict[str, Any]] = {}
 
     def limits_of(self, name: str) -> Limits:
         """The limits of one agent."""
-        own = self.agents.get(name, AgentSection()).model_dump(exclude={"enabled"}, exclude_none=True)
+        own = self.agents.get(name, AgentSection()).model_dump(
+            exclude={"enabled", "plugins"}, exclude_none=True
+        )
         return Limits(**(self.limits.model_dump() | own))
+
+    def options_of(self, name: str) -> dict[str, dict[str, Any]]:
+        """What plugins are told of one agent, by the plugins' names."""
+        return self.agents.get(name, AgentSection()).plugins
 
     def enabled(self, name: str) -> bool:
         """Whether an agent is to be served."""
@@ -138,7 +147,7 @@ class Config(_Section):
         for name in sorted(self.agents.keys() - set(agents)):
             yield f'mesh.toml has [agents."{name}"], but no loaded module declares that agent'
         for name in sorted(self.settings.keys() - set(modules)):
-            hint = _near(name, modules, "modules")
+            hint = near(name, modules, "modules")
             yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
 
     def path(self, text: str | None) -> str | None:
@@ -150,7 +159,7 @@ def unfollowed(started: Config, now: Config) -> list[str]:
     """The keys that a running host does not follow, and that are not as they were at its start."""
     fixed = [("mesh", key) for key in MeshSection.model_fields]
     fixed += [("server", key) for key in ServerSection.model_fields]
-    fixed += [("host", key) for key in ("name", "reload", "replay")]
+    fixed += [("host", key) for key in ("name", "plugins", "reload", "replay")]
     return [
         f"[{section}] {key}"
         for section, key in fixed
@@ -182,7 +191,7 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
     try:
         config = Config(folder=file.resolve().parent, **tables)
     except ValidationError as exc:
-        more = [problem for problem in _problems(exc) if problem.partition(":")[0] not in told]
+        more = [problem for problem in problems_of(exc) if problem.partition(":")[0] not in told]
         raise _error(file, problems + more) from exc
     problems += _pauses(config)
     if problems:
@@ -228,9 +237,10 @@ def _pauses(config: Config) -> Iterator[str]:
             )
 
 
-def _problems(exc: ValidationError) -> Iterator[str]:
+def problems_of(exc: ValidationError, within: Loc = ()) -> Iterator[str]:
+    """What is wrong in a file, or `within` one of its tables, a line each."""
     for error in exc.errors(include_url=False):
-        loc, given = error["loc"], error["input"]
+        loc, given = (*within, *error["loc"]), error["input"]
         if error["type"] == "extra_forbidden":
             yield _unknown(loc, given)
         elif error["type"] in {"model_type", "dict_type"}:
@@ -244,7 +254,7 @@ def _unknown(loc: Loc, given: object = None) -> str:
     if loc[0] == "agents" and isinstance(given, dict):
         hint = f"quote the name of an agent: [agents.{_meant(loc, given)}]"
         return f"{_key(loc)}: a table has no place here; {hint}"
-    return f"{_key(loc)}: unknown key; {_near(str(loc[-1]), _known_keys(loc[:-1]), 'known here')}"
+    return f"{_key(loc)}: unknown key; {near(str(loc[-1]), _known_keys(loc[:-1]), 'known here')}"
 
 
 def _meant(loc: Loc, given: dict[str, Any]) -> str:
@@ -265,7 +275,8 @@ def _no_table(loc: Loc) -> str:
     return f"input should be a table, [{_key(loc)}]"
 
 
-def _near(name: str, known: Collection[str], title: str) -> str:
+def near(name: str, known: Collection[str], title: str) -> str:
+    """The nearest of the known names, else all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"{title}: {', '.join(sorted(known)) or 'none'}"
 

@@ -19,15 +19,16 @@ from openagentmesh.bus.connection import Target
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, NotFound
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.hooks import plugin_manager
 from openagentmesh.runtime.loader import Loader, Module, shown_line
 from openagentmesh.runtime.origins import find_origins
-from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.plugins import load_plugins
 from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
@@ -74,9 +75,8 @@ class Host:
         self._config_file = config_file
         self._read_config = read_config or (lambda: config)
         self._watch = watch
-        self.plugins = plugin_manager()
-        for plugin in plugins:
-            self.plugins.register(plugin)
+        self._given = list(plugins)
+        self.plugins = Plugins()
         self._reloader: Reloader | None = None
         self.server: EmbeddedServer | None = None
         self._node: Node | None = None
@@ -127,20 +127,26 @@ class Host:
         origins = find_origins(config)
         target = await self._target()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
-        replays = Replays(config.host.replay, lambda agent: self.plugins.hook.mesh_redactor(agent=agent))
+        self.plugins = plugins = load_plugins(config, self._given)
+        replays = Replays(config.host.replay, plugins.redactor)
+
+        def ready(agent: Agent, config: Config) -> Agent:
+            recorded = replays.recorded(agent.limited(config.limits_of(agent.name)))
+            return plugins.around(recorded, config.options_of(agent.name))
+
         node = self._node = Node(
             target,
             new_id(),
             about=about,
-            limits=lambda name: self.config.limits_of(name),  # noqa: PLW0108 - the config may be another one then
-            wrapped=replays.recorded,
+            ready=lambda agent: ready(agent, self.config),
+            plugins=plugins,
             contract_policy=config.host.contract,
         )
         node.describe = self.describe
         node.controls["reload"] = self._on_reload_request
         loader = Loader(node, config)
         changes = Changes(loader.imports, self._config_file, self._read_config)
-        self._reloader = reloader = Reloader(loader, node, changes, config, replays)
+        self._reloader = reloader = Reloader(loader, node, changes, config, ready, replays)
         reloader.on_outcome = self._tell
         self._running.callback(loader.close)
         self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
@@ -192,12 +198,7 @@ class Host:
                 data["line"] = outcome.line
             message = outcome.error or outcome.text
             await self.node.router.events.emit(level, name, event, message=message, data=data)
-        if outcome.error:
-            try:
-                self.plugins.hook.mesh_reload_failed(outcome=outcome)
-            # A plugin's failure ends here: the reload is over.
-            except Exception:
-                log.exception("a plugin failed while it was told of a reload")
+        self.plugins.tell_reload(outcome)
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""

@@ -2,55 +2,35 @@
 
 import asyncio
 import logging
-import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Final
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
-from openagentmesh.protocol.compatibility import breaking_changes
-from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.runtime.aside import TookTooLong, aside
+from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.protocol.errors import PluginFailed
+from openagentmesh.runtime.aside import aside
 from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError, unfollowed
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
-from openagentmesh.runtime.outcome import Outcome
+from openagentmesh.runtime.plugins import configure
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.retire import Retired, dispose, forget_hints, retire
 from openagentmesh.runtime.state import Transfer, move
+from openagentmesh.runtime.verdict import Doubtful, LoadFailed, ReloadRefused, compared, in_words, why_of
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
 
 _REMEMBERED: Final = 20
+Ready = Callable[[Agent, Config], Agent]
 # A load that took this many seconds is not waited for the next time.
 _SLOW: Final = 0.008
-
-
-class ReloadRefused(MeshError):
-    """A changed module is not taken; the one before it goes on."""
-
-    code = "reload_refused"
-
-
-class _LoadFailed(Exception):
-    """A module could not be loaded; it says why."""
-
-    def __init__(self, module: Module, files: Iterable[Path] = ()) -> None:
-        super().__init__(module.error)
-        self.module = module
-        # Other files that it failed of.
-        self.files = list(files)
-
-
-class Doubtful(Exception):
-    """What is on disk may be half a save: a file is gone or empty, or a module lost all its agents."""
 
 
 @dataclass(slots=True)
@@ -73,6 +53,7 @@ class Reloader:
         node: serves their agents.
         changes: finds out what differs.
         config: what mesh.toml says.
+        ready: makes an agent ready to serve: its limits, and what plugins put around it.
         replays: requests that a new version has to answer before it serves.
 
     Attributes:
@@ -83,13 +64,20 @@ class Reloader:
 
     """
 
-    def __init__(
-        self, loader: Loader, node: Node, changes: Changes, config: Config, replays: Replays | None = None
+    def __init__(  # noqa: PLR0913, PLR0917 - all that a reload touches
+        self,
+        loader: Loader,
+        node: Node,
+        changes: Changes,
+        config: Config,
+        ready: Ready,
+        replays: Replays | None = None,
     ) -> None:
         self.modules: list[Module] = []
         self.config = self._started = config
         self.history: deque[Outcome] = deque(maxlen=_REMEMBERED)
         self.on_outcome: Callable[[Outcome], Awaitable[None]] = _tell_nobody
+        self._ready = ready
         self._replays = replays or Replays(0)
         self._loader = loader
         self._node = node
@@ -115,7 +103,10 @@ class Reloader:
             agents[module] = []
             self._changes.tried_first(module.origin, [], [first.file])
         for module in self.modules:
-            module.agents = agents[module]
+            try:
+                module.agents = [self._ready(agent, self.config) for agent in agents[module]]
+            except PluginFailed as exc:
+                module.fail(exc.message)
 
     async def reload(self, only: str = "", *, sure: bool = True) -> Outcome | None:
         """Load what differs from disk, or `only` one module anyway; None when nothing does.
@@ -174,6 +165,7 @@ class Reloader:
                 is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
                 when_late=imports.mend,
             )
+            configure(self._node.plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
             await self._replay(candidate, strict=plan.config.host.replay_strict)
             await move([t for t in candidate.transfers if t.has_migration], plan.config.host.load_timeout)
@@ -183,6 +175,7 @@ class Reloader:
         except BaseException as exc:
             imports.put_back(stage)
             imports.stage = Stage()  # nobody holds what was tried
+            configure(self._node.plugins, self.config)
             self._loader.prepare(self.config, [module.origin for module in self.modules])
             if isinstance(exc, Doubtful) or not isinstance(exc, Exception):
                 raise
@@ -202,7 +195,7 @@ class Reloader:
         modules = [self._loader.load(origin, can_be_left=False) for origin in origins]
         for module in modules:
             if module.state == "failed":
-                raise _LoadFailed(module)
+                raise LoadFailed(module)
         return modules
 
     def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> _Candidate:
@@ -218,7 +211,7 @@ class Reloader:
         for module, why, twice, first in claimed_twice(modules, agents):
             if module in new:
                 module.fail(why, line=twice.source)
-                raise _LoadFailed(module, [first.file])
+                raise LoadFailed(module, [first.file])
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
         served = self._node.bound()
@@ -233,9 +226,12 @@ class Reloader:
                 name not in served
                 or served[name].handler is not agent.handler
                 or served[name].limits != plan.config.limits_of(name)
+                or self.config.options_of(name) != plan.config.options_of(name)
+                or self.config.plugins != plan.config.plugins
             )
         ]
-        notes = self._compared(serve, served, plan.config)
+        serve = [self._ready(agent, plan.config) for agent in serve]
+        notes = compared(serve, served, plan.config.host.contract)
         if self._changes.config_file in plan.causes:
             notes += plan.config.unread(
                 {m.origin.key for m in modules}, [a.name for f in agents.values() for a in f]
@@ -248,23 +244,6 @@ class Reloader:
                 transfer.try_out()
         gone = [name for name in served if name not in wanted]
         return _Candidate(modules, agents, serve, gone, transfers, notes)
-
-    def _compared(self, serve: list[Agent], served: dict[str, Agent], config: Config) -> list[str]:
-        """What callers would notice of the new contracts; raises it where that is not wanted."""
-        if config.host.contract == "allow":
-            return []
-        notes = [
-            f"{agent.name} breaks callers: {change}"
-            for agent in serve
-            if agent.name in served
-            for change in breaking_changes(served[agent.name].contract, agent.contract)
-        ]
-        if notes and config.host.contract == "refuse":
-            raise ReloadRefused(
-                'callers would break, and [host] contract is "refuse": ' + "; ".join(notes),
-                details={"changes": notes},
-            )
-        return notes
 
     async def _replay(self, candidate: _Candidate, *, strict: bool) -> None:
         for agent in candidate.serve:
@@ -292,7 +271,7 @@ class Reloader:
             source.generation.before = None
         outcome = Outcome(
             self._shown(plan.causes),
-            [*_in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
+            [*in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
             notes=candidate.notes,
             took_ms=_ms(began),
             in_flight=sum(route.running_on(old[name]) for name, route in routes.items())
@@ -316,18 +295,18 @@ class Reloader:
 
     def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
-        also = exc.files if isinstance(exc, _LoadFailed) else []
+        also = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.tried(causes, stage.executed, also)
-        error, details, line = _why(exc)
+        error, details, line = why_of(exc)
         files = self._shown(causes) or ["the configuration"]
         outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
-        failed = exc.module.origin if isinstance(exc, _LoadFailed) else None
+        failed = exc.module.origin if isinstance(exc, LoadFailed) else None
         for module in self.modules:
             if module.origin == failed or module.name in stage.modules:
                 module.error, module.traceback, module.line = error, details, line
                 outcome.names += [agent.name for agent in module.agents]
                 module.state = "failed" if module.state == "failed" else "outdated"
-        if isinstance(exc, _LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
+        if isinstance(exc, LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
             self.modules.append(exc.module)
         self.history.append(outcome)
         log.error("%s\n%s", outcome.text, details) if details else log.error("%s", outcome.text)
@@ -360,35 +339,6 @@ class Reloader:
 
 async def _tell_nobody(_outcome: Outcome) -> None:
     return
-
-
-def _in_words(old: dict[str, Agent], new: list[Agent]) -> list[str]:
-    words = []
-    for agent in new:
-        before = old.get(agent.name)
-        version = agent.contract.version
-        if before is None:
-            words.append(f"{agent.name} {version} new")
-        elif before.contract.version != version:
-            words.append(f"{agent.name} {before.contract.version} → {version}")
-        else:
-            words.append(f"{agent.name} {version}")
-    return words
-
-
-def _why(exc: Exception) -> tuple[str, str, str]:
-    """Message, details and `file:line` of a failure, for its author."""
-    if isinstance(exc, _LoadFailed):
-        return exc.module.error, exc.module.traceback, exc.module.line
-    if isinstance(exc, TookTooLong):
-        frames = [
-            f for f in exc.stack if not f.filename.startswith(("<frozen", str(Path(__file__).parents[1])))
-        ]
-        line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        return "it takes too long to load; do what takes long in a watcher", "".join(exc.stack.format()), line
-    if isinstance(exc, MeshError):
-        return exc.message, "", ""
-    return f"{type(exc).__name__}: {text_of(exc)}", "".join(traceback.format_exception(exc)), ""
 
 
 def _ms(began: float) -> float:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from openagentmesh.mesh.hooks import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.runtime.hooks import Redactor
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call, set_current_call
 
@@ -119,8 +119,8 @@ async def _run(agent: Agent, request: Request, until: float) -> _Run:
     began = perf_counter()
     try:
         async with asyncio.timeout_at(until):
-            agent.accept(call, "call")
-            reply = agent.dump(await agent.endpoint(call))
+            agent.accept(call)
+            reply = agent.dump(await agent.handler.endpoint()(call))
     # A candidate's handler may raise anything, and that is what is compared; a SystemExit would end the loop.
     except BaseException as exc:
         if (task := asyncio.current_task()) and task.cancelling():

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from openagentmesh.bus.tasks import persistently
 from openagentmesh.mesh.node import Node
+from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.runtime.imports import Stage
-from openagentmesh.runtime.outcome import Outcome
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 

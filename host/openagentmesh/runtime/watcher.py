@@ -13,7 +13,8 @@ from watchfiles import Change, awatch
 from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
 from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, stamp, stamp_of
-from openagentmesh.runtime.reload import Doubtful, Reloader
+from openagentmesh.runtime.reload import Reloader
+from openagentmesh.runtime.verdict import Doubtful
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,19 @@
 """An agent: name, handler, types and limits in one object."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType
 from typing import Any, Final
 
 from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
-from openagentmesh.protocol.contract import AgentContract, AgentSpec, Verb
+from openagentmesh.protocol.contract import AgentContract, AgentSpec
 from openagentmesh.protocol.errors import InvalidAgent
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
-from openagentmesh.serving.call import Call, Endpoint
+from openagentmesh.serving.call import Call, Endpoint, Middleware
 from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
 from openagentmesh.serving.sources import (
     Condition,
@@ -48,6 +50,14 @@ DEFAULT_LIMITS: Final = Limits()
 
 
 @dataclass(slots=True, frozen=True)
+class Layer:
+    """What one plugin has put around an agent: its endpoint, which leads to those below."""
+
+    plugin: str
+    endpoint: Endpoint
+
+
+@dataclass(slots=True, frozen=True)
 class Agent:
     """One version of an agent, ready to serve."""
 
@@ -59,6 +69,7 @@ class Agent:
     active_when: Condition | None = None
     limits: Limits = DEFAULT_LIMITS
     replayable: bool = False
+    layers: tuple[Layer, ...] = ()
 
     @property
     def source(self) -> str:
@@ -74,12 +85,41 @@ class Agent:
         """The same agent within other limits."""
         return replace(self, limits=limits)
 
+    def within(self, plugin: str, middleware: Middleware) -> "Agent":
+        """The same agent with one more middleware around it."""
+        return replace(self, layers=(Layer(plugin, middleware(self.outermost)), *self.layers))
+
+    @property
+    def outermost(self) -> Endpoint:
+        """Where a request enters."""
+        return self.layers[0].endpoint if self.layers else self.enter
+
+    async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+        """The innermost endpoint: wait for a turn, read the input, run the handler.
+
+        Raises:
+            InvocationMismatch: a call of a streamer, or a stream of something else.
+            InvalidInput: the body is not what the handler takes.
+
+        """
+        async with call.slots:
+            call.read()
+            return await self.endpoint(call)
+
     def patience(self, request: Request) -> float:
         """Seconds that this request may take: the agent's limit or what its caller waits."""
         own = self.limits.timeout
         return own if request.timeout is None else min(own, request.timeout)
 
-    def accept(self, call: Call, verb: Verb) -> None:
+    def layer_that_raised(self, exc: BaseException) -> str:
+        """The plugin whose middleware an error comes from; empty when it comes from further in."""
+        names = {_code_of(layer.endpoint): layer.plugin for layer in self.layers}
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(exc.__traceback__)]
+        if Agent.enter.__code__ in codes:
+            return ""
+        return next((names[code] for code in reversed(codes) if code in names), "")
+
+    def accept(self, call: Call) -> None:
         """Check the verb and read the input.
 
         Raises:
@@ -87,7 +127,8 @@ class Agent:
             InvalidInput: the body is not what the handler takes.
 
         """
-        self.contract.check_verb(verb)
+        assert call.verb != "source", "a source reads its own"
+        self.contract.check_verb(call.verb)
         call.input = self.handler.read(self.name, call.request.body)
 
     def accept_message(self, call: Call, subject: str) -> None:
@@ -116,6 +157,12 @@ class Agent:
     def dump(self, value: object) -> bytes:
         """A result or a chunk as JSON of the declared type."""
         return self.handler.dump(value)
+
+
+def _code_of(endpoint: Endpoint) -> CodeType | None:
+    """The code that runs when an endpoint is called: a function, a method, or an object's `__call__`."""
+    function = endpoint if hasattr(endpoint, "__code__") else getattr(endpoint, "__func__", None)
+    return getattr(function or type(endpoint).__call__, "__code__", None)
 
 
 def declare(  # noqa: PLR0913 - what `@mesh.agent` takes

@@ -13,7 +13,8 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.streams import FrameWriter
+from openagentmesh.serving.outgoing import Border
+from openagentmesh.serving.streams import EventWriter
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Background:
 
     """
 
-    def __init__(self, agent: Agent, bus: Bus, events: EventLog, instance_id: str) -> None:
+    def __init__(self, agent: Agent, bus: Bus, events: EventLog, instance_id: str, border: Border) -> None:
         self.state: Literal["running", "waiting", "done", "stopped"] = "stopped"
         self.restarts = 0
         self.error = ""
@@ -41,6 +42,7 @@ class Background:
         self._bus = bus
         self._events = events
         self._instance_id = instance_id
+        self._border = border
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._has_failed = asyncio.Event()
@@ -120,7 +122,7 @@ class Background:
         """One run of a publisher: its events, then the end frame."""
         subject = subjects.events(self._agent.name)
         start = codec.frame_start("", self._instance_id)
-        writer = FrameWriter(self._bus, subject, start, self._agent.dump)
+        writer = EventWriter(self._bus, subject, start, self._agent.dump, self._border)
         try:
             async with aclosing(events):
                 async for event in events:

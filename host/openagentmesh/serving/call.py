@@ -1,18 +1,42 @@
-"""What a handler is given and what it may ask about: Call, Endpoint, current_call."""
+"""What a handler is given and what it may ask about: Call, Endpoint, Middleware, current_call."""
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.messages import Usage
 
 
 async def _send_nothing(chunk: object) -> None:
     raise RuntimeError(f"This request is no stream; {chunk!r} cannot be sent.")
+
+
+def _read_nothing() -> None:
+    return
+
+
+@dataclass(slots=True, frozen=True)
+class Caller:
+    """Who asks: `str()` of it is the proven subject, else the instance id.
+
+    Attributes:
+        instance_id: what the request says; empty when it says nothing.
+        subject: who it was proven to be, by a plugin; empty when nobody has looked.
+        scopes: what else was proven.
+
+    """
+
+    instance_id: str
+    subject: str = ""
+    scopes: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return self.subject or self.instance_id
 
 
 @dataclass(slots=True)
@@ -31,6 +55,10 @@ class Call:
         over: it is answered, so its deadline is nobody's any more.
         started: when it came, in seconds of the event loop's clock.
         patience: seconds it may take; for a stream, from chunk to chunk.
+        verb: what the caller did; `source` for a message or a change that drives the agent.
+        proven: who asks, once a plugin knows.
+        slots: limits how many handlers run at once.
+        read: checks the verb and reads the input; called in the innermost endpoint.
 
     """
 
@@ -44,6 +72,10 @@ class Call:
     over: bool = False
     started: float = 0.0
     patience: float = math.inf
+    verb: Verb | Literal["source"] = "call"
+    proven: Caller | None = None
+    slots: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)
+    read: Callable[[], None] = _read_nothing
 
     @property
     def request_id(self) -> str:
@@ -56,9 +88,9 @@ class Call:
         return self.request.headers
 
     @property
-    def caller(self) -> str:
-        """The caller's instance id; empty when it sent none."""
-        return self.request.caller
+    def caller(self) -> Caller:
+        """Who asks: proven by a plugin, or what the request says of itself."""
+        return self.proven or Caller(self.request.caller)
 
     @property
     def remaining(self) -> float:
@@ -67,6 +99,15 @@ class Call:
 
 
 Endpoint = Callable[[Call], Awaitable[Any]]
+Middleware = Callable[[Endpoint], Endpoint]
+
+
+def compose(endpoint: Endpoint, middlewares: Sequence[Middleware]) -> Endpoint:
+    """An endpoint within middlewares, the first one outermost."""
+    for middleware in reversed(middlewares):
+        endpoint = middleware(endpoint)
+    return endpoint
+
 
 _current: ContextVar[Call] = ContextVar("current_call")
 set_current_call = _current.set

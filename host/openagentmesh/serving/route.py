@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 from openagentmesh.bus.buckets import Buckets
@@ -29,6 +30,7 @@ from openagentmesh.serving.call import Call, set_current_call
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.lifeline import Lifeline, abandoning
+from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.reading import chunk_subject, error_subject, reply_subject, verb_of
 from openagentmesh.serving.sources import Source, SubjectSource
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
@@ -55,6 +57,7 @@ class Shared:
     buckets: Buckets
     events: EventLog
     instance_id: str
+    border: Border
 
 
 @dataclass(slots=True)
@@ -122,7 +125,7 @@ class Route:
             subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
             self.sid = await shared.bus.listen(subject, self.receive, queue)
         if agent.handler.shape in {"publisher", "watcher"} and self.background is None:
-            self.background = Background(agent, shared.bus, shared.events, shared.instance_id)
+            self.background = Background(agent, shared.bus, shared.events, shared.instance_id, shared.border)
             self.background.start()
         for source in agent.sources:
             if source not in self._feeds:
@@ -237,9 +240,11 @@ class Route:
         now = asyncio.get_running_loop().time()
         request = codec.read_request(message.head, message.body)
         patience = agent.patience(request)
-        call = Call(agent.name, request, now + patience, started=now, patience=patience)
+        call = Call(agent.name, request, now + patience, started=now, patience=patience, slots=self._slots)
         deadline = Deadline(call.deadline)
         reply = reply_subject(message, request, overheard=accept is not None)
+        call.verb = "source" if accept else verb_of(request, reply)
+        call.read = partial(accept or Agent.accept, agent, call)
         lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
         self.counts.requests += 1
@@ -248,15 +253,10 @@ class Route:
             if noisy:
                 await self._tell(request, "debug", "request_received")
             with deadline:
-                async with self._slots:
-                    if accept is not None:
-                        accept(agent, call)
-                    else:
-                        agent.accept(call, verb_of(request, reply))
-                    if agent.contract.streaming:
-                        await self._stream(agent, call, reply, deadline)
-                    else:
-                        body = agent.dump(await agent.endpoint(call))
+                if agent.contract.streaming:
+                    await self._stream(agent, call, reply, deadline)
+                else:
+                    body = agent.dump(await agent.outermost(call))
             if not agent.contract.streaming:
                 await self._reply(call, reply, body)
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
@@ -264,7 +264,7 @@ class Route:
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
             if not call.abandoned:
                 where = error_subject(request, reply, overheard=accept is not None)
-                error = _as_mesh_error(exc, call, deadline)
+                error = _as_mesh_error(exc, agent, call, deadline)
                 await self._reply_error(request, where, error, self._shared.inbox.deliver)
         else:
             if noisy or call.usage is not None:
@@ -327,7 +327,7 @@ class Route:
 
         call.send, writer.gone = send, abandoning(call)
         try:
-            await agent.endpoint(call)
+            await agent.outermost(call)
             await writer.end(call.usage)
         finally:
             writer.close()
@@ -384,7 +384,7 @@ def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     return KVFeed(source, lambda: route.agent, shared.buckets, route.take)
 
 
-def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshError:
+def _as_mesh_error(exc: BaseException, agent: Agent, call: Call, deadline: Deadline) -> MeshError:
     """What the caller is told of `exc`."""
     if isinstance(exc, MeshError):
         return exc
@@ -393,5 +393,8 @@ def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshEr
     task = asyncio.current_task()
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
         return Cancelled(f"Agent '{call.agent}' was stopped before it had answered.")
+    if plugin := agent.layer_that_raised(exc):
+        log.error("%s: the plugin '%s' failed", call.agent, plugin, exc_info=exc)
+        return HandlerError(f"the plugin '{plugin}' failed: {text_of(exc)}", details={"plugin": plugin})
     log.error("%s: the handler failed", call.agent, exc_info=exc)
     return HandlerError(text_of(exc))

@@ -8,15 +8,16 @@ from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.eventlog import EventLog
+from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.route import Route, Shared
 
 
 class Router:
     """The routes of one node."""
 
-    def __init__(self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str) -> None:
+    def __init__(self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str, border: Border) -> None:
         self.events = EventLog(bus, instance_id)
-        self._shared = Shared(bus, inbox, buckets, self.events, instance_id)
+        self._shared = Shared(bus, inbox, buckets, self.events, instance_id, border)
         self._routes: dict[str, Route] = {}
 
     def __iter__(self) -> Iterator[Route]:

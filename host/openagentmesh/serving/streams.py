@@ -13,6 +13,7 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
+from openagentmesh.serving.outgoing import Border
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64
@@ -54,6 +55,27 @@ class FrameWriter:
     async def end(self, usage: Usage | None = None) -> None:
         """Send the end frame, which carries the count of chunks."""
         await self._bus.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
+
+
+class EventWriter(FrameWriter):
+    """Sends the events of one publisher's run, each across the plugins' border."""
+
+    def __init__(
+        self, bus: Bus, subject: str, start: bytes, dump: Callable[[Any], bytes], border: Border
+    ) -> None:
+        super().__init__(bus, subject, start, dump)
+        self._border = border
+
+    async def send(self, chunk: object) -> None:
+        """Send one event."""
+        if not self._border:
+            await super().send(chunk)
+            return
+        body = self._dump(chunk)
+        async with self._border.passing("publish", self._subject, body, None) as outgoing:
+            head = codec.frame_headers(self._start, self.seq, outgoing.headers)
+            await self._bus.publish(self._subject, body, head)
+            self.seq += 1
 
 
 class ChunkWriter(FrameWriter):

@@ -1,0 +1,79 @@
+"""Requests that pass the plugins' border on their way out."""
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any, Literal
+
+from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.requests import Inbox
+from openagentmesh.mesh.calling import Callback, Caller
+from openagentmesh.mesh.waiting import Waits
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.serving.outgoing import Border, Outgoing
+
+
+class BorderCaller(Caller):
+    """Calls, streams and sends as a Caller does, each within the middlewares of a border."""
+
+    def __init__(self, bus: Bus, inbox: Inbox, waits: Waits, instance_id: str, border: Border) -> None:
+        super().__init__(bus, inbox, waits, instance_id)
+        self._border = border
+
+    async def call(
+        self, name: str, payload: object, timeout: float | None, headers: Mapping[str, str] | None
+    ) -> Any:  # noqa: ANN401 - a JSON value of any shape
+        """Send one request and return the first answer, or raise what came instead."""
+        async with self._passing("call", name, payload, headers) as outgoing:
+            return await super().call(name, outgoing.body, timeout, outgoing.headers)
+
+    async def stream(
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
+        total: float | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Send one request and yield its chunks."""
+        async with (
+            self._passing("stream", name, payload, headers) as outgoing,
+            aclosing(super().stream(name, outgoing.body, timeout, outgoing.headers, total)) as chunks,
+        ):
+            async for chunk in chunks:
+                outgoing.chunks += 1
+                yield chunk
+
+    async def send(  # noqa: PLR0913 - what `send` takes
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Mapping[str, str] | None,
+        *,
+        on_reply: Callback | None = None,
+        on_error: Callback | None = None,
+        reply_to: str = "",
+    ) -> None:
+        """Send one request and go on."""
+        async with self._passing("send", name, payload, headers) as outgoing:
+            await super().send(
+                name,
+                outgoing.body,
+                timeout,
+                outgoing.headers,
+                on_reply=on_reply,
+                on_error=on_error,
+                reply_to=reply_to,
+            )
+
+    def _passing(
+        self,
+        verb: Literal["call", "stream", "send"],
+        name: str,
+        payload: object,
+        headers: Mapping[str, str] | None,
+    ) -> AbstractAsyncContextManager[Outgoing]:
+        given = dict(headers or {})
+        request_id = given.setdefault(subjects.REQUEST_ID, "") or codec.new_id()
+        given[subjects.REQUEST_ID] = request_id
+        return self._border.passing(verb, name, codec.dump(payload), given, request_id)

@@ -1,0 +1,218 @@
+"""The plugins of one mesh, in their order: asked one by one, so that whoever fails is named."""
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from openagentmesh.mesh import hooks
+from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
+from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.outgoing import Border
+
+log = logging.getLogger(__name__)
+
+Tables = Mapping[str, dict[str, Any]]
+
+
+@dataclass(slots=True, eq=False)
+class Plugin:
+    """One plugin: its name, and the object that implements hooks; `settings` are those in force."""
+
+    name: str
+    implementation: object
+    settings: BaseModel | None = None
+
+
+class Plugins:
+    """Plugins in the order of their middlewares, the first one outermost.
+
+    Args:
+        implementations: objects that implement hooks, by their names; a class is called without arguments.
+
+    Raises:
+        PluginFailed: one implements no hook, or one that there is not.
+
+    """
+
+    def __init__(self, implementations: Mapping[str, object] | None = None) -> None:
+        self._manager = pluggy.PluginManager(hooks.NAME)
+        self._manager.add_hookspecs(hooks.Hooks)
+        self.all = [
+            Plugin(name, self._registered(name, each)) for name, each in (implementations or {}).items()
+        ]
+
+    @classmethod
+    def of(cls, implementations: Iterable[object]) -> "Plugins":
+        """Plugins that bring their settings along, as `AgentMesh(plugins=[…])` takes them."""
+        return cls(cls.named(implementations))
+
+    @staticmethod
+    def named(implementations: Iterable[object]) -> dict[str, object]:
+        """Objects that implement hooks by names for people: of their classes, or modules."""
+        found: dict[str, object] = {}
+        for each in implementations:
+            name = getattr(each, "__name__", type(each).__name__).rpartition(".")[2].lower()
+            found[name if name not in found else f"{name}-{len(found) + 1}"] = each
+        return found
+
+    def _registered(self, name: str, implementation: object) -> object:
+        try:
+            made = implementation() if isinstance(implementation, type) else implementation
+            self._manager.register(made, name)
+            self._manager.check_pending()
+        # A plugin's code may raise anything; the start ends here.
+        except Exception as exc:
+            raise PluginFailed(
+                f"The plugin '{name}' cannot be used: {text_of(exc)}", details={"plugin": name}
+            ) from exc
+        if not self._manager.get_hookcallers(made):
+            raise PluginFailed(
+                f"The plugin '{name}' implements no hook: put @hookimpl above a function named mesh_…",
+                details={"plugin": name},
+            )
+        return made
+
+    def hooks_of(self, plugin: Plugin) -> list[str]:
+        """The names of the hooks that a plugin implements."""
+        return sorted(caller.name for caller in self._manager.get_hookcallers(plugin.implementation) or ())
+
+    def _ask(self, plugin: Plugin, hook: str, **given: object) -> Any:  # noqa: ANN401 - each hook has its own
+        """What one plugin answers to a hook; None when it does not implement it.
+
+        Raises:
+            PluginFailed: it raised something.
+
+        """
+        others = [each.implementation for each in self.all if each is not plugin]
+        try:
+            found = self._manager.subset_hook_caller(hook, others)(**given)
+        except MeshError:
+            raise
+        # A plugin's code may raise anything; what it was asked for ends here.
+        except Exception as exc:
+            raise PluginFailed(
+                f"The plugin '{plugin.name}' failed in {hook}: {text_of(exc)}",
+                details={"plugin": plugin.name},
+            ) from exc
+        return found[0] if isinstance(found, list) and found else found or None
+
+    def configure(self, tables: Tables) -> None:
+        """Give each plugin its validated settings; when one refuses, all have those from before.
+
+        Raises:
+            pydantic.ValidationError: a table does not fit its plugin's model.
+            PluginFailed: a plugin cannot work with its settings.
+
+        """
+        wanted = [(plugin, self.validated(plugin, tables.get(plugin.name, {}))) for plugin in self.all]
+        done: list[tuple[Plugin, BaseModel | None]] = []
+        try:
+            for plugin, settings in wanted:
+                if settings != plugin.settings:
+                    done.append((plugin, plugin.settings))
+                    self._configure(plugin, settings)
+        except BaseException:
+            for plugin, before in reversed(done):
+                self._configure(plugin, before)
+            raise
+
+    def _configure(self, plugin: Plugin, settings: BaseModel | None) -> None:
+        if settings is not None:
+            self._ask(plugin, "mesh_configure", settings=settings)
+        plugin.settings = settings
+
+    def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:
+        """A plugin's own table by its model; None when it has no model."""
+        model = self._ask(plugin, "mesh_settings")
+        if model is None:
+            if table:
+                raise PluginFailed(f"The plugin '{plugin.name}' takes no settings.")
+            return None
+        validated: BaseModel = model.model_validate(table)
+        return validated
+
+    def around(self, agent: Agent, tables: Tables) -> Agent:
+        """An agent within the middlewares of all plugins; `tables` are its own settings of them.
+
+        Raises:
+            PluginFailed: a plugin cannot protect or watch this agent, so it must not serve.
+
+        """
+        for plugin in reversed(self.all):
+            settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
+            middleware = self._ask(plugin, "mesh_middleware", agent=agent, settings=settings)
+            if middleware is not None:
+                agent = agent.within(plugin.name, middleware)
+        return agent
+
+    def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
+        """One agent's settings of one plugin.
+
+        Raises:
+            PluginFailed: they do not fit the plugin's model, or it takes none.
+
+        """
+        model = self._ask(plugin, "mesh_agent_settings")
+        where = f'[agents."{agent}".plugins.{plugin.name}]'
+        if model is None and table:
+            raise PluginFailed(f"{where}: the plugin '{plugin.name}' takes no settings of agents.")
+        try:
+            settings: BaseModel | None = model and model.model_validate(table)
+        except ValidationError as exc:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+            raise PluginFailed(f"{where} does not fit: {wrong}") from exc
+        return settings
+
+    def border(self) -> Border:
+        """What all that leaves passes."""
+        asked = [(plugin.name, self._ask(plugin, "mesh_client_middleware")) for plugin in self.all]
+        return Border([(name, middleware) for name, middleware in asked if middleware is not None])
+
+    @asynccontextmanager
+    async def lifespan(self, instance: hooks.Instance) -> AsyncIterator[None]:
+        """Run what plugins run beside the agents.
+
+        Raises:
+            PluginFailed: one cannot start; those before it are stopped again.
+
+        """
+        async with AsyncExitStack() as stack:
+            for plugin in self.all:
+                lifespan = self._ask(plugin, "mesh_lifespan", instance=instance)
+                if lifespan is None:
+                    continue
+                try:
+                    await stack.enter_async_context(lifespan)
+                except MeshError:
+                    raise
+                # As `_ask`.
+                except Exception as exc:
+                    why = f"The plugin '{plugin.name}' cannot start: {text_of(exc)}"
+                    raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+            yield
+
+    def redactor(self, agent: Agent) -> hooks.Redactor | None:
+        """What takes secrets out of what is kept of an agent's requests."""
+        found: hooks.Redactor | None = self._manager.hook.mesh_redactor(agent=agent)
+        return found
+
+    def tell_unloaded(self, name: str) -> None:
+        """Tell that an agent is served no more."""
+        self._tell("mesh_agent_unloaded", name=name)
+
+    def tell_reload(self, outcome: Outcome) -> None:
+        """Tell of a reload, or of one that was refused."""
+        self._tell("mesh_reload_failed" if outcome.error else "mesh_reloaded", outcome=outcome)
+
+    def _tell(self, hook: str, **given: object) -> None:
+        for plugin in self.all:
+            try:
+                self._ask(plugin, hook, **given)
+            except MeshError as exc:  # what it was told of has happened
+                log.exception("%s", exc.message)
