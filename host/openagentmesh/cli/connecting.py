@@ -7,6 +7,7 @@ from pathlib import Path
 
 from openagentmesh.bus import address
 from openagentmesh.bus.connection import Target
+from openagentmesh.cli.plugins import border_here
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
@@ -29,7 +30,7 @@ def advised(error: ConnectionFailed, advice: str) -> ConnectionFailed:
 async def connected(url: str | None) -> AsyncIterator[Node]:
     """A node for one command, which serves nothing."""
     target = _target(url)
-    node = Node(target, new_id())
+    node = Node(target, new_id(), border=border_here())
     try:
         await node.start()
     except ConnectionFailed as exc:

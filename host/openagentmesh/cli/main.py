@@ -5,7 +5,7 @@ import sys
 try:
     import typer
 
-    from openagentmesh.cli import agent, kv, mesh, observe, reload, status, up
+    from openagentmesh.cli import agent, check, kv, mesh, observe, plugins, reload, status, up
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command()(up.up)
 app.command()(status.status)
 app.command()(reload.reload)
+app.command()(plugins.plugins)
+app.command()(check.check)
 app.add_typer(mesh.app, name="mesh")
 app.add_typer(agent.app, name="agent")
 app.add_typer(kv.app, name="kv")
@@ -28,6 +30,8 @@ app.add_typer(observe.app, name="observe")
 def run() -> None:
     """The console script."""
     try:
+        found, _ = plugins.enabled_here()
+        found.add_commands(app)
         app()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -31,6 +31,7 @@ from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Node:
         about: what the instance record tells besides the agents.
         ready: makes an agent that was declared ready to serve.
         plugins: what is put around all that comes and leaves, and runs beside the agents.
+        border: what all that leaves passes; else that of the plugins.
         contract_policy: what happens to an agent whose contract does not go together with the
             one that another live instance serves: it is served all the same, with or without
             a warning, or it is refused.
@@ -69,10 +71,11 @@ class Node:
         about: dict[str, Any] | None = None,
         ready: Callable[[Agent], Agent] = lambda agent: agent,
         plugins: Plugins | None = None,
+        border: Border | None = None,
         contract_policy: ContractPolicy = "warn",
     ) -> None:
         self.plugins = plugins or Plugins()
-        border = self.plugins.border()
+        border = border or self.plugins.border()
         self.instance_id = instance_id
         self.started_at = time.time()
         self.bus = Bus(target, f"oam-host-{instance_id}")

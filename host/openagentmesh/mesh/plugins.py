@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,9 @@ from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.outgoing import Border
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 log = logging.getLogger(__name__)
 
@@ -182,20 +185,36 @@ class Plugins:
             PluginFailed: one cannot start; those before it are stopped again.
 
         """
-        async with AsyncExitStack() as stack:
+        # No error is thrown into them: whatever ends the mesh, they just end.
+        running = AsyncExitStack()
+        try:
             for plugin in self.all:
                 lifespan = self._ask(plugin, "mesh_lifespan", instance=instance)
-                if lifespan is None:
-                    continue
-                try:
-                    await stack.enter_async_context(lifespan)
-                except MeshError:
-                    raise
-                # As `_ask`.
-                except Exception as exc:
-                    why = f"The plugin '{plugin.name}' cannot start: {text_of(exc)}"
-                    raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+                if lifespan is not None:
+                    await self._begin(running, plugin, lifespan)
             yield
+        finally:
+            await running.aclose()
+
+    async def _begin(
+        self, running: AsyncExitStack, plugin: Plugin, lifespan: AbstractAsyncContextManager[None]
+    ) -> None:
+        try:
+            await running.enter_async_context(lifespan)
+        except MeshError:
+            raise
+        # As `_ask`.
+        except Exception as exc:
+            why = f"The plugin '{plugin.name}' cannot start: {text_of(exc)}"
+            raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+
+    def add_commands(self, app: "Typer") -> None:
+        """Let plugins add commands to `oam`; one that fails is named, and the others still do."""
+        for plugin in self.all:
+            try:
+                self._ask(plugin, "mesh_cli", app=app)
+            except MeshError as exc:
+                log.warning("%s", exc.message)
 
     def redactor(self, agent: Agent) -> hooks.Redactor | None:
         """What takes secrets out of what is kept of an agent's requests."""

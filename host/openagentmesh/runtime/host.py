@@ -123,11 +123,27 @@ class Host:
             raise
 
     async def _start(self) -> None:
-        config = self._config
-        origins = find_origins(config)
-        target = await self._target()
+        origins = find_origins(self._config)
+        plugins = load_plugins(self._config, self._given)
+        reloader = self._assembled(plugins, await self._target())
+        node = self.node
+        node.describe = self.describe
+        node.controls["reload"] = self._on_reload_request
+        reloader.on_outcome = self._tell
+        self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
+        self._running.push_async_callback(reloader.close)
+        reloader.load_all(origins)
+        self._report()
+        agents = [agent for module in self.modules for agent in module.agents]
+        await node.start([a for a in agents if self.config.enabled(a.name)], serves=True)
+        if self._watch:
+            watching = asyncio.create_task(watch(reloader))
+            self._running.push_async_callback(end, watching)
+
+    def _assembled(self, plugins: Plugins, target: Target) -> Reloader:
+        """Make all the parts, without starting any."""
+        config, self.plugins = self._config, plugins
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
-        self.plugins = plugins = load_plugins(config, self._given)
         replays = Replays(config.host.replay, plugins.redactor)
 
         def ready(agent: Agent, config: Config) -> Agent:
@@ -142,22 +158,27 @@ class Host:
             plugins=plugins,
             contract_policy=config.host.contract,
         )
-        node.describe = self.describe
-        node.controls["reload"] = self._on_reload_request
         loader = Loader(node, config)
-        changes = Changes(loader.imports, self._config_file, self._read_config)
-        self._reloader = reloader = Reloader(loader, node, changes, config, ready, replays)
-        reloader.on_outcome = self._tell
         self._running.callback(loader.close)
-        self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
-        self._running.push_async_callback(reloader.close)
-        reloader.load_all(origins)
-        self._report()
-        agents = [agent for module in self.modules for agent in module.agents]
-        await node.start([a for a in agents if config.enabled(a.name)], serves=True)
-        if self._watch:
-            watching = asyncio.create_task(watch(reloader))
-            self._running.push_async_callback(end, watching)
+        changes = Changes(loader.imports, self._config_file, self._read_config)
+        self._reloader = Reloader(loader, node, changes, config, ready, replays)
+        return self._reloader
+
+    async def check(self) -> list[str]:
+        """What would fail at a start, in words: plugins, their settings, modules; connects to nothing.
+
+        Raises:
+            ConfigError: mesh.toml cannot be used.
+            PluginFailed: a plugin cannot be used.
+
+        """
+        try:
+            origins = find_origins(self._config)
+            plugins = load_plugins(self._config, self._given)
+            self._assembled(plugins, Target(address.DEFAULT_URL)).load_all(origins)
+            return [f"{m.origin.shown}: {m.error}\n{m.traceback}" for m in self.modules if m.error]
+        finally:
+            await self.stop()
 
     async def reload(self, module: str = "") -> Outcome | None:
         """Load what differs from disk, or one module anyway; None when nothing does.

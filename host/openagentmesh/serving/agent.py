@@ -113,11 +113,14 @@ class Agent:
 
     def layer_that_raised(self, exc: BaseException) -> str:
         """The plugin whose middleware an error comes from; empty when it comes from further in."""
-        names = {_code_of(layer.endpoint): layer.plugin for layer in self.layers}
-        codes = [frame.f_code for frame, _ in traceback.walk_tb(exc.__traceback__)]
-        if Agent.enter.__code__ in codes:
-            return ""
-        return next((names[code] for code in reversed(codes) if code in names), "")
+        found, below = "", self.layers
+        for frame, _ in traceback.walk_tb(exc.__traceback__):
+            if frame.f_code is Agent.enter.__code__:
+                return ""
+            codes = [_code_of(layer.endpoint) for layer in below]
+            if frame.f_code in codes:
+                found, below = below[codes.index(frame.f_code)].plugin, below[codes.index(frame.f_code) + 1 :]
+        return found
 
     def accept(self, call: Call) -> None:
         """Check the verb and read the input.

@@ -1,0 +1,301 @@
+"""Plugins of a mesh of its own: what they are put around, and what happens when they fail."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+from openagentmesh import (
+    Agent,
+    AgentMesh,
+    AgentSpec,
+    Call,
+    Caller,
+    ClientMiddleware,
+    Endpoint,
+    HandlerError,
+    Instance,
+    InvalidInput,
+    MeshMessage,
+    Middleware,
+    Outgoing,
+    PermissionDenied,
+    PluginFailed,
+    current_call,
+    hookimpl,
+)
+
+Told = list[Any]
+
+
+class Watching:
+    """Tells what passes it, and fails or refuses where it is told to by a header."""
+
+    def __init__(self, tag: str, told: Told) -> None:
+        self.tag = tag
+        self.told = told
+
+    @hookimpl
+    def mesh_middleware(self, agent: Agent) -> Middleware:
+        def middleware(inner: Endpoint) -> Endpoint:
+            async def endpoint(call: Call) -> Any:
+                self.told.append((self.tag, "in", call.verb, agent.name))
+                if call.headers.get("raises") == self.tag:
+                    raise ValueError("a plugin's own failure")
+                if call.headers.get("refuses") == self.tag:
+                    raise PermissionDenied("not for you")
+                call.proven = Caller(call.caller.instance_id, subject=self.tag)
+                return await inner(call)
+
+            return endpoint
+
+        return middleware
+
+    @hookimpl
+    def mesh_client_middleware(self) -> ClientMiddleware:
+        @asynccontextmanager
+        async def middleware(outgoing: Outgoing) -> AsyncIterator[None]:
+            self.told.append((self.tag, "out", outgoing.verb, outgoing.target))
+            outgoing.headers["x-tag"] = outgoing.headers.get("x-tag", "") + self.tag
+            if outgoing.headers.get("stops") == self.tag:
+                raise KeyError("a plugin's own failure")
+            yield
+            self.told.append((self.tag, "done", outgoing.verb, outgoing.chunks))
+
+        return middleware
+
+
+class Running:
+    """Runs beside the agents, and may refuse to start."""
+
+    def __init__(self, told: Told, *, fails: bool = False) -> None:
+        self.told = told
+        self.fails = fails
+
+    @hookimpl
+    def mesh_lifespan(self, instance: Instance) -> AbstractAsyncContextManager[None]:
+        return self._run(instance)
+
+    @asynccontextmanager
+    async def _run(self, instance: Instance) -> AsyncIterator[None]:
+        if self.fails:
+            raise OSError("the port is taken")
+        self.told.append(("started", len(instance.describe()["agents"])))
+        yield
+        self.told.append(("stopped", len(instance.describe()["agents"])))
+
+
+@asynccontextmanager
+async def meshed(url: str, name: str, *plugins: object) -> AsyncIterator[AgentMesh]:
+    """A mesh with plugins, a responder that tells what it sees, and a streamer."""
+    mesh = AgentMesh(url, plugins=plugins)
+
+    @mesh.agent(AgentSpec(name=f"{name}.asked"))
+    async def asked(number: int) -> list[Any]:
+        call = current_call()
+        return [number, call.headers.get("x-tag"), str(call.caller)]
+
+    @mesh.agent(AgentSpec(name=f"{name}.counts"))
+    async def counts(number: int) -> AsyncIterator[int]:
+        for each in range(number):
+            yield each
+
+    async with mesh:
+        yield mesh
+
+
+async def test_the_first_plugin_is_outermost(url: str, name: str) -> None:
+    """In and out, requests pass plugins in their order; what they add arrives, and who is proven is seen."""
+    told: Told = []
+    asked = f"{name}.asked"
+    async with meshed(url, name, Watching("a", told), Watching("b", told)) as mesh:
+        assert [1, "ab", "b"] == await mesh.call(asked, 1)
+        assert [
+            ("a", "out", "call", asked),
+            ("b", "out", "call", asked),
+            ("a", "in", "call", asked),
+            ("b", "in", "call", asked),
+            ("b", "done", "call", 0),
+            ("a", "done", "call", 0),
+        ] == told
+
+
+async def test_streams_and_sends_pass_too(url: str, name: str) -> None:
+    """A stream is bracketed as a whole and its chunks are counted; a send passes once it is out."""
+    told: Told = []
+    async with meshed(url, name, Watching("a", told)) as mesh:
+        assert [0, 1, 2] == [chunk async for chunk in mesh.stream(f"{name}.counts", 3)]
+        assert ("a", "in", "stream", f"{name}.counts") in told
+        assert ("a", "done", "stream", 3) == told[-1]
+        replied: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        await mesh.send(f"{name}.asked", 5, on_reply=replied.set_result)
+        assert 5 == (await replied)[0]
+        assert ("a", "in", "send", f"{name}.asked") in told
+
+
+async def test_events_pass_when_they_leave_and_when_they_come(url: str, mesh: AgentMesh, name: str) -> None:
+    """What is published carries what plugins add, and each received event passes their border."""
+    told: Told = []
+    async with AgentMesh(url, plugins=[Watching("a", told)]) as plugged:
+        events = plugged.subscribe(subject=f"{name}.events", messages=True)
+        next_event: asyncio.Task[MeshMessage[Any]] = asyncio.ensure_future(anext(events))
+        plain = mesh.subscribe(subject=f"{name}.events", messages=True)
+        next_plain: asyncio.Task[MeshMessage[Any]] = asyncio.ensure_future(anext(plain))
+        await asyncio.sleep(0)
+        await mesh.kv.put(f"{name}.flush", "")  # both listen once the server has answered this
+        await plugged.kv.put(f"{name}.flush", "")
+        await plugged.publish(f"{name}.events", "hi")
+        assert "a" == (await next_plain).headers["x-tag"]
+        assert "hi" == (await next_event).data
+        assert ("a", "out", "publish", f"{name}.events") in told
+        assert ("a", "done", "receive", 0) == told[-1]
+        await events.aclose()
+        await plain.aclose()
+
+
+async def test_a_publishers_events_pass(url: str, mesh: AgentMesh, name: str) -> None:
+    """Each event of a publisher carries what plugins add, and stays an event."""
+    plugged = AgentMesh(url, plugins=[Watching("a", [])])
+    go = asyncio.Event()
+
+    @plugged.agent(AgentSpec(name=name))
+    async def publisher() -> AsyncIterator[int]:
+        await go.wait()
+        yield 7
+
+    async with plugged:
+        events = mesh.subscribe(agent=name, messages=True)
+        first: asyncio.Task[MeshMessage[Any]] = asyncio.ensure_future(anext(events))
+        await mesh.contract(name)
+        await mesh.kv.put(f"{name}.flush", "")
+        go.set()
+        event = await first
+        assert (7, "a") == (event.data, event.headers["x-tag"])
+        await events.aclose()
+
+
+async def test_sources_pass(url: str, mesh: AgentMesh, name: str) -> None:
+    """A message that drives an agent passes its plugins like a request."""
+    told: Told = []
+    plugged = AgentMesh(url, plugins=[Watching("a", told)])
+    seen: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @plugged.agent(AgentSpec(name=name), sources=[plugged.subject_source(f"{name}.in")])
+    async def driven(text: str) -> None:
+        seen.set_result(text)
+
+    async with plugged:
+        await mesh.publish(f"{name}.in", "hello")
+        assert "hello" == await seen
+        assert ("a", "in", "source", name) in told
+
+
+@pytest.mark.parametrize("verb", ["call", "stream"])
+async def test_a_middleware_that_raises_is_named_and_lets_nothing_through(
+    url: str, name: str, verb: str
+) -> None:
+    """Its failure is a handler_error with the plugin's name; a MeshError keeps its code."""
+    told: Told = []
+    async with meshed(url, name, Watching("a", told), Watching("b", told)) as mesh:
+
+        async def ask(**headers: str) -> None:
+            if verb == "call":
+                await mesh.call(f"{name}.asked", 1, headers=headers)
+            else:
+                async for _ in mesh.stream(f"{name}.counts", 1, headers=headers):
+                    pass
+
+        with pytest.raises(
+            HandlerError, match="the plugin 'watching' failed: a plugin's own failure"
+        ) as caught:
+            await ask(raises="a")
+        assert {"plugin": "watching"} == caught.value.details
+        with pytest.raises(PermissionDenied, match="not for you"):
+            await ask(refuses="b")
+        await ask()
+
+
+async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
+    """Within plugins, what a handler raises and what a caller sends wrong are told as without them."""
+    mesh = AgentMesh(url, plugins=[Watching("a", [])])
+
+    @mesh.agent(AgentSpec(name=name))
+    async def failing(number: int) -> int:
+        raise ValueError("mine")
+
+    async with mesh:
+        with pytest.raises(HandlerError, match=r"^mine$"):
+            await mesh.call(name, 1)
+        with pytest.raises(InvalidInput):
+            await mesh.call(name, "no number")
+
+
+async def test_a_client_middleware_that_fails_sends_nothing(url: str, name: str) -> None:
+    """It is named, and the request does not leave."""
+    told: Told = []
+    async with meshed(url, name, Watching("a", told)) as mesh:
+        with pytest.raises(PluginFailed, match="the plugin 'watching' failed before the call of"):
+            await mesh.call(f"{name}.asked", 1, headers={"stops": "a"})
+        assert [("a", "out", "call", f"{name}.asked")] == told
+
+
+async def test_what_runs_beside_the_agents(url: str, name: str) -> None:
+    """A lifespan begins before the first agent serves, and ends after the last one."""
+    told: Told = []
+    async with meshed(url, name, Running(told)):
+        assert [("started", 0)] == told
+    assert ("stopped", 2) == told[-1]
+
+
+async def test_a_plugin_that_cannot_start_stops_the_start(url: str, mesh: AgentMesh, name: str) -> None:
+    """It is named, those before it are stopped, and nothing serves."""
+    told: Told = []
+    with pytest.raises(PluginFailed, match="The plugin 'running-2' cannot start: the port is taken"):
+        async with meshed(url, name, Running(told), Running(told, fails=True)):
+            pass
+    assert ["started", "stopped"] == [what for what, _ in told]
+    assert [] == [entry for entry in await mesh.catalog() if entry.name.startswith(name)]
+
+
+class Misspelt:
+    """Implements a hook that there is not."""
+
+    @hookimpl
+    def mesh_midleware(self) -> None: ...
+
+
+class Greedy:
+    """Wants an argument that its hook does not have."""
+
+    @hookimpl
+    def mesh_cli(self, application: object) -> None: ...
+
+
+class Empty:
+    """Forgot @hookimpl."""
+
+    def mesh_cli(self, app: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("plugin", "why"),
+    [(Misspelt, "mesh_midleware"), (Greedy, "application"), (Empty, "implements no hook"), (dict, "no hook")],
+)
+def test_what_is_no_plugin_is_refused(plugin: Callable[[], object], why: str) -> None:
+    """Unknown hooks and arguments, and plugins without any, are named instead of ignored."""
+    with pytest.raises(PluginFailed, match=f"(?s)The plugin '{plugin.__name__.lower()}'.*{why}"):  # type: ignore[attr-defined]
+        AgentMesh(plugins=[plugin])
+
+
+async def test_an_agent_that_a_plugin_cannot_take_does_not_serve(url: str, name: str) -> None:
+    """A plugin that fails while it looks at an agent leaves it unserved rather than unprotected."""
+
+    class Picky:
+        @hookimpl
+        def mesh_middleware(self, agent: Agent) -> Middleware:
+            raise LookupError(f"I do not know {agent.name}")
+
+    with pytest.raises(PluginFailed, match=f"'picky' failed in mesh_middleware: I do not know {name}"):
+        async with meshed(url, name, Picky()):
+            pass
