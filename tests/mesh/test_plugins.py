@@ -284,7 +284,7 @@ class Empty:
 )
 def test_what_is_no_plugin_is_refused(plugin: Callable[[], object], why: str) -> None:
     """Unknown hooks and arguments, and plugins without any, are named instead of ignored."""
-    with pytest.raises(PluginFailed, match=f"(?s)The plugin '{plugin.__name__.lower()}'.*{why}"):  # type: ignore[attr-defined]
+    with pytest.raises(PluginFailed, match=f"(?s)The plugin '{plugin.__name__.lower()}'.*{why}"):
         AgentMesh(plugins=[plugin])
 
 

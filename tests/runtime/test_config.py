@@ -82,6 +82,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "name": "dev",
         "agents": ["agents", "more/one.py", "package.module"],
         "entry_points": ["a"],
+        "plugins": ["tracing", "./mine.py"],
         "strict": True,
         "drain_timeout": 0,
         "contract": "refuse",
@@ -112,9 +113,12 @@ def test_limits_are_defaulted_one_by_one(read: Read) -> None:
     [
         ("[host]\nnaem = 'x'", "host.naem: unknown key; did you mean 'name'?"),
         ("[hots]\nname = 'x'", "hots: unknown key; did you mean 'host'?"),
-        ("[zzzzz]", "zzzzz: unknown key; known here: agents, host, limits, mesh, server, settings"),
+        ("[zzzzz]", "zzzzz: unknown key; known here: agents, host, limits, mesh, plugins, server, settings"),
         ("[mesh]\nzzzzz = 1", "mesh.zzzzz: unknown key; known here: creds, tls_ca, tls_cert, tls_key, url"),
-        ("folder = 'x'", "folder: unknown key; known here: agents, host, limits, mesh, server, settings"),
+        (
+            "folder = 'x'",
+            "folder: unknown key; known here: agents, host, limits, mesh, plugins, server, settings",
+        ),
         ("[agents.x]\nconcurency = 1", "agents.x.concurency: unknown key; did you mean 'concurrency'?"),
         ("[agents.'a.b']\nqueu = 1", "agents.\"a.b\".queu: unknown key; did you mean 'queue'?"),
         ("[agents.queue]\nqueu = 1", "agents.queue.queu: unknown key; did you mean 'queue'?"),

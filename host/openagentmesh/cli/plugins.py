@@ -9,8 +9,8 @@ import typer
 from openagentmesh.cli.output import Json, as_json, fail, note, say
 from openagentmesh.mesh.plugins import Plugin, Plugins
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.runtime.config import FILE_NAME, load_config
-from openagentmesh.runtime.plugins import installed, load_plugins, name_of
+from openagentmesh.runtime.config import FILE_NAME, load_config, plugin_name
+from openagentmesh.runtime.plugins import installed, load_plugins
 from openagentmesh.serving.outgoing import Border
 
 
@@ -43,7 +43,7 @@ def plugins(config: Path | None = None, *, json_: Json = False) -> None:
         found = load_plugins(read)
     except MeshError as exc:
         fail(exc, json_=json_)
-    order = {name_of(entry): entry for entry in read.host.plugins}
+    order = {plugin_name(entry): entry for entry in read.host.plugins}
     rows = [_described(found, plugin, order[plugin.name]) for plugin in found.all]
     rows += [{"name": name, "enabled": False} for name in sorted(installed().keys() - order.keys())]
     if json_:

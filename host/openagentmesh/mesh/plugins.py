@@ -132,13 +132,15 @@ class Plugins:
 
     def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:
         """A plugin's own table by its model; None when it has no model."""
-        model = self._ask(plugin, "mesh_settings")
-        if model is None:
-            if table:
-                raise PluginFailed(f"The plugin '{plugin.name}' takes no settings.")
-            return None
-        validated: BaseModel = model.model_validate(table)
-        return validated
+        model = self.settings_model(plugin)
+        if model is None and table:
+            raise PluginFailed(f"The plugin '{plugin.name}' takes no settings.")
+        return None if model is None else model.model_validate(table)
+
+    def settings_model(self, plugin: Plugin) -> type[BaseModel] | None:
+        """The model of a plugin's own table."""
+        model: type[BaseModel] | None = self._ask(plugin, "mesh_settings")
+        return model
 
     def around(self, agent: Agent, tables: Tables) -> Agent:
         """An agent within the middlewares of all plugins; `tables` are its own settings of them.

@@ -146,6 +146,13 @@ class Config(_Section):
         """What is said of nobody, given the keys of the modules that there are, and the names of agents."""
         for name in sorted(self.agents.keys() - set(agents)):
             yield f'mesh.toml has [agents."{name}"], but no loaded module declares that agent'
+        tables: list[Loc] = [("plugins", name) for name in self.plugins]
+        for agent in self.agents:
+            tables += [("agents", agent, "plugins", name) for name in self.options_of(agent)]
+        enabled = {plugin_name(entry) for entry in self.host.plugins}
+        for table in tables:
+            if str(table[-1]) not in enabled:
+                yield f"mesh.toml has [{_key(table)}], but [host] plugins does not enable it"
         for name in sorted(self.settings.keys() - set(modules)):
             hint = near(name, modules, "modules")
             yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
@@ -153,6 +160,16 @@ class Config(_Section):
     def path(self, text: str | None) -> str | None:
         """A path of this file as an absolute one."""
         return str(self.folder / Path(text).expanduser()) if text else None
+
+
+def plugin_name(entry: str) -> str:
+    """The name of what stands in `[host] plugins`: of a file it is that without its ending."""
+    return Path(entry).stem if is_file(entry) else entry
+
+
+def is_file(entry: str) -> bool:
+    """Whether what stands in `[host] plugins` is a file, not the name of an installed one."""
+    return entry.endswith(".py") or "/" in entry
 
 
 def unfollowed(started: Config, now: Config) -> list[str]:
@@ -237,11 +254,15 @@ def _pauses(config: Config) -> Iterator[str]:
             )
 
 
-def problems_of(exc: ValidationError, within: Loc = ()) -> Iterator[str]:
-    """What is wrong in a file, or `within` one of its tables, a line each."""
+def problems_of(
+    exc: ValidationError, within: Loc = (), known: Collection[str] | None = None
+) -> Iterator[str]:
+    """What is wrong in a file, a line each; or `within` a table that is not ours, with its `known` keys."""
     for error in exc.errors(include_url=False):
         loc, given = (*within, *error["loc"]), error["input"]
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "extra_forbidden" and known is not None:
+            yield f"{_key(loc)}: unknown key; {near(str(loc[-1]), known, 'known here')}"
+        elif error["type"] == "extra_forbidden":
             yield _unknown(loc, given)
         elif error["type"] in {"model_type", "dict_type"}:
             yield f"{_key(loc)}: {_no_table(loc)}, found {_shown(given)}"

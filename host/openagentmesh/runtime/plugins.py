@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.protocol.errors import PluginFailed, text_of
-from openagentmesh.runtime.config import Config, ConfigError, near, problems_of
+from openagentmesh.runtime.config import Config, ConfigError, is_file, near, plugin_name, problems_of
 
 GROUP: Final = "openagentmesh.plugins"
 
@@ -29,7 +29,7 @@ def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
         ConfigError: its settings do not fit.
 
     """
-    found = {name_of(entry): _load(entry, config) for entry in config.host.plugins}
+    found = {plugin_name(entry): _load(entry, config) for entry in config.host.plugins}
     plugins = Plugins(found | Plugins.named(given))
     configure(plugins, config)
     return plugins
@@ -43,45 +43,28 @@ def configure(plugins: Plugins, config: Config) -> None:
         ConfigError: they do not fit its model.
 
     """
-    try:
-        plugins.configure(config.plugins)
-    except ValidationError as exc:
-        plugin = next((p.name for p in plugins.all if _fails(plugins, p.name, config)), "")
-        listed = "\n".join(f"  {problem}" for problem in problems_of(exc, ("plugins", plugin)))
-        raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
-
-
-def name_of(entry: str) -> str:
-    """The name of a plugin: of a file it is that without its ending."""
-    return Path(entry).stem if _is_file(entry) else entry
-
-
-def _fails(plugins: Plugins, name: str, config: Config) -> bool:
-    plugin = next(plugin for plugin in plugins.all if plugin.name == name)
-    try:
-        plugins.validated(plugin, config.plugins.get(name, {}))
-    except ValidationError:
-        return True
-    return False
-
-
-def _is_file(entry: str) -> bool:
-    return entry.endswith(".py") or "/" in entry
+    for plugin in plugins.all:
+        try:
+            plugins.validated(plugin, config.plugins.get(plugin.name, {}))
+        except ValidationError as exc:
+            known = getattr(plugins.settings_model(plugin), "model_fields", {})
+            problems = problems_of(exc, ("plugins", plugin.name), known)
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
+    plugins.configure(config.plugins)
 
 
 def _load(entry: str, config: Config) -> object:
     known: Mapping[str, EntryPoint] = installed()
-    if not _is_file(entry) and entry not in known:
+    if not is_file(entry) and entry not in known:
         raise PluginFailed(
             f"[host] plugins: no plugin '{entry}' is installed; {near(entry, known, 'installed')}"
         )
     try:
-        return (
-            _from_file(config.folder / Path(entry).expanduser()) if _is_file(entry) else known[entry].load()
-        )
+        return _from_file(config.folder / Path(entry).expanduser()) if is_file(entry) else known[entry].load()
     # Code of others may raise anything while it is imported.
     except Exception as exc:
-        missing = isinstance(exc, ModuleNotFoundError) and not _is_file(entry)
+        missing = isinstance(exc, ModuleNotFoundError) and not is_file(entry)
         hint = f". Install what it needs: pip install 'openagentmesh[{entry}]'" if missing else ""
         raise PluginFailed(
             f"[host] plugins: '{entry}' cannot be loaded: {type(exc).__name__}: {text_of(exc)}{hint}",
