@@ -25,7 +25,7 @@ def install_published(folder: Path, timeout: float = 300) -> Path:
     return install(folder, PUBLISHED, _CHECK, timeout)
 
 
-def install(folder: Path, what: str, check: str, timeout: float = 300) -> Path:
+def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *more: Path) -> Path:
     """Make a virtual environment in which `check` runs by installing `what`; returns its interpreter.
 
     Raises:
@@ -38,7 +38,7 @@ def install(folder: Path, what: str, check: str, timeout: float = 300) -> Path:
             _run(sys.executable, "-m", "venv", folder, timeout=timeout)
         if subprocess.run([python, "-c", check], check=False, capture_output=True).returncode:
             # Most of what comes along is never imported, and need not be compiled.
-            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", what, timeout=timeout)
+            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", what, *more, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as exc:
         raise NotInstalled(f"{what} could not be installed from PyPI: {_reason(exc)}") from exc
     return python

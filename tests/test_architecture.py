@@ -10,6 +10,7 @@ PACKAGE = ROOT / "host" / "openagentmesh"
 LAYERS = ["protocol", "bus", "serving", "mesh", "runtime", "cli"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAMPLES = sorted((ROOT / "agents").glob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
 
 
 def imported(path: Path) -> list[str]:
@@ -67,6 +68,17 @@ def test_files_and_functions_fit(path: Path) -> None:
 def test_samples_are_short_and_use_the_public_api(path: Path) -> None:
     """A sample agent has under 40 lines and imports from `openagentmesh` only what is public."""
     assert path.read_text().count("\n") < 40
+    assert set() == private(path)
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+def test_plugins_use_the_public_api(path: Path) -> None:
+    """What we ship is written as others write theirs."""
+    assert set() == private(path)
+
+
+def private(path: Path) -> set[str]:
+    """What a file imports of `openagentmesh` that is not public."""
     ours = [name for name in imported(path) if name.startswith("openagentmesh")]
     public = {f"openagentmesh.{name}" for name in __import__("openagentmesh").__all__} | {"openagentmesh"}
-    assert set(ours) <= public
+    return set(ours) - public

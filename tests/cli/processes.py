@@ -48,7 +48,12 @@ class Process:
     """A running `oam`; whoever leaves its block ends it."""
 
     def __init__(
-        self, *arguments: str, cwd: Path, given: str = "", env: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        cwd: Path,
+        given: str = "",
+        env: Mapping[str, str] | None = None,
+        program: str = OAM,
     ) -> None:
         self.out: list[str] = []
         self.err: list[str] = []
@@ -57,7 +62,7 @@ class Process:
             stdin.write(given.encode())
             stdin.seek(0)
             self._process = subprocess.Popen(
-                [OAM, *arguments],
+                [program, *arguments],
                 cwd=cwd,
                 env=environment(env),
                 stdin=stdin,

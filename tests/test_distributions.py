@@ -1,0 +1,113 @@
+"""A plugin and an agent that others have packaged, in an environment of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import Process, environment
+from tests.published import NotInstalled, install
+from tests.runtime.conftest import write
+from tests.test_docs import ROOT
+
+PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "{name}"
+version = "1"
+dependencies = ["openagentmesh"]
+[project.entry-points."openagentmesh.{group}"]
+{entry}
+[tool.hatch.build.targets.wheel]
+only-include = ["{module}.py"]
+"""
+PLUGIN = """
+from openagentmesh import PermissionDenied, hookimpl
+from pydantic import BaseModel
+
+class Settings(BaseModel):
+    word: str
+
+class Word:
+    @hookimpl
+    def mesh_settings(self):
+        return Settings
+
+    @hookimpl
+    def mesh_configure(self, settings):
+        self.word = settings.word
+
+    @hookimpl
+    def mesh_middleware(self, agent):
+        def middleware(inner):
+            async def endpoint(call):
+                if call.input_word() != self.word:
+                    raise PermissionDenied("say the word")
+                return await inner(call)
+            return endpoint
+        return middleware
+""".replace("call.input_word()", "call.headers.get('word')")
+AGENT = """
+from openagentmesh import AgentMesh, AgentSpec
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="packaged"))
+async def packaged(name: str) -> str:
+    return f"hello {name}"
+"""
+TOML = """
+server.port = 0
+server.store = ""
+host.plugins = ["word"]
+plugins.word.word = "please"
+"""
+CALL = """
+import asyncio, sys
+from openagentmesh import AgentMesh, PermissionDenied
+
+async def main():
+    async with AgentMesh(sys.argv[1]) as mesh:
+        try:
+            await mesh.call("packaged", "you")
+        except PermissionDenied as exc:
+            print(exc.message)
+        print(await mesh.call("packaged", "you", headers={"word": "please"}))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """The interpreter of a fresh environment with both distributions and what they need."""
+    plugin = PROJECT.format(
+        name="word-plugin", group="plugins", entry='word = "word_plugin:Word"', module="word_plugin"
+    )
+    agent = PROJECT.format(name="an-agent", group="agents", entry='packaged = "an_agent"', module="an_agent")
+    write(tmp_path / "plugin", {"pyproject.toml": plugin, "word_plugin.py": PLUGIN})
+    write(tmp_path / "agent", {"pyproject.toml": agent, "an_agent.py": AGENT})
+    try:
+        return install(
+            tmp_path / "venv",
+            ROOT,
+            "import word_plugin, an_agent",
+            100,
+            tmp_path / "plugin",
+            tmp_path / "agent",
+        )
+    except NotInstalled as exc:
+        pytest.skip(str(exc))
+
+
+def test_two_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: Path) -> None:
+    """`oam up` serves an installed agent within an installed plugin, enabled and set up by mesh.toml alone."""
+    write(tmp_path / "project", {"mesh.toml": TOML, "call.py": CALL})
+    oam, folder = python.with_name("oam"), tmp_path / "project"
+    with Process("up", cwd=folder, program=str(oam)) as up:
+        url = up.said("serving ").rpartition(" on ")[2].strip()
+        with Process(
+            str(folder / "call.py"), url, cwd=folder, program=str(python), env=environment()
+        ) as call:
+            result = call.finish()
+    assert ["say the word", "hello you"] == result.out.splitlines(), result.err

@@ -1,0 +1,82 @@
+"""Every hook has a page and a test, and the plugins of the page do what it says."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from openagentmesh import AgentMesh, Host
+from openagentmesh.mesh.hooks import Hooks
+from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.runtime.config import Config, HostSection, MeshSection
+from typer.testing import CliRunner
+
+from tests.runtime.conftest import write
+from tests.runtime.test_reload_state import let_go
+from tests.test_docs import ROOT, blocks
+
+PAGE = "docs/plugins.md"
+HOOKS = sorted(name for name in vars(Hooks) if name.startswith("mesh_"))
+GREETER = """
+from openagentmesh import AgentMesh, AgentSpec
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="greeter", replayable=True))
+async def greet(name: str) -> str:
+    return f"{name} at {await mesh.call('clock', {})}"
+"""
+CLOCK = """
+from openagentmesh import AgentMesh, AgentSpec
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="clock"))
+async def clock(req: dict) -> str:
+    return "noon"
+"""
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_has_a_section_with_its_arguments(hook: str) -> None:
+    """A heading of the page shows the hook as it is asked, and an example implements it."""
+    function = getattr(Hooks, hook)
+    arguments = function.__code__.co_varnames[1 : function.__code__.co_argcount]
+    headings = [line for line in (ROOT / PAGE).read_text().splitlines() if line.startswith("### ")]
+    assert any(f"{hook}({', '.join(arguments)})" in heading for heading in headings)
+    assert any(f"def {hook}(" in code for code in blocks(PAGE))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_implemented_by_a_test(hook: str) -> None:
+    """Somewhere in the tests a plugin implements it."""
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name]
+    assert any(f"def {hook}(" in path.read_text() for path in tests)
+
+
+async def test_the_plugins_of_the_page_do_what_it_says(
+    tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them together, in one host that serves, reloads and stops, print what stands below each."""
+    write(tmp_path, {f"p{number}.py": code for number, code in enumerate(blocks(PAGE))})
+    write(tmp_path / "agents", {"greeter.py": GREETER, "clock.py": CLOCK})
+    plugins = [f"./p{number}.py" for number in range(len(blocks(PAGE)))]
+    section = HostSection(agents=["agents"], entry_points=False, plugins=plugins, replay=3)
+    config = Config(folder=tmp_path, mesh=MeshSection(url=url), host=section)
+    async with Host(config) as host, AgentMesh(url) as mesh:
+        assert "you at noon" == await mesh.call("greeter", "you")
+        write(tmp_path / "agents", {"clock.py": CLOCK + "\n"})
+        await host.reload()
+        write(tmp_path / "agents", {"clock.py": "1 / 0"})
+        await host.reload()
+        (tmp_path / "agents/clock.py").unlink()
+        await host.reload()
+        await let_go(host)
+    printed = capsys.readouterr().out.splitlines() + commands(host.plugins)
+    promised = [line for block in blocks(PAGE, "") for line in block.splitlines()]
+    assert [] == [line for line in promised if line not in printed]
+
+
+def commands(plugins: Plugins) -> list[str]:
+    """What the commands that plugins add to `oam` print."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    plugins.add_commands(app)
+    return CliRunner().invoke(app, ["hello"]).output.splitlines()
