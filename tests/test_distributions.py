@@ -101,7 +101,7 @@ def python(tmp_path: Path) -> Path:
 
 
 def test_two_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: Path) -> None:
-    """`oam up` serves an installed agent within an installed plugin, enabled and set up by mesh.toml alone."""
+    """`oam up` serves an installed agent within an installed plugin that mesh.toml enables."""
     write(tmp_path / "project", {"mesh.toml": TOML, "call.py": CALL})
     oam, folder = python.with_name("oam"), tmp_path / "project"
     with Process("up", cwd=folder, program=str(oam)) as up:
