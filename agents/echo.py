@@ -18,7 +18,7 @@ class Echo(BaseModel):
 @mesh.agent(AgentSpec(name="echo", description="Gives back any JSON it gets, and who asked."))
 async def echo(req: Any) -> Echo:
     call = current_call()
-    return Echo(said=req, caller=str(call.caller), request_id=call.request_id, seconds_left=call.remaining)
+    return Echo(said=req, caller=call.caller, request_id=call.request_id, seconds_left=call.remaining)
 
 
 if __name__ == "__main__":

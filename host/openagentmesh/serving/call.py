@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
@@ -20,9 +20,8 @@ def _read_nothing() -> None:
     return
 
 
-@dataclass(slots=True, frozen=True)
-class Caller:
-    """Who asks: `str()` of it is the proven subject, else the instance id.
+class Caller(str):
+    """Who asks, as a text: the proven subject, else the instance id.
 
     Attributes:
         instance_id: what the request says; empty when it says nothing.
@@ -31,12 +30,17 @@ class Caller:
 
     """
 
-    instance_id: str
-    subject: str = ""
-    scopes: frozenset[str] = frozenset()
+    __slots__ = ("instance_id", "scopes", "subject")
 
-    def __str__(self) -> str:
-        return self.subject or self.instance_id
+    instance_id: str
+    subject: str
+    scopes: frozenset[str]
+
+    def __new__(cls, instance_id: str, subject: str = "", scopes: frozenset[str] = frozenset()) -> Self:
+        """Say who asks."""
+        made = super().__new__(cls, subject or instance_id)
+        made.instance_id, made.subject, made.scopes = instance_id, subject, scopes
+        return made
 
 
 @dataclass(slots=True)
