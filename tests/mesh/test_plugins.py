@@ -288,14 +288,50 @@ def test_what_is_no_plugin_is_refused(plugin: Callable[[], object], why: str) ->
         AgentMesh(plugins=[plugin])
 
 
-async def test_an_agent_that_a_plugin_cannot_take_does_not_serve(url: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("hook", "why"),
+    [
+        (lambda _: 1 / 0, "failed in mesh_middleware: division by zero"),
+        (lambda _: lambda _: 1 / 0, "cannot be put around .*: division by zero"),
+        (lambda _: lambda _: None, "cannot be put around .*: its middleware gave None"),
+    ],
+)
+async def test_an_agent_that_a_plugin_cannot_take_does_not_serve(
+    url: str, name: str, hook: Callable[[Agent], Middleware], why: str
+) -> None:
     """A plugin that fails while it looks at an agent leaves it unserved rather than unprotected."""
 
     class Picky:
         @hookimpl
         def mesh_middleware(self, agent: Agent) -> Middleware:
-            raise LookupError(f"I do not know {agent.name}")
+            return hook(agent)
 
-    with pytest.raises(PluginFailed, match=f"'picky' failed in mesh_middleware: I do not know {name}"):
+    with pytest.raises(PluginFailed, match=f"The plugin 'picky' {why}"):
         async with meshed(url, name, Picky()):
             pass
+
+
+async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
+    url: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that raises and one that hangs are named; the mesh is left all the same."""
+    monkeypatch.setattr("openagentmesh.mesh.plugins._GRACE", 0.1)
+
+    class Raising:
+        @hookimpl
+        @asynccontextmanager
+        async def mesh_lifespan(self) -> AsyncIterator[None]:
+            yield
+            raise OSError("it is stuck")
+
+    class Hanging:
+        @hookimpl
+        @asynccontextmanager
+        async def mesh_lifespan(self) -> AsyncIterator[None]:
+            yield
+            await asyncio.Event().wait()
+
+    async with meshed(url, name, Raising(), Hanging()) as mesh:
+        await mesh.call(f"{name}.asked", 1)
+    assert "the plugin 'raising' did not stop as it should" in caplog.text
+    assert "the plugin 'hanging' did not stop as it should" in caplog.text

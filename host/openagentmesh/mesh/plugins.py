@@ -1,5 +1,6 @@
 """The plugins of one mesh, in their order: asked one by one, so that whoever fails is named."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -13,6 +14,7 @@ from openagentmesh.mesh import hooks
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
 from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.call import Middleware
 from openagentmesh.serving.outgoing import Border
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# How long a plugin may take to stop, in seconds.
+_GRACE = 5.0
 Tables = Mapping[str, dict[str, Any]]
 
 
@@ -153,7 +157,7 @@ class Plugins:
             settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
             middleware = self._ask(plugin, "mesh_middleware", agent=agent, settings=settings)
             if middleware is not None:
-                agent = agent.within(plugin.name, middleware)
+                agent = _within(agent, plugin, middleware)
         return agent
 
     def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
@@ -202,13 +206,23 @@ class Plugins:
         self, running: AsyncExitStack, plugin: Plugin, lifespan: AbstractAsyncContextManager[None]
     ) -> None:
         try:
-            await running.enter_async_context(lifespan)
+            await lifespan.__aenter__()
         except MeshError:
             raise
         # As `_ask`.
         except Exception as exc:
             why = f"The plugin '{plugin.name}' cannot start: {text_of(exc)}"
             raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+
+        async def leave() -> None:
+            try:
+                async with asyncio.timeout(_GRACE):
+                    await lifespan.__aexit__(None, None, None)
+            # The stop goes on, whatever a plugin raises.
+            except Exception:
+                log.exception("the plugin '%s' did not stop as it should", plugin.name)
+
+        running.push_async_callback(leave)
 
     def add_commands(self, app: "Typer") -> None:
         """Let plugins add commands to `oam`; one that fails is named, and the others still do."""
@@ -237,3 +251,12 @@ class Plugins:
                 self._ask(plugin, hook, **given)
             except MeshError as exc:  # what it was told of has happened
                 log.exception("%s", exc.message)
+
+
+def _within(agent: Agent, plugin: Plugin, middleware: Middleware) -> Agent:
+    try:
+        return agent.within(plugin.name, middleware)
+    # A plugin's code may raise anything; the agent does not serve without it.
+    except Exception as exc:
+        why = f"The plugin '{plugin.name}' cannot be put around '{agent.name}': {text_of(exc)}"
+        raise PluginFailed(why, details={"plugin": plugin.name}) from exc

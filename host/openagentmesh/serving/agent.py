@@ -86,8 +86,16 @@ class Agent:
         return replace(self, limits=limits)
 
     def within(self, plugin: str, middleware: Middleware) -> "Agent":
-        """The same agent with one more middleware around it."""
-        return replace(self, layers=(Layer(plugin, middleware(self.outermost)), *self.layers))
+        """The same agent with one more middleware around it.
+
+        Raises:
+            TypeError: the middleware gives no endpoint.
+
+        """
+        endpoint = middleware(self.outermost)
+        if not callable(endpoint):
+            raise TypeError(f"its middleware gave {endpoint!r}, not an endpoint")
+        return replace(self, layers=(Layer(plugin, endpoint), *self.layers))
 
     @property
     def outermost(self) -> Endpoint:
