@@ -14,7 +14,7 @@ from openagentmesh import AgentMesh, Cancelled, Host
 from openagentmesh.protocol import subjects
 
 from tests.mesh.test_observe import listen
-from tests.runtime.conftest import MESH, Configure, write
+from tests.runtime.conftest import MESH, Configure, agent, write
 from tests.runtime.test_reload_state import let_go, reload
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
@@ -212,18 +212,24 @@ async def test_a_deaf_publisher_says_nothing_more(
 async def test_one_that_fails_at_once_makes_way_for_the_old_one(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], shape: str
 ) -> None:
-    """The old version runs again, its contract is the published one, and the reload says so."""
+    """The old version runs again, all of it, as if the reload had been refused, and that is told."""
     spec, newer = f"name={name!r}", f"name={name!r}, version='9.0.0'"
     async with Host(configure({"a.py": by_itself(name, shape, FOR_EVER, "old")})) as host:
         await until(lambda: heard)
         broken = by_itself(name, shape, "raise ValueError('not today')", "new").replace(spec, newer)
-        outcome = await reload(host, tmp_path, broken)
+        await reload(host, tmp_path, broken)
         await until(lambda: 5 == len(heard))
         await let_go(host)
         assert ["+old", "-old", "+new", "-new", "+old"] == heard
-        why = "the new version failed at once (ValueError: not today), so the old one runs again"
-        assert [f"{name}: {why}"] == outcome.notes
+        why = f"{name} failed at once (ValueError: not today), so the old version runs again"
+        assert [("outdated", why)] == [(module.state, module.error) for module in host.modules]
+        assert why == host.describe()["reloads"][-1]["error"]
         assert "0.1.0" == (await mesh.contract(name)).version
+        write(tmp_path / "agents", {"other.py": MESH + agent(f"{name}.other")})
+        outcome = await host.reload()
+        assert outcome is not None
+        assert [f"{name}.other 0.1.0 new"] == outcome.agents
+        assert 5 == len(heard)
         mended = by_itself(name, shape, FOR_EVER, "mended").replace(spec, newer)
         assert f"{name} 0.1.0 → 9.0.0" in (await reload(host, tmp_path, mended)).text
         await until(lambda: "+mended" in heard)

@@ -1,10 +1,10 @@
 """What a mesh must know while a host loads the module that makes it, and what the module tells."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
@@ -22,6 +22,7 @@ class Generation:
     Attributes:
         agents: its agents, in their order.
         kept: the state that is to survive the next reload, by name.
+        hints: the types of what is kept: its class, or what a collection is said to hold.
         disposals: what is called when another generation has taken its place.
         migration: makes its state from an older generation's.
         declined: why it cannot be replaced while it runs; empty when it can.
@@ -31,6 +32,7 @@ class Generation:
 
     agents: list[Agent] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)
     disposals: list[Callable[[], Any]] = field(default_factory=list)
     migration: Migration | None = None
     declined: str = ""
@@ -46,15 +48,15 @@ class Generation:
 class Loading:
     """One module being loaded, on behalf of a node.
 
-    `crosses` tells whether an object may pass from one generation to the next as it is: its
-    class must not come from a file that is loaded anew itself.
+    `crosses` tells whether objects of a class may pass from one generation to the next as they
+    are: it must not come from a file that is loaded anew itself.
     """
 
     origin: str
     node: Node
     generation: Generation
     settings: dict[str, Any] = field(default_factory=dict)
-    crosses: Callable[[object], bool] = lambda _: True
+    crosses: Callable[[type], bool] = lambda _: True
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - the author's object
         """The object of this name that an older generation kept, or a new one.
@@ -67,10 +69,16 @@ class Loading:
         if name in generation.kept:
             raise InvalidAgent(f"{self.origin} keeps two things under the name '{name}'; rename one of them.")
         before = generation.before.kept if generation.before else {}
+        hint = _hint_of(make)
         # What cannot pass as it is gets the old one's content when all of the module is known.
-        passes = name in before and self.crosses(before[name]) and _is_wanted(before[name], make)
+        passes = (
+            name in before
+            and all(map(self.crosses, {type(before[name]), *_classes_in(hint)}))
+            and _is_wanted(before[name], hint)
+        )
         kept = generation.kept[name] = before[name] if passes else make()
-        if not self.crosses(kept) and not has_content(kept):
+        generation.hints[name] = hint if get_origin(hint) is type(kept) else type(kept)
+        if not self.crosses(type(kept)) and not has_content(kept):
             raise InvalidAgent(
                 f"'{name}' is kept and a {type(kept).__name__} of {self.origin}, so that its next version "
                 "could not take it over. Only pydantic models, dataclasses and what other packages define "
@@ -84,13 +92,28 @@ def has_content(kept: object) -> bool:
     return isinstance(kept, BaseModel) or (is_dataclass(kept) and not isinstance(kept, type))
 
 
-def _is_wanted(kept: object, make: Callable[[], Any]) -> bool:
-    """Whether an object is what a function says that it makes, as far as can be told."""
+def _hint_of(make: Callable[[], Any]) -> Any:  # noqa: ANN401 - a hint may be anything
+    """What a function says that it makes; `object` when it does not say."""
     try:
-        hint = get_type_hints(make).get("return", object)
-        origin = get_origin(hint)
+        return get_type_hints(make).get("return", object)
+    except Exception:  # noqa: BLE001 - as above
+        return object
+
+
+def _classes_in(hint: Any) -> Iterator[type]:  # noqa: ANN401 - as above
+    """The classes that a hint names: of `dict[str, Job]` they are str and Job."""
+    if isinstance(hint, type) and not get_args(hint):
+        yield hint
+    for part in get_args(hint):
+        yield from _classes_in(part)
+
+
+def _is_wanted(kept: object, hint: Any) -> bool:  # noqa: ANN401 - as above
+    """Whether an object is what a hint says, as far as can be told."""
+    origin = get_origin(hint)
+    try:
         return isinstance(kept, origin if isinstance(origin, type) and origin is not UnionType else hint)
-    except Exception:  # noqa: BLE001 - a hint may be anything, and is no promise
+    except TypeError:  # a hint is no promise
         return True
 
 

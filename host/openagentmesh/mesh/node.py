@@ -16,6 +16,7 @@ from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.objects import Objects
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.tasks import end, persistently
+from openagentmesh.mesh.binding import Binding
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.crossing import BorderCaller
 from openagentmesh.mesh.discovery import Directory
@@ -29,9 +30,10 @@ from openagentmesh.mesh.registry import Registry
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
-from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.outgoing import Border
+from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
@@ -99,16 +101,13 @@ class Node:
         self.ready = ready
         self._plugins_running = AsyncExitStack()
         self.contract_policy = contract_policy
-        self._unbound: dict[str, Agent] = {}
+        self.binding = Binding(self.router, self._serve)
         # What was published, for new code alone is no reason to publish a contract again.
         self._published: dict[str, AgentContract] = {}
-        self._binding: asyncio.Task[None] | None = None
-        self._being_bound: dict[str, Agent] = {}
         self._repairing: asyncio.Task[None] | None = None
         self._watching_over: asyncio.Task[None] | None = None
         self._following_levels: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
-        self._started = False
         self._registering = asyncio.Lock()
 
     async def start(self, agents: Iterable[Agent] = (), *, serves: bool = False) -> None:
@@ -133,9 +132,9 @@ class Node:
             await self._plugins_running.enter_async_context(
                 self.plugins.lifespan(Instance(self.instance_id, self.describe))
             )
-            self._started = True
             for agent in agents:
-                self._unbound[agent.name] = agent
+                self.binding.want(agent)
+            self.binding.start()
             await self.settled()
             if serves and not len(self.router):
                 await self._announce([])  # a host without agents is there all the same
@@ -145,35 +144,19 @@ class Node:
 
     def bind(self, agent: Agent) -> None:
         """Serve an agent, in place of one of the same name; `settled` waits until it is up."""
-        self._unbound[agent.name] = self.ready(agent)
-        self._bind_soon()
+        self.binding.want(self.ready(agent))
 
-    def replace(self, agents: Iterable[Agent]) -> None:
-        """Serve these versions, which are `ready`, from the very next request on, all of them at once.
-
-        Agents that are new here, and what others must learn of the changed ones, follow.
-        """
-        for agent in agents:
-            route = self.router.get(agent.name)
-            same = route is not None and agent.contract.same_as(route.agent.contract)
-            if route is not None:
-                route.swap(agent)
-            if not same or (route is not None and not route.is_settled):
-                self._unbound[agent.name] = agent
-                self._bind_soon()
-
-    def bound(self) -> dict[str, Agent]:
-        """The agents that are served, or about to be."""
-        return {route.agent.name: route.agent for route in self.router} | self._being_bound | self._unbound
-
-    async def withdraw(self, names: Collection[str], drain_timeout: float) -> None:
-        """Serve these agents no more: leave, finish what runs, deregister."""
-        if self._binding is not None and self._being_bound.keys() & set(names):
-            await asyncio.wait([self._binding])
+    def drop(self, names: Collection[str]) -> list[Route]:
+        """Serve these agents no more; the routes they had are for `withdraw`."""
         for name in names:
-            self._unbound.pop(name, None)
             self.refused.pop(name, None)
-        routes = [route for name in names if (route := self.router.remove(name))]
+        return self.binding.drop(names)
+
+    async def withdraw(self, routes: Collection[Route], drain_timeout: float) -> None:
+        """End what was dropped: leave, finish what runs, deregister."""
+        if not routes:
+            return
+        await self.binding.idle()  # one of them may just be opened
         await asyncio.gather(*[route.end(drain_timeout) for route in routes])
         for route in routes:
             if self.router.get(route.agent.name) is None:
@@ -192,48 +175,25 @@ class Node:
             for name in gone:
                 await self.router.events.emit("info", name, "agent_deregistered")
 
-    def _bind_soon(self) -> None:
-        if self._unbound and self._started and self._binding is None:
-            self._binding = asyncio.create_task(self._bind())
-            self._binding.add_done_callback(_log_failure)
-
     async def settled(self, names: Collection[str] | None = None) -> None:
         """Wait until every agent bound so far is up, or these; raises what kept them from that."""
-        self._bind_soon()  # what failed before is tried again
-        while (binding := self._binding) is not None:
-            if names is not None and not (self._unbound.keys() | self._being_bound).intersection(names):
-                return
-            await asyncio.wait([binding])
-            if binding.cancelled():
-                raise ConnectionFailed("This mesh is being left.")
-            if exc := binding.exception():
-                raise exc
+        await self.binding.settled(names)
 
-    async def _bind(self) -> None:
-        try:
-            while self._unbound:
-                agents, self._unbound = self._unbound, {}
-                self._being_bound = agents
-                try:
-                    await self._serve(agents)
-                except BaseException:
-                    self._unbound = agents | self._unbound  # tried again after the next reconnect
-                    raise
-        finally:
-            self._binding, self._being_bound = None, {}
-
-    async def _serve(self, agents: dict[str, Agent]) -> None:
-        for name, why in (await self._conflicts(agents)).items():
+    async def _serve(self, names: Collection[str]) -> None:
+        for name, why in (await self._conflicts(names)).items():
             if self.contract_policy == "refuse":
                 log.error("%s is not served: %s", name, why)
                 self.refused[name] = why
             else:
                 log.warning("%s is served all the same: %s", name, why)
-        agents = {name: agent for name, agent in agents.items() if name not in self.refused}
-        for agent in agents.values():
-            await self.router.point(agent)
+        # Whenever others had their turn an agent may be another version, or dropped.
+        wanted = self.binding.wanted
+        for name in names:
+            if name in wanted and name not in self.refused:
+                await self.router.point(wanted[name])
         await self.bus.flush()  # from here on they can be called
         async with self._registering:
+            agents = {route.agent.name: route.agent for n in names if (route := self.router.get(n))}
             contracts = {n: a.contract for n, a in agents.items() if not self._is_published(a.contract)}
             if contracts:
                 await self.registry.publish(contracts.values())
@@ -247,16 +207,18 @@ class Node:
         known = self._published.get(contract.name)
         return known is not None and known.same_as(contract)
 
-    async def _conflicts(self, agents: dict[str, Agent]) -> dict[str, str]:
+    async def _conflicts(self, names: Collection[str]) -> dict[str, str]:
         """Which of these agents other live instances serve with contracts that do not go together."""
-        for name in agents:
+        for name in names:
             self.refused.pop(name, None)
         if self.contract_policy == "allow":
             return {}
+        wanted = self.binding.wanted
         # A new version of one that is served here has been compared with its old one.
-        new = {name for name in agents if self.router.get(name) is None}
+        new = {name for name in names if self.router.get(name) is None}
         shared = await self.presence.served_elsewhere() & new if new else set()
-        conflicts = await self.registry.conflicts([agents[name].contract for name in sorted(shared)])
+        compared = [wanted[name].contract for name in sorted(shared & wanted.keys())]
+        conflicts = await self.registry.conflicts(compared)
         return {
             name: "its contract does not go together with the one that another live instance serves: "
             + "; ".join(map(str, changes))
@@ -287,9 +249,9 @@ class Node:
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
-        self._started = False
         served = self._watching_over is not None
-        await end(self._binding, self._repairing, self._watching_over)
+        await self.binding.stop()
+        await end(self._repairing, self._watching_over)
         try:
             if self.bus.connected and served:
                 await self.router.drain(drain_timeout)
@@ -305,7 +267,8 @@ class Node:
             await self._close()
 
     async def _close(self) -> None:
-        await end(self._binding, self._repairing, self._watching_over, self._following_levels)
+        await self.binding.stop()
+        await end(self._repairing, self._watching_over, self._following_levels)
         await self.router.finish(0)
         await self.on_finished()
         await self._plugins_running.aclose()
@@ -348,7 +311,7 @@ class Node:
         await self.presence.restore()
         if self._watching_over is not None:
             self.directory.follow()
-        self._bind_soon()
+        self.binding.start()
         await self.objects.restore()
 
     def _on_registry_change(self, name: str, document: bytes | None) -> None:
@@ -378,6 +341,10 @@ class Node:
             await self.bus.publish(message.reply, body)
         except MeshError as exc:
             log.warning("a question about this host could not be answered: %s", exc)
+        # The question ends here.
+        except Exception as exc:
+            log.exception("a question about this host could not be answered")
+            await self.bus.publish(message.reply, to_json({"error": f"{type(exc).__name__}: {text_of(exc)}"}))
 
     async def _info(self, _body: bytes) -> bytes:
         return to_json(self.describe())
@@ -385,8 +352,3 @@ class Node:
 
 async def _do_nothing() -> None:
     return
-
-
-def _log_failure(binding: asyncio.Task[None]) -> None:
-    if not binding.cancelled() and (exc := binding.exception()):
-        log.warning("not all agents are up yet: %s", exc)

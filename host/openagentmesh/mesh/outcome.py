@@ -49,8 +49,19 @@ class Outcome:
         return text + (f" · {self.in_flight} in flight on the old version" if self.in_flight else "")
 
     def description(self) -> dict[str, Any]:
-        """All of it; JSON."""
-        return asdict(self) | {"at": self.at.isoformat(), "text": self.text}
+        """All of it, as far as it fits beside others into one message; JSON."""
+        shortened = {
+            "error": self.error[:_MOST_TEXT],
+            "details": self.details[-_MOST_TEXT:],
+            "text": self.text[:_MOST_TEXT],
+            "notes": [note[:_MOST_TEXT] for note in self.notes[:_MOST_LISTED]],
+            "files": self.files[:_MOST_LISTED],
+            "agents": self.agents[:_MOST_LISTED],
+            "names": self.names[:_MOST_LISTED],
+        }
+        return asdict(self) | shortened | {"at": self.at.isoformat()}
 
 
 _MOST_SHOWN = 5
+_MOST_LISTED = 50
+_MOST_TEXT = 2000

@@ -234,8 +234,8 @@ class Plugins:
 
     def redactor(self, agent: Agent) -> hooks.Redactor | None:
         """What takes secrets out of what is kept of an agent's requests."""
-        found: hooks.Redactor | None = self._manager.hook.mesh_redactor(agent=agent)
-        return found
+        asked = (self._ask(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
+        return next((redactor for redactor in asked if redactor is not None), None)
 
     def tell_unloaded(self, name: str) -> None:
         """Tell that an agent is served no more."""

@@ -108,7 +108,9 @@ class Changes:
     def tried(self, causes: Files, executed: Iterable[Source], files: Iterable[Path] = ()) -> None:
         """Remember a load that failed, of these other files too."""
         more = self.config_cause() | {path: self.disk.digest(path) for path in files}
-        self.attempts.append(Attempt.of(causes, executed, more))
+        attempt = Attempt.of(causes, executed, more)
+        if attempt not in self.attempts:
+            self.attempts.append(attempt)
 
     def tried_first(self, origin: Origin, executed: Iterable[Source], files: Iterable[Path] = ()) -> None:
         """Remember an origin that failed when the host started."""
@@ -142,8 +144,12 @@ class Changes:
         """mesh.toml as the one cause."""
         return {self.config_file: self._digest_of_config()} if self.config_file else {}
 
-    def find(self, modules: list[Module], config: Config, only: str = "") -> Plan | None:
+    def find(
+        self, modules: list[Module], config: Config, only: str = "", *, reread: bool = True
+    ) -> Plan | None:
         """What to do now; None when there is nothing. `only` this module, whether it differs or not.
+
+        With `only`, and without `reread`, mesh.toml stays as it was read last.
 
         Raises:
             ConfigError: mesh.toml has changed and cannot be used.
@@ -152,7 +158,8 @@ class Changes:
         self.attempts = [attempt for attempt in self.attempts if attempt.is_hopeless(self.disk)]
         hopeless = {pair for attempt in self.attempts for pair in attempt.causes.items()}
         config_now = self._digest_of_config()
-        reread = config_now != self._config_digest and (self.config_file, config_now) not in hopeless
+        reread = reread and not only and config_now != self._config_digest
+        reread = reread and (self.config_file, config_now) not in hopeless
         wanted = self._read_config() if reread else config
         origins = find_origins(wanted)
         found = self._causes(modules, origins, config, wanted)

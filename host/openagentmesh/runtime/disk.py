@@ -51,6 +51,15 @@ def is_being_written(path: str) -> bool:
     return False
 
 
+def leads_back(folder: Path | str) -> bool:
+    """Whether a folder is a link to one that it lies in, so that looking into it would never end."""
+    if not os.path.islink(folder):  # noqa: PTH114 - as `stamp`
+        return False
+    return f"{os.path.realpath(os.path.dirname(folder))}{os.sep}".startswith(  # noqa: PTH120 - as `stamp`
+        f"{os.path.realpath(folder)}{os.sep}"
+    )
+
+
 class Disk:
     """Digests of files, read again only when their stamps have changed."""
 

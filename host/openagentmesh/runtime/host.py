@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 # What `oam status` is told has to fit into one message; failed modules come first.
 _MOST_MODULES: Final = 200
 _MOST_TRACEBACK: Final = 2000
+_MOST_RELOADS: Final = 10
 
 
 class StartFailed(MeshError):
@@ -96,7 +97,7 @@ class Host:
 
     @property
     def _history(self) -> Iterable[Outcome]:
-        return self._reloader.history if self._reloader else []
+        return self._reloader.history if self._reloader else ()
 
     @property
     def node(self) -> Node:
@@ -279,9 +280,7 @@ class Host:
                 }
                 for module in sorted(self.modules, key=lambda module: module.state)[:_MOST_MODULES]
             ],
-            "reloads": [outcome.description() for outcome in self._reloader.history]
-            if self._reloader
-            else [],
+            "reloads": [outcome.description() for outcome in list(self._history)[-_MOST_RELOADS:]],
             "embedded_server": None
             if server is None
             else {

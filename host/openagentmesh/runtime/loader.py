@@ -173,9 +173,9 @@ class Loader:
         finally:
             reset_loading(token)
 
-    def _crosses(self, kept: object) -> bool:
-        """Whether an object is of no managed file, so that the next generation may have it as it is."""
-        module = type(kept).__module__
+    def _crosses(self, kept: type) -> bool:
+        """Whether a class is of no managed file, so that the next generation may have objects of it."""
+        module = kept.__module__
         return module not in self.imports.sources and module not in self.imports.stage.sources
 
 

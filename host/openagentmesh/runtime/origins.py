@@ -7,7 +7,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
+from openagentmesh.protocol.errors import text_of
 from openagentmesh.runtime.config import Config, ConfigError
+from openagentmesh.runtime.disk import leads_back
 
 ENTRY_POINT_GROUP: Final = "openagentmesh.agents"
 DEFAULT_FOLDER: Final = "agents"
@@ -48,9 +50,13 @@ def agent_places(config: Config) -> list[str]:
 
 
 def _at(place: str, folder: Path) -> Iterator[Origin]:
-    path = folder / Path(place).expanduser()
+    try:
+        path = folder / Path(place).expanduser()
+        found = list(_in_folder(path.resolve(), folder)) if path.is_dir() else []
+    except (OSError, RuntimeError) as exc:  # no such user, no such right
+        raise ConfigError(f"host.agents: '{place}' cannot be looked at: {text_of(exc)}.") from exc
     if path.is_dir():
-        yield from _in_folder(path.resolve(), folder)
+        yield from found
     elif path.is_file() and path.suffix == ".py":
         yield _from_path(path.resolve(), folder)
     elif "/" in place or place.endswith(".py") or not _DOTTED_RE.fullmatch(place) or place == DEFAULT_FOLDER:
@@ -69,7 +75,7 @@ def _in_folder(path: Path, shown_from: Path) -> Iterator[Origin]:
     for item in sorted(path.iterdir()):
         if item.name.startswith(("_", ".")):
             continue
-        if item.is_dir():
+        if item.is_dir() and not leads_back(item):
             yield from _in_folder(item, shown_from)
         elif item.suffix == ".py" and item.is_file():
             yield _from_path(item, shown_from)

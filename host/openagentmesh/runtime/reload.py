@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
@@ -83,7 +83,10 @@ class Reloader:
         self._node = node
         self._changes = changes
         self._turn = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._running: asyncio.Task[Any] | None = None
+        self._closed = False
+        self._retiring: dict[asyncio.Task[None], Retired] = {}
+        self._unfinished: list[Retired] = []
         self._config_error = ""  # that was told last, and is still there
         node.on_finished = self._dispose
 
@@ -107,6 +110,7 @@ class Reloader:
                 module.agents = [self._ready(agent, self.config) for agent in agents[module]]
             except PluginFailed as exc:
                 module.fail(exc.message)
+                self._changes.tried_first(module.origin, [])
 
     async def reload(self, only: str = "", *, sure: bool = True) -> Outcome | None:
         """Load what differs from disk, or `only` one module anyway; None when nothing does.
@@ -118,20 +122,27 @@ class Reloader:
 
         """
         async with self._turn:
-            outcome = await self._reload(only, sure=sure)
-            if outcome is not None:
-                await self.on_outcome(outcome)
+            if self._closed:
+                return None
+            self._running = asyncio.current_task()
+            try:
+                outcome = await self._reload(only, sure=sure)
+                if outcome is not None:
+                    await self.on_outcome(outcome)
+            finally:
+                self._running = None
             return outcome
 
     async def _reload(self, only: str, *, sure: bool) -> Outcome | None:
         try:
             plan = self._changes.find(self.modules, self.config, only)
+            self._config_error = ""
         except ConfigError as exc:
             told, self._config_error = self._config_error, exc.message
-            if told == exc.message:
-                return None
-            return self._refused(self._changes.config_cause(), Stage(), exc, perf_counter())
-        self._config_error = ""
+            if told != exc.message:
+                return self._told(Outcome(self._shown(self._changes.config_cause()), error=exc.message))
+            # It is told already; what else has changed is reloaded all the same.
+            plan = self._changes.find(self.modules, self.config, only, reread=False)
         self._look_for_restored()
         if plan is None:
             return None
@@ -167,19 +178,20 @@ class Reloader:
             )
             configure(self._node.plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
-            await self._replay(candidate, strict=plan.config.host.replay_strict)
-            await move([t for t in candidate.transfers if t.has_migration], plan.config.host.load_timeout)
-            for transfer in candidate.transfers:
-                transfer.carry_out()
+            limit = plan.config.host.load_timeout
+            await move(candidate.transfers, limit)
+            if await self._replay(candidate, strict=plan.config.host.replay_strict):
+                await move(candidate.transfers, limit)  # without what replays have done to it
         # Code of others may raise anything.
         except BaseException as exc:
             imports.put_back(stage)
             imports.stage = Stage()  # nobody holds what was tried
             configure(self._node.plugins, self.config)
             self._loader.prepare(self.config, [module.origin for module in self.modules])
-            if isinstance(exc, Doubtful) or not isinstance(exc, Exception):
+            task = asyncio.current_task()
+            if isinstance(exc, Doubtful) or (task is not None and task.cancelling()):
                 raise
-            return self._refused(plan.causes, stage, exc, began)
+            return self._refused(plan.causes, plan.names, stage, exc, began)
         # Above this line anything may fail, and nothing has changed.
         return self._commit(plan, stage, candidate, began)
 
@@ -208,27 +220,23 @@ class Reloader:
             old = before.get(module.origin)
             if not sure and old is not None and old.agents and not agents[module]:
                 raise Doubtful
-        for module, why, twice, first in claimed_twice(modules, agents):
+        # Those that serve come first, wherever they stand: a new one takes nothing from them.
+        for module, why, twice, first in claimed_twice(sorted(modules, key=new.__contains__), agents):
             if module in new:
                 module.fail(why, line=twice.source)
                 raise LoadFailed(module, [first.file])
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
-        served = self._node.bound()
-        # What was refused for the contract of another host is so until something of it changes.
-        same = plan.config.host.contract == self.config.host.contract
-        refused = self._node.refused.keys() - {a.name for module in new for a in agents[module]}
+        served = self._node.binding.wanted
         serve = [
             agent
             for name, agent in wanted.items()
-            if not (same and name in refused)
-            and (
-                name not in served
-                or served[name].handler is not agent.handler
-                or served[name].limits != plan.config.limits_of(name)
-                or self.config.options_of(name) != plan.config.options_of(name)
-                or self.config.plugins != plan.config.plugins
-            )
+            if name not in served
+            or served[name].handler is not agent.handler
+            or served[name].limits != plan.config.limits_of(name)
+            or self.config.options_of(name) != plan.config.options_of(name)
+            or self.config.plugins != plan.config.plugins
+            or (name in self._node.refused and self.config.host.contract != plan.config.host.contract)
         ]
         serve = [self._ready(agent, plan.config) for agent in serve]
         notes = compared(serve, served, plan.config.host.contract)
@@ -239,31 +247,35 @@ class Reloader:
             if keys := unfollowed(self._started, plan.config):
                 notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
-        for transfer in transfers:
-            if not transfer.has_migration:
-                transfer.try_out()
         gone = [name for name in served if name not in wanted]
         return _Candidate(modules, agents, serve, gone, transfers, notes)
 
-    async def _replay(self, candidate: _Candidate, *, strict: bool) -> None:
+    async def _replay(self, candidate: _Candidate, *, strict: bool) -> bool:
+        """Note what the new versions do differently; tells whether anything was replayed."""
         for agent in candidate.serve:
-            for difference in await self._replays.differences(agent):
+            before = self._node.binding.wanted.get(agent.name)
+            for difference in await self._replays.differences(agent, before):
                 candidate.notes.append(f"{agent.name}: {difference.text}")
                 if strict and difference.is_new_error:
                     why = "fails on what the version before it answers"
                     raise ReloadRefused(f"{agent.name} {why}: {difference.text}")
+        return any(self._replays.kept(agent.name) for agent in candidate.serve)
 
     def _commit(self, plan: Plan, stage: Stage, candidate: _Candidate, began: float) -> Outcome:
         """Let the new generation serve, without a pause in which both or none do."""
         routes = {name: route for a in candidate.serve if (route := self._node.router.get(name := a.name))}
         old = {name: route.agent for name, route in routes.items()}
+        added = [agent.name for agent in candidate.serve if agent.name not in self._node.binding.wanted]
+        replaced = [module for module in self.modules if module not in candidate.modules]
         self.config, self.modules = plan.config, candidate.modules
         for module in self.modules:
             module.agents = candidate.agents[module]
             if module.origin in plan.load:
                 module.state = "serving"
         self._node.contract_policy = plan.config.host.contract
-        self._node.replace(candidate.serve)
+        self._node.binding.replace(candidate.serve)
+        gone = self._node.drop(candidate.gone)
+        self._replays.accept(candidate.serve, candidate.gone)
         self._changes.done(plan)
         # From here on nothing but what runs on it holds the old generation.
         self._loader.imports.stage = Stage()
@@ -275,42 +287,82 @@ class Reloader:
             notes=candidate.notes,
             took_ms=_ms(began),
             in_flight=sum(route.running_on(old[name]) for name, route in routes.items())
-            + sum(route.in_flight for name in candidate.gone if (route := self._node.router.get(name))),
+            + sum(route.in_flight for route in gone),
         )
         outcome.names = sorted({*old, *[agent.name for agent in candidate.serve], *candidate.gone})
-        self.history.append(outcome)
-        log.info("%s", outcome.text)
-        for note in outcome.notes:
-            log.warning("%s", note)
-        retired = Retired([(routes[name], agent) for name, agent in old.items()], candidate.gone, stage)
-        task = asyncio.create_task(retire(retired, self._node, plan.config.host.drain_timeout, outcome))
-        self._retiring.add(task)
+        agents = [(routes[name], agent) for name, agent in old.items()]
+        self._retire(Retired(agents, gone, added, stage, replaced, plan.causes), outcome)
+        return self._told(outcome)
+
+    def _retire(self, retired: Retired, outcome: Outcome) -> None:
+        drain_timeout = self.config.host.drain_timeout
+        task = asyncio.create_task(retire(retired, self._node, drain_timeout, outcome, self._go_back))
+        self._retiring[task] = retired
         task.add_done_callback(self._has_retired)
-        return outcome
 
     def _has_retired(self, task: asyncio.Task[None]) -> None:
-        self._retiring.discard(task)
-        if not task.cancelled() and (exc := task.exception()):
+        retired = self._retiring.pop(task)
+        if task.cancelled():
+            self._unfinished.append(retired)
+        elif exc := task.exception():
             log.error("an old version could not be let go of", exc_info=exc)
 
-    def _refused(self, causes: Files, stage: Stage, exc: Exception, began: float) -> Outcome:
+    async def _go_back(self, retired: Retired, why: str) -> bool:
+        """Let an old version serve again, all of it, unless another reload has replaced the new one."""
+        imports, stage = self._loader.imports, retired.stage
+        async with self._turn:
+            if self._closed or any(imports.sources.get(s.name) is not s for s in stage.executed):
+                return False
+            executed, stage.executed = stage.executed, []
+            failed = imports.take_out({source.name for source in executed})
+            imports.put_back(stage)
+            imports.stage = Stage()
+            agents = [(route, route.agent) for route, _ in retired.agents]
+            before = {module.origin: module for module in retired.modules}
+            new = [module for module in self.modules if module.name in failed.modules]
+            kept = [module for module in self.modules if module not in new or module.origin in before]
+            self.modules = [before.pop(module.origin, module) for module in kept]
+            self.modules += before.values()
+            self._node.binding.replace(
+                [agent for _, agent in retired.agents] + [route.agent for route in retired.gone]
+            )
+            gone = self._node.drop(retired.added)
+            again = Stage(failed.modules, sources=failed.sources)
+            exc = ReloadRefused(f"{why}, so the old version runs again")
+            outcome = self._refused(retired.causes, set(stage.modules), Stage(executed=executed), exc, 0)
+            self._retire(Retired(agents, gone, [], again, [], {}), outcome)
+            await self.on_outcome(outcome)
+        return True
+
+    def _told(self, outcome: Outcome) -> Outcome:
+        self.history.append(outcome)
+        if outcome.error:
+            details = f"\n{outcome.details}" if outcome.details else ""
+            log.error("%s%s", outcome.text, details)
+        else:
+            log.info("%s", outcome.text)
+        for note in outcome.notes:
+            log.warning("%s", note)
+        return outcome
+
+    def _refused(
+        self, causes: Files, names: set[str], stage: Stage, exc: BaseException, began: float
+    ) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
         also = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.tried(causes, stage.executed, also)
         error, details, line = why_of(exc)
         files = self._shown(causes) or ["the configuration"]
-        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
+        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began) if began else 0)
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None
         for module in self.modules:
-            if module.origin == failed or module.name in stage.modules:
+            if module.origin == failed or module.name in names:
                 module.error, module.traceback, module.line = error, details, line
                 outcome.names += [agent.name for agent in module.agents]
                 module.state = "failed" if module.state == "failed" else "outdated"
         if isinstance(exc, LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
             self.modules.append(exc.module)
-        self.history.append(outcome)
-        log.error("%s\n%s", outcome.text, details) if details else log.error("%s", outcome.text)
-        return outcome
+        return self._told(outcome)
 
     def _shown(self, causes: Files) -> list[str]:
         folder = self.config.folder
@@ -325,16 +377,18 @@ class Reloader:
         return self._changes.places(self.config)
 
     async def close(self) -> None:
-        """Wait for what is being let go, as long as a stop may take."""
+        """Reload nothing more, and wait for what is being let go, as long as a stop may take."""
+        self._closed = True
+        await end(self._running)
         if self._retiring:
             await asyncio.wait(self._retiring, timeout=self.config.host.drain_timeout)
         await end(*self._retiring)
 
     async def _dispose(self) -> None:
-        """Dispose of what served to the last; once, however often the node is closed."""
-        for source in list(self._loader.imports.sources.values()):
-            functions, source.generation.disposals = source.generation.disposals, []
-            await dispose(functions)
+        """Dispose of what served to the last, and of what could not be let go of before."""
+        generations = [generation for retired in self._unfinished for generation in retired.generations]
+        generations += [source.generation for source in self._loader.imports.sources.values()]
+        await dispose(generations + [module.loose for module in self.modules])
 
 
 async def _tell_nobody(_outcome: Outcome) -> None:

@@ -4,11 +4,12 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from openagentmesh.bus.tasks import end_within
 from openagentmesh.mesh.hooks import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 _LARGEST: Final = 64 * 1024
 # How long all that is kept of one agent may take when it is run again, in seconds.
 _PATIENCE: Final = 5.0
+_CANCEL_GRACE: Final = 0.5
 # What takes longer than before is only told from this difference and this factor on.
 _SLOWER_BY: Final = 0.005
 _SLOWER: Final = 2.0
@@ -49,14 +51,17 @@ class Replays:
 
     Args:
         keep: how many requests of each agent; 0 for none.
-        redactor: gives what takes secrets out of an agent's requests.
+        redactor: gives what takes secrets out of an agent's requests; then no reply is kept either.
 
     """
 
     def __init__(self, keep: int, redactor: Callable[[Agent], Redactor | None] = lambda _: None) -> None:
         self._keep = keep
         self._redactor = redactor
-        self._kept: dict[str, deque[tuple[Request, _Run]]] = {}
+        # None: what the serving version makes of it is found out when another one is compared with it.
+        self._kept: dict[str, deque[tuple[Request, _Run | None]]] = {}
+        # What candidates have made of requests, by the requests' ids in memory.
+        self._fresh: dict[str, dict[int, _Run]] = {}
 
     def kept(self, agent: str) -> int:
         """How many requests of an agent are kept."""
@@ -73,15 +78,17 @@ class Replays:
         def keep(call: Call, reply: bytes, error: str, began: float) -> None:
             if call.abandoned or len(call.request.body) + len(reply) > _LARGEST:
                 return
+            if redact is None:
+                kept.append((call.request, _Run(reply, error, perf_counter() - began)))
+                return
             try:
-                body = redact(call.request.body) if redact else call.request.body
+                body = redact(call.request.body)
             # A plugin's failure ends here: what it would have hidden is not kept.
             except Exception:
                 log.exception("a request of %s is not kept for replays: its redactor failed", agent.name)
                 return
             if body is not None:
-                run = _Run(reply, error, perf_counter() - began)
-                kept.append((replace(call.request, body=body), run))
+                kept.append((replace(call.request, body=body), None))
 
         async def endpoint(call: Call) -> object:
             began = perf_counter()
@@ -95,38 +102,63 @@ class Replays:
 
         return replace(agent, endpoint=endpoint)
 
-    async def differences(self, agent: Agent) -> list[Difference]:
+    async def differences(self, agent: Agent, serving: Agent | None) -> list[Difference]:
         """Run what is kept against a version that does not serve yet; what it does differently."""
         if not agent.replayable:
             return []
         found: list[Difference] = []
+        fresh = self._fresh[agent.name] = {}
         kept, until = list(self._kept.get(agent.name, ())), asyncio.get_running_loop().time() + _PATIENCE
-        for number, (request, before) in enumerate(kept):
+        for number, (request, known) in enumerate(kept):
             if asyncio.get_running_loop().time() >= until:
                 left = f"{len(kept) - number} of {len(kept)} requests are not replayed"
                 return [*found, Difference(f"{left}: there are {_PATIENCE:g}s for all", is_new_error=False)]
-            # In a task of its own, for the handler may ask for the current call.
-            now = await asyncio.create_task(_run(agent, request, until))
+            before = known
+            if before is None and serving is not None:
+                before = await _run(serving, request, until)
+            if before is None:
+                continue
+            now = fresh[id(request)] = await _run(agent, request, until)
             if (difference := _compared(request, before, now)) is not None:
                 found.append(difference)
         return found
 
+    def accept(self, agents: Iterable[Agent], gone: Iterable[str]) -> None:
+        """Compare the next versions with these, which serve now; forget what is `gone`."""
+        for agent in agents:
+            fresh, kept = self._fresh.pop(agent.name, {}), self._kept.get(agent.name, deque())
+            for number, (request, before) in enumerate(kept):
+                kept[number] = request, before and fresh.get(id(request), before)
+        for name in gone:
+            self._kept.pop(name, None)
+
 
 async def _run(agent: Agent, request: Request, until: float) -> _Run:
+    """One request, run in a task of its own: its handler may ask for the current call, and may not end."""
+    began, loop = perf_counter(), asyncio.get_running_loop()
+    running = asyncio.create_task(_answer(agent, request, until))
+    try:
+        await asyncio.wait([running], timeout=until - loop.time())
+    finally:
+        deaf = await end_within(_CANCEL_GRACE, [running])
+    seconds = perf_counter() - began
+    if deaf or running.cancelled():
+        return _Run(b"", f"no answer within {_PATIENCE:g}s", seconds)
+    return replace(running.result(), seconds=seconds)
+
+
+async def _answer(agent: Agent, request: Request, until: float) -> _Run:
     started = asyncio.get_running_loop().time()
     call = Call(agent.name, request, until, started=started, patience=until - started)
     set_current_call(call)
-    began = perf_counter()
     try:
-        async with asyncio.timeout_at(until):
-            agent.accept(call)
-            reply = agent.dump(await agent.handler.endpoint()(call))
-    # A candidate's handler may raise anything, and that is what is compared; a SystemExit would end the loop.
+        agent.accept(call)
+        return _Run(agent.dump(await agent.handler.endpoint()(call)), "", 0)
+    # A handler may raise anything, and that is what is compared; a SystemExit would end the loop.
     except BaseException as exc:
         if (task := asyncio.current_task()) and task.cancelling():
             raise
-        return _Run(b"", _told(exc), perf_counter() - began)
-    return _Run(reply, "", perf_counter() - began)
+        return _Run(b"", _told(exc), 0)
 
 
 def _told(exc: BaseException) -> str:
@@ -149,7 +181,12 @@ def _compared(request: Request, before: _Run, now: _Run) -> Difference | None:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    return one == other or (bool(one and other) and json.loads(one) == json.loads(other))
+    """Whether two replies are the same JSON, in whatever order; 1 is neither true nor 1.0."""
+    return one == other or (bool(one and other) and _sorted(one) == _sorted(other))
+
+
+def _sorted(body: bytes) -> str:
+    return json.dumps(json.loads(body), sort_keys=True)
 
 
 def _short(body: bytes) -> str:

@@ -5,19 +5,23 @@ import gc
 import logging
 import sys
 import threading
+import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from inspect import isasyncgen, isawaitable
 from time import monotonic
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
-from openagentmesh.bus.tasks import persistently
+from openagentmesh.bus.tasks import end_within, persistently
+from openagentmesh.mesh.loading import Generation
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.runtime.changes import Files
 from openagentmesh.runtime.imports import Stage
+from openagentmesh.runtime.loader import Module
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 # A publisher or watcher that fails this soon after a reload makes way for the one before it.
 _PROBATION: Final = 1.0
 _DISPOSAL: Final = 5.0
+_CANCEL_GRACE: Final = 1.0
 # To find out who holds an old version the event loop stands still; so many seconds at most, and so many
 # objects are looked for at once.
 _SEARCH: Final = 0.01
@@ -39,50 +44,56 @@ class Retired:
 
     Attributes:
         agents: routes, and the versions that they pointed at.
-        gone: the names of agents that are there no more.
-        stage: the modules they came from.
+        gone: the routes of agents that are there no more.
+        added: the names of agents that were not there before.
+        stage: the modules they came from, and what was executed in their place.
+        modules: their modules, as they were.
+        causes: the files that had changed.
 
     """
 
     agents: list[tuple[Route, Agent]]
-    gone: list[str]
+    gone: list[Route]
+    added: list[str]
     stage: Stage
+    modules: list[Module]
+    causes: Files
+
+    @property
+    def generations(self) -> list[Generation]:
+        """What its modules had declared."""
+        return [source.generation for source in self.stage.sources.values()]
 
 
-async def retire(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> None:
-    """Finish what runs on the old version, dispose of it, tell what it left behind."""
-    names = ", ".join([*(agent.name for _, agent in retired.agents), *retired.gone]) or "a module"
-    if await _finish(retired, node, drain_timeout, outcome):
-        return  # the old version runs again
-    await dispose(f for source in retired.stage.sources.values() for f in source.generation.disposals)
+GoBack = Callable[[Retired, str], Awaitable[bool]]
+
+
+async def retire(
+    retired: Retired, node: Node, drain_timeout: float, outcome: Outcome, go_back: GoBack
+) -> None:
+    """Finish what runs on the old version, dispose of it, tell what it left behind.
+
+    When a publisher or watcher of the new version fails at once, `go_back` is called with the
+    reason; if that lets the old version serve again, nothing of it is disposed of.
+    """
+    names = [*(agent.name for _, agent in retired.agents), *(route.agent.name for route in retired.gone)]
+    failure, _, _ = await asyncio.gather(
+        _failure(retired.agents, node),
+        node.withdraw(retired.gone, drain_timeout),
+        asyncio.gather(*[route.finish(drain_timeout, agent) for route, agent in retired.agents]),
+    )
+    if failure and await go_back(retired, failure):
+        return
+    await dispose(retired.generations)
     left = [*_left_by(list(retired.stage.modules.values()))]
     marks = _marked(retired.stage.modules)
-    await _let_go(retired)
+    # Nothing of ours holds the old version any more; whoever still does is somebody else.
+    retired.agents, retired.gone, retired.stage, retired.modules = [], [], Stage(), []
     await asyncio.sleep(0)  # what has just ended is let go of in the loop's next turn
     left = left or _survivors(marks)  # what was found before says already who holds it
     outcome.notes += left
     for what in left:
-        log.warning("the old version of %s left behind: %s", names, what)
-
-
-async def _let_go(retired: Retired) -> None:
-    """Hold nothing of the old version any more; whoever still does is none of ours."""
-    routes = [route for route, _ in retired.agents]
-    retired.agents, retired.stage = [], Stage()
-    for route in routes:
-        if route.is_settled:
-            await route.follow()  # it forgets the version that it followed
-
-
-async def _finish(retired: Retired, node: Node, drain_timeout: float, outcome: Outcome) -> bool:
-    """Wait until nothing runs on the old version any more; tells whether it runs again."""
-    back = asyncio.ensure_future(_probation(retired.agents, node, outcome))
-    await asyncio.gather(
-        back,
-        node.withdraw(retired.gone, drain_timeout),
-        *[route.finish(drain_timeout, agent) for route, agent in retired.agents],
-    )
-    return back.result()
+        log.warning("the old version of %s left behind: %s", ", ".join(names) or "a module", what)
 
 
 def _left_by(modules: list[ModuleType]) -> Iterator[str]:
@@ -97,44 +108,53 @@ def forget_hints() -> None:
         clear()
 
 
-async def dispose(disposals: Iterable[Callable[[], Any]]) -> None:
-    """Call what a module's author wants called when it is replaced; failures are logged."""
-    for function in disposals:
+async def dispose(generations: Collection[Generation]) -> None:
+    """Call what modules' authors want called when they are replaced, once; failures are logged."""
+    functions = [function for generation in generations for function in generation.disposals]
+    for generation in generations:
+        generation.disposals = []
+    for function in functions:
+        # In a task of its own, which is left when it does not end.
+        disposing = asyncio.create_task(_call(function))
         try:
-            async with asyncio.timeout(_DISPOSAL):
-                result = function()
-                if isawaitable(result):
-                    await result
-        # The author's function ends here, whatever it raises, but not what cancels us.
-        except BaseException:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            log.exception("%s, called when nothing ran on its module any more, failed", _name_of(function))
+            await asyncio.wait([disposing], timeout=_DISPOSAL)
+        finally:
+            deaf = await end_within(_CANCEL_GRACE, [disposing])
+        why = "does not end" if deaf else "" if disposing.cancelled() else disposing.result()
+        if deaf or disposing.cancelled():
+            why = f"did not end within {_DISPOSAL:g}s"
+        if why:
+            what = "called when nothing ran on its module any more"
+            log.error("%s, %s, failed: %s", _name_of(function), what, why)
 
 
-async def _probation(agents: list[tuple[Route, Agent]], node: Node, outcome: Outcome) -> bool:
-    """Let old publishers and watchers come back whose new versions fail at once; tells whether any did."""
-    backgrounds = [(route, old) for route, old in agents if route.agent.handler.shape in _BY_THEMSELVES]
+async def _call(function: Callable[[], Any]) -> str:
+    """Call an author's function; why it failed, which may be anything."""
+    try:
+        result = function()
+        if isawaitable(result):
+            await result
+    except BaseException as exc:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        return "".join(traceback.format_exception(exc))
+    return ""
+
+
+async def _failure(agents: list[tuple[Route, Agent]], node: Node) -> str:
+    """Why new publishers and watchers, in the place of old ones, failed at once; empty when none did."""
     names = [agent.name for _, agent in agents]
     # What others have to know of the new version may have to wait for the server.
     await persistently(lambda: node.settled(names), "what was reloaded")
-    return any(
-        await asyncio.gather(*[_has_come_back(route, old, node, outcome) for route, old in backgrounds])
-    )
-
-
-async def _has_come_back(route: Route, old: Agent, node: Node, outcome: Outcome) -> bool:
-    new = route.agent
-    failure = await route.background.failed_within(_PROBATION) if route.background else ""
-    if not failure or route.agent is not new or old.handler.shape not in _BY_THEMSELVES:
-        return False
-    node.replace([old])
-    await persistently(lambda: node.settled([old.name]), f"the old version of {old.name}")
-    note = f"{new.name}: the new version failed at once ({failure}), so the old one runs again"
-    outcome.notes.append(note)
-    log.error("%s", note)
-    return True
+    backgrounds = [
+        background
+        for route, old in agents
+        if {route.agent.handler.shape, old.handler.shape} <= _BY_THEMSELVES
+        and (background := route.background) is not None
+    ]
+    failures = await asyncio.gather(*[each.failed_within(_PROBATION) for each in backgrounds])
+    named = zip(backgrounds, failures, strict=True)
+    return "; ".join(f"{each.name} failed at once ({failure})" for each, failure in named if failure)
 
 
 def _tasks_of(modules: list[ModuleType]) -> Iterator[str]:
@@ -206,19 +226,19 @@ def _survivors(marks: _Marks) -> list[str]:
         return []
     forget_hints()
     gc.collect()
-    found = []
+    found, until = [], monotonic() + _SEARCH
     for name, reference in marks.items():
         mark = reference()
-        if mark is not None and (holder := _holder_of(mark)):
+        if mark is not None and (holder := _holder_of(mark, until)):
             found.append(f"{name} in memory, held by {holder}")
     return found
 
 
-def _holder_of(mark: _Mark) -> str:
+def _holder_of(mark: _Mark, until: float) -> str:
     """What holds the namespace that a mark lies in, in words; empty when it is nobody's fault."""
     known: dict[int, object] = {id(mark): mark}
     level: list[object] = [mark]
-    last, excused, until = "", False, monotonic() + _SEARCH
+    last, excused = "", False
     while level:
         if monotonic() > until:
             return ""  # it may well be a cancelled timer

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from types import CodeType
 from typing import Any, Final
 
@@ -57,7 +58,7 @@ class Transfer:
         """
         migration = self._new.migration
         assert migration is not None
-        moved = migration({**self._copy}, self._old.version)
+        moved = migration(deepcopy(self._copy), self._old.version)  # it may change what it is given
         if not isinstance(moved, dict):
             raise MeshError(f"migrate returned {moved!r:.80}, not a dict of what is kept by name.")
         for name, value in moved.items():
@@ -72,8 +73,10 @@ class Transfer:
                 self._refuse_change(name)
         self._moved = {name: value for name, value in moved.items() if name not in self._passed}
 
-    def try_out(self) -> None:
-        """Make sure that `carry_out` will do.
+    def carry_out(self) -> None:
+        """Give the new state the content of the old one, as it is at this moment.
+
+        The old state is not touched, so this may fail, or be done again.
 
         Raises:
             MeshError: something cannot be taken over.
@@ -81,13 +84,8 @@ class Transfer:
 
         """
         for name, value in self._contents().items():
-            _validated(self._new.kept[name], value)
-
-    def carry_out(self) -> None:
-        """Give the new state the content of the old one, as it is at this moment."""
-        for name, value in self._contents().items():
             kept = self._new.kept[name]
-            _fill(kept, _validated(kept, value))
+            _fill(kept, _validated(self._new.hints[name], value))
 
     def _contents(self) -> dict[str, Any]:
         if self._moved is not None:
@@ -113,7 +111,7 @@ class Transfer:
         for name in names:
             kept = self._old.kept[name]
             try:
-                adapter = TypeAdapter[Any](type(kept))
+                adapter = TypeAdapter[Any](self._old.hints[name])
             except PydanticSchemaGenerationError:
                 self._refuse_change(name)
             # What a model computes is no input of it.
@@ -128,21 +126,22 @@ class Transfer:
 
 
 async def move(transfers: Sequence[Transfer], limit: float) -> None:
-    """Run the authors' migrations beside the event loop, until all that is kept is moved as it is now.
+    """Give new state what the old one holds; nothing is awaited after the last look at that.
+
+    The authors' migrations run beside the event loop, until all that is kept is moved as it is now.
 
     Args:
-        transfers: those that have migrations.
-        limit: the seconds that each may take.
+        transfers: from each generation to the one that is to replace it.
+        limit: the seconds that each migration may take.
 
     Raises:
-        MeshError: one takes too long, or requests change the state faster than it is moved.
+        MeshError: one takes too long, or requests change the state faster than it is moved; or
+            something cannot be taken over.
         BaseException: whatever a migration raises.
 
     """
     for _ in range(_TRIES):
-        waiting = [transfer for transfer in transfers if not transfer.is_moved]
-        if not waiting:
-            return
+        waiting = [transfer for transfer in transfers if transfer.has_migration and not transfer.is_moved]
         for transfer in waiting:
             transfer.copy()
             try:
@@ -151,9 +150,12 @@ async def move(transfers: Sequence[Transfer], limit: float) -> None:
                 raise MeshError(
                     f"migrate takes longer than {limit:g}s, which is [host] load_timeout."
                 ) from None
-            transfer.try_out()
-    if not all(transfer.is_moved for transfer in transfers):
+        if not waiting:
+            break
+    if not all(transfer.is_moved for transfer in transfers if transfer.has_migration):
         raise MeshError("requests change what is kept faster than migrate moves it.")
+    for transfer in transfers:
+        transfer.carry_out()
 
 
 def _same(one: Migration, other: Migration | None) -> bool:
@@ -172,9 +174,9 @@ def _takes_content(kept: object) -> bool:
     return has_content(kept) or isinstance(kept, dict | list | set)
 
 
-def _validated(kept: object, value: object) -> object:
+def _validated(hint: Any, value: object) -> object:  # noqa: ANN401 - what is kept may be of any type
     # As from JSON, where strict models too take a text for a date; migrations may use either name.
-    found: object = TypeAdapter[Any](type(kept)).validate_json(to_json(value), by_alias=True, by_name=True)
+    found: object = TypeAdapter[Any](hint).validate_json(to_json(value), by_alias=True, by_name=True)
     return found
 
 

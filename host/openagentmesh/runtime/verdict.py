@@ -65,7 +65,7 @@ def in_words(old: dict[str, Agent], new: list[Agent]) -> list[str]:
     return words
 
 
-def why_of(exc: Exception) -> tuple[str, str, str]:
+def why_of(exc: BaseException) -> tuple[str, str, str]:
     """Message, details and `file:line` of a failure, for its author."""
     if isinstance(exc, LoadFailed):
         return exc.module.error, exc.module.traceback, exc.module.line

@@ -12,7 +12,7 @@ from watchfiles import Change, awatch
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
-from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, stamp, stamp_of
+from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, leads_back, stamp, stamp_of
 from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.verdict import Doubtful
 
@@ -83,14 +83,22 @@ async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.
         try:
             await reloader.reload(sure=sure)
         except Doubtful:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), _DOUBT)
-            bell.clear()
-            scan = await _scanned(places)
+            scan = await _until_changed(places, seen, bell)
             sure = scan == seen
             seen = seen if sure else await _settled(places, seen, scan)
         else:
             return seen
+
+
+async def _until_changed(places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+    """Look again for as long as there is doubt, or until something has changed; the last look."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DOUBT):
+            while (scan := await _scanned(places)) == seen:
+                await bell.wait()
+                bell.clear()
+            return scan
+    return await _scanned(places)
 
 
 async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
@@ -163,7 +171,7 @@ def _scan_folder(folder: str, found: Scan) -> None:
         try:
             if entry.name.endswith(".py"):
                 found[entry.path] = stamp_of(entry.stat())
-            elif not is_skipped(entry.name) and entry.is_dir():
+            elif not is_skipped(entry.name) and entry.is_dir() and not leads_back(entry.path):
                 _scan_folder(entry.path, found)
         except OSError:
             continue  # it went away while we looked

@@ -26,6 +26,7 @@ class Background:
     """Runs one publisher or watcher: exactly once at a time, until it returns or is stopped.
 
     Attributes:
+        name: of its agent.
         state: `waiting` is the pause before it is started again, `done` that it returned.
         restarts: how often it was started again.
         error: why it failed last; empty when it never did.
@@ -34,6 +35,7 @@ class Background:
     """
 
     def __init__(self, agent: Agent, bus: Bus, events: EventLog, instance_id: str, border: Border) -> None:
+        self.name = agent.name
         self.state: Literal["running", "waiting", "done", "stopped"] = "stopped"
         self.restarts = 0
         self.error = ""
