@@ -58,8 +58,7 @@ async def reload(host: Host, folder: Path, source: str | None = None, file: str 
 async def let_go(host: Host) -> None:
     """Wait until old versions are gone."""
     assert host._reloader is not None
-    while host._reloader._retiring:
-        await asyncio.wait(host._reloader._retiring)
+    await host._reloader.retirements.finish()
 
 
 @pytest.mark.parametrize("kind", KINDS)

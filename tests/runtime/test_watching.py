@@ -116,8 +116,7 @@ async def until_more(host: Host, than: int) -> None:
 
 
 def reloads(host: Host) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = host.describe()["reloads"]
-    return found
+    return [outcome.description() for outcome in host._history]
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,12 @@ async def aside(
         if not is_slow:
             wait([done], _MOMENT)
         if not done.done() and not await _has_ended(done, limit):
-            stack = _stack_of(thread)
-            _stop(thread)
-            _call_when_done(done, when_late)
-            raise TookTooLong(stack)
+            raise TookTooLong(_stack_of(thread))
         return done.result()
     finally:
+        if not done.done():
+            _stop(thread)
+            _call_when_done(done, when_late)
         del done  # what it raises holds this frame, which would hold it
 
 

@@ -1,6 +1,7 @@
 """What differs between the modules that are loaded and what is on disk."""
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.disk import Digest, Disk, digest_of
 from openagentmesh.runtime.imports import Imports
 from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.origins import Origin, agent_places, find_origins
-from openagentmesh.runtime.sources import Folder, Source, importers
+from openagentmesh.runtime.origins import Origin, agent_places, find_origins, missing_places, origins_left
+from openagentmesh.runtime.sources import Folder, Source, importers, reached
 
 _EMPTY: Final = digest_of(b"")
 Files = dict[Path, Digest]
@@ -34,14 +35,15 @@ class Attempt:
     causes: Files
     files: Files
     sought: tuple[tuple[Folder, str], ...]
+    names: frozenset[str]
 
     @classmethod
-    def of(cls, causes: Files, executed: Iterable[Source], more: Files) -> "Attempt":
-        """What was tried because of `causes`, and executed then, with `more` that counts."""
+    def of(cls, causes: Files, executed: Iterable[Source], more: Files, names: Iterable[str]) -> "Attempt":
+        """What was tried because of `causes` for modules, and executed then, with `more` that counts."""
         executed = list(executed)
         files = dict(pair for source in executed for pair in _files(source))
         sought = tuple((source.folder, name) for source in executed for name in source.sought)
-        return cls(causes, causes | files | more, sought)
+        return cls(causes, causes | files | more, sought, frozenset(names))
 
     def is_hopeless(self, disk: Disk) -> bool:
         """Whether trying again would give the same."""
@@ -105,10 +107,13 @@ class Changes:
         self._read_config = read_config
         self._config_digest = self._digest_of_config()
 
-    def tried(self, causes: Files, executed: Iterable[Source], files: Iterable[Path] = ()) -> None:
-        """Remember a load that failed, of these other files too."""
-        more = self.config_cause() | {path: self.disk.digest(path) for path in files}
-        attempt = Attempt.of(causes, executed, more)
+    def tried(
+        self, causes: Files, executed: Iterable[Source], files: Iterable[Path] = (), names: Iterable[str] = ()
+    ) -> None:
+        """Remember a load that failed, of these other files too; `names` are the modules concerned."""
+        wanted = [place for path in causes if not path.is_absolute() for place in _places_of(path.name)]
+        more = self.config_cause() | {path: self.disk.digest(path) for path in (*files, *wanted)}
+        attempt = Attempt.of(causes, executed, more, names)
         if attempt not in self.attempts:
             self.attempts.append(attempt)
 
@@ -145,26 +150,30 @@ class Changes:
         return {self.config_file: self._digest_of_config()} if self.config_file else {}
 
     def find(
-        self, modules: list[Module], config: Config, only: str = "", *, reread: bool = True
+        self, modules: list[Module], config: Config, only: str = "", *, lenient: bool = False
     ) -> Plan | None:
         """What to do now; None when there is nothing. `only` this module, whether it differs or not.
 
-        With `only`, and without `reread`, mesh.toml stays as it was read last.
+        With `only`, and when `lenient`, mesh.toml stays as it was read last; then places that it
+        names and that are not there matter to nobody else.
 
         Raises:
-            ConfigError: mesh.toml has changed and cannot be used.
+            ConfigError: mesh.toml has changed and cannot be used, or names what is not there.
 
         """
         self.attempts = [attempt for attempt in self.attempts if attempt.is_hopeless(self.disk)]
         hopeless = {pair for attempt in self.attempts for pair in attempt.causes.items()}
         config_now = self._digest_of_config()
-        reread = reread and not only and config_now != self._config_digest
+        reread = not only and not lenient and config_now != self._config_digest
         reread = reread and (self.config_file, config_now) not in hopeless
         wanted = self._read_config() if reread else config
-        origins = find_origins(wanted)
+        origins = origins_left(wanted, [m.origin for m in modules]) if lenient else find_origins(wanted)
         found = self._causes(modules, origins, config, wanted)
+        if lenient:
+            gone = missing_places(wanted)
+            found = {path: c for path, c in found.items() if not any(path.is_relative_to(g) for g in gone)}
         if only:
-            found, hopeless = self._named(modules, only), set()
+            found, hopeless = self._named(modules, only, found), set()
         causes = {path: self.disk.digest(path) for path in found}
         causes = {path: digest for path, digest in causes.items() if (path, digest) not in hopeless}
         if reread and self.config_file is not None:
@@ -184,11 +193,12 @@ class Changes:
         found: dict[Path, _Cause] = defaultdict(_Cause)
         self._files_that_differ(found)
         loaded = {module.origin: module for module in modules if module.state != "failed"}
+        here = set(origins)
         for origin in origins:
             if origin not in loaded:
                 found[self._entry_of(origin)].origins.add(origin)
         for origin, module in loaded.items():
-            if origin not in origins:
+            if origin not in here:
                 found[self._entry_of(origin)].names.add(module.name)
             elif before.settings.get(origin.key) != now.settings.get(origin.key) and self.config_file:
                 found[self.config_file].names.add(module.name)
@@ -204,17 +214,19 @@ class Changes:
                 if source.folder.has(name):
                     found[_entry(source.folder.path / name)].names.add(source.name)
 
-    def _named(self, modules: list[Module], only: str) -> dict[Path, _Cause]:
-        """The modules of this name, as if all of them differed."""
+    def _named(self, modules: list[Module], only: str, differing: dict[Path, _Cause]) -> dict[Path, _Cause]:
+        """The modules of this name, as if all of them differed, and what differs of what they import."""
         named = [module for module in modules if only in names_of(module)]
-        return {self._entry_of(m.origin): _Cause({m.name}, {m.origin}) for m in named}
+        theirs = reached(self._imports.sources, [module.name for module in named])
+        found = {path: cause for path, cause in differing.items() if cause.names & theirs}
+        return found | {self._entry_of(m.origin): _Cause({m.name}, {m.origin}) for m in named}
 
     def _entry_of(self, origin: Origin) -> Path:
         """The file by which an origin is there, or not."""
         if origin.path is not None:
             return _entry(origin.path)
         source = self._imports.sources.get(origin.module)
-        return source.path if source else self.config_file or Path()
+        return source.path if source else Path(origin.module)  # it is nowhere yet, and called by its name
 
     def _digest_of_config(self) -> Digest:
         return self.disk.digest(self.config_file) if self.config_file else None
@@ -224,6 +236,13 @@ def names_of(module: Module) -> set[str]:
     """How people may call a module."""
     origin = module.origin
     return {origin.shown, origin.key, module.name, origin.path.name if origin.path else origin.module}
+
+
+def _places_of(module: str) -> Iterator[Path]:
+    """Where a module would be that is not there."""
+    top = module.partition(".")[0]
+    for place in filter(None, sys.path):
+        yield from (Path(place, f"{top}.py"), Path(place, top, "__init__.py"))
 
 
 def _files(source: Source) -> Iterator[tuple[Path, Digest]]:

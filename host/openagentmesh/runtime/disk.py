@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +16,8 @@ if sys.platform == "linux":
 # the change time, an atomic rename by the inode.
 Stamp = tuple[int, int, int, int]
 Digest = bytes | None
+# Files with more bytes than this are not read to find out whether they have changed.
+_LARGE: Final = 1024 * 1024
 _SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
 
 
@@ -51,13 +54,26 @@ def is_being_written(path: str) -> bool:
     return False
 
 
-def leads_back(folder: Path | str) -> bool:
-    """Whether a folder is a link to one that it lies in, so that looking into it would never end."""
+def leads_back(folder: str, above: Iterable[str]) -> bool:
+    """Whether a folder is a link to one that it lies in, so that looking into it would never end.
+
+    `above` are the real paths of the folders on the way to it.
+    """
     if not os.path.islink(folder):  # noqa: PTH114 - as `stamp`
         return False
-    return f"{os.path.realpath(os.path.dirname(folder))}{os.sep}".startswith(  # noqa: PTH120 - as `stamp`
-        f"{os.path.realpath(folder)}{os.sep}"
-    )
+    here = os.path.realpath(os.path.dirname(folder))  # noqa: PTH120 - as `stamp`
+    target = f"{os.path.realpath(folder)}{os.sep}"
+    return any(f"{path}{os.sep}".startswith(target) for path in (here, *above))
+
+
+def file_digest(path: Path) -> Digest:
+    """What identifies a file's content, of a large one its stamp; None when it cannot be read."""
+    found = stamp(path)
+    try:
+        large = found is not None and found[1] > _LARGE
+        return digest_of(repr(found).encode()) if large else digest_of(path.read_bytes())
+    except OSError:
+        return None
 
 
 class Disk:
@@ -73,10 +89,7 @@ class Disk:
             self._known.pop(path, None)
             return None
         if path not in self._known or self._known[path][0] != now:
-            try:
-                self._known[path] = now, digest_of(path.read_bytes())
-            except OSError:
-                return None
+            self._known[path] = now, file_digest(path)
         return self._known[path][1]
 
 

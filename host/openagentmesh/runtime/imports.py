@@ -8,7 +8,7 @@ import linecache
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ from types import CodeType, ModuleType
 from typing import Any, cast
 
 from openagentmesh.runtime.disk import digest_of
-from openagentmesh.runtime.sources import INSTALLED, Folder, Source, reached
+from openagentmesh.runtime.sources import INSTALLED, Folder, Source, note_written, reached
 
 _executing: ContextVar[Source | None] = ContextVar("executing", default=None)
+_staged: ContextVar["Stage | None"] = ContextVar("staged", default=None)
 Executing = Callable[[Source], AbstractContextManager[None]]
 
 
@@ -37,6 +38,7 @@ class Stage:
         attributes: where else they hung: parent, name, module.
         sources: what they were made from.
         executed: what was executed since, failures among it.
+        given_up: nothing more is to be executed for it.
 
     """
 
@@ -44,6 +46,7 @@ class Stage:
     attributes: list[tuple[ModuleType, str, ModuleType]] = field(default_factory=list)
     sources: dict[str, Source] = field(default_factory=dict)
     executed: list[Source] = field(default_factory=list)
+    given_up: bool = False
 
 
 class Imports(MetaPathFinder):
@@ -55,10 +58,11 @@ class Imports(MetaPathFinder):
         self.executing = executing
         self.stage = Stage()
         self._import_module = importlib.import_module
+        self._closed = False
 
     def open(self) -> None:
         """Find the managed modules from now on, unless that is done."""
-        if self not in sys.meta_path:
+        if self not in sys.meta_path and not self._closed:
             sys.meta_path.insert(0, self)
             self._import_module = importlib.import_module
             importlib.import_module = self._import  # siblings are found by dynamic imports too
@@ -66,6 +70,7 @@ class Imports(MetaPathFinder):
 
     def close(self) -> None:
         """Find nothing more, and forget what was loaded."""
+        self._closed = True
         if self in sys.meta_path:
             sys.meta_path.remove(self)
             importlib.import_module = self._import_module
@@ -109,7 +114,7 @@ class Imports(MetaPathFinder):
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            source = Source(fullname, Path(spec.loader.path), folder)
+            source = Source(fullname, Path(spec.loader.path), folder, outside=self._outside)
             spec.loader = _FileLoader(source, self)
         elif spec is not None and spec.origin is None and spec.submodule_search_locations:
             place = Path(next(iter(spec.submodule_search_locations)))
@@ -128,6 +133,19 @@ class Imports(MetaPathFinder):
         found = source.import_module(name, package) if isinstance(source, Source) else None
         return self._import_module(name, package) if found is None else found
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Take what is executed meanwhile, in this context, for part of the stage."""
+        token = _staged.set(self.stage)
+        try:
+            yield
+        finally:
+            _staged.reset(token)
+
+    def _outside(self) -> Mapping[str, ModuleType]:
+        """The modules that are being replaced, for who is not part of that and would have to wait."""
+        return self.stage.modules if _staged.get() is not self.stage else {}
+
     def take_out(self, names: set[str]) -> Stage:
         """Take modules out, so that the next import executes them anew.
 
@@ -135,9 +153,10 @@ class Imports(MetaPathFinder):
         """
         modules = {name: sys.modules[name] for name in names if name in sys.modules}
         self.stage = Stage(modules, sources={n: self.sources[n] for n in names if n in self.sources})
-        for name, source in self.stage.sources.items():
-            theirs = reached(self.sources, name)
-            source.pinned = {name: sys.modules[name] for name in theirs if name in sys.modules}
+        theirs = reached(self.sources, self.stage.sources)
+        pinned = {name: sys.modules[name] for name in theirs if name in sys.modules}
+        for source in self.stage.sources.values():
+            source.pinned = pinned
         self._forget_listings()
         for name, module in modules.items():
             parent, child = _place(name)
@@ -162,6 +181,7 @@ class Imports(MetaPathFinder):
 
     def put_back(self, stage: Stage) -> None:
         """Undo `take_out`, and all that was imported since."""
+        stage.given_up = True
         for source in stage.executed:
             source.stopped = True
             # A thread that was left may hold it for long yet.
@@ -220,9 +240,13 @@ class _FileLoader(SourceFileLoader):
         vars(module)["__builtins__"] = vars(builtins) | {"__import__": source.import_}
         if self.is_package(source.name):
             imports.adopt(module)
+        stage = _staged.get()
+        if stage is not None and stage.given_up:
+            raise SystemExit("the load that this belongs to was given up")
         source.module = module
         imports.sources[source.name] = source
-        imports.stage.executed.append(source)
+        if stage is not None:
+            stage.executed.append(source)
         token, began = _executing.set(source), time.perf_counter()
         try:
             with imports.executing(source):
@@ -248,7 +272,8 @@ class _FolderLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Execute nothing, for there is nothing, but know that it is there."""
         self._imports.adopt(module)
-        self._imports.stage.executed.append(self._source)
+        if (stage := _staged.get()) is not None:
+            stage.executed.append(self._source)
 
 
 @contextmanager
@@ -276,13 +301,18 @@ class _ImportTime:
 
 @cache
 def _note_opened_files() -> None:
-    """Let every file that a managed module reads while it is executed be noted; once, for good."""
+    """Let every file be noted that a managed module reads while executed, and that is written; for good."""
 
     def note(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and (source := _executing.get()) is not None:
+        if event != "open":
+            return
+        path, _, flags = args
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            note_written(path)
+        elif (source := _executing.get()) is not None:
             _executing.set(None)  # reading it here is not the module's doing
             try:
-                source.note_read(*args)
+                source.note_read(path)
             finally:
                 _executing.set(source)
 

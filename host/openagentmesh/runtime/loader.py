@@ -66,6 +66,13 @@ class Module:
         self.state, self.error, self.traceback, self.line = "failed", error, details, line
         self.agents.clear()
 
+    def take_over(self, old: "Module") -> None:
+        """Go on with what modules that are not managed have declared: they were not executed again."""
+        again = {agent.name for agent in self.loose.agents}
+        self.loose.agents[:0] = [agent for agent in old.loose.agents if agent.name not in again]
+        if not again:
+            self.loose.disposals[:0] = old.loose.disposals
+
     def fail_of(self, exc: BaseException, folders: tuple[str, ...]) -> None:
         """Serve nothing of this module, for an error that its import raised; `folders` are the author's."""
         line = _line(exc, folders) or str(self.origin.path or "")
@@ -93,7 +100,7 @@ class Loader:
                 copy_context().run(self._import, module)  # what it sets there is gone with it
         # Code of others may raise anything while it is imported, SystemExit among it.
         except BaseException as exc:
-            if can_be_left and isinstance(exc, KeyboardInterrupt):
+            if self.imports.stage.given_up or (can_be_left and isinstance(exc, KeyboardInterrupt)):
                 raise
             module.fail_of(exc, tuple(f"{folder.path}{os.sep}" for folder in self.imports.folders))
         return module
@@ -120,7 +127,7 @@ class Loader:
         elif "." in origin.path.stem:
             raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
         module.name = self.name_of(origin)
-        with self._declaring(origin.shown, origin.key, module.loose):
+        with self.imports.loading(), self._declaring(origin.shown, origin.key, module.loose):
             loaded = importlib.import_module(module.name)
         if origin.attribute:
             getattr(loaded, origin.attribute.partition(".")[0])
@@ -203,7 +210,7 @@ def shown_line(line: str) -> str:
 def _explain(exc: BaseException) -> str:
     if isinstance(exc, MeshError):
         return exc.message
-    if isinstance(exc, RuntimeError) and any(text in str(exc) for text in _LOOP_STARTED):
+    if isinstance(exc, RuntimeError) and any(text in text_of(exc) for text in _LOOP_STARTED):
         return _GUARD
     if isinstance(exc, SystemExit):
         return f"it ends the program while it is imported (sys.exit({exc.code!r}))"

@@ -1,15 +1,19 @@
 """Where agent modules come from: folders, files, dotted names and entry points."""
 
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
 from openagentmesh.protocol.errors import text_of
 from openagentmesh.runtime.config import Config, ConfigError
-from openagentmesh.runtime.disk import leads_back
+from openagentmesh.runtime.disk import Stamp, leads_back, stamp
 
 ENTRY_POINT_GROUP: Final = "openagentmesh.agents"
 DEFAULT_FOLDER: Final = "agents"
@@ -41,7 +45,32 @@ def find_origins(config: Config) -> list[Origin]:
     if config.host.agents is None and not (config.folder / DEFAULT_FOLDER).is_dir():
         places = []
     found = [origin for place in places for origin in _at(place, config.folder)]
-    return found + list(_entry_points(config.host.entry_points))
+    return _once(found + list(_entry_points(config.host.entry_points)))
+
+
+def origins_left(config: Config, known: Iterable[Origin]) -> list[Origin]:
+    """As `find_origins`, but what is known of places that are not there stays as it is."""
+    found: list[Origin] = []
+    for place in agent_places(config):
+        path = config.folder / place
+        with suppress(ConfigError):
+            found += _at(place, config.folder)
+            continue
+        found += [origin for origin in known if origin.path is not None and origin.path.is_relative_to(path)]
+    with suppress(ConfigError):
+        return _once(found + list(_entry_points(config.host.entry_points)))
+    return _once(found + [origin for origin in known if origin.path is None])
+
+
+def missing_places(config: Config) -> list[Path]:
+    """The folders and files that mesh.toml asks for and that are not there."""
+    places = [config.folder / place for place in agent_places(config)]
+    return [place for place in places if not place.exists()]
+
+
+def _once(origins: Iterable[Origin]) -> list[Origin]:
+    """Each file and each module once, however often it is named."""
+    return list({origin.path or origin.module: origin for origin in reversed(list(origins))}.values())[::-1]
 
 
 def agent_places(config: Config) -> list[str]:
@@ -52,7 +81,7 @@ def agent_places(config: Config) -> list[str]:
 def _at(place: str, folder: Path) -> Iterator[Origin]:
     try:
         path = folder / Path(place).expanduser()
-        found = list(_in_folder(path.resolve(), folder)) if path.is_dir() else []
+        found = list(_in_folder(path.resolve(), folder, ())) if path.is_dir() else []
     except (OSError, RuntimeError) as exc:  # no such user, no such right
         raise ConfigError(f"host.agents: '{place}' cannot be looked at: {text_of(exc)}.") from exc
     if path.is_dir():
@@ -68,17 +97,17 @@ def _at(place: str, folder: Path) -> Iterator[Origin]:
         yield Origin(place, place.rpartition(".")[2], module=place)
 
 
-def _in_folder(path: Path, shown_from: Path) -> Iterator[Origin]:
+def _in_folder(path: Path, shown_from: Path, above: tuple[str, ...]) -> Iterator[Origin]:
+    with os.scandir(path) as entries:
+        items = sorted((entry for entry in entries if entry.name[0] not in "_."), key=lambda e: e.name)
     if (path / "__init__.py").is_file():
         yield _from_path(path, shown_from)
         return
-    for item in sorted(path.iterdir()):
-        if item.name.startswith(("_", ".")):
-            continue
-        if item.is_dir() and not leads_back(item):
-            yield from _in_folder(item, shown_from)
-        elif item.suffix == ".py" and item.is_file():
-            yield _from_path(item, shown_from)
+    for item in items:
+        if item.name.endswith(".py") and item.is_file():
+            yield _from_path(path / item.name, shown_from)
+        elif item.is_dir() and not leads_back(item.path, above):
+            yield from _in_folder(path / item.name, shown_from, (*above, os.path.realpath(item.path)))
 
 
 def _from_path(path: Path, shown_from: Path) -> Origin:
@@ -86,10 +115,20 @@ def _from_path(path: Path, shown_from: Path) -> Origin:
     return Origin(str(shown), path.stem, path=path)
 
 
+def _installed() -> dict[str, EntryPoint]:
+    """What installed packages bring; looked up when something was installed, for it takes long."""
+    return _installed_in(tuple((path, stamp(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _installed_in(_paths: tuple[tuple[str, Stamp | None], ...]) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
 def _entry_points(wanted: bool | list[str]) -> Iterator[Origin]:  # noqa: FBT001 - mesh.toml's own value
     if wanted is False:
         return
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    installed = _installed()
     names = sorted(installed) if wanted is True else wanted
     for name in names:
         if name not in installed:

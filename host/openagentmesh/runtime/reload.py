@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.plugins import configure
 from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.retire import Retired, dispose, forget_hints, retire
+from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints
+from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.runtime.verdict import Doubtful, LoadFailed, ReloadRefused, compared, in_words, why_of
 from openagentmesh.serving.agent import Agent
@@ -28,6 +30,8 @@ from openagentmesh.serving.agent import Agent
 log = logging.getLogger(__name__)
 
 _REMEMBERED: Final = 20
+# So many modules are looked at beside the event loop.
+_MANY: Final = 200
 Ready = Callable[[Agent, Config], Agent]
 # A load that took this many seconds is not waited for the next time.
 _SLOW: Final = 0.008
@@ -85,8 +89,7 @@ class Reloader:
         self._turn = asyncio.Lock()
         self._running: asyncio.Task[Any] | None = None
         self._closed = False
-        self._retiring: dict[asyncio.Task[None], Retired] = {}
-        self._unfinished: list[Retired] = []
+        self.retirements = Retirements(node, self._go_back)
         self._config_error = ""  # that was told last, and is still there
         node.on_finished = self._dispose
 
@@ -134,21 +137,27 @@ class Reloader:
             return outcome
 
     async def _reload(self, only: str, *, sure: bool) -> Outcome | None:
+        began = perf_counter()
         try:
-            plan = self._changes.find(self.modules, self.config, only)
+            plan = await self._find(only)
             self._config_error = ""
         except ConfigError as exc:
             told, self._config_error = self._config_error, exc.message
             if told != exc.message:
                 return self._told(Outcome(self._shown(self._changes.config_cause()), error=exc.message))
             # It is told already; what else has changed is reloaded all the same.
-            plan = self._changes.find(self.modules, self.config, only, reread=False)
+            plan = await self._find(only, lenient=True)
         self._look_for_restored()
         if plan is None:
             return None
         if plan.is_doubtful and not sure:
             raise Doubtful
-        return await self._carry_out(plan, sure=sure)
+        return await self._carry_out(plan, began, sure=sure)
+
+    async def _find(self, only: str, *, lenient: bool = False) -> Plan | None:
+        """What differs; to look at many files must not hold up the event loop."""
+        find = partial(self._changes.find, self.modules, self.config, only, lenient=lenient)
+        return await asyncio.to_thread(find) if len(self.modules) > _MANY else find()
 
     def _look_for_restored(self) -> None:
         """Say of what could not be loaded that it is again what is served, or gone."""
@@ -157,14 +166,15 @@ class Reloader:
         self.modules = [module for module in self.modules if module not in gone]
         outdated = [module for module in self.modules if module.state == "outdated"]
         differing = self._changes.differing() if outdated else set()
+        refused = {name for attempt in self._changes.attempts for name in attempt.names}
         for module in outdated:
-            if module.name not in differing:
+            if module.name not in differing | refused:
                 module.state, module.error, module.traceback, module.line = "serving", "", "", ""
                 log.info("%s is again what is being served", module.origin.shown)
 
-    async def _carry_out(self, plan: Plan, *, sure: bool) -> Outcome:
+    async def _carry_out(self, plan: Plan, began: float, *, sure: bool) -> Outcome:
         """The transaction."""
-        began, imports = perf_counter(), self._loader.imports
+        imports = self._loader.imports
         stage = Stage()
         try:
             self._check_willing(plan)
@@ -191,7 +201,7 @@ class Reloader:
             task = asyncio.current_task()
             if isinstance(exc, Doubtful) or (task is not None and task.cancelling()):
                 raise
-            return self._refused(plan.causes, plan.names, stage, exc, began)
+            return self._refused(plan, stage.executed, exc, began)
         # Above this line anything may fail, and nothing has changed.
         return self._commit(plan, stage, candidate, began)
 
@@ -204,18 +214,24 @@ class Reloader:
 
     def _load(self, origins: Iterable[Origin]) -> list[Module]:
         forget_hints()
-        modules = [self._loader.load(origin, can_be_left=False) for origin in origins]
-        for module in modules:
+        modules = []
+        for origin in origins:
+            module = self._loader.load(origin, can_be_left=False)
             if module.state == "failed":
                 raise LoadFailed(module)
+            modules.append(module)
         return modules
 
     def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> _Candidate:
         """What is to serve from now on; raises why it must not."""
         known = {module.origin: module for module in self.modules} | {module.origin: module for module in new}
         modules = [known[origin] for origin in plan.origins if origin in known]
-        agents = self._loader.agents_of(modules)
         before = {module.origin: module for module in self.modules}
+        for module in new:
+            old = before.get(module.origin)
+            if old is not None:
+                module.take_over(old)
+        agents = self._loader.agents_of(modules)
         for module in new:
             old = before.get(module.origin)
             if not sure and old is not None and old.agents and not agents[module]:
@@ -291,21 +307,9 @@ class Reloader:
         )
         outcome.names = sorted({*old, *[agent.name for agent in candidate.serve], *candidate.gone})
         agents = [(routes[name], agent) for name, agent in old.items()]
-        self._retire(Retired(agents, gone, added, stage, replaced, plan.causes), outcome)
+        retired = Retired(agents, gone, added, stage, replaced, plan)
+        self.retirements.begin(retired, plan.config.host.drain_timeout, outcome)
         return self._told(outcome)
-
-    def _retire(self, retired: Retired, outcome: Outcome) -> None:
-        drain_timeout = self.config.host.drain_timeout
-        task = asyncio.create_task(retire(retired, self._node, drain_timeout, outcome, self._go_back))
-        self._retiring[task] = retired
-        task.add_done_callback(self._has_retired)
-
-    def _has_retired(self, task: asyncio.Task[None]) -> None:
-        retired = self._retiring.pop(task)
-        if task.cancelled():
-            self._unfinished.append(retired)
-        elif exc := task.exception():
-            log.error("an old version could not be let go of", exc_info=exc)
 
     async def _go_back(self, retired: Retired, why: str) -> bool:
         """Let an old version serve again, all of it, unless another reload has replaced the new one."""
@@ -329,8 +333,9 @@ class Reloader:
             gone = self._node.drop(retired.added)
             again = Stage(failed.modules, sources=failed.sources)
             exc = ReloadRefused(f"{why}, so the old version runs again")
-            outcome = self._refused(retired.causes, set(stage.modules), Stage(executed=executed), exc, 0)
-            self._retire(Retired(agents, gone, [], again, [], {}), outcome)
+            outcome = self._refused(retired.plan, executed, exc, perf_counter())
+            drain_timeout = self.config.host.drain_timeout
+            self.retirements.begin(Retired(agents, gone, [], again, [], retired.plan), drain_timeout, outcome)
             await self.on_outcome(outcome)
         return True
 
@@ -345,23 +350,22 @@ class Reloader:
             log.warning("%s", note)
         return outcome
 
-    def _refused(
-        self, causes: Files, names: set[str], stage: Stage, exc: BaseException, began: float
-    ) -> Outcome:
+    def _refused(self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
         also = exc.files if isinstance(exc, LoadFailed) else []
-        self._changes.tried(causes, stage.executed, also)
+        self._changes.tried(plan.causes, executed, also, plan.names)
         error, details, line = why_of(exc)
-        files = self._shown(causes) or ["the configuration"]
-        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began) if began else 0)
+        files = self._shown(plan.causes) or ["the configuration"]
+        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None
         for module in self.modules:
-            if module.origin == failed or module.name in names:
+            if module.origin == failed or module.name in plan.names:
                 module.error, module.traceback, module.line = error, details, line
                 outcome.names += [agent.name for agent in module.agents]
                 module.state = "failed" if module.state == "failed" else "outdated"
-        if isinstance(exc, LoadFailed) and exc.module.origin not in {m.origin for m in self.modules}:
-            self.modules.append(exc.module)
+        for origin in plan.load:
+            if origin not in {module.origin for module in self.modules}:
+                self.modules.append(Module(origin, state="failed", error=error, traceback=details, line=line))
         return self._told(outcome)
 
     def _shown(self, causes: Files) -> list[str]:
@@ -380,19 +384,16 @@ class Reloader:
         """Reload nothing more, and wait for what is being let go, as long as a stop may take."""
         self._closed = True
         await end(self._running)
-        if self._retiring:
-            await asyncio.wait(self._retiring, timeout=self.config.host.drain_timeout)
-        await end(*self._retiring)
+        await self.retirements.finish(self.config.host.drain_timeout)
 
     async def _dispose(self) -> None:
         """Dispose of what served to the last, and of what could not be let go of before."""
-        generations = [generation for retired in self._unfinished for generation in retired.generations]
-        generations += [source.generation for source in self._loader.imports.sources.values()]
+        await self.retirements.dispose()
+        generations = [source.generation for source in self._loader.imports.sources.values()]
         await dispose(generations + [module.loose for module in self.modules])
 
 
-async def _tell_nobody(_outcome: Outcome) -> None:
-    return
+async def _tell_nobody(_outcome: Outcome) -> None: ...
 
 
 def _ms(began: float) -> float:

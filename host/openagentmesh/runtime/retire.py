@@ -15,11 +15,11 @@ from time import monotonic
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
-from openagentmesh.bus.tasks import end_within, persistently
+from openagentmesh.bus.tasks import end, end_within, persistently
 from openagentmesh.mesh.loading import Generation
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
-from openagentmesh.runtime.changes import Files
+from openagentmesh.runtime.changes import Plan
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Module
 from openagentmesh.serving.agent import Agent
@@ -48,7 +48,7 @@ class Retired:
         added: the names of agents that were not there before.
         stage: the modules they came from, and what was executed in their place.
         modules: their modules, as they were.
-        causes: the files that had changed.
+        plan: what was done.
 
     """
 
@@ -57,7 +57,7 @@ class Retired:
     added: list[str]
     stage: Stage
     modules: list[Module]
-    causes: Files
+    plan: Plan
 
     @property
     def generations(self) -> list[Generation]:
@@ -66,6 +66,41 @@ class Retired:
 
 
 GoBack = Callable[[Retired, str], Awaitable[bool]]
+
+
+class Retirements:
+    """What is being let go of; `go_back` lets an old version serve again, see `retire`."""
+
+    def __init__(self, node: Node, go_back: GoBack) -> None:
+        self._node = node
+        self._go_back = go_back
+        self._running: dict[asyncio.Task[None], Retired] = {}
+        self._unfinished: list[Retired] = []
+
+    def begin(self, retired: Retired, drain_timeout: float, outcome: Outcome) -> None:
+        """Let something go, in a task."""
+        task = asyncio.create_task(retire(retired, self._node, drain_timeout, outcome, self._go_back))
+        self._running[task] = retired
+        task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        retired = self._running.pop(task)
+        if task.cancelled():
+            self._unfinished.append(retired)
+        elif exc := task.exception():
+            log.error("an old version could not be let go of", exc_info=exc)
+
+    async def finish(self, timeout: float | None = None) -> None:
+        """Wait until all is let go of, and after `timeout` seconds for nothing more."""
+        while self._running and timeout is None:
+            await asyncio.wait(self._running)
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout)
+        await end(*self._running)
+
+    async def dispose(self) -> None:
+        """Dispose of what could not be let go of in time."""
+        await dispose([generation for retired in self._unfinished for generation in retired.generations])
 
 
 async def retire(

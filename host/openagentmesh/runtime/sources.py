@@ -5,18 +5,21 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Final
+from weakref import WeakSet
 
 from openagentmesh.mesh.loading import Generation
-from openagentmesh.runtime.disk import Digest, digest_of
+from openagentmesh.runtime.disk import Digest, file_digest
 
 # Where nobody edits: the standard library, and what was installed.
 INSTALLED: Final = tuple({sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+# What is read from here is no input that somebody edits.
+_NO_DATA: Final = (*INSTALLED, "/proc/", "/sys/", "/dev/")
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,7 @@ class Folder:
         return f"{self.package}.{name}" if self.has(top) else None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Source:
     """One file as it was executed: what was read for it, and what it imported.
 
@@ -72,6 +75,7 @@ class Source:
         stopped: its load was given up; it imports nothing more.
         module: what it was executed as.
         took: how long that took, in seconds.
+        outside: for who is not part of the load that is going on, the modules that it replaces.
 
     """
 
@@ -88,6 +92,7 @@ class Source:
     stopped: bool = False
     module: ModuleType | None = None
     took: float = 0.0
+    outside: Callable[[], Mapping[str, ModuleType]] = dict
 
     def import_(
         self,
@@ -103,8 +108,9 @@ class Source:
         if full is None:
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         self._note(full)
-        if full in self.pinned:
-            return self._of_its_time(full, fromlist) if fromlist else self._top(name, level)
+        before = self.pinned or self.outside()
+        if full in before:
+            return self._of_its_time(full, fromlist, before) if fromlist else self._top(name, level, before)
         try:
             found = builtins.__import__(full, globals, locals, fromlist or (), 0)
         except ModuleNotFoundError as exc:
@@ -115,10 +121,11 @@ class Source:
         if not fromlist:
             words = full.split(".")
             self.walked |= {".".join(words[: -back or None]) for back in range(name.count("."))}
-            return self._top(name, level)
+            return self._top(name, level, before)
         for item in getattr(found, "__all__", ()) if "*" in fromlist else fromlist:
-            self._note(f"{full}.{item}")
-            if item not in vars(found):
+            if f"{full}.{item}" in sys.modules:
+                self._note(f"{full}.{item}")
+            elif not hasattr(found, item):
                 self._note_missing(f"{full}.{item}")
         return found
 
@@ -127,17 +134,16 @@ class Source:
         full = self._absolute(importlib.util.resolve_name(name, package))
         return self.import_(full, fromlist=("__name__",)) if full else None
 
-    def note_read(self, path: object, _mode: object, flags: int) -> None:
+    def note_read(self, path: object) -> None:
         """Remember a file that was opened while this one was executed."""
-        writing = flags & (os.O_WRONLY | os.O_RDWR)
-        if writing or not isinstance(path, str | PathLike) or str(path).startswith(INSTALLED):
+        if not isinstance(path, str | PathLike) or str(path).startswith(_NO_DATA):
             return
         file = Path(os.path.abspath(path))  # noqa: PTH100 - links are to stay what they are
-        if file.suffix not in {".py", ".pyc"}:
-            if file.is_file():
-                self.data.setdefault(file, digest_of(file.read_bytes()))
-            elif not file.exists():
-                self.data.setdefault(file, None)
+        if file.suffix in {".py", ".pyc"} or str(file) in _written:
+            return
+        if file.is_file() or not file.exists():
+            self.data.setdefault(file, file_digest(file))
+            _readers.setdefault(str(file), WeakSet()).add(self)
 
     def _end_if_stopped(self) -> None:
         if self.stopped:
@@ -148,6 +154,10 @@ class Source:
         top = name.partition(".")[0]
         if top in self.sought:  # a function may import again and again; a file of that name is a reload
             return None
+        ours = f"{self.folder.package}.{top}"
+        # What is there already does not depend on the disk: editors take files away for a moment.
+        if self.folder.bare and (ours in self.pinned or ours in sys.modules):
+            return f"{self.folder.package}.{name}"
         full = self.folder.full_name(name)
         if full is None:
             self.sought.add(top)
@@ -160,18 +170,20 @@ class Source:
         kept = len(words) - level + is_package
         return ".".join([*words[:kept], name]).rstrip(".") if kept > 0 else None
 
-    def _top(self, name: str, level: int) -> ModuleType:
+    def _top(self, name: str, level: int, before: Mapping[str, ModuleType]) -> ModuleType:
         """What `import a.b` binds: the module of the first name."""
         assert not level, "a relative import names what it wants"
-        first = self.folder.full_name(name.partition(".")[0])
+        first = self._absolute(name.partition(".")[0])
         assert first is not None
-        return self.pinned.get(first) or sys.modules[first]
+        return before.get(first) or sys.modules[first]
 
-    def _of_its_time(self, full: str, fromlist: Sequence[str]) -> ModuleType:
+    def _of_its_time(
+        self, full: str, fromlist: Sequence[str], before: Mapping[str, ModuleType]
+    ) -> ModuleType:
         """A module as it was when this one was replaced, though its package may have newer modules now."""
-        found = self.pinned[full]
+        found = before[full]
         names = [(item, f"{full}.{item}") for item in fromlist]
-        items = {item: self.pinned[name] for item, name in names if name in self.pinned}
+        items = {item: before[name] for item, name in names if name in before}
         if all(vars(found).get(item) is module for item, module in items.items()):
             return found
         then = ModuleType(full)
@@ -191,6 +203,32 @@ class Source:
             self.data |= {Path(place, f"{child}.py"): None, Path(place, child, "__init__.py"): None}
 
 
+def note_written(path: object) -> None:
+    """Take a file that managed code writes for no input of it: each write would be a reload."""
+    if not _readers or not isinstance(path, str | PathLike):
+        return
+    file = os.path.abspath(path)  # noqa: PTH100 - as above
+    if os.fspath(file) in _readers and _is_managed_code_running():
+        readers = _readers.pop(os.fspath(file))
+        _written.add(os.fspath(file))
+        for source in readers:
+            source.data.pop(Path(os.fspath(file)), None)
+
+
+def _is_managed_code_running() -> bool:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - nobody else tells
+    while frame is not None:
+        if isinstance(getattr(frame.f_builtins.get("__import__"), "__self__", None), Source):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Who read which file while executed, and which of these files managed code has written since.
+_readers: dict[str, WeakSet[Source]] = {}
+_written: set[str] = set()
+
+
 def importers(sources: Mapping[str, Source], names: set[str]) -> set[str]:
     """These modules and all that have to be replaced with them: who imported them, directly or not.
 
@@ -207,9 +245,10 @@ def importers(sources: Mapping[str, Source], names: set[str]) -> set[str]:
     return found
 
 
-def reached(sources: Mapping[str, Source], name: str) -> set[str]:
-    """This module and all that it imported, directly or not."""
-    found, ahead = {name}, [name]
+def reached(sources: Mapping[str, Source], names: Iterable[str]) -> set[str]:
+    """These modules and all that they imported, directly or not."""
+    ahead = list(names)
+    found = set(ahead)
     while ahead:
         source = sources.get(ahead.pop())
         more = source.imports - found if source else set()

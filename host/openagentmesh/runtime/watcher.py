@@ -155,14 +155,14 @@ async def _scanned(places: Places) -> Scan:
 def _scan(places: Places) -> Scan:
     found: Scan = {}
     for root in places.roots:
-        _scan_folder(str(root), found)
+        _scan_folder(str(root), found, ())
     for path in places.elsewhere:
         if (there := stamp(path)) is not None:
             found[path] = there
     return found
 
 
-def _scan_folder(folder: str, found: Scan) -> None:
+def _scan_folder(folder: str, found: Scan, above: tuple[str, ...]) -> None:
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -171,8 +171,8 @@ def _scan_folder(folder: str, found: Scan) -> None:
         try:
             if entry.name.endswith(".py"):
                 found[entry.path] = stamp_of(entry.stat())
-            elif not is_skipped(entry.name) and entry.is_dir() and not leads_back(entry.path):
-                _scan_folder(entry.path, found)
+            elif not is_skipped(entry.name) and entry.is_dir() and not leads_back(entry.path, above):
+                _scan_folder(entry.path, found, (*above, os.path.realpath(entry.path)))
         except OSError:
             continue  # it went away while we looked
 
