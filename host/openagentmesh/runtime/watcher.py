@@ -23,7 +23,7 @@ Scan = dict[str, Stamp]
 _STEP: Final = 10
 # Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
 _SWEEP: Final = 1.0
-_SWEEP_SHARE: Final = 0.004
+_SWEEP_SHARE: Final = 0.001
 # A file that is written in place is done when two looks this far apart see the same.
 _SETTLED: Final = 0.03
 # Several files are done when nothing changed for this long; nobody waits longer than the limit.
@@ -62,7 +62,7 @@ async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: as
     """Reload until there are other places to look at; returns what was seen last."""
     now = places
     while now == places:
-        await _until_rung(bell, seen)
+        await _until_rung(bell, places, seen)
         scan = await _scanned(places)
         if scan == seen:
             continue
@@ -119,15 +119,19 @@ async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
     return now
 
 
-async def _until_rung(bell: asyncio.Event, seen: Scan) -> None:
+async def _until_rung(bell: asyncio.Event, places: Places, seen: Scan) -> None:
+    """Wait for the bell, for a change of a single file, or for the time to look at everything."""
+    loop = asyncio.get_running_loop()
     # A scan takes about 4 us a file, so that many files are looked at less often.
-    pause = max(_SWEEP, len(seen) * 4e-6 / _SWEEP_SHARE)
-    try:
-        async with asyncio.timeout(pause):
-            await bell.wait()
-    except TimeoutError:
-        return
-    bell.clear()
+    sweep = loop.time() + max(_SWEEP, len(seen) * 4e-6 / _SWEEP_SHARE)
+    while loop.time() < sweep:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SWEEP):
+                await bell.wait()
+                bell.clear()
+                return
+        if any(stamp(path) != seen.get(path) for path in places.elsewhere):
+            return
 
 
 async def _ring(
