@@ -127,15 +127,19 @@ class Plugins:
             self._ask(plugin, "mesh_configure", settings=settings)
         plugin.settings = settings
 
+    def model(self, plugin: Plugin) -> type[BaseModel] | None:
+        """The model of a plugin's own table; None when it takes no settings."""
+        model: type[BaseModel] | None = self._ask(plugin, "mesh_settings")
+        return model
+
     def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:
         """A plugin's own table by its model; None when it has no model."""
-        model = self._ask(plugin, "mesh_settings")
+        model = self.model(plugin)
         if model is None:
             if table:
                 raise PluginFailed(f"The plugin '{plugin.name}' takes no settings.")
             return None
-        validated: BaseModel = model.model_validate(table)
-        return validated
+        return model.model_validate(table)
 
     def around(self, agent: Agent, tables: Tables) -> Agent:
         """An agent within the middlewares of all plugins; `tables` are its own settings of them.

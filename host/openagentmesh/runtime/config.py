@@ -237,12 +237,14 @@ def _pauses(config: Config) -> Iterator[str]:
             )
 
 
-def problems_of(exc: ValidationError, within: Loc = ()) -> Iterator[str]:
-    """What is wrong in a file, or `within` one of its tables, a line each."""
+def problems_of(
+    exc: ValidationError, within: Loc = (), known: Collection[str] | None = None
+) -> Iterator[str]:
+    """What is wrong in a file, or `within` one of its tables, whose keys are `known`; a line each."""
     for error in exc.errors(include_url=False):
         loc, given = (*within, *error["loc"]), error["input"]
         if error["type"] == "extra_forbidden":
-            yield _unknown(loc, given)
+            yield _unknown(loc, given, known)
         elif error["type"] in {"model_type", "dict_type"}:
             yield f"{_key(loc)}: {_no_table(loc)}, found {_shown(given)}"
         else:
@@ -250,11 +252,12 @@ def problems_of(exc: ValidationError, within: Loc = ()) -> Iterator[str]:
             yield f"{_key(loc)}: {_lowered(error['msg'])}{shown}"
 
 
-def _unknown(loc: Loc, given: object = None) -> str:
+def _unknown(loc: Loc, given: object = None, known: Collection[str] | None = None) -> str:
     if loc[0] == "agents" and isinstance(given, dict):
         hint = f"quote the name of an agent: [agents.{_meant(loc, given)}]"
         return f"{_key(loc)}: a table has no place here; {hint}"
-    return f"{_key(loc)}: unknown key; {near(str(loc[-1]), _known_keys(loc[:-1]), 'known here')}"
+    known = _known_keys(loc[:-1]) if known is None else known
+    return f"{_key(loc)}: unknown key; {near(str(loc[-1]), known, 'known here')}"
 
 
 def _meant(loc: Loc, given: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.mesh.plugins import Plugin, Plugins
 from openagentmesh.protocol.errors import PluginFailed, text_of
 from openagentmesh.runtime.config import Config, ConfigError, near, problems_of
 
@@ -46,8 +46,10 @@ def configure(plugins: Plugins, config: Config) -> None:
     try:
         plugins.configure(config.plugins)
     except ValidationError as exc:
-        plugin = next((p.name for p in plugins.all if _fails(plugins, p.name, config)), "")
-        listed = "\n".join(f"  {problem}" for problem in problems_of(exc, ("plugins", plugin)))
+        failed = next(plugin for plugin in plugins.all if _fails(plugins, plugin, config))
+        model = plugins.model(failed)
+        problems = problems_of(exc, ("plugins", failed.name), model.model_fields if model else [])
+        listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
 
 
@@ -56,10 +58,9 @@ def name_of(entry: str) -> str:
     return Path(entry).stem if _is_file(entry) else entry
 
 
-def _fails(plugins: Plugins, name: str, config: Config) -> bool:
-    plugin = next(plugin for plugin in plugins.all if plugin.name == name)
+def _fails(plugins: Plugins, plugin: Plugin, config: Config) -> bool:
     try:
-        plugins.validated(plugin, config.plugins.get(name, {}))
+        plugins.validated(plugin, config.plugins.get(plugin.name, {}))
     except ValidationError:
         return True
     return False
