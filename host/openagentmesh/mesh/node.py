@@ -32,6 +32,7 @@ from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.router import Router
+from openagentmesh.serving.threads import pool
 
 log = logging.getLogger(__name__)
 
@@ -325,6 +326,7 @@ class Node:
             "agent_count": len(self.router),
             "agents": [route.description() for route in islice(self.router, _MOST_DESCRIBED)],
             "refused": self.refused,
+            "threads": pool.description(),
             "connection": {
                 "url": self.bus.target.shown,
                 "server": self.bus.server.get("version"),

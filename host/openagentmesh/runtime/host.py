@@ -33,6 +33,7 @@ from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
 from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.threads import pool
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Host:
         target = await self._target()
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
         self.plugins = plugins = load_plugins(config, self._given)
+        pool.resize(config.host.threads)
         replays = Replays(config.host.replay, plugins.redactor)
 
         def ready(agent: Agent, config: Config) -> Agent:

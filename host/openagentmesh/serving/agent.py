@@ -216,7 +216,7 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
             f"mesh.subject_condition; this is {active_when!r}.",
             agent=spec.name,
         )
-    handler = inspect_handler(function, spec.name, types, driven=bool(sources))
+    handler = inspect_handler(function, spec.name, types, driven=bool(sources), thread=spec.thread)
     for source in sources:
         wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
         if not isinstance(source, wanted):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Literal
 
 from openagentmesh.protocol.codec import Request
@@ -99,7 +100,11 @@ class Call:
     @property
     def remaining(self) -> float:
         """Seconds until the deadline, at least 0."""
-        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+        try:
+            now = asyncio.get_running_loop().time()
+        except RuntimeError:  # in a thread of a handler, where the loop's clock is the machine's
+            now = monotonic()
+        return max(0.0, self.deadline - now)
 
 
 Endpoint = Callable[[Call], Awaitable[Any]]
