@@ -303,8 +303,13 @@ def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) 
         returning(hint).dump(result)
 
 
-def synchronous(req: In) -> Out:
-    return Out(length=len(req.text))
+def synchronous_watcher() -> None:
+    pass
+
+
+@wraps(responder)
+def around_async(*args: Any) -> Any:
+    return responder(*args)
 
 
 def synchronous_generator(req: In) -> Any:
@@ -350,8 +355,8 @@ async def takes_an_entry(entry: KVEntry[str]) -> None:
 @pytest.mark.parametrize(
     ("function", "remedy"),
     [
-        (synchronous, "`async def`"),
         (synchronous_generator, "`async def`"),
+        (synchronous_watcher, "`async def`"),
         (untyped, "write `req: MyInput`"),
         (two, "put what it needs into one pydantic model"),
         (keyword_only, "must be an ordinary one, as in `req: MyInput`"),
@@ -372,6 +377,15 @@ def test_a_function_that_cannot_serve_is_refused_where_it_is_declared(function: 
     place = f"{__file__}:{function.__code__.co_firstlineno}"
     assert f"The handler '{function.__name__}' of agent 'a' ({place}) cannot serve" in message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("function", "remedy"), [(around_async, "it must be an `async def` itself"), (In, "must be a function")]
+)
+def test_what_only_looks_like_a_def_is_refused(function: Callable[..., Any], remedy: str) -> None:
+    """A `def` around an `async def` would give back a coroutine, and a class is no function."""
+    with pytest.raises(InvalidAgent, match=remedy):
+        AgentMesh().agent(AgentSpec(name="a"))(function)
 
 
 @pytest.mark.parametrize("name", ["x.events", "global", "a b", "", "a..b"])

@@ -35,6 +35,7 @@ from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
+from openagentmesh.serving.threads import pool
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +292,7 @@ class Node:
             "agent_count": len(self.router),
             "agents": [route.description() for route in islice(self.router, _MOST_DESCRIBED)],
             "refused": self.refused,
+            "threads": pool.description(),
             "connection": {
                 "url": self.bus.target.shown,
                 "server": self.bus.server.get("version"),

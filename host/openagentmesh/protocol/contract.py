@@ -35,6 +35,7 @@ class AgentSpec(BaseModel):
     `idempotent` says that answering a request twice is as good as once, so that callers may
     ask again when an answer is lost. `replayable` says that its last requests may be answered
     once more by a version that is about to be loaded, though nobody waits for these answers.
+    `thread` says that the handler must run in a thread, as every `def` does, and no `async def`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AgentSpec(BaseModel):
     version: str = "0.1.0"
     idempotent: bool = False
     replayable: bool = False
+    thread: bool = False
 
 
 class CatalogEntry(BaseModel):

@@ -77,7 +77,8 @@ class HostSection(_Section):
     that another live instance serves under the same name, or that a reload would replace.
     `load_timeout` is how long a module may take to be reloaded, in seconds. `replay` requests
     of each agent are kept, if it allows that, and run against its next version before it serves;
-    with `replay_strict` a new error refuses it.
+    with `replay_strict` a new error refuses it. `threads` is how many handlers that are no
+    `async def` may run at once; 0 for four more than there are processors, 32 at most.
     """
 
     name: str = ""
@@ -89,6 +90,7 @@ class HostSection(_Section):
     reload: bool = True
     replay: Annotated[Whole, Field(ge=0, le=1000)] = 0
     replay_strict: bool = False
+    threads: Annotated[Whole, Field(ge=0, le=1000)] = 0
     load_timeout: Seconds = 10.0
     drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
 
@@ -176,7 +178,7 @@ def unfollowed(started: Config, now: Config) -> list[str]:
     """The keys that a running host does not follow, and that are not as they were at its start."""
     fixed = [("mesh", key) for key in MeshSection.model_fields]
     fixed += [("server", key) for key in ServerSection.model_fields]
-    fixed += [("host", key) for key in ("name", "plugins", "reload", "replay")]
+    fixed += [("host", key) for key in ("name", "plugins", "reload", "replay", "threads")]
     return [
         f"[{section}] {key}"
         for section, key in fixed

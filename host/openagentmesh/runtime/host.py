@@ -33,6 +33,7 @@ from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
 from openagentmesh.serving.agent import Agent
+from openagentmesh.serving.threads import pool
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Host:
         """Make all the parts, without starting any."""
         config, self.plugins = self._config, plugins
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
+        pool.resize(config.host.threads)
         replays = Replays(config.host.replay, plugins.redactor)
 
         def ready(agent: Agent, config: Config) -> Agent:

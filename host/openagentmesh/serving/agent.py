@@ -11,10 +11,11 @@ from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import AgentContract, AgentSpec
-from openagentmesh.protocol.errors import InvalidAgent
+from openagentmesh.protocol.errors import InvalidAgent, Overloaded
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint, Middleware
 from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
+from openagentmesh.serving.slots import Slots
 from openagentmesh.serving.sources import (
     Condition,
     KVCondition,
@@ -23,6 +24,9 @@ from openagentmesh.serving.sources import (
     SubjectCondition,
     SubjectSource,
 )
+
+# What an overloaded agent tells its callers to wait.
+_RETRY_AFTER_MS: Final = 250
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,6 +48,10 @@ class Limits:
     timeout: float = 60.0
     restart_pause: float = 0.5
     restart_pause_max: float = 60.0
+
+    def slots(self) -> Slots:
+        """Room for as many requests as may run and wait."""
+        return Slots(self.concurrency, self.queue)
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -106,13 +114,24 @@ class Agent:
         """The innermost endpoint: wait for a turn, read the input, run the handler.
 
         Raises:
+            Overloaded: too many wait already.
             InvocationMismatch: a call of a streamer, or a stream of something else.
             InvalidInput: the body is not what the handler takes.
 
         """
+        if call.slots.full and not call.in_turn:
+            raise self.overloaded()
         async with call.slots:
             call.read()
             return await self.endpoint(call)
+
+    def overloaded(self) -> Overloaded:
+        """What a caller is told for whom there is no room."""
+        return Overloaded(
+            f"Agent '{self.name}' has {self.limits.concurrency} requests running and "
+            f"{self.limits.queue} waiting. Try again later.",
+            details={"retry_after_ms": _RETRY_AFTER_MS},
+        )
 
     def patience(self, request: Request) -> float:
         """Seconds that this request may take: the agent's limit or what its caller waits."""
@@ -208,7 +227,7 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
             f"mesh.subject_condition; this is {active_when!r}.",
             agent=spec.name,
         )
-    handler = inspect_handler(function, spec.name, types, driven=bool(sources))
+    handler = inspect_handler(function, spec.name, types, driven=bool(sources), thread=spec.thread)
     for source in sources:
         wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
         if not isinstance(source, wanted):

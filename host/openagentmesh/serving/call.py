@@ -5,11 +5,13 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Literal, Self
 
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.messages import Usage
+from openagentmesh.serving.slots import Slots
 
 
 async def _send_nothing(chunk: object) -> None:
@@ -60,8 +62,10 @@ class Call:
         started: when it came, in seconds of the event loop's clock.
         patience: seconds it may take; for a stream, from chunk to chunk.
         verb: what the caller did; `source` for a message or a change that drives the agent.
+        in_turn: one of a series, such as the changes of a key: the next one comes when this one is
+            over, and nobody would bring it again, so it waits where others are refused.
         proven: who asks, once a plugin knows.
-        slots: limits how many handlers run at once.
+        slots: limits how many handlers run at once, and how many requests wait for that.
         read: checks the verb and reads the input; called in the innermost endpoint.
 
     """
@@ -77,8 +81,9 @@ class Call:
     started: float = 0.0
     patience: float = math.inf
     verb: Verb | Literal["source"] = "call"
+    in_turn: bool = False
     proven: Caller | None = None
-    slots: asyncio.Semaphore = field(default_factory=asyncio.Semaphore)
+    slots: Slots = field(default_factory=Slots)
     read: Callable[[], None] = _read_nothing
 
     @property
@@ -99,7 +104,11 @@ class Call:
     @property
     def remaining(self) -> float:
         """Seconds until the deadline, at least 0."""
-        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+        try:
+            now = asyncio.get_running_loop().time()
+        except RuntimeError:  # in a thread of a handler, where the loop's clock is the machine's
+            now = monotonic()
+        return max(0.0, self.deadline - now)
 
 
 Endpoint = Callable[[Call], Awaitable[Any]]

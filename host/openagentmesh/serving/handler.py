@@ -14,6 +14,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, problems_of
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.serving.call import Call, Endpoint
+from openagentmesh.serving.threads import pool
 
 Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
 # What a source-driven handler takes around the data: nothing, a KVEntry or a MeshMessage.
@@ -88,7 +89,7 @@ class Handler:
     """A function with its shape and types.
 
     `output` is the type of a streamer's chunks and of a publisher's events, `envelope` what a
-    source-driven handler takes its input in.
+    source-driven handler takes its input in, `blocks` whether it is a `def`, which runs in a thread.
     """
 
     function: Callable[..., Any]
@@ -97,6 +98,7 @@ class Handler:
     output: Type | None
     input_optional: bool
     envelope: Envelope = ""
+    blocks: bool = False
 
     def read(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
         """A request's body as the handler's input.
@@ -179,7 +181,10 @@ class Handler:
         async def respond(call: Call) -> object:
             return await _invoke(function, self, call)
 
-        return respond
+        async def respond_in_thread(call: Call) -> object:
+            return await pool.run(call.agent, partial(_invoke_blocking, function, self, call))
+
+        return respond_in_thread if self.blocks else respond
 
 
 _NO_BODY: Final[list[dict[str, Any]]] = [
@@ -197,19 +202,32 @@ def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any: 
     return function(call.input)
 
 
+def _invoke_blocking(function: Callable[..., Any], handler: Handler, call: Call) -> object:
+    result = _invoke(function, handler, call)
+    if inspect.iscoroutine(result):
+        result.close()
+        raise HandlerError("The handler is a `def` that gave back a coroutine; it must be an `async def`.")
+    return result
+
+
 def inspect_handler(
-    function: Callable[..., Any], agent: str, types: Types, *, driven: bool = False
+    function: Callable[..., Any], agent: str, types: Types, *, driven: bool = False, thread: bool = False
 ) -> Handler:
-    """Take a function's shape and types from its signature; `driven`: it has sources.
+    """Take a function's shape and types from its signature.
+
+    `driven`: it has sources; `thread`: it must run in a thread.
 
     Raises:
-        InvalidAgent: it is not async, takes more than one parameter, or a type is missing,
-            unknown or nothing that pydantic can validate.
+        InvalidAgent: it is no function, is async and must not be or the other way round, takes more
+            than one parameter, or a type is missing, unknown or nothing that pydantic can validate.
 
     """
     streaming = inspect.isasyncgenfunction(_plain(function))
-    if not streaming and not inspect.iscoroutinefunction(_plain(function)):
-        raise _invalid(agent, function, "it must be an `async def`")
+    blocks = not streaming and not inspect.iscoroutinefunction(_plain(function))
+    if thread and not blocks:
+        raise _invalid(agent, function, "an `async def` runs on the event loop; thread=True is for a `def`")
+    if blocks and (why := _never_in_a_thread(_plain(function))):
+        raise _invalid(agent, function, why)
     parameter, hints = _parameter(function, agent), _hints(function, agent)
     takes, envelope = _taken(parameter, hints, agent, function)
     returns = hints.get("return", type(None))
@@ -224,6 +242,10 @@ def inspect_handler(
         shape = "publisher"
     else:
         shape = "watcher" if returns is type(None) else "trigger"
+    if blocks and shape == "watcher":
+        raise _invalid(
+            agent, function, "it takes and returns nothing, so it runs by itself and must be an `async def`"
+        )
     if streaming and (driven or envelope):
         raise _invalid(agent, function, "it has sources and yields; nobody would read that, so let it return")
     if envelope and not driven:
@@ -235,7 +257,20 @@ def inspect_handler(
         None if returns is type(None) else _type(returns, types, agent, function),
         input_optional=parameter is not None and parameter.default is not parameter.empty,
         envelope=envelope,
+        blocks=blocks,
     )
+
+
+def _never_in_a_thread(function: Callable[..., Any]) -> str:
+    """Why something that is not async cannot be called in a thread; empty when it can."""
+    if not inspect.isroutine(function):
+        return "it must be a function, `async def` or `def`"
+    if inspect.isgeneratorfunction(function):
+        return "it is a `def` that yields; only an `async def` may"
+    inner = inspect.unwrap(function)
+    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
+        return "it is a `def` around an `async def`; it must be an `async def` itself"
+    return ""
 
 
 def _taken(

@@ -38,8 +38,8 @@ from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
 
 log = logging.getLogger(__name__)
 
-# What an overloaded agent tells its callers to wait.
-_RETRY_AFTER_MS: Final = 250
+# How many requests plugins may be asked about at once, before those are counted that they let through.
+_MOST_ASKED: Final = 10_000
 # How long a handler may take to clean up after it was cancelled.
 _CANCEL_GRACE: Final = 1.0
 # How much longer a chunk may take while all return to a restarted server.
@@ -62,7 +62,7 @@ class Shared:
 
 @dataclass(slots=True)
 class Counts:
-    """What a route has done since it was made."""
+    """What a route has done since it was made; `refused` are those of the errors that say `overloaded`."""
 
     requests: int = 0
     errors: int = 0
@@ -84,7 +84,7 @@ class Route:
         self.is_open = False
         self._feeds: dict[Source, SubjectFeed | KVFeed] = {}
         self._draining: asyncio.Task[int] | None = None
-        self._slots = asyncio.Semaphore(agent.limits.concurrency)
+        self._slots = agent.limits.slots()
         # What runs, and on which version.
         self._tasks: dict[asyncio.Task[None], Agent] = {}
 
@@ -144,8 +144,9 @@ class Route:
 
         Unless it `is_settled` then, `follow` has to be called.
         """
-        if agent.limits.concurrency != self.agent.limits.concurrency:
-            self._slots = asyncio.Semaphore(agent.limits.concurrency)
+        old, new = self.agent.limits, agent.limits
+        if (old.concurrency, old.queue) != (new.concurrency, new.queue):
+            self._slots = agent.limits.slots()
         self.agent = agent
         if self.is_settled:
             self._followed = agent  # nothing else is to hold the old one
@@ -219,15 +220,16 @@ class Route:
 
     def receive(self, message: Message, accept: Accept | None = None) -> None:
         """Take a request off the wire: spawn and return. `accept` reads it when it is a source's."""
-        limits = self.agent.limits
-        if len(self._tasks) >= limits.concurrency + limits.queue:
-            self._spawn(self.refuse(message), self.agent)
-        else:
-            self.take(message, accept)
+        agent = self.agent
+        room = agent.limits.concurrency + agent.limits.queue
+        # Who gets the room is for plugins to say, so with them it is counted further in.
+        most = max(room, _MOST_ASKED) if agent.layers else room
+        full = len(self._tasks) >= most
+        self._spawn(self.refuse(message) if full else self.answer(message, agent, accept), agent)
 
-    def take(self, message: Message, accept: Accept | None = None) -> "asyncio.Task[None]":
-        """Answer a request in a task of its own, however many there are."""
-        return self._spawn(self.answer(message, self.agent, accept), self.agent)
+    def take(self, message: Message, accept: Accept) -> "asyncio.Task[None]":
+        """Answer one of a series in a task of its own, however many requests there are."""
+        return self._spawn(self.answer(message, self.agent, accept, in_turn=True), self.agent)
 
     def _spawn(self, walk: Coroutine[Any, Any, None], agent: Agent) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(walk)
@@ -235,7 +237,9 @@ class Route:
         task.add_done_callback(self._tasks.pop)
         return task
 
-    async def answer(self, message: Message, agent: Agent, accept: Accept | None = None) -> None:
+    async def answer(
+        self, message: Message, agent: Agent, accept: Accept | None = None, *, in_turn: bool = False
+    ) -> None:
         """Walk one request from its message to its reply, all of it on one version of the agent."""
         now = asyncio.get_running_loop().time()
         request = codec.read_request(message.head, message.body)
@@ -243,7 +247,7 @@ class Route:
         call = Call(agent.name, request, now + patience, started=now, patience=patience, slots=self._slots)
         deadline = Deadline(call.deadline)
         reply = reply_subject(message, request, overheard=accept is not None)
-        call.verb = "source" if accept else verb_of(request, reply)
+        call.verb, call.in_turn = "source" if accept else verb_of(request, reply), in_turn
         call.read = partial(accept or Agent.accept, agent, call)
         lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
@@ -277,19 +281,13 @@ class Route:
     async def refuse(self, message: Message) -> None:
         """Answer a request for which there is no room."""
         agent = self.agent
-        self.counts.refused += 1
-        error = Overloaded(
-            f"Agent '{agent.name}' has {agent.limits.concurrency} requests running and "
-            f"{agent.limits.queue} waiting. Try again later.",
-            details={"retry_after_ms": _RETRY_AFTER_MS},
-        )
         request = codec.read_request(message.head, message.body)
         overheard = message.subject != subjects.agent(agent.name)
         where = error_subject(
             request, reply_subject(message, request, overheard=overheard), overheard=overheard
         )
         # Its caller is there: it has just asked, through this very server.
-        await self._reply_error(request, where, error, self._shared.bus.publish)
+        await self._reply_error(request, where, agent.overloaded(), self._shared.bus.publish)
 
     async def finish(self, timeout: float, agent: Agent | None = None) -> int:
         """Wait for what is running, or what is on one version; after `timeout` seconds cancel it.
@@ -340,6 +338,7 @@ class Route:
 
     async def _reply_error(self, request: Request, where: str, error: MeshError, send: Send) -> None:
         self.counts.errors += 1
+        self.counts.refused += error.code == Overloaded.code
         bus, instance_id, name = self._shared.bus, self._shared.instance_id, self.agent.name
         error = error.located(agent=name, request_id=request.request_id)
         body = codec.error_body(error)

@@ -1,0 +1,192 @@
+"""Watchdog: who blocks the event loop is named, and nobody else."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from oam_watchdog import Settings, Watchdog
+from openagentmesh import AgentMesh, AgentSpec, Host
+from openagentmesh.runtime.config import Config, HostSection, MeshSection
+
+from tests.runtime.conftest import MESH, agent, write
+from tests.serving.test_threads import until
+
+Told = Callable[[], list[str]]
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Told:
+    """What the watchdog said so far."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "oam_watchdog"]
+
+
+@pytest.fixture
+def watched(url: str) -> Callable[..., AgentMesh]:
+    """Makes meshes with a watchdog."""
+    return lambda **settings: AgentMesh(url, plugins=[Watchdog(Settings(**settings))])
+
+
+async def test_an_agent_that_blocks_is_named(
+    watched: Callable[..., AgentMesh], told: Told, name: str
+) -> None:
+    """Its name and the line where it stands are told while it stands there, and in the end for how long."""
+    mesh = watched()
+    seen_meanwhile: list[list[str]] = []
+
+    @mesh.agent(AgentSpec(name=name))
+    async def sleepy() -> str:
+        for _ in range(200):
+            if told():
+                break
+            time.sleep(0.05)
+        seen_meanwhile.append(told())
+        time.sleep(0.2)
+        return "awake"
+
+    async with mesh:
+        assert "awake" == await mesh.call(name, timeout=30)
+        await until(lambda: len(told()) == 2)
+    [[during]] = seen_meanwhile
+    assert f"agent '{name}' blocks it" in during
+    assert "time.sleep(0.05)" in during
+    assert "route.py" not in during  # from the handler on
+    assert f"goes on; agent '{name}' had blocked it for 0." in told()[-1]
+    assert float(told()[-1].split()[-2]) >= 0.3
+
+
+async def test_of_two_agents_the_one_that_blocks_is_named(
+    watched: Callable[..., AgentMesh], told: Told, name: str
+) -> None:
+    """Who waits as one should is never told of, though it is at work at the same time."""
+    mesh = watched(threshold=0.1)
+
+    @mesh.agent(AgentSpec(name=f"{name}.good"))
+    async def good() -> str:
+        await asyncio.sleep(0.4)
+        return "good"
+
+    def helper() -> None:
+        time.sleep(0.3)
+
+    @mesh.agent(AgentSpec(name=f"{name}.bad"))
+    async def bad() -> str:
+        await asyncio.sleep(0.01)
+        helper()
+        return "bad"
+
+    async with mesh:
+        answers = await asyncio.gather(*[mesh.call(f"{name}.{each}") for each in ("good", "bad")])
+        assert ["good", "bad"] == answers
+        await until(lambda: len(told()) == 2)
+    assert all(f"'{name}.bad'" in text for text in told())
+    assert not any("good" in text for text in told())
+
+
+async def test_nobody_is_named_when_nobody_blocks(
+    watched: Callable[..., AgentMesh], told: Told, name: str
+) -> None:
+    """Agents that wait, in the loop or in a thread, and many calls, are no reason for a word."""
+    mesh = watched(threshold=0.5)
+
+    @mesh.agent(AgentSpec(name=f"{name}.loop"))
+    async def on_the_loop() -> str:
+        await asyncio.sleep(0.8)
+        return "ok"
+
+    @mesh.agent(AgentSpec(name=f"{name}.thread"))
+    def in_a_thread() -> str:
+        time.sleep(0.8)
+        return "ok"
+
+    async with mesh:
+        names = [f"{name}.loop", f"{name}.thread"]
+        assert ["ok"] * 40 == await asyncio.gather(*[mesh.call(each, timeout=30) for each in names * 20])
+    assert [] == told()
+
+
+async def test_who_runs_by_itself_is_named(watched: Callable[..., AgentMesh], told: Told, name: str) -> None:
+    """A publisher and a watcher that block have no request, and are found by their code."""
+    mesh = watched(threshold=0.05)
+
+    @mesh.agent(AgentSpec(name=f"{name}.publisher"))
+    async def publishes() -> AsyncIterator[int]:
+        time.sleep(0.2)
+        yield 1
+        await asyncio.Event().wait()
+
+    async with mesh:
+        await until(lambda: len(told()) >= 2)
+
+        @mesh.agent(AgentSpec(name=f"{name}.watcher"))
+        async def watches() -> None:
+            time.sleep(0.2)
+
+        await until(lambda: len(told()) >= 4)
+    assert f"agent '{name}.publisher' blocks it" in told()[0]
+    assert f"agent '{name}.watcher' blocks it" in told()[2]
+
+
+async def test_a_task_that_a_handler_leaves_is_found_by_its_file(
+    watched: Callable[..., AgentMesh], told: Told, name: str
+) -> None:
+    """Nothing but its code says whose it is, so the agents of that file are named."""
+    mesh = watched(threshold=0.05)
+    left: list[asyncio.Task[None]] = []
+
+    async def later() -> None:
+        time.sleep(0.2)
+
+    @mesh.agent(AgentSpec(name=name))
+    async def leaves() -> str:
+        left.append(asyncio.create_task(later()))
+        return "ok"
+
+    async with mesh:
+        assert "ok" == await mesh.call(name)
+        await until(lambda: len(told()) == 2)
+    assert f"the code of agent '{name}' blocks it" in told()[0]
+
+
+async def test_no_more_reports_than_there_may_be(
+    watched: Callable[..., AgentMesh], told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five times two are told; a minute later the next one says how many were not."""
+    mesh = watched(threshold=0.02, reports=2)
+
+    def block() -> None:
+        time.sleep(0.1)
+
+    async with mesh:
+        for _ in range(5):
+            block()
+            await asyncio.sleep(0.1)
+        assert 4 == len(told())
+        assert "outside of all agents blocks it" in told()[0]
+        monkeypatch.setattr("oam_watchdog._MINUTE", 0.0)
+        block()
+        await until(lambda: len(told()) == 6)
+    assert "(3 times more in between.)" in told()[4]
+
+
+async def test_its_threshold_follows_and_its_thread_ends(
+    url: str, mesh: AgentMesh, told: Told, name: str, tmp_path: Path
+) -> None:
+    """What is long depends on the settings in force; the thread ends with its host."""
+    write(tmp_path / "agents", {"a.py": "import time\n" + MESH + agent(name, "time.sleep(0.3)")})
+    config = Config(
+        folder=tmp_path,
+        mesh=MeshSection(url=url),
+        host=HostSection(agents=["agents"], entry_points=False),
+        plugins={"watchdog": {"threshold": 2}},
+    )
+    async with Host(config, plugins=[Watchdog()]) as host:
+        await mesh.call(name, {})
+        assert [] == told()
+        host.plugins.configure({"watchdog": {"threshold": 0.05}})
+        while not told():  # the look that is under way is not long any more
+            await mesh.call(name, {})
+        assert f"agent '{name}' blocks it" in told()[0]
+    await until(lambda: not [t for t in threading.enumerate() if t.name == "oam-watchdog"])
