@@ -296,6 +296,7 @@ class Node:
             "connection": {
                 "url": self.bus.target.shown,
                 "server": self.bus.server.get("version"),
+                "connected": self.bus.connected,
                 "reconnects": self.bus.reconnects,
                 "history": [{"at": event.at.isoformat(), "what": event.what} for event in self.bus.history],
             },

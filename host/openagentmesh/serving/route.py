@@ -102,6 +102,7 @@ class Route:
             "kind": agent.handler.shape,
             "source": agent.source,
             "in_flight": self.in_flight,
+            "waiting": self._slots.waiting,
             **asdict(self.counts),
             "limits": asdict(agent.limits),
             "active": self.gate is None or self.gate.is_open,

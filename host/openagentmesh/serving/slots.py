@@ -15,6 +15,7 @@ class Slots:
 
     def __init__(self, running: int = 1, waiting: int = 0) -> None:
         self._turns = asyncio.Semaphore(running)
+        self._running = running
         self._most = running + waiting
         self._there = 0
 
@@ -22,6 +23,11 @@ class Slots:
     def full(self) -> bool:
         """Whether as many are in and wait as may."""
         return self._there >= self._most
+
+    @property
+    def waiting(self) -> int:
+        """How many wait until they are let in."""
+        return max(0, self._there - self._running)
 
     async def __aenter__(self) -> None:
         self._there += 1
