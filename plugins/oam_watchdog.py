@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Of a stack so many innermost frames are shown.
 _MOST_FRAMES: Final = 20
 # How often the loop is asked for a sign of life, in parts of the threshold.
-_LOOKS: Final = 4
+_LOOKS: Final = 2
 _MINUTE: Final = 60.0
 _REMEDY: Final = "Let it `await`, or write `def` instead of `async def`: then it runs in a thread."
 
@@ -122,7 +122,7 @@ class _Watch:
             who, stack = "something that was over before it could be seen", ""
         if told:
             log.warning(
-                "The event loop stands still since %.2f s, and with it all agents: %s blocks it.%s %s\n%s",
+                "The event loop has stood still for %.2f s, and with it all agents: %s blocks it.%s %s\n%s",
                 monotonic() - asked, who, self._left_out(), _REMEDY, stack,
             )  # fmt: skip
         # Until it is closed: with asyncio's it may end without having come to us.

@@ -60,6 +60,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         load_timeout = 2.5
         replay = 5
         replay_strict = true
+        threads = 8
         [limits]
         concurrency = 64
         queue = 0
@@ -89,6 +90,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "load_timeout": 2.5,
         "replay": 5,
         "replay_strict": True,
+        "threads": 8,
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
     assert (Limits(8, 0, 60, 2, 4), Limits(64, 0, 60, 2, 8)) == (
