@@ -48,7 +48,7 @@ NEVER_AWAITED = pytest.mark.filterwarnings("ignore:coroutine .* was never awaite
         ("raise ValueError('first\\nsecond')\n", 1, "ValueError: first"),
         ("e = ValueError('real')\ne.add_note('a note')\nraise e\n", 3, "ValueError: real"),
         (
-            MESH + "\n@mesh.agent(AgentSpec(name='bad'))\ndef f(req: str) -> str:\n    return req\n",
+            MESH + "\n@mesh.agent(AgentSpec(name='bad'))\ndef f(req: str) -> str:\n    yield req\n",
             4,
             "The handler 'f' of agent 'bad'",
         ),

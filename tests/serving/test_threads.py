@@ -168,6 +168,16 @@ async def test_no_more_threads_than_there_may_be(mesh: AgentMesh, name: str, poo
     assert {"most": 4, "busy": 0, "waiting": 0, "left": 0} == pool.description()
 
 
+async def test_one_idle_thread_is_not_taken_for_two() -> None:
+    """Two that come at once while one thread is idle run side by side, also when both wait for the other."""
+    meet = threading.Barrier(2)
+    for _ in range(20):
+        pool = Threads(4)
+        await pool.run("a", lambda: None)
+        await until(lambda: pool._idle == 1)  # noqa: B023 - of this round
+        await asyncio.gather(*[pool.run("a", lambda: meet.wait(5)) for _ in range(2)])
+
+
 async def test_who_gives_up_is_answered_at_once(
     mesh: AgentMesh, name: str, go: threading.Event, pool: Threads, caplog: pytest.LogCaptureFixture
 ) -> None:
