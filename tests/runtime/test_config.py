@@ -60,11 +60,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         load_timeout = 2.5
         replay = 5
         replay_strict = true
-<<<<<<< HEAD
         threads = 3
-=======
-        threads = 8
->>>>>>> plugin-limits
         [limits]
         concurrency = 64
         queue = 0
@@ -95,11 +91,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         "load_timeout": 2.5,
         "replay": 5,
         "replay_strict": True,
-<<<<<<< HEAD
         "threads": 3,
-=======
-        "threads": 8,
->>>>>>> plugin-limits
     } == config.host.model_dump()
     assert {"model": "small", "deep": {"list": [1, {"x": "y"}]}} == config.settings["summarizer"]
     assert (Limits(8, 0, 60, 2, 4), Limits(64, 0, 60, 2, 8)) == (
