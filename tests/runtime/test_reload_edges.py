@@ -333,3 +333,18 @@ async def test_a_reload_by_name_leaves_mesh_toml_for_later(
         assert 256 == host.agents[0].limits.queue
         await host.reload()
         assert 3 == host.agents[0].limits.queue
+
+
+async def test_what_is_written_while_it_is_read_does_not_serve(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A file that is saved again while it is loaded is looked at again; only the last save is a reload."""
+    started, path = tmp_path / "started", tmp_path / "agents/a.py"
+    slow = f"import time\nopen({str(started)!r}, 'w').close()\ntime.sleep(0.3)\n"
+    async with watching(configure, {"a.py": MESH + agent(name, "0")}) as host:
+        await until_answers(mesh, name, 0)
+        path.write_text(slow + MESH + agent(name, "1"))
+        await until(started.exists)
+        path.write_text(MESH + agent(name, "2"))
+        await until_answers(mesh, name, 2)
+        assert 1 == len(reloads(host))

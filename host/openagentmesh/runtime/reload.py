@@ -3,8 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any, Final
@@ -16,6 +15,7 @@ from openagentmesh.protocol.errors import PluginFailed
 from openagentmesh.runtime.aside import aside
 from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError, unfollowed
+from openagentmesh.runtime.disk import Stamp
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
@@ -24,7 +24,18 @@ from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints
 from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
-from openagentmesh.runtime.verdict import Doubtful, LoadFailed, ReloadRefused, compared, in_words, why_of
+from openagentmesh.runtime.verdict import (
+    Candidate,
+    Doubtful,
+    LoadFailed,
+    ReloadRefused,
+    check_settled,
+    check_willing,
+    compared,
+    in_words,
+    tell,
+    why_of,
+)
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
@@ -35,18 +46,6 @@ _MANY: Final = 200
 Ready = Callable[[Agent, Config], Agent]
 # A load that took this many seconds is not waited for the next time.
 _SLOW: Final = 0.008
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """A new generation, loaded and checked, before it serves."""
-
-    modules: list[Module]
-    agents: dict[Module, list[Agent]]
-    serve: list[Agent]
-    gone: list[str]
-    transfers: list[Transfer]
-    notes: list[str]
 
 
 class Reloader:
@@ -115,13 +114,16 @@ class Reloader:
                 module.fail(exc.message)
                 self._changes.tried_first(module.origin, [])
 
-    async def reload(self, only: str = "", *, sure: bool = True) -> Outcome | None:
+    async def reload(
+        self, only: str = "", *, sure: bool = True, settled: Mapping[str, Stamp] | None = None
+    ) -> Outcome | None:
         """Load what differs from disk, or `only` one module anyway; None when nothing does.
 
         Never raises for what is on disk: a failure is an outcome, and changes nothing else.
 
         Raises:
-            Doubtful: what is on disk may be half a save, and nobody is `sure` that it is not.
+            Doubtful: what is on disk may be half a save, and nobody is `sure` that it is not; or a
+                file is not as it had `settled` any more.
 
         """
         async with self._turn:
@@ -129,14 +131,14 @@ class Reloader:
                 return None
             self._running = asyncio.current_task()
             try:
-                outcome = await self._reload(only, sure=sure)
+                outcome = await self._reload(only, settled or {}, sure=sure)
                 if outcome is not None:
                     await self.on_outcome(outcome)
             finally:
                 self._running = None
             return outcome
 
-    async def _reload(self, only: str, *, sure: bool) -> Outcome | None:
+    async def _reload(self, only: str, settled: Mapping[str, Stamp], *, sure: bool) -> Outcome | None:
         began = perf_counter()
         try:
             plan = await self._find(only)
@@ -152,7 +154,7 @@ class Reloader:
             return None
         if plan.is_doubtful and not sure:
             raise Doubtful
-        return await self._carry_out(plan, began, sure=sure)
+        return await self._carry_out(plan, settled, began, sure=sure)
 
     async def _find(self, only: str, *, lenient: bool = False) -> Plan | None:
         """What differs; to look at many files must not hold up the event loop."""
@@ -172,20 +174,25 @@ class Reloader:
                 module.state, module.error, module.traceback, module.line = "serving", "", "", ""
                 log.info("%s is again what is being served", module.origin.shown)
 
-    async def _carry_out(self, plan: Plan, began: float, *, sure: bool) -> Outcome:
+    async def _carry_out(
+        self, plan: Plan, settled: Mapping[str, Stamp], began: float, *, sure: bool
+    ) -> Outcome:
         """The transaction."""
         imports = self._loader.imports
         stage = Stage()
         try:
-            self._check_willing(plan)
+            check_willing(imports.sources, plan.names)
             self._loader.prepare(plan.config, plan.origins)
             stage = imports.take_out(plan.names)
-            new = await aside(
-                lambda: self._load(plan.load),
-                plan.config.host.load_timeout,
-                is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
-                when_late=imports.mend,
-            )
+            try:
+                new = await aside(
+                    lambda: self._load(plan.load),
+                    plan.config.host.load_timeout,
+                    is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
+                    when_late=imports.mend,
+                )
+            finally:
+                check_settled(stage.executed, settled)
             configure(self._node.plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
             limit = plan.config.host.load_timeout
@@ -205,13 +212,6 @@ class Reloader:
         # Above this line anything may fail, and nothing has changed.
         return self._commit(plan, stage, candidate, began)
 
-    def _check_willing(self, plan: Plan) -> None:
-        for name in plan.names:
-            source = self._loader.imports.sources.get(name)
-            if source is not None and source.generation.declined:
-                why = f"{source.path.name} declines to be reloaded: {source.generation.declined}"
-                raise ReloadRefused(f"{why}. Restart the host")
-
     def _load(self, origins: Iterable[Origin]) -> list[Module]:
         forget_hints()
         modules = []
@@ -222,7 +222,7 @@ class Reloader:
             modules.append(module)
         return modules
 
-    def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> _Candidate:
+    def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> Candidate:
         """What is to serve from now on; raises why it must not."""
         known = {module.origin: module for module in self.modules} | {module.origin: module for module in new}
         modules = [known[origin] for origin in plan.origins if origin in known]
@@ -264,9 +264,9 @@ class Reloader:
                 notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
         gone = [name for name in served if name not in wanted]
-        return _Candidate(modules, agents, serve, gone, transfers, notes)
+        return Candidate(modules, agents, serve, gone, transfers, notes)
 
-    async def _replay(self, candidate: _Candidate, *, strict: bool) -> bool:
+    async def _replay(self, candidate: Candidate, *, strict: bool) -> bool:
         """Note what the new versions do differently; tells whether anything was replayed."""
         for agent in candidate.serve:
             before = self._node.binding.wanted.get(agent.name)
@@ -277,7 +277,7 @@ class Reloader:
                     raise ReloadRefused(f"{agent.name} {why}: {difference.text}")
         return any(self._replays.kept(agent.name) for agent in candidate.serve)
 
-    def _commit(self, plan: Plan, stage: Stage, candidate: _Candidate, began: float) -> Outcome:
+    def _commit(self, plan: Plan, stage: Stage, candidate: Candidate, began: float) -> Outcome:
         """Let the new generation serve, without a pause in which both or none do."""
         routes = {name: route for a in candidate.serve if (route := self._node.router.get(name := a.name))}
         old = {name: route.agent for name, route in routes.items()}
@@ -341,13 +341,7 @@ class Reloader:
 
     def _told(self, outcome: Outcome) -> Outcome:
         self.history.append(outcome)
-        if outcome.error:
-            details = f"\n{outcome.details}" if outcome.details else ""
-            log.error("%s%s", outcome.text, details)
-        else:
-            log.info("%s", outcome.text)
-        for note in outcome.notes:
-            log.warning("%s", note)
+        tell(outcome)
         return outcome
 
     def _refused(self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float) -> Outcome:

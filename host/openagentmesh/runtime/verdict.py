@@ -1,15 +1,23 @@
 """Whether a reload may be carried out: why not, and what is said of it."""
 
+import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from openagentmesh.mesh.node import ContractPolicy
+from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.aside import TookTooLong
+from openagentmesh.runtime.disk import Stamp, stamp
 from openagentmesh.runtime.loader import Module
+from openagentmesh.runtime.sources import Source
+from openagentmesh.runtime.state import Transfer
 from openagentmesh.serving.agent import Agent
+
+log = logging.getLogger(__name__)
 
 
 class ReloadRefused(MeshError):
@@ -30,6 +38,33 @@ class LoadFailed(Exception):
 
 class Doubtful(Exception):
     """What is on disk may be half a save: a file is gone or empty, or a module lost all its agents."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A new generation, loaded and checked, before it serves."""
+
+    modules: list[Module]
+    agents: dict[Module, list[Agent]]
+    serve: list[Agent]
+    gone: list[str]
+    transfers: list[Transfer]
+    notes: list[str]
+
+
+def check_willing(sources: Mapping[str, Source], names: Iterable[str]) -> None:
+    """Refuse to replace modules that decline it."""
+    for source in [sources[name] for name in names if name in sources]:
+        if source.generation.declined:
+            why = f"{source.path.name} declines to be reloaded: {source.generation.declined}"
+            raise ReloadRefused(f"{why}. Restart the host")
+
+
+def check_settled(executed: Iterable[Source], settled: Mapping[str, Stamp]) -> None:
+    """Doubt what was read from a file that is not as it had settled: somebody writes it again."""
+    paths = [str(source.path) for source in executed]
+    if any(stamp(path) != settled[path] for path in paths if path in settled):
+        raise Doubtful
 
 
 def compared(serve: list[Agent], served: dict[str, Agent], policy: ContractPolicy) -> list[str]:
@@ -78,3 +113,14 @@ def why_of(exc: BaseException) -> tuple[str, str, str]:
     if isinstance(exc, MeshError):
         return exc.message, "", ""
     return f"{type(exc).__name__}: {text_of(exc)}", "".join(traceback.format_exception(exc)), ""
+
+
+def tell(outcome: Outcome) -> None:
+    """Show a reload in the terminal."""
+    if outcome.error:
+        details = f"\n{outcome.details}" if outcome.details else ""
+        log.error("%s%s", outcome.text, details)
+    else:
+        log.info("%s", outcome.text)
+    for note in outcome.notes:
+        log.warning("%s", note)

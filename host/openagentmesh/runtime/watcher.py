@@ -81,7 +81,7 @@ async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.
     sure = False
     while True:
         try:
-            await reloader.reload(sure=sure)
+            await reloader.reload(sure=sure, settled=seen)
         except Doubtful:
             scan = await _until_changed(places, seen, bell)
             sure = scan == seen
