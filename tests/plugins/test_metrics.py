@@ -94,9 +94,9 @@ async def test_what_is_under_way_and_waits_is_told(url: str, name: str, metrics:
     async with mesh:
         asking = [asyncio.create_task(mesh.call(name, {})) for _ in range(130)]
         async with asyncio.timeout(10):
-            while (seen := await scraped(metrics))["oam_in_flight", name] < 130:
+            while (seen := await scraped(metrics))["oam_waiting", name] < 2:
                 pass
-        assert 2 == seen["oam_waiting", name]
+        assert 130 == seen["oam_in_flight", name]
         go.set()
         await asyncio.gather(*asking)
         assert 0 == (await scraped(metrics))["oam_waiting", name]

@@ -164,7 +164,7 @@ async def test_two_hosts_in_a_process_load_each_their_own(load: Load, tmp_path: 
 async def test_what_is_on_disk_is_loaded(load: Load) -> None:
     """An edit within the second, of the same length, is seen: no stale bytecode."""
     first = load({"x/a.py": MESH + agent("a", "1")})
-    for name in [name for name in sys.modules if name.startswith("oam_")]:
+    for name in [name for name in sys.modules if name.startswith("oam_x")]:
         del sys.modules[name]
     second = load({"x/a.py": MESH + agent("a", "2")})
     assert [1, 2] == [await ask(first["x/a.py"]), await ask(second["x/a.py"])]

@@ -24,7 +24,7 @@ _LARGEST: Final = 64 * 1024
 _PATIENCE: Final = 5.0
 _CANCEL_GRACE: Final = 0.5
 # What takes longer than before is only told from this difference and this factor on.
-_SLOWER_BY: Final = 0.005
+_SLOWER_BY: Final = 0.02
 _SLOWER: Final = 2.0
 _MOST_SHOWN: Final = 80
 
@@ -135,30 +135,30 @@ class Replays:
 
 async def _run(agent: Agent, request: Request, until: float) -> _Run:
     """One request, run in a task of its own: its handler may ask for the current call, and may not end."""
-    began, loop = perf_counter(), asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     running = asyncio.create_task(_answer(agent, request, until))
     try:
         await asyncio.wait([running], timeout=until - loop.time())
     finally:
         deaf = await end_within(_CANCEL_GRACE, [running])
-    seconds = perf_counter() - began
     if deaf or running.cancelled():
-        return _Run(b"", f"no answer within {_PATIENCE:g}s", seconds)
-    return replace(running.result(), seconds=seconds)
+        return _Run(b"", f"no answer within {_PATIENCE:g}s", _PATIENCE)
+    return running.result()
 
 
 async def _answer(agent: Agent, request: Request, until: float) -> _Run:
     started = asyncio.get_running_loop().time()
     call = Call(agent.name, request, until, started=started, patience=until - started)
     set_current_call(call)
+    began = perf_counter()
     try:
         agent.accept(call)
-        return _Run(agent.dump(await agent.handler.endpoint()(call)), "", 0)
+        return _Run(agent.dump(await agent.handler.endpoint()(call)), "", perf_counter() - began)
     # A handler may raise anything, and that is what is compared; a SystemExit would end the loop.
     except BaseException as exc:
         if (task := asyncio.current_task()) and task.cancelling():
             raise
-        return _Run(b"", _told(exc), 0)
+        return _Run(b"", _told(exc), perf_counter() - began)
 
 
 def _told(exc: BaseException) -> str:
