@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from openagentmesh import AgentMesh, Host, NotFound
+from openagentmesh import AgentDied, AgentMesh, Host, NotFound
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.runtime.config import load_config
 
@@ -91,7 +91,7 @@ async def test_an_agent_is_turned_off_and_on(serve: Serve, edit: Edit, mesh: Age
         outcome = await edit(host, f"[agents.'{name}.a']\nenabled = false\n")
         assert [f"{name}.a withdrawn"] == outcome.agents
         await let_go(host)
-        with pytest.raises(NotFound):
+        with pytest.raises((NotFound, AgentDied)):
             await mesh.call(f"{name}.a", {})
         assert "ok" == await mesh.call(f"{name}.b", {})
         assert [f"{name}.a 0.1.0 new"] == (await edit(host, "")).agents
