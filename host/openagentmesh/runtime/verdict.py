@@ -17,7 +17,8 @@ from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer
 from openagentmesh.serving.agent import Agent
 
-log = logging.getLogger(__name__)
+# In the terminal it is the reload that speaks.
+log = logging.getLogger("openagentmesh.runtime.reload")
 
 
 class ReloadRefused(MeshError):
