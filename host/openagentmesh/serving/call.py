@@ -64,6 +64,7 @@ class Call:
         verb: what the caller did; `source` for a message or a change that drives the agent.
         in_turn: one of a series, such as the changes of a key: the next one comes when this one is
             over, and nobody would bring it again, so it waits where others are refused.
+        subject: the NATS subject that it came on.
         proven: who asks, once a plugin knows.
         slots: limits how many handlers run at once, and how many requests wait for that.
         read: checks the verb and reads the input; called in the innermost endpoint.
@@ -82,6 +83,7 @@ class Call:
     patience: float = math.inf
     verb: Verb | Literal["source"] = "call"
     in_turn: bool = False
+    subject: str = ""
     proven: Caller | None = None
     slots: Slots = field(default_factory=Slots)
     read: Callable[[], None] = _read_nothing

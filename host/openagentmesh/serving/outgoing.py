@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field
 from typing import Literal
 
+from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
 
 
@@ -28,6 +29,11 @@ class Outgoing:
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     chunks: int = 0
+
+    @property
+    def subject(self) -> str:
+        """The NATS subject that it goes to, or has come on."""
+        return self.target if self.verb in {"publish", "receive"} else subjects.agent(self.target)
 
 
 ClientMiddleware = Callable[[Outgoing], AbstractAsyncContextManager[object]]

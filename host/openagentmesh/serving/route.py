@@ -249,6 +249,7 @@ class Route:
         deadline = Deadline(call.deadline)
         reply = reply_subject(message, request, overheard=accept is not None)
         call.verb, call.in_turn = "source" if accept else verb_of(request, reply), in_turn
+        call.subject = message.subject
         call.read = partial(accept or Agent.accept, agent, call)
         lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
