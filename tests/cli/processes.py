@@ -148,8 +148,8 @@ def side_by_side(*commands: tuple[str, ...], cwd: Path, given: str = "") -> list
 class Up(Process):
     """An `oam up` that serves, at `url`."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        super().__init__("up", *arguments, cwd=folder)
+    def __init__(self, folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+        super().__init__("up", *arguments, cwd=folder, env=env)
         self.folder = folder
         found = re.search(r"nats://[\d.:]+", self.said("serving "))
         assert found is not None

@@ -1,0 +1,126 @@
+"""Tracing across hosts: processes that send their spans to a collector."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.cli.processes import Up, free_port
+from tests.runtime.conftest import MESH, write
+
+TOML = """
+host.plugins = ["tracing"]
+host.entry_points = false
+"""
+OWN_SERVER = """
+[server]
+port = 0
+store = ""
+"""
+
+
+def agent(name: str, asks: str = "") -> str:
+    """An agent that asks another one, and adds its own name to the answer."""
+    result = f"await mesh.call({asks!r}, req)" if asks else "req"
+    return f"""
+@mesh.agent(AgentSpec(name={name!r}))
+async def agent_{name}(req: str) -> str:
+    return {result} + " {name}"
+"""
+
+
+class Collector(ThreadingHTTPServer):
+    """Takes spans as OTLP over HTTP; `spans` are those that came, with the names of their services."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Post)
+        self.spans: list[tuple[str, Span]] = []
+        self._serving = threading.Thread(target=self.serve_forever)
+
+    def __enter__(self) -> Self:
+        self._serving.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._serving.join()
+        self.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Post(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            told = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+            for scope in resource.scope_spans:
+                self.server.spans += [(told["service.name"], span) for span in scope.spans]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the standard library
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as running:
+        yield running
+
+
+def test_three_agents_on_two_hosts_are_one_trace(tmp_path: Path, collector: Collector) -> None:
+    """Each span's parent is the one that caused it, across processes and back; services have names."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(
+        first,
+        {"mesh.toml": TOML + OWN_SERVER, "agents/ends.py": MESH + agent("front", "middle") + agent("back")},
+    )
+    sent_to = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+    with Up(first, env=sent_to) as one:
+        write(
+            second,
+            {"mesh.toml": f'mesh.url = "{one.url}"' + TOML, "agents/m.py": MESH + agent("middle", "back")},
+        )
+        with Up(second, env=sent_to | {"OTEL_SERVICE_NAME": "second"}) as two:
+            assert '"hi back middle front"' == one.ask("agent", "call", "front", '"hi"').out.strip()
+            two.signal(signal.SIGTERM)
+            assert 0 == two.finish().code
+        one.signal(signal.SIGTERM)
+        assert 0 == one.finish().code
+    by_id = {span.span_id: (service, span) for service, span in collector.spans}
+    service, span = next(each for each in collector.spans if each[1].name == "back" and each[1].kind == 2)
+    way = [(service, span.name, span.kind)]
+    while span.parent_span_id:
+        service, span = by_id[span.parent_span_id]
+        way.insert(0, (service, span.name, span.kind))
+    ours, server, client = "openagentmesh", Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT
+    assert [
+        (ours, "front", server),
+        (ours, "middle", client),
+        ("second", "middle", server),
+        ("second", "back", client),
+        (ours, "back", server),
+    ] == way
+    assert (5, 1) == (len(collector.spans), len({span.trace_id for _, span in collector.spans}))
+
+
+def test_a_collector_that_is_not_there_holds_nobody_up(tmp_path: Path) -> None:
+    """Requests are answered, and the host stops within seconds and says that spans are lost."""
+    write(tmp_path, {"mesh.toml": TOML + OWN_SERVER, "agents/a.py": MESH + agent("a")})
+    with Up(tmp_path, env={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}) as up:
+        assert '"hi a"' == up.ask("agent", "call", "a", '"hi"').out.strip()
+        up.signal(signal.SIGTERM)
+        left = up.finish(10)
+    assert 0 == left.code
+    assert "spans could not be sent" in left.out + left.err
