@@ -10,7 +10,7 @@ PACKAGE = ROOT / "host" / "openagentmesh"
 LAYERS = ["protocol", "bus", "serving", "mesh", "runtime", "cli"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAMPLES = sorted((ROOT / "agents").glob("*.py"))
-PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 
 def imported(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
@@ -45,11 +46,12 @@ class Hooks:
         """Give the model of the plugin's own table in mesh.toml, `[plugins.<name>]`."""
 
     @_hookspec
-    def mesh_configure(self, settings: BaseModel) -> None:
+    def mesh_configure(self, settings: BaseModel, folder: Path) -> None:
         """Take the settings, validated by the model of `mesh_settings`; raise what is wrong with them.
 
-        Called before anything else is asked, and again when mesh.toml changes while the host
-        runs: then an error refuses the change, and what was in force goes on.
+        Relative paths in them are within `folder`, the one of mesh.toml. Called before anything else
+        is asked, and again when mesh.toml changes while the host runs: then an error refuses the
+        change, and what was in force goes on.
         """
 
     @_hookspec

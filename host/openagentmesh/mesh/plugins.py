@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -109,8 +110,10 @@ class Plugins:
             ) from exc
         return found[0] if isinstance(found, list) and found else found or None
 
-    def configure(self, tables: Tables) -> None:
+    def configure(self, tables: Tables, folder: Path) -> None:
         """Give each plugin its validated settings; when one refuses, all have those from before.
+
+        Relative paths in them are within the folder.
 
         Raises:
             pydantic.ValidationError: a table does not fit its plugin's model.
@@ -123,15 +126,15 @@ class Plugins:
             for plugin, settings in wanted:
                 if settings != plugin.settings:
                     done.append((plugin, plugin.settings))
-                    self._configure(plugin, settings)
+                    self._configure(plugin, settings, folder)
         except BaseException:
             for plugin, before in reversed(done):
-                self._configure(plugin, before)
+                self._configure(plugin, before, folder)
             raise
 
-    def _configure(self, plugin: Plugin, settings: BaseModel | None) -> None:
+    def _configure(self, plugin: Plugin, settings: BaseModel | None, folder: Path) -> None:
         if settings is not None:
-            self._ask(plugin, "mesh_configure", settings=settings)
+            self._ask(plugin, "mesh_configure", settings=settings, folder=folder)
         plugin.settings = settings
 
     def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:

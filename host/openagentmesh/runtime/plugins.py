@@ -51,7 +51,7 @@ def configure(plugins: Plugins, config: Config) -> None:
             problems = problems_of(exc, ("plugins", plugin.name), known)
             listed = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
-    plugins.configure(config.plugins)
+    plugins.configure(config.plugins, config.folder)
 
 
 def _load(entry: str, config: Config) -> object:

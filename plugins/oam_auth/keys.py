@@ -1,0 +1,106 @@
+"""The keys of whoever issues tokens: from files, and from where they are published."""
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from joserfc.errors import JoseError
+from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
+
+# A set of keys is not larger than this, in bytes, nor has it more keys.
+_LARGEST: Final = 1024 * 1024
+_MOST_KEYS: Final = 100
+# How long it may take to fetch keys, in seconds.
+_PATIENCE: Final = 5.0
+
+
+def read_keys(files: Sequence[Path], folder: Path) -> list[Key]:
+    """The keys in files, whose relative paths are within the folder.
+
+    Raises:
+        ValueError: a file cannot be read, or holds no key that can be used.
+
+    """
+    return [key for file in files for key in _keys_of(str(file), read_file(folder / file.expanduser()))]
+
+
+def read_file(path: Path) -> bytes:
+    """What a small file holds.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or is too large.
+
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError as exc:
+        raise ValueError(f"{path} cannot be read: {exc.strerror}") from exc
+    if len(content) > _LARGEST:
+        raise ValueError(f"{path} is larger than {_LARGEST} bytes")
+    return content
+
+
+def fetch_keys(url: str) -> list[Key]:
+    """The keys that are published at an address; blocks for seconds when nobody answers.
+
+    Raises:
+        ValueError: there are none, in words for people.
+
+    """
+    opener = urllib.request.build_opener(_NoRedirects)
+    try:
+        with opener.open(url, timeout=_PATIENCE) as answer:
+            content: bytes = answer.read(_LARGEST + 1)
+    except OSError as exc:  # an HTTP error is one, too
+        raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from exc
+    if len(content) > _LARGEST:
+        raise ValueError(f"what {url} answers is larger than {_LARGEST} bytes")
+    return _keys_of(url, content)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Keys come from where the configuration says, and from nowhere else."""
+
+    def redirect_request(self, *asked: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as it is called
+        raise OSError(f"it redirects to {asked[-1]}; give that address if the keys are there")
+
+
+def _keys_of(where: str, content: bytes) -> list[Key]:
+    try:
+        found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
+    except (JoseError, ValueError, TypeError, KeyError, RecursionError) as exc:
+        # The library's words may quote the key.
+        raise ValueError(
+            f"{where} holds no key that can be used: a JWK, a JWK Set or a PEM is wanted"
+        ) from exc
+    if not found or len(found) > _MOST_KEYS:
+        raise ValueError(f"{where} holds {len(found)} keys to verify with; 1 to {_MOST_KEYS} are wanted")
+    if any(key.is_private and not isinstance(key, OctKey) for key in found):
+        raise ValueError(
+            f"{where} holds a private key: only who issues tokens should have it. Give the public one"
+        )
+    return found
+
+
+def _from_json(content: bytes) -> list[Key]:
+    read: Any = json.loads(content)
+    entries = read.get("keys", [read])
+    # As the standard wants: others in a set are ignored, such as keys to encrypt, or of kinds yet unknown.
+    usable = [entry for entry in entries if entry.get("use", "sig") == "sig" and _is_known(entry)]
+    return [JWKRegistry.import_key(entry) for entry in usable]
+
+
+def _is_known(entry: dict[str, Any]) -> bool:
+    return entry.get("kty") in JWKRegistry.key_types and "verify" in entry.get("key_ops", ["verify"])
+
+
+def _from_pem(content: bytes) -> list[Key]:
+    for kind in (RSAKey, ECKey, OKPKey):
+        try:
+            return [kind.import_key(content)]
+        except (JoseError, ValueError, TypeError):
+            continue  # a key of another kind
+    raise ValueError

@@ -1,0 +1,181 @@
+"""The plugin: refuses what nobody was proven to ask, or what no rule allows."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from openagentmesh import Agent, Call, Caller, ClientMiddleware, Endpoint, Middleware, Outgoing, hookimpl
+from typer import Typer
+
+from oam_auth.commands import add_to
+from oam_auth.following import Issuer, changes
+from oam_auth.guard import Guard, bearer_token
+from oam_auth.keys import fetch_keys
+from oam_auth.policy import Proof
+from oam_auth.settings import Settings
+from oam_auth.signatures import Nonces
+from oam_auth.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+
+class Auth:
+    """The plugin.
+
+    Args:
+        settings: for `AgentMesh(plugins=[Auth(Settings(...))])`; a host gives those of mesh.toml.
+
+    Raises:
+        ValueError: something that the settings name is missing or broken.
+
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings()
+        self._folder = Path.cwd()
+        self._nonces = Nonces()
+        self._issuer = Issuer(self._settings.tokens)
+        self.guard = self._made(self._settings, self._folder, self._issuer)
+        self._following: list[asyncio.Task[None]] = []
+
+    def _made(self, settings: Settings, folder: Path, issuer: Issuer) -> Guard:
+        return Guard.of(settings, folder, self._nonces, issuer.keys)
+
+    @hookimpl
+    def mesh_settings(self) -> type[Settings]:
+        """Who is believed, and who may do what."""
+        return Settings
+
+    @hookimpl
+    def mesh_configure(self, settings: Settings, folder: Path) -> None:
+        """Read all that the settings name; what is in force stays when something is broken."""
+        if (settings, folder) == (self._settings, self._folder):
+            return
+        issuer = self._issuer if settings.tokens == self._settings.tokens else Issuer(settings.tokens)
+        self.guard = self._made(settings, folder, issuer)
+        self._settings, self._folder, self._issuer = settings, folder, issuer
+        if self._following:
+            self._follow()
+
+    @hookimpl
+    def mesh_cli(self, app: Typer) -> None:
+        """Add `oam auth`."""
+        add_to(app, self)
+
+    @hookimpl
+    def mesh_client_middleware(self) -> ClientMiddleware:
+        """What says who asks, on all that leaves."""
+        return self._carrying
+
+    @asynccontextmanager
+    async def _carrying(self, outgoing: Outgoing) -> AsyncIterator[None]:
+        self.guard.identity.add_to(outgoing)
+        yield
+
+    @hookimpl
+    def mesh_middleware(self, agent: Agent) -> Middleware:
+        """What lets a request through to one agent, or refuses it."""
+        name = agent.name
+
+        def middleware(endpoint: Endpoint) -> Endpoint:
+            async def guarded(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+                who = await self._prove(call)
+                self.guard.policy.allow(who, name, call.verb)
+                if who is not None:
+                    call.proven = Caller(call.request.caller, who.subject, who.scopes)
+                return await endpoint(call)
+
+            return guarded
+
+        return middleware
+
+    def tokens_now(self) -> Tokens | None:
+        """What verifies tokens, with the issuer's keys of this moment; blocks while they are fetched.
+
+        Raises:
+            ValueError: they cannot be fetched.
+
+        """
+        tokens = self._settings.tokens
+        if tokens is None or tokens.jwks_url is None:
+            return self.guard.tokens
+        return self.guard.with_fetched(tokens, fetch_keys(tokens.jwks_url)).tokens
+
+    def described(self) -> dict[str, Any]:
+        """What is set up: rules, keys, signers, and what requests from here carry; no secrets."""
+        signatures, identity = self._settings.signatures, self.guard.identity
+        signer = f"the signature of {identity.signer.key}" if identity.signer else ""
+        return {
+            "rules": [rule.name for rule in self.guard.policy.rules],
+            "keys in files": [key.kid or key.thumbprint() for key in self.guard.keys],
+            "keys from": [self._issuer.url] if self._issuer.url else [],
+            "signers": [user.subject for user in signatures.users.values()] if signatures else [],
+            "requests from here carry": signer or ("a token" if identity.token else "nothing"),
+        }
+
+    async def _prove(self, call: Call) -> Proof | None:
+        tokens, token = self.guard.tokens, bearer_token(call) if self._issuer.url else ""
+        if token and tokens is not None and not tokens.knows_key_of(token):
+            await self._fetch()  # the issuer may have a new one
+        return self.guard.prove(call)
+
+    async def _fetch(self) -> None:
+        """Have the issuer's newest keys; those from before stay when they cannot be fetched."""
+        issuer = self._issuer
+        try:
+            is_new = await issuer.fetch()
+        except ValueError as exc:
+            log.warning("%s; the keys from before still count", exc)
+            return
+        if is_new and issuer is self._issuer and self._settings.tokens is not None:
+            self.guard = self.guard.with_fetched(self._settings.tokens, issuer.keys)
+
+    def read_again(self) -> None:
+        """Read all files once more; what is in force stays when one is broken."""
+        try:
+            self.guard = self._made(self._settings, self._folder, self._issuer)
+        except ValueError as exc:
+            log.error("auth: what was read before stays in force: %s", exc)  # noqa: TRY400 - no bug of ours
+            return
+        log.info("auth: read again, %d rules", len(self.guard.policy.rules))
+
+    @hookimpl
+    @asynccontextmanager
+    async def mesh_lifespan(self) -> AsyncIterator[None]:
+        """Have the issuer's keys before anybody is served, and follow what changes.
+
+        Raises:
+            ValueError: they cannot be fetched.
+
+        """
+        issuer, tokens = self._issuer, self._settings.tokens
+        if tokens is not None and await issuer.fetch():
+            self.guard = self.guard.with_fetched(tokens, issuer.keys)
+        self._follow()
+        try:
+            yield
+        finally:
+            following, self._following = self._following, []
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    def _follow(self) -> None:
+        """Follow the files and the issuer that the settings name now."""
+        for task in self._following:
+            task.cancel()
+        self._following = [
+            asyncio.create_task(each) for each in (self._follow_files(), self._follow_issuer())
+        ]
+
+    async def _follow_files(self) -> None:
+        async for _ in changes(lambda: self.guard.files):
+            self.read_again()
+
+    async def _follow_issuer(self) -> None:
+        while (tokens := self._settings.tokens) is not None and tokens.jwks_url is not None:
+            await self._fetch()
+            await asyncio.sleep(tokens.refresh)
