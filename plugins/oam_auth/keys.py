@@ -71,7 +71,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def _keys_of(where: str, content: bytes) -> list[Key]:
     try:
         found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
-    except (JoseError, ValueError, TypeError, KeyError, RecursionError) as exc:
+    except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         # The library's words may quote the key.
         raise ValueError(
             f"{where} holds no key that can be used: a JWK, a JWK Set or a PEM is wanted"

@@ -185,7 +185,7 @@ async def test_its_threshold_follows_and_its_thread_ends(
     async with Host(config, plugins=[Watchdog()]) as host:
         await mesh.call(name, {})
         assert [] == told()
-        host.plugins.configure({"watchdog": {"threshold": 0.05}})
+        host.plugins.configure({"watchdog": {"threshold": 0.05}}, tmp_path)
         while not told():  # the look that is under way is not long any more
             await mesh.call(name, {})
         assert f"agent '{name}' blocks it" in told()[0]
