@@ -1,0 +1,126 @@
+"""The auth matrix from the command line: each way to be let in and refused, and `oam auth check`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import Up, oam
+from tests.plugins.issuing import AUDIENCE, ISSUER, seed, token, write_keys
+from tests.runtime.conftest import MESH, agent, write
+
+SEED, PUBLIC = seed()
+HOST = f"""
+[server]
+port = 0
+store = ""
+[host]
+plugins = ["auth"]
+entry_points = false
+[plugins.auth.tokens]
+issuer = "{ISSUER}"
+audience = "{AUDIENCE}"
+keys = ["keys.json"]
+[plugins.auth.signatures.users.{PUBLIC}]
+subject = "bob"
+[[plugins.auth.rules]]
+name = "readers"
+subjects = ["alice", "bob"]
+agents = ["nlp.*"]
+[[plugins.auth.rules]]
+name = "admins"
+subjects = ["*"]
+scopes = ["admin"]
+agents = ["ops.>"]
+[[plugins.auth.rules]]
+name = "open"
+anonymous = true
+agents = ["public"]
+"""
+CALLER = 'host.plugins = ["auth"]\n'
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("guarded")
+    names = ("nlp.a", "ops.b.c", "public")
+    write(folder, {"mesh.toml": HOST, "agents/a.py": MESH + "".join(map(agent, names))})
+    write_keys(folder / "keys.json")
+    with Up(folder) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("name", "carried", "refused"),
+    [
+        ("nlp.a", token(), ""),
+        ("nlp.a", token(sub="carol"), "No rule lets 'carol' call 'nlp.a'"),
+        ("nlp.a", token(exp=1), "The token has expired"),
+        ("nlp.a", token(aud="others"), "The token's 'aud' is not what is wanted here"),
+        ("nlp.a", "nonsense", "What came as a bearer token is no JWT"),
+        ("nlp.a", "", "Nobody may call 'nlp.a' without saying who asks"),
+        ("nlp.a", "signed", ""),
+        ("ops.b.c", "signed", "The rule 'admins' lets 'bob' call 'ops.b.c' only with the scope admin"),
+        ("ops.b.c", token(scope="x admin"), ""),
+        ("ops.b.c", token(), "only with the scope admin"),
+        ("public", "", ""),
+        ("public", token(exp=1), "The token has expired"),
+    ],
+)
+def test_commands_carry_who_asks(up: Up, tmp_path: Path, name: str, carried: str, refused: str) -> None:
+    """A token in the environment or a seed in mesh.toml lets in; each refusal says why and exits with 1."""
+    table = '[plugins.auth.caller]\nnkey_file = "bob.nk"\n' if carried == "signed" else ""
+    write(tmp_path, {"mesh.toml": CALLER + table, "bob.nk": SEED.decode()})
+    env = {"OAM_TOKEN": carried} if carried != "signed" else {}
+    result = oam("agent", "call", name, "{}", "--url", up.url, cwd=tmp_path, env=env)
+    assert refused in result.err
+    assert ((1, "") if refused else (0, '"ok"')) == (result.code, result.out.strip())
+
+
+def test_check_says_what_is_set_up(up: Up) -> None:
+    """Rules, keys and signers by their names, and no secret."""
+    told = oam("auth", "check", "--json", cwd=up.folder).json
+    assert ["readers", "admins", "open"] == told["rules"]
+    assert (["first"], ["bob"], "nothing") == (
+        told["keys in files"], told["signers"], told["requests from here carry"],
+    )  # fmt: skip
+    assert "rules: readers, admins, open" in oam("auth", "check", cwd=up.folder).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "code", "said"),
+    [
+        (("nlp.a", "--token", "-"), token(), 0, "by the rule: readers"),
+        (("nlp.a", "--token", "-", "--verb", "source"), token(), 1, "No rule lets 'alice' source 'nlp.a'"),
+        (("--token", "-"), token(), 0, "subject: alice"),
+        (("--token", "-"), token(exp=1), 1, "refused: The token has expired."),
+        (("nlp.a",), "", 1, "refused: Nobody may call 'nlp.a' without"),
+        (("public",), "", 0, "by the rule: open"),
+        (("ops.x", "--subject", "dora", "--scopes", "admin more"), "", 0, "by the rule: admins"),
+        (("ops.x", "--subject", "dora"), "", 1, "only with the scope admin"),
+        (("--token", "nowhere"), "", 1, "nowhere cannot be read"),
+    ],
+)
+def test_check_decides_as_a_host_would(
+    up: Up, arguments: tuple[str, ...], given: str, code: int, said: str
+) -> None:
+    """Whom a token proves, and which rule lets that one in, or why not; by JSON too."""
+    result = oam("auth", "check", *arguments, cwd=up.folder, given=given)
+    assert (code, True) == (result.code, said in result.out + result.err)
+    told = json.loads(oam("auth", "check", *arguments, "--json", cwd=up.folder, given=given).out)
+    assert ("why" in told) == bool(code)
+
+
+def test_a_broken_policy_stops_up_and_check_alike(tmp_path: Path) -> None:
+    """By the file and what is wrong in it; without a traceback."""
+    write(
+        tmp_path,
+        {"mesh.toml": HOST + '[plugins.auth]\npolicy = "p.toml"\n', "p.toml": "[[rules]]\nname = 'x'\n"},
+    )
+    write_keys(tmp_path / "keys.json")
+    for command in (("up",), ("check",), ("auth", "check")):
+        result = oam(*command, cwd=tmp_path)
+        assert 0 != result.code
+        assert "p.toml: rules.0.agents: Field required" in result.out + result.err
+        assert "Traceback" not in result.err

@@ -1,0 +1,141 @@
+"""The issuer's keys where it publishes them: fetched before anybody is served, and again when they change."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from joserfc.jwk import Key, OKPKey
+from oam_auth import Auth, Settings, TokenSettings
+from oam_auth.keys import fetch_keys
+from openagentmesh import AgentMesh, PluginFailed, Unauthenticated
+
+from tests.plugins.issuing import ALL, AUDIENCE, ISSUER, KEY, bearer, token
+from tests.plugins.test_auth import Guarded
+
+NEXT = OKPKey.generate_key("Ed25519", parameters={"kid": "next"})
+
+
+class Publisher(ThreadingHTTPServer):
+    """Publishes keys at /keys; `asked` counts how often."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Get)
+        self.asked = 0
+        self.answer: tuple[int, bytes] = (200, b"")
+        self.publish(KEY)
+        self._serving = threading.Thread(target=self.serve_forever)
+        self._serving.start()
+
+    def publish(self, *keys: Key) -> None:
+        self.answer = 200, json.dumps({"keys": [key.as_dict(private=False) for key in keys]}).encode()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/keys"
+
+    def close(self) -> None:
+        self.shutdown()
+        self._serving.join()
+        self.server_close()
+
+
+class _Get(BaseHTTPRequestHandler):
+    server: Publisher
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        code, body = self.server.answer
+        self.send_response(code)
+        if code == 302:
+            self.send_header("Location", self.server.url)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the standard library
+        pass
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    running = Publisher()
+    yield running
+    running.close()
+
+
+def auth(publisher: Publisher, **changed: Any) -> Auth:
+    tokens = TokenSettings(issuer=ISSUER, audience=AUDIENCE, jwks_url=publisher.url, **changed)
+    return Auth(Settings(tokens=tokens, rules=(ALL,)))
+
+
+async def test_a_new_key_counts_as_soon_as_it_is_used(
+    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token signed with a key that is not known yet has the keys fetched; the old one counts no more."""
+    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    async with Guarded(url, name, auth(publisher)).mesh:
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+        publisher.publish(NEXT)
+        assert "alice" == await mesh.call(f"{name}.plain", "2", headers=bearer(token(NEXT)))
+        with pytest.raises(Unauthenticated):
+            await mesh.call(f"{name}.plain", "3", headers=bearer())
+
+
+async def test_keys_are_fetched_again_by_themselves(
+    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is withdrawn counts no more after `refresh` seconds, though nobody asks for another one."""
+    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+        publisher.publish(NEXT)
+        with pytest.raises(Unauthenticated):
+            while True:
+                await mesh.call(f"{name}.plain", "2", headers=bearer())
+
+
+async def test_strangers_do_not_make_it_ask_the_issuer(
+    url: str, mesh: AgentMesh, name: str, publisher: Publisher
+) -> None:
+    """However many tokens with unknown keys come, the issuer is asked once in a while."""
+    async with Guarded(url, name, auth(publisher)).mesh:
+        for number in range(20):
+            with pytest.raises(Unauthenticated):
+                await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT, {"kid": f"k{number}"})))
+    assert 1 == publisher.asked
+
+
+async def test_keys_from_before_stay_when_the_issuer_is_gone(
+    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An issuer that fails for a while, or answers nonsense, locks nobody out who has a good token."""
+    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    async with Guarded(url, name, auth(publisher)).mesh:
+        for answer in ((500, b""), (200, b"<html>")):
+            publisher.answer = answer
+            with pytest.raises(Unauthenticated) as caught:
+                await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
+            assert "token.key" == caught.value.details["rule"]
+            assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+
+
+async def test_without_keys_it_does_not_start(url: str, name: str, publisher: Publisher) -> None:
+    """An issuer that is not there, has no keys, or sends elsewhere, stops the start by the plugin's name."""
+    for answer, why in (
+        ((404, b""), "404"),
+        ((200, b'{"keys": []}'), "holds 0 keys"),
+        ((302, b""), "redirects"),
+    ):
+        publisher.answer = answer
+        with pytest.raises(PluginFailed, match=f"'auth' cannot start: .*{why}"):
+            async with Guarded(url, name, auth(publisher)).mesh:
+                pass
+
+
+def test_too_large_an_answer_is_refused(publisher: Publisher) -> None:
+    """More than a megabyte is no set of keys."""
+    publisher.answer = 200, b" " * (1024 * 1024 + 1)
+    with pytest.raises(ValueError, match="larger than 1048576 bytes"):
+        fetch_keys(publisher.url)

@@ -1,0 +1,173 @@
+"""The policy: what rules allow, and nothing else; whom it names when it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oam_auth import Auth, Rule, Settings
+from oam_auth.guard import Guard
+from oam_auth.policy import Policy, Proof
+from oam_auth.signatures import Nonces
+from openagentmesh import PermissionDenied, Unauthenticated
+from pydantic import ValidationError
+
+from tests.plugins.issuing import settings, signers, token_settings
+
+READ = Rule(name="readers", subjects=("team-*", "alice"), scopes=("nlp.read",), agents=("nlp.*",))
+STREAM = Rule(name="streamers", subjects=("alice",), agents=("nlp.>", "one"), verbs=("stream",))
+OPEN = Rule(name="open", anonymous=True, agents=("public.*",), verbs=("call", "source"))
+POLICY = Policy([READ, STREAM, OPEN])
+
+
+def who(subject: str, *scopes: str) -> Proof:
+    return Proof(subject, frozenset(scopes))
+
+
+@pytest.mark.parametrize(
+    ("rule", "proof", "agent", "verb"),
+    [
+        ("readers", who("alice", "nlp.read", "more"), "nlp.summarizer", "call"),
+        ("readers", who("team-7", "nlp.read"), "nlp.summarizer", "send"),
+        ("streamers", who("alice"), "nlp.deep.down", "stream"),
+        ("streamers", who("alice"), "one", "stream"),
+        ("open", None, "public.news", "call"),
+        ("open", None, "public.news", "source"),
+        ("open", who("anybody"), "public.news", "call"),
+    ],
+)
+def test_what_a_rule_allows(rule: str, proof: Proof | None, agent: str, verb: str) -> None:
+    """By subject, scopes, agent and verb; who is proven may what anonymous callers may."""
+    assert rule == POLICY.allow(proof, agent, verb)
+
+
+@pytest.mark.parametrize(
+    ("near", "proof", "agent", "verb"),
+    [
+        ("readers", who("alice"), "nlp.summarizer", "call"),
+        ("readers", who("alice", "nlp.rea", "nlp", "NLP.READ"), "nlp.summarizer", "call"),
+        ("", who("mallory", "nlp.read"), "nlp.summarizer", "call"),
+        ("", who("Alice", "nlp.read"), "nlp.summarizer", "call"),
+        ("", who("xteam-7", "nlp.read"), "nlp.summarizer", "call"),
+        ("", who("alice", "nlp.read"), "nlp", "call"),
+        ("", who("alice", "nlp.read"), "nlp.deep.down", "call"),
+        ("", who("alice", "nlp.read"), "xnlp.summarizer", "call"),
+        ("", who("alice", "nlp.read"), "nlp.summarizer", "source"),
+        ("", who("alice", "nlp.read"), "nlpx", "stream"),
+        ("", who("alice", "nlp.read"), "public.news", "stream"),
+    ],
+)
+def test_what_no_rule_allows(near: str, proof: Proof, agent: str, verb: str) -> None:
+    """Refused, with the rule that wants one more scope, where there is one."""
+    with pytest.raises(PermissionDenied) as caught:
+        POLICY.allow(proof, agent, verb)
+    assert (near, proof.subject) == (caught.value.details["rule"], caught.value.details["subject"])
+    assert near in caught.value.message
+    if near:
+        assert ["nlp.read"] == caught.value.details["missing_scopes"]
+
+
+def test_who_proves_nothing_is_unauthenticated() -> None:
+    """Where no rule is for anonymous callers; also when there are no rules."""
+    for policy in (POLICY, Policy([])):
+        with pytest.raises(Unauthenticated) as caught:
+            policy.allow(None, "nlp.summarizer", "call")
+        assert {"rule": "credentials.missing"} == caught.value.details
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "nlp", "x-1"]), min_size=1, max_size=4)
+
+
+@given(NAMES, st.lists(st.sampled_from(["a", "b", "nlp", "x-1", "*"]), min_size=1, max_size=4), st.booleans())
+def test_patterns_match_as_those_of_nats(name: list[str], pattern: list[str], open_: bool) -> None:
+    """`*` is one part, `>` at the end one or more; the others are themselves."""
+    parts = [*pattern, ">"] if open_ else pattern
+    rule = Rule(name="r", anonymous=True, agents=(".".join(parts),))
+    long_enough = len(name) > len(pattern) if open_ else len(name) == len(pattern)
+    same = all(theirs in {"*", ours} for ours, theirs in zip(name, pattern, strict=False))
+    assert (long_enough and same) == rule.is_about(".".join(name), "call")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"subjects": ()}, "who may?"),
+        ({"anonymous": True}, "neither subjects nor scopes"),
+        ({"agents": ()}, "agents"),
+        ({"agents": ("nlp.",)}, "no pattern"),
+        ({"agents": ("nl*",)}, "no pattern"),
+        ({"agents": ("a.>.b",)}, "no pattern"),
+        ({"agents": ("",)}, "no pattern"),
+        ({"verbs": ()}, "verbs"),
+        ({"verbs": ("cal",)}, "verbs"),
+        ({"scopes": ("two words",)}, "scopes"),
+        ({"name": ""}, "name"),
+        ({"subject": ("typo",)}, "subject"),
+    ],
+)
+def test_a_rule_that_says_too_little_or_too_much_is_refused(changed: dict[str, Any], why: str) -> None:
+    """A slip of the pen in a rule is an error, and never a rule that allows more, or nothing."""
+    with pytest.raises(ValidationError, match=why):
+        Rule(**({"name": "r", "subjects": ("*",), "agents": (">",)} | changed))
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda _: Settings(rules=(READ,)), "'readers' is for proven subjects, but nothing proves any"),
+        (lambda folder: settings(folder, rules=(READ, READ)), "two rules have the name 'readers'"),
+        (lambda folder: settings(folder, policy=Path("gone.toml")), "gone.toml cannot be read"),
+        (lambda folder: Settings(tokens=token_settings(folder, keys=(Path("no.pem"),))), "no.pem cannot be"),
+        (lambda _: Settings(signatures=signers(bob="UABC")), "'UABC' is no public NKey"),
+        (lambda _: Settings.model_validate({"caller": {"token_file": "no"}}), "no cannot be read"),
+        (lambda _: Settings.model_validate({"caller": {"nkey_file": "keys.json"}}), "no NKey seed"),
+    ],
+)
+def test_what_cannot_protect_does_not_start(
+    tmp_path: Path, made: Callable[[Path], Settings], why: str
+) -> None:
+    """Missing files, keys that are none, and rules that nobody could ever meet."""
+    (tmp_path / "keys.json").write_text("SUNOSEED")
+    with pytest.raises(ValueError, match=why):
+        Guard.of(made(tmp_path), tmp_path, Nonces())
+
+
+POLICY_FILE = """
+[[rules]]
+name = "in the file"
+subjects = ["bob"]
+agents = [">"]
+"""
+
+
+def test_a_policy_file_adds_rules(tmp_path: Path) -> None:
+    """Besides those in mesh.toml; what is wrong with it is told with its name and the key."""
+    (tmp_path / "policy.toml").write_text(POLICY_FILE)
+    guard = Guard.of(settings(tmp_path, rules=(READ,), policy=Path("policy.toml")), tmp_path, Nonces())
+    assert ["readers", "in the file"] == [rule.name for rule in guard.policy.rules]
+    for text, why in (
+        ("[[rules]]\nname = 1", r"policy\.toml: rules\.0\.name"),
+        ("[[rules]", r"policy\.toml is no TOML"),
+        ("rule = []", r"policy\.toml: rules: Field required; rule: Extra"),
+        ("\xff", r"policy\.toml is no TOML"),
+    ):
+        (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=why):
+            Guard.of(settings(tmp_path, policy=Path("policy.toml")), tmp_path, Nonces())
+
+
+@given(st.text(max_size=200) | st.binary(max_size=200).map(lambda raw: raw.decode("latin-1")))
+def test_any_policy_file_has_rules_or_is_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    """Whatever is in the file: rules that are all understood, or an error in words."""
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "any.toml").write_text(text, encoding="utf-8", errors="replace")
+    with pytest.raises(ValueError, match=r"any\.toml"):
+        Guard.of(settings(folder, rules=(), policy=Path("any.toml")), folder, Nonces())
+
+
+def test_enabled_and_not_set_up_it_refuses_everything() -> None:
+    """Without any settings, nobody may do anything."""
+    with pytest.raises(Unauthenticated):
+        Auth().guard.policy.allow(None, "any", "call")
