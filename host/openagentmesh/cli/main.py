@@ -30,11 +30,18 @@ app.add_typer(observe.app, name="observe")
 def run() -> None:
     """The console script."""
     try:
-        found, _ = plugins.enabled_here()
+        found, why_not = plugins.enabled_here()
         found.add_commands(app)
+        if why_not and not _has_command(sys.argv[1:2]):
+            plugins.note_unusable(why_not)  # the command may be one of theirs
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _has_command(asked: list[str]) -> bool:
+    known = typer.main.get_command(app)
+    return not asked or asked[0].startswith("-") or asked[0] in getattr(known, "commands", ())
 
 
 if __name__ == "__main__":

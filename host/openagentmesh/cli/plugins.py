@@ -32,8 +32,13 @@ def border_here() -> Border:
     """What requests of commands pass; a note when the plugins cannot be used."""
     found, why_not = enabled_here()
     if why_not:
-        note(f"the plugins of {FILE_NAME} are not used: {why_not}")
+        note_unusable(why_not)
     return found.border()
+
+
+def note_unusable(why: str) -> None:
+    """Tell why the plugins of the working folder's mesh.toml cannot be used."""
+    note(f"the plugins of {FILE_NAME} are not used: {why}")
 
 
 def plugins(config: Path | None = None, *, json_: Json = False) -> None:
