@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, Host
+from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
+from openagentmesh.runtime.plugins import installed
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -121,3 +123,17 @@ async def test_state_is_kept_and_moved_as_the_docs_say(tmp_path: Path, url: str)
         path.write_text(second)
         await host.reload()
         assert json.loads(answer) == await mesh.call("counter")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "plugins").glob("*.md")), ids=lambda page: page.stem)
+def test_the_settings_in_a_plugins_page_are_valid(page: Path, tmp_path: Path) -> None:
+    """Each mesh.toml in docs/plugins is one that enables the plugin, whose model takes the tables shown."""
+    [text] = blocks(f"docs/plugins/{page.name}", "toml")
+    (tmp_path / "mesh.toml").write_text(text)
+    config = load_config(tmp_path / "mesh.toml", {})
+    assert page.stem in config.host.plugins
+    plugins = Plugins({name: installed()[name].load() for name in config.host.plugins})
+    for plugin in plugins.all:
+        plugins.validated(plugin, config.plugins.get(plugin.name, {}))
+        for agent, settings in config.agents.items():
+            plugins.agent_settings(plugin, agent, settings.plugins.get(plugin.name, {}))
