@@ -21,12 +21,14 @@ class Competitor:
         name: how the table calls it.
         program: the program that serves its agents and calls them.
         loop: the event loop of both its processes.
+        plugin: what is put around its agents and its calls.
 
     """
 
     name: str
     program: str
     loop: str = "asyncio"
+    plugin: str = ""
 
 
 FLOOR: Final = Competitor("floor", "floor")
@@ -34,6 +36,17 @@ FLOOR_FAST: Final = Competitor("floor, uvloop", "floor", "uvloop")
 OURS: Final = Competitor("ours", "mesh")
 OURS_FAST: Final = Competitor("ours, uvloop", "mesh", "uvloop")
 PEER: Final = Competitor("SDK 0.2.0", "mesh")
+PLUGGED: Final = tuple(
+    Competitor(f"ours, {name}", "plugged", plugin=plugin)
+    for name, plugin in (
+        ("three that pass", "passing"),
+        ("metrics", "metrics"),
+        ("auth", "auth"),
+        ("tracing, no exporter", "tracing"),
+        ("tracing, SDK", "recording"),
+        ("limits", "limits"),
+    )
+)
 HOST: Final = Competitor("our host", "host")
 
 

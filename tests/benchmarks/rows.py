@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks import hosts
-from tests.benchmarks.competitors import FLOOR, FLOOR_FAST, HOST, OURS, OURS_FAST, PEER, Competitor
+from tests.benchmarks.competitors import FLOOR, FLOOR_FAST, HOST, OURS, OURS_FAST, PEER, PLUGGED, Competitor
 from tests.benchmarks.processes import nats_server, program, started
 
 Sample = Callable[[Competitor, Path], Awaitable[float]]
@@ -65,7 +65,8 @@ class Row:
 async def under_load(measure: str, count: int, competitor: Competitor, python: Path) -> float:
     """One load: a server, a provider, a caller, one process each."""
     async with nats_server() as server:
-        place = (server.url, competitor.loop)
+        plugin = [competitor.plugin] if competitor.plugin else []
+        place = (*plugin, server.url, competitor.loop)
         async with started(program(competitor.program, *place, python=python)) as provider:
             await provider.said()
             command = program(competitor.program, *place, measure, count, python=python)
@@ -74,7 +75,18 @@ async def under_load(measure: str, count: int, competitor: Competitor, python: P
                 return value
 
 
+async def layer(competitor: Competitor, python: Path) -> float:
+    """What the layers of plugins add to a call within one process, in µs."""
+    async with started(program("plugged", competitor.plugin, python=python)) as measured:
+        value: float = (await measured.said())["value"]
+        return value
+
+
 ALL: Final = (FLOOR, FLOOR_FAST, OURS, OURS_FAST, PEER)
+
+
+# What the layers of each of PLUGGED may add, in µs; the SDK's spans and the limits' meters are others' work.
+_LAYER_TARGETS: Final = (Target(1), Target(5), Target(15), Target(20), None, None)
 
 
 def rows(*, quick: bool) -> list[Row]:
@@ -146,6 +158,24 @@ def rows(*, quick: bool) -> list[Row]:
             None,
             Target(50),
         ),
+        Row(
+            "plugins",
+            "a call, one at a time, with plugins at both ends: p50, µs",
+            partial(under_load, "latency", few),
+            (OURS, *PLUGGED),
+            ("plugins", OURS),
+        ),
+        *[
+            Row(
+                f"layer-{each.plugin}",
+                "what plugins add to a call in one process: µs",
+                layer,
+                (each,),
+                None,
+                aim,
+            )
+            for each, aim in zip(PLUGGED, _LAYER_TARGETS, strict=True)
+        ],
         Row(
             "start-1k",
             "start of a host with 1,000 agents: all callable, s",

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from time import monotonic
 
 from openagentmesh import AgentMesh, AgentSpec
@@ -37,9 +38,9 @@ class Stopped(BaseModel):
     pid: int
 
 
-def serving(url: str) -> AgentMesh:  # noqa: C901 - one function an agent
-    """A mesh with the agents that are measured."""
-    mesh = AgentMesh(url)
+def serving(url: str, plugins: Sequence[object] = ()) -> AgentMesh:  # noqa: C901 - one function an agent
+    """A mesh with the agents that are measured; only ours takes plugins."""
+    mesh = AgentMesh(url, plugins=plugins) if plugins else AgentMesh(url)
 
     @mesh.agent(AgentSpec(name=SHORTEN, description="Shortens a text."))
     async def shorten(req: Text) -> Short:
