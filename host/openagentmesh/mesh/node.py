@@ -22,6 +22,7 @@ from openagentmesh.mesh.crossing import BorderCaller
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.events import Events
 from openagentmesh.mesh.hooks import Instance
+from openagentmesh.mesh.micro import Micro
 from openagentmesh.mesh.observe import follow_levels
 from openagentmesh.mesh.peers import served_by_strangers
 from openagentmesh.mesh.plugins import Plugins
@@ -89,6 +90,7 @@ class Node:
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
         self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
+        self.micro = Micro(self.bus, self.router, instance_id, self.started_at)
         self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
         asking = (self.bus, self.inbox, self.waits, instance_id)
         self.caller = BorderCaller(*asking, border) if border else Caller(*asking)
@@ -229,6 +231,7 @@ class Node:
     async def _announce(self, agents: Iterable[str]) -> None:
         await self.presence.announce(agents)
         if self._watching_over is None:
+            await self.micro.open()
             self.directory.changed = self._on_registry_change
             self.directory.follow()
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))

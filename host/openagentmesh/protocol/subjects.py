@@ -25,6 +25,8 @@ KV_BUCKETS: Final = (
     CONTEXT_BUCKET,
 )
 ARTIFACTS_BUCKET: Final = "mesh-artifacts"
+# What NATS' own tools ask about services (§10).
+MICRO: Final = "$SRV.>"
 # The key of the observability settings that hold for all agents.
 EVERY_AGENT: Final = "global"
 

@@ -20,13 +20,13 @@ from openagentmesh.protocol.errors import (
     InvalidInput,
     MeshError,
     MeshTimeout,
-    Overloaded,
     text_of,
 )
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.background import Background
 from openagentmesh.serving.call import Call, set_current_call
+from openagentmesh.serving.counts import Counts
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.lifeline import Lifeline, abandoning
@@ -58,15 +58,6 @@ class Shared:
     events: EventLog
     instance_id: str
     border: Border
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a route has done since it was made; `refused` are those of the errors that say `overloaded`."""
-
-    requests: int = 0
-    errors: int = 0
-    refused: int = 0
 
 
 class Route:
@@ -277,6 +268,7 @@ class Route:
                 await self._tell_completed(call)
         finally:
             call.over = True
+            self.counts.seconds += asyncio.get_running_loop().time() - now
             if lifeline is not None:
                 lifeline.close()
 
@@ -339,9 +331,8 @@ class Route:
             await shared.inbox.deliver(reply, body, head)
 
     async def _reply_error(self, request: Request, where: str, error: MeshError, send: Send) -> None:
-        self.counts.errors += 1
-        self.counts.refused += error.code == Overloaded.code
         bus, instance_id, name = self._shared.bus, self._shared.instance_id, self.agent.name
+        self.counts.add_error(error)
         error = error.located(agent=name, request_id=request.request_id)
         body = codec.error_body(error)
         head = codec.error_headers(request.request_id, instance_id)
