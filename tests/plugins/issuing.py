@@ -22,8 +22,8 @@ ALL = Rule(name="all", subjects=("*",), agents=(">",), verbs=("call", "stream", 
 
 
 def claims(**changed: Any) -> dict[str, Any]:
-    """Claims that count for a minute; a change to None leaves a claim out."""
-    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 60, "scope": "a b"}
+    """Claims that count for longer than the suite takes; a change to None leaves a claim out."""
+    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 3600, "scope": "a b"}
     return {name: value for name, value in (good | changed).items() if value is not None}
 
 

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+from oam_auth import Auth, Settings
+from openagentmesh.runtime.config import load_config
+from typer.testing import CliRunner
 
 from tests.cli.processes import Up, oam
 from tests.plugins.issuing import AUDIENCE, ISSUER, seed, token, write_keys
@@ -67,7 +71,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         ("public", "", ""),
         ("public", token(exp=1), "The token has expired"),
     ],
-)
+    ids=[
+        "token", "other subject", "expired", "other audience", "garbage", "nothing", "signed",
+        "signed without scope", "scope", "without scope", "anonymous", "anonymous, but expired",
+    ],
+)  # fmt: skip
 def test_commands_carry_who_asks(up: Up, tmp_path: Path, name: str, carried: str, refused: str) -> None:
     """A token in the environment or a seed in mesh.toml lets in; each refusal says why and exits with 1."""
     table = '[plugins.auth.caller]\nnkey_file = "bob.nk"\n' if carried == "signed" else ""
@@ -101,14 +109,23 @@ def test_check_says_what_is_set_up(up: Up) -> None:
         (("ops.x", "--subject", "dora"), "", 1, "only with the scope admin"),
         (("--token", "nowhere"), "", 1, "nowhere cannot be read"),
     ],
-)
+    ids=[
+        "token", "token, verb", "token alone", "expired", "nobody", "anonymous", "subject with scope",
+        "subject without", "no file",
+    ],
+)  # fmt: skip
 def test_check_decides_as_a_host_would(
     up: Up, arguments: tuple[str, ...], given: str, code: int, said: str
 ) -> None:
     """Whom a token proves, and which rule lets that one in, or why not; by JSON too."""
-    result = oam("auth", "check", *arguments, cwd=up.folder, given=given)
-    assert (code, True) == (result.code, said in result.out + result.err)
-    told = json.loads(oam("auth", "check", *arguments, "--json", cwd=up.folder, given=given).out)
+    app, settings = typer.Typer(), load_config(up.folder / "mesh.toml", {}).plugins["auth"]
+    auth = Auth()
+    auth.mesh_configure(Settings.model_validate(settings), up.folder)
+    auth.mesh_cli(app)
+    runner = CliRunner()
+    result = runner.invoke(app, ["auth", "check", *arguments], input=given)
+    assert (code, True) == (result.exit_code, said in result.output)
+    told = json.loads(runner.invoke(app, ["auth", "check", *arguments, "--json"], input=given).stdout)
     assert ("why" in told) == bool(code)
 
 

@@ -82,8 +82,13 @@ def other_verb(call: Call) -> None:
     call.verb = "send"
 
 
-def now_is(ahead: float) -> str:
-    return str(int((time.time() + ahead) * 1000))
+def at(ahead: float) -> Callable[[Call], None]:
+    """A request that says it was signed some seconds from now."""
+
+    def change(call: Call) -> None:
+        headers_of(call)[TIME] = str(int((time.time() + ahead) * 1000))
+
+    return change
 
 
 OTHER = Signer(seed()[0])
@@ -97,9 +102,9 @@ OTHER = Signer(seed()[0])
         ("signature.verb", other_verb),
         ("signature.wrong", header("X-Mesh-Request-Id", "r2")),
         ("signature.wrong", header(NONCE, "another")),
-        ("signature.wrong", header(TIME, now_is(1))),
-        ("signature.time", header(TIME, now_is(-40))),
-        ("signature.time", header(TIME, now_is(40))),
+        ("signature.wrong", at(1)),
+        ("signature.time", at(-40)),
+        ("signature.time", at(40)),
         ("signature.time", header(TIME, "now")),
         ("signature.time", header(TIME, "-1")),
         ("signature.time", header(TIME, "9" * 400)),
@@ -174,7 +179,11 @@ def test_what_is_refused_takes_no_room() -> None:
     assert "bob" == signatures.prove(signed()).subject
 
 
-@pytest.mark.parametrize("key", ["", "U", PUBLIC[:-1], PUBLIC[:-1] + "!", SEED.decode(), "A" + PUBLIC[1:]])
+@pytest.mark.parametrize(
+    "key",
+    ["", "U", PUBLIC[:-1], PUBLIC[:-1] + "!", SEED.decode(), "A" + PUBLIC[1:]],
+    ids=["empty", "a letter", "cut", "misspelt", "the secret", "another kind"],
+)
 def test_keys_that_are_none_are_named(key: str) -> None:
     """Cut, misspelt, a secret instead of the public part, another kind of key."""
     with pytest.raises(ValueError, match="is no public NKey"):

@@ -229,9 +229,10 @@ class Node:
         }
 
     async def _announce(self, agents: Iterable[str]) -> None:
-        await self.presence.announce(agents)
         if self._watching_over is None:
             await self.micro.open()
+        await self.presence.announce(agents)
+        if self._watching_over is None:
             self.directory.changed = self._on_registry_change
             self.directory.follow()
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
