@@ -1,18 +1,24 @@
 """The auth matrix from the command line: each way to be let in and refused, and `oam auth check`."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 from oam_auth import Auth, Settings
+from oam_auth.guard import Guard
+from oam_auth.policy import Proof
+from oam_auth.signatures import Nonces
 from openagentmesh.runtime.config import load_config
 from typer.testing import CliRunner
 
 from tests.cli.processes import Up, oam
 from tests.plugins.issuing import AUDIENCE, ISSUER, seed, token, write_keys
 from tests.runtime.conftest import MESH, agent, write
+from tests.test_docs import blocks
 
 SEED, PUBLIC = seed()
 HOST = f"""
@@ -141,3 +147,25 @@ def test_a_broken_policy_stops_up_and_check_alike(tmp_path: Path) -> None:
         assert 0 != result.code
         assert "p.toml: rules.0.agents: Field required" in result.out + result.err
         assert "Traceback" not in result.err
+
+
+def test_the_page_can_be_tried(tmp_path: Path) -> None:
+    """What docs/plugins/auth.md has for trying it makes a key, a token, and a signer that count."""
+    for code in blocks("docs/plugins/auth.md"):
+        made = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+    secret, public = (line.rpartition(" ")[2] for line in made.stdout.splitlines())
+    (tmp_path / "billing.nk").write_text(secret)
+    settings = Settings.model_validate(
+        {
+            "tokens": {"issuer": "dev", "audience": "mesh", "keys": ["issuer.jwk"]},
+            "signatures": {"users": {public: {"subject": "billing"}}},
+            "caller": {"nkey_file": "billing.nk"},
+        }
+    )
+    guard = Guard.of(settings, tmp_path, Nonces())
+    assert guard.tokens is not None
+    assert Proof("alice", frozenset({"nlp.read"})) == guard.tokens.prove((tmp_path / "token").read_text())
+    assert guard.identity.signer is not None
+    assert public == guard.identity.signer.key
