@@ -3,10 +3,26 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import write_project
-from tests.cli.processes import Process, Result, Up, gone, oam, refuses, side_by_side, until
+from tests.cli.processes import (
+    OAM,
+    Process,
+    Result,
+    Up,
+    environment,
+    free_port,
+    gone,
+    oam,
+    refuses,
+    side_by_side,
+    until,
+)
 
 
 def holding(host: Up, name: str, release: Path) -> Process:
@@ -93,3 +109,44 @@ def test_a_host_that_vanished(tmp_path: Path, url: str, name: str) -> None:
     assert 1 == result.code
     assert result.err.startswith(f"Error [not_available] Agent '{name}' is in the catalog, but nobody")
     assert f"{name}: recorded with 3 agents, but does not answer" in shown.out
+
+
+# Makes the terminal at its input the one that controls it, as in a new window, and runs the rest.
+IN_TERMINAL = """
+import fcntl, os, signal, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("started_by", ["shell", "nohup"])
+def test_a_terminal_that_is_closed_takes_its_host_along(tmp_path: Path, started_by: str) -> None:
+    """But not one that was started with nohup, which only looks for changes then."""
+    folder, port = write_project(tmp_path / "p", "echo"), free_port()
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", IN_TERMINAL, started_by, OAM, "up", "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment()
+    ) as host:
+        os.close(theirs)
+        try:
+            shown = b""
+            while b"Ctrl-C" not in shown:
+                shown += os.read(ours, 4096)
+            os.close(ours)
+            if started_by == "shell":
+                host.wait(10)  # its code is that of an output nobody reads
+            else:
+                os.kill(host.pid, signal.SIGHUP)
+                assert (
+                    0
+                    == oam(
+                        "agent", "call", "echo", "{}", "--url", f"nats://127.0.0.1:{port}", cwd=folder
+                    ).code
+                )
+        finally:
+            host.terminate()
+    assert until(lambda: refuses(f"nats://127.0.0.1:{port}"), 5)

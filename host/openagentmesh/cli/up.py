@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -82,7 +83,7 @@ def _configured(path: Path | None, port: int | None, url: str | None, host: dict
 async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> None:
     config = read()
     host = Host(config, config_file=file, read_config=read, watch=config.host.reload)
-    reloading = _Reloading(host)
+    hangup = _Hangup(host)
     # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
@@ -91,7 +92,7 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
         # Before anything is said: who reads it may send a signal at once.
         stop = stop_event(lambda: _say_stopping(host))
         with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.start)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.start, stop)
         if pretty:
             note(_banner(host))
         else:
@@ -102,15 +103,21 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
     log.info("stopped")
 
 
-class _Reloading:
-    """Reloads by hand, on SIGHUP."""
+class _Hangup:
+    """What SIGHUP does: reload by hand; or stop, when it says that the terminal is gone."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._tasks: set[asyncio.Task[None]] = set()
+        # Whom nohup started is to outlive the terminal.
+        self._needs_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
-    def start(self) -> None:
-        """Reload what has changed, in a task."""
+    def start(self, stop: asyncio.Event) -> None:
+        """Reload what has changed, in a task; or set `stop`."""
+        if self._needs_terminal and not _has_terminal():
+            log.info("stopping: the terminal was closed")
+            stop.set()
+            return
         task = asyncio.create_task(self._reload())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -118,6 +125,15 @@ class _Reloading:
     async def _reload(self) -> None:
         if await self._host.reload() is None:
             log.info("nothing has changed on disk")
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _say_stopping(host: Host) -> None:
