@@ -181,13 +181,18 @@ async def test_an_agent_that_cannot_be_protected_does_not_serve(
             "plugins.word.word: input should be a valid string",
         ),
         ('["./word.py"]', "plugins.word.word = 'cursed'", "not this word"),
+        ('["./quits.py"]', "", "'./quits.py' cannot be loaded: SystemExit"),
+        ('["./models.py"]', "", "gives 7 in mesh_settings, where a pydantic model is wanted"),
+        ('["./word.py", "./team/word.py"]', "", "two plugins are called 'word'"),
     ],
 )
 async def test_a_plugin_that_cannot_be_used_stops_the_start(
     toml: Toml, tmp_path: Path, plugins: str, text: str, why: str
 ) -> None:
     """It is named with the reason, and `check` says the same without a server."""
-    write(tmp_path, {"broken.py": "1/0\n", "agents/a.py": MESH})
+    models = "from openagentmesh import hookimpl\n@hookimpl\ndef mesh_settings():\n    return 7\n"
+    write(tmp_path, {"broken.py": "1/0\n", "quits.py": "raise SystemExit(0)\n", "models.py": models})
+    write(tmp_path, {"agents/a.py": MESH})
     host = hosting(toml(text, plugins))
     with pytest.raises((PluginFailed, ConfigError), match=why):
         await host.start()
@@ -258,10 +263,11 @@ async def test_plugins_are_told_of_reloads(
         write(tmp_path / "agents", {"a.py": "1/0"})
         assert (await reloaded(host)).error
         assert [
-            ("reloaded", ["agents/a.py"]),
             ("unloaded", name),
+            ("reloaded", ["agents/a.py"]),
             ("failed", ["agents/a.py"]),
         ] == recorder.told
+    assert ("unloaded", f"{name}.other") == recorder.told[-1]
 
 
 async def test_replays_pass_no_plugin(
@@ -284,3 +290,119 @@ async def test_plugins_without_settings_take_none(toml: Toml, tmp_path: Path) ->
     write(tmp_path, {"plain.py": "from openagentmesh import hookimpl\n@hookimpl\ndef mesh_cli(app): ...\n"})
     with pytest.raises(MeshError, match="The plugin 'plain' takes no settings"):
         await hosting(toml("plugins.plain.x = 1", '["./plain.py"]')).start()
+
+
+async def test_what_goes_back_is_within_the_plugins_of_now(
+    toml: Toml, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A version that comes back because the new one failed at once has today's settings, not its own."""
+    source = (
+        MESH
+        + agent(name)
+        + f"""
+@mesh.agent(AgentSpec(name="{name}.pub"))
+async def pub() -> AsyncIterator[int]:
+    FIRST
+    await asyncio.sleep(60)
+    yield 1
+"""
+    )
+    source = "import asyncio\nfrom collections.abc import AsyncIterator\n" + source
+    write(tmp_path, {"agents/a.py": source.replace("FIRST", "pass")})
+    table = f"[agents.'{name}'.plugins.word]\nfree = "
+    async with hosting(toml(table + "true")) as host:
+        assert "ok" == await mesh.call(name, {})
+        toml(table + "false")
+        write(tmp_path, {"agents/a.py": source.replace("FIRST", "raise ValueError('at once')")})
+        await reloaded(host)
+        await let_go(host)
+        assert "so the old version runs again" in [each.error for each in host._history][-1]
+        with pytest.raises(PermissionDenied):
+            await mesh.call(name, {})
+
+
+FILE = """
+from pathlib import Path
+from pydantic import BaseModel, FilePath
+from openagentmesh import hookimpl
+class Settings(BaseModel):
+    file: FilePath
+@hookimpl
+def mesh_settings(): return Settings
+@hookimpl
+def mesh_configure(settings): settings.file.read_text()
+@hookimpl
+def mesh_middleware(agent):
+    if agent.name.endswith("unwatchable"): raise LookupError("cannot watch this one")
+"""
+
+
+async def test_settings_that_did_not_change_are_not_looked_at(
+    toml: Toml, mesh: AgentMesh, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that a plugin needs and that is away for a moment holds up no reload, nor what goes back."""
+    write(tmp_path, {"agents/a.py": MESH + agent(name), "key.py": FILE, "one": "", "two": ""})
+    async with hosting(toml(f"plugins.key.file = '{tmp_path}/one'", '["./key.py"]')) as host:
+        (tmp_path / "one").unlink()
+        write(tmp_path, {"agents/a.py": MESH + agent(name, "'new'")})
+        assert "" == (await reloaded(host)).error
+        assert "new" == await mesh.call(name, {})
+        toml(f"plugins.key.file = '{tmp_path}/two'", '["./key.py"]')
+        write(tmp_path, {"agents/a.py": MESH + agent(name) + agent(f"{name}.unwatchable")})
+        assert "cannot watch this one" in (await reloaded(host)).error
+    assert "what was in force before is not again" in caplog.text
+
+
+async def test_disabled_agents_are_nobodys_business(
+    toml: Toml, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """An agent that a plugin cannot take, and that is disabled, keeps its module from nothing."""
+    write(tmp_path / "agents", {"a.py": MESH + agent(name) + agent(f"{name}.unwatchable")})
+    async with hosting(toml(f"agents.'{name}.unwatchable'.enabled = false")) as host:
+        assert ["serving"] == [module.state for module in host.modules]
+        assert "ok" == await mesh.call(name, {}, headers={"word": "please"})
+
+
+async def test_agents_of_refused_versions_are_forgotten(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A plugin that was asked about an agent that never served is told that it does not."""
+
+    class Picky(Recorder):
+        @hookimpl
+        def mesh_middleware(self, agent: Agent) -> Middleware:
+            if agent.name.endswith("bad"):
+                raise PermissionDenied("no policy for this one")
+            return super().mesh_middleware(agent)
+
+    picky = Picky()
+    async with Host(configure({"a.py": MESH + agent(name)}), plugins=[picky]) as host:
+        write(tmp_path / "agents", {"a.py": MESH + agent(f"{name}.new") + agent(f"{name}.bad")})
+        assert "'picky' failed in mesh_middleware: no policy" in (await reloaded(host)).error
+        unloaded = {what for kind, what in picky.told if kind == "unloaded"}
+        assert {f"{name}.new", f"{name}.bad"} == unloaded
+        assert "ok" == await mesh.call(name, {})
+
+
+async def test_what_a_module_declares_while_it_runs_goes_with_that_module(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """Another file's reload takes it away from nobody; its own does."""
+    late = f"""
+@mesh.agent(AgentSpec(name="{name}"))
+async def boot(req: dict) -> str:
+    @mesh.agent(AgentSpec(name="{name}.late"))
+    async def late(req: dict) -> str:
+        return "late"
+    return "booted"
+"""
+    other = MESH + agent(f"{name}.b")
+    async with Host(configure({"a.py": MESH + late, "b.py": other})) as host:
+        await mesh.call(name, {})
+        await host.node.settled()
+        write(tmp_path / "agents", {"b.py": other + "# touched"})
+        await reloaded(host)
+        await let_go(host)
+        assert "late" == await mesh.call(f"{name}.late", {})
+        write(tmp_path / "agents", {"a.py": MESH + late + "# touched"})
+        assert f"{name}.late withdrawn" in (await reloaded(host)).agents

@@ -1,5 +1,6 @@
 """`oam plugins`: what is installed and enabled; and the plugins that commands themselves use."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def plugins(config: Path | None = None, *, json_: Json = False) -> None:
 
 
 def _described(found: Plugins, plugin: Plugin, entry: str) -> dict[str, Any]:
-    settings = plugin.settings.model_dump(mode="json") if plugin.settings else {}
+    # By way of pydantic's own JSON, which writes "no limit" as null.
+    settings = json.loads(plugin.settings.model_dump_json()) if plugin.settings else {}
     return {
         "name": plugin.name,
         "enabled": True,

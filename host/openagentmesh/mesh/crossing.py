@@ -1,5 +1,6 @@
 """Requests that pass the plugins' border on their way out."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.mesh.calling import Callback, Caller
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.serving.call import within_deadline
 from openagentmesh.serving.outgoing import Border, Outgoing
 
 
@@ -23,8 +25,11 @@ class BorderCaller(Caller):
         self, name: str, payload: object, timeout: float | None, headers: Mapping[str, str] | None
     ) -> Any:  # noqa: ANN401 - a JSON value of any shape
         """Send one request and return the first answer, or raise what came instead."""
-        async with self._passing("call", name, payload, headers) as outgoing:
-            return await super().call(name, outgoing.body, timeout, outgoing.headers)
+        loop, timeout = asyncio.get_running_loop(), within_deadline(timeout)
+        began = loop.time()
+        async with self._passing("call", name, payload, headers, timeout) as outgoing:
+            left = None if timeout is None else max(0.0, began + timeout - loop.time())
+            return await super().call(name, outgoing.body, left, outgoing.headers)
 
     async def stream(
         self,
@@ -36,7 +41,7 @@ class BorderCaller(Caller):
     ) -> AsyncGenerator[Any, None]:
         """Send one request and yield its chunks."""
         async with (
-            self._passing("stream", name, payload, headers) as outgoing,
+            self._passing("stream", name, payload, headers, timeout) as outgoing,
             aclosing(super().stream(name, outgoing.body, timeout, outgoing.headers, total)) as chunks,
         ):
             async for chunk in chunks:
@@ -55,7 +60,7 @@ class BorderCaller(Caller):
         reply_to: str = "",
     ) -> None:
         """Send one request and go on."""
-        async with self._passing("send", name, payload, headers) as outgoing:
+        async with self._passing("send", name, payload, headers, timeout) as outgoing:
             await super().send(
                 name,
                 outgoing.body,
@@ -72,8 +77,9 @@ class BorderCaller(Caller):
         name: str,
         payload: object,
         headers: Mapping[str, str] | None,
+        timeout: float | None,
     ) -> AbstractAsyncContextManager[Outgoing]:
         given = dict(headers or {})
         request_id = given.setdefault(subjects.REQUEST_ID, "") or codec.new_id()
         given[subjects.REQUEST_ID] = request_id
-        return self._border.passing(verb, name, codec.dump(payload), given, request_id)
+        return self._border.passing(Outgoing(verb, name, request_id, codec.dump(payload), given), timeout)

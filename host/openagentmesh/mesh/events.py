@@ -15,7 +15,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
-from openagentmesh.serving.outgoing import Border
+from openagentmesh.serving.outgoing import Border, Outgoing
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,10 @@ class Events:
         if not self._border:
             await self._bus.publish(subject, body, head)
             return
-        async with self._border.passing("publish", subject, body, headers) as outgoing:
-            head, body = codec.publish_headers(self._instance_id, payload, outgoing.headers)
-            await self._bus.publish(subject, body, head)
+        event = Outgoing("publish", subject, body=body, headers=dict(headers or {}))
+        async with self._border.passing(event) as outgoing:
+            head, _ = codec.publish_headers(self._instance_id, payload, outgoing.headers)
+            await self._bus.publish(subject, outgoing.body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
         """The events of one publisher until it ends; its failure is raised.
@@ -96,10 +97,13 @@ class Events:
                 yield message
 
     async def _next(self, feed: "_Feed", timeout: float | None) -> MeshMessage[Any] | None:
-        message = await feed.next(timeout)
-        if message is not None and self._border:
-            async with self._border.passing("receive", message.subject, b"", message.headers):
-                pass  # what its receiver does with it is not ours to bracket
+        while (message := await feed.next(timeout)) is not None and self._border:
+            event = Outgoing("receive", message.subject, body=feed.body, headers=dict(message.headers))
+            try:
+                async with self._border.passing(event):
+                    return message  # what its receiver does with it is not ours to bracket
+            except MeshError as exc:  # one event that a plugin refuses is no end of the others
+                log.warning("an event on %s was refused: %s", message.subject, exc)
         return message
 
     @asynccontextmanager
@@ -118,11 +122,12 @@ class _Feed:
     """The messages that one subscriber has not taken yet.
 
     An `endless` feed goes on whoever of many ends or fails; one of `publishers_only` has their
-    events and nothing else that comes on the same subjects.
+    events and nothing else that comes on the same subjects. `body` is that of the last message taken.
     """
 
     def __init__(self, subject: str, *, endless: bool = False, publishers_only: bool = False) -> None:
         self.subject = subject
+        self.body = b""
         self._endless = endless
         self._publishers_only = publishers_only
         self._messages: deque[Message] = deque()
@@ -171,6 +176,7 @@ class _Feed:
                     if frame.failed:
                         self._on_error(message.subject, frame)
                     elif frame.body:
+                        self.body = frame.body
                         value = codec.load_message(frame.headers, frame.body)
                         return MeshMessage(message.subject, value, frame.headers)
         except TimeoutError:

@@ -153,7 +153,9 @@ class Node:
         """Serve these agents no more; the routes they had are for `withdraw`."""
         for name in names:
             self.refused.pop(name, None)
-        return self.binding.drop(names)
+        routes = self.binding.drop(names)
+        self.plugins.tell_unloaded(self.binding.wanted)
+        return routes
 
     async def withdraw(self, routes: Collection[Route], drain_timeout: float) -> None:
         """End what was dropped: leave, finish what runs, deregister."""
@@ -161,9 +163,6 @@ class Node:
             return
         await self.binding.idle()  # one of them may just be opened
         await asyncio.gather(*[route.end(drain_timeout) for route in routes])
-        for route in routes:
-            if self.router.get(route.agent.name) is None:
-                self.plugins.tell_unloaded(route.agent.name)
         await persistently(lambda: self._deregister({route.agent.name for route in routes}), "what is gone")
 
     async def _deregister(self, names: set[str]) -> None:
@@ -276,6 +275,7 @@ class Node:
         await end(self._repairing, self._watching_over, self._following_levels)
         await self.router.finish(0)
         await self.on_finished()
+        self.plugins.tell_unloaded(())
         await self._plugins_running.aclose()
         self.events.fail_all()
         await self.caller.close()

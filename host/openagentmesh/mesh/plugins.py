@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from inspect import isasyncgenfunction, iscoroutinefunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class Plugins:
     def __init__(self, implementations: Mapping[str, object] | None = None) -> None:
         self._manager = pluggy.PluginManager(hooks.NAME)
         self._manager.add_hookspecs(hooks.Hooks)
+        self._asked_about: set[str] = set()
         self.all = [
             Plugin(name, self._registered(name, each)) for name, each in (implementations or {}).items()
         ]
@@ -79,12 +81,21 @@ class Plugins:
             raise PluginFailed(
                 f"The plugin '{name}' cannot be used: {text_of(exc)}", details={"plugin": name}
             ) from exc
-        if not self._manager.get_hookcallers(made):
-            raise PluginFailed(
-                f"The plugin '{name}' implements no hook: put @hookimpl above a function named mesh_…",
-                details={"plugin": name},
-            )
+        if why := self._why_no_plugin(made):
+            raise PluginFailed(f"The plugin '{name}' {why}.", details={"plugin": name})
         return made
+
+    def _why_no_plugin(self, made: object) -> str:
+        """Why something would not do what it looks like; empty when it would."""
+        if not self._manager.get_hookcallers(made):
+            return "implements no hook: put @hookimpl above a function named mesh_…"
+        for name in dir(made):
+            hook = getattr(made, name, None) if name.startswith("mesh_") else None
+            if callable(hook) and self._manager.parse_hookimpl_opts(made, name) is None:
+                return f"has {name} without @hookimpl above it, so it would never be asked"
+            if iscoroutinefunction(hook) or isasyncgenfunction(hook):
+                return f"has {name} as an `async def`, but hooks are plain functions"
+        return ""
 
     def hooks_of(self, plugin: Plugin) -> list[str]:
         """The names of the hooks that a plugin implements."""
@@ -100,7 +111,7 @@ class Plugins:
         others = [each.implementation for each in self.all if each is not plugin]
         try:
             found = self._manager.subset_hook_caller(hook, others)(**given)
-        except MeshError:
+        except PluginFailed:
             raise
         # A plugin's code may raise anything; what it was asked for ends here.
         except Exception as exc:
@@ -121,21 +132,33 @@ class Plugins:
 
         """
         wanted = [(plugin, self.validated(plugin, tables.get(plugin.name, {}))) for plugin in self.all]
-        done: list[tuple[Plugin, BaseModel | None]] = []
+        before = self.in_force
         try:
             for plugin, settings in wanted:
                 if settings != plugin.settings:
-                    done.append((plugin, plugin.settings))
                     self._configure(plugin, settings, folder)
         except BaseException:
-            for plugin, before in reversed(done):
-                self._configure(plugin, before, folder)
+            self.restore(before, folder)
             raise
 
+    @property
+    def in_force(self) -> list[BaseModel | None]:
+        """The settings of all plugins, for `restore`."""
+        return [plugin.settings for plugin in self.all]
+
+    def restore(self, settings: Iterable[BaseModel | None], folder: Path) -> None:
+        """Give settings back that were in force before; a plugin that fails then is named in the log."""
+        for plugin, before in zip(self.all, settings, strict=True):
+            if plugin.settings is not before:
+                try:
+                    self._configure(plugin, before, folder)
+                except PluginFailed as exc:
+                    log.exception("what was in force before is not again: %s", exc.message)
+
     def _configure(self, plugin: Plugin, settings: BaseModel | None, folder: Path) -> None:
+        plugin.settings = settings  # also when it refuses: then it is asked again for those before
         if settings is not None:
             self._ask(plugin, "mesh_configure", settings=settings, folder=folder)
-        plugin.settings = settings
 
     def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:
         """A plugin's own table by its model; None when it has no model."""
@@ -146,8 +169,16 @@ class Plugins:
 
     def settings_model(self, plugin: Plugin) -> type[BaseModel] | None:
         """The model of a plugin's own table."""
-        model: type[BaseModel] | None = self._ask(plugin, "mesh_settings")
-        return model
+        return self._model(plugin, "mesh_settings")
+
+    def _model(self, plugin: Plugin, hook: str) -> type[BaseModel] | None:
+        model = self._ask(plugin, hook)
+        if model is None or (isinstance(model, type) and issubclass(model, BaseModel)):
+            return model
+        raise PluginFailed(
+            f"The plugin '{plugin.name}' gives {model!r} in {hook}, where a pydantic model is wanted.",
+            details={"plugin": plugin.name},
+        )
 
     def around(self, agent: Agent, tables: Tables) -> Agent:
         """An agent within the middlewares of all plugins; `tables` are its own settings of them.
@@ -156,6 +187,7 @@ class Plugins:
             PluginFailed: a plugin cannot protect or watch this agent, so it must not serve.
 
         """
+        self._asked_about.add(agent.name)
         for plugin in reversed(self.all):
             settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
             middleware = self._ask(plugin, "mesh_middleware", agent=agent, settings=settings)
@@ -170,16 +202,15 @@ class Plugins:
             PluginFailed: they do not fit the plugin's model, or it takes none.
 
         """
-        model = self._ask(plugin, "mesh_agent_settings")
+        model = self._model(plugin, "mesh_agent_settings")
         where = f'[agents."{agent}".plugins.{plugin.name}]'
         if model is None and table:
             raise PluginFailed(f"{where}: the plugin '{plugin.name}' takes no settings of agents.")
         try:
-            settings: BaseModel | None = model and model.model_validate(table)
+            return None if model is None else model.model_validate(table)
         except ValidationError as exc:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
             raise PluginFailed(f"{where} does not fit: {wrong}") from exc
-        return settings
 
     def border(self) -> Border:
         """What all that leaves passes."""
@@ -210,7 +241,7 @@ class Plugins:
     ) -> None:
         try:
             await lifespan.__aenter__()
-        except MeshError:
+        except PluginFailed:
             raise
         # As `_ask`.
         except Exception as exc:
@@ -221,8 +252,10 @@ class Plugins:
             try:
                 async with asyncio.timeout(_GRACE):
                     await lifespan.__aexit__(None, None, None)
-            # The stop goes on, whatever a plugin raises.
-            except Exception:
+            # The stop goes on, whatever a plugin raises; a task that it has cancelled may be its own.
+            except BaseException:
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
                 log.exception("the plugin '%s' did not stop as it should", plugin.name)
 
         running.push_async_callback(leave)
@@ -240,9 +273,11 @@ class Plugins:
         asked = (self._ask(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
         return next((redactor for redactor in asked if redactor is not None), None)
 
-    def tell_unloaded(self, name: str) -> None:
-        """Tell that an agent is served no more."""
-        self._tell("mesh_agent_unloaded", name=name)
+    def tell_unloaded(self, served: Container[str]) -> None:
+        """Tell of all agents that they were asked about, and that are not served, or not any more."""
+        for name in [name for name in self._asked_about if name not in served]:
+            self._asked_about.discard(name)
+            self._tell("mesh_agent_unloaded", name=name)
 
     def tell_reload(self, outcome: Outcome) -> None:
         """Tell of a reload, or of one that was refused."""

@@ -59,7 +59,7 @@ class Host:
         config_file: where that is; a change of it is taken over while the host runs.
         read_config: reads it again.
         watch: whether a file is reloaded as soon as it is saved.
-        plugins: objects or modules that implement hooks of `runtime/hooks.py`.
+        plugins: objects or modules that implement hooks of `mesh/hooks.py`.
 
     """
 
@@ -134,10 +134,9 @@ class Host:
         reloader.on_outcome = self._tell
         self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
         self._running.push_async_callback(reloader.close)
-        reloader.load_all(origins)
+        agents = reloader.load_all(origins)
         self._report()
-        agents = [agent for module in self.modules for agent in module.agents]
-        await node.start([a for a in agents if self.config.enabled(a.name)], serves=True)
+        await node.start(agents, serves=True)
         if self._watch:
             watching = asyncio.create_task(watch(reloader))
             self._running.push_async_callback(end, watching)

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.protocol.errors import PluginFailed, text_of
 from openagentmesh.runtime.config import Config, ConfigError, is_file, near, plugin_name, problems_of
+from openagentmesh.runtime.disk import Stamp, stamp
 
 GROUP: Final = "openagentmesh.plugins"
 
@@ -29,8 +31,12 @@ def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
         ConfigError: its settings do not fit.
 
     """
-    found = {plugin_name(entry): _load(entry, config) for entry in config.host.plugins}
-    plugins = Plugins(found | Plugins.named(given))
+    names = [plugin_name(entry) for entry in config.host.plugins]
+    others = Plugins.named(given)
+    if twice := next((name for name in names if names.count(name) > 1 or name in others), ""):
+        raise PluginFailed(f"[host] plugins: two plugins are called '{twice}'; rename a file.")
+    found = dict(zip(names, [_load(entry, config) for entry in config.host.plugins], strict=True))
+    plugins = Plugins(found | others)
     configure(plugins, config)
     return plugins
 
@@ -62,8 +68,8 @@ def _load(entry: str, config: Config) -> object:
         )
     try:
         return _from_file(config.folder / Path(entry).expanduser()) if is_file(entry) else known[entry].load()
-    # Code of others may raise anything while it is imported.
-    except Exception as exc:
+    # Code of others may raise anything while it is imported, and exit.
+    except (Exception, SystemExit) as exc:
         missing = isinstance(exc, ModuleNotFoundError) and not is_file(entry)
         hint = f". Install what it needs: pip install 'openagentmesh[{entry}]'" if missing else ""
         raise PluginFailed(
@@ -73,9 +79,14 @@ def _load(entry: str, config: Config) -> object:
 
 
 def _from_file(path: Path) -> object:
-    """What a file has as `plugin`, else the module itself."""
+    """What a file has as `plugin`, else the module itself; the same one until it is saved again."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    return _executed(path.resolve(), stamp(path))
+
+
+@lru_cache(maxsize=100)
+def _executed(path: Path, _stamp: Stamp | None) -> object:
     name = f"oam_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -32,9 +32,11 @@ from openagentmesh.runtime.verdict import (
     check_settled,
     check_willing,
     compared,
+    different,
     in_words,
     tell,
     why_of,
+    withdrawn,
 )
 from openagentmesh.serving.agent import Agent
 
@@ -92,8 +94,11 @@ class Reloader:
         self._config_error = ""  # that was told last, and is still there
         node.on_finished = self._dispose
 
-    def load_all(self, origins: list[Origin]) -> None:
-        """Load everything for the first time; modules that fail say so, the others serve."""
+    def load_all(self, origins: list[Origin]) -> list[Agent]:
+        """Load everything for the first time; modules that fail say so, the others serve.
+
+        Returns the agents that are to be served, ready for it.
+        """
         loader = self._loader
         loader.prepare(self.config, origins)
         for origin in origins:
@@ -107,12 +112,16 @@ class Reloader:
             module.fail(why, line=twice.source)
             agents[module] = []
             self._changes.tried_first(module.origin, [], [first.file])
+        ready: list[Agent] = []
         for module in self.modules:
+            enabled = [agent for agent in agents[module] if self.config.enabled(agent.name)]
             try:
-                module.agents = [self._ready(agent, self.config) for agent in agents[module]]
+                ready += [self._ready(agent, self.config) for agent in enabled]
+                module.agents = agents[module]
             except PluginFailed as exc:
                 module.fail(exc.message)
                 self._changes.tried_first(module.origin, [])
+        return ready
 
     async def reload(
         self, only: str = "", *, sure: bool = True, settled: Mapping[str, Stamp] | None = None
@@ -178,8 +187,8 @@ class Reloader:
         self, plan: Plan, settled: Mapping[str, Stamp], began: float, *, sure: bool
     ) -> Outcome:
         """The transaction."""
-        imports = self._loader.imports
-        stage = Stage()
+        imports, plugins = self._loader.imports, self._node.plugins
+        stage, settings = Stage(), plugins.in_force
         try:
             check_willing(imports.sources, plan.names)
             self._loader.prepare(plan.config, plan.origins)
@@ -193,7 +202,8 @@ class Reloader:
                 )
             finally:
                 check_settled(stage.executed, settled)
-            configure(self._node.plugins, plan.config)
+            if plan.config.plugins != self.config.plugins:
+                configure(plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
             limit = plan.config.host.load_timeout
             await move(candidate.transfers, limit)
@@ -203,7 +213,8 @@ class Reloader:
         except BaseException as exc:
             imports.put_back(stage)
             imports.stage = Stage()  # nobody holds what was tried
-            configure(self._node.plugins, self.config)
+            plugins.restore(settings, self.config.folder)
+            plugins.tell_unloaded(self._node.binding.wanted)
             self._loader.prepare(self.config, [module.origin for module in self.modules])
             task = asyncio.current_task()
             if isinstance(exc, Doubtful) or (task is not None and task.cancelling()):
@@ -244,17 +255,8 @@ class Reloader:
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
         served = self._node.binding.wanted
-        serve = [
-            agent
-            for name, agent in wanted.items()
-            if name not in served
-            or served[name].handler is not agent.handler
-            or served[name].limits != plan.config.limits_of(name)
-            or self.config.options_of(name) != plan.config.options_of(name)
-            or self.config.plugins != plan.config.plugins
-            or (name in self._node.refused and self.config.host.contract != plan.config.host.contract)
-        ]
-        serve = [self._ready(agent, plan.config) for agent in serve]
+        differing = different(wanted, served, plan.config, self.config, self._node.refused)
+        serve = [self._ready(agent, plan.config) for agent in differing]
         notes = compared(serve, served, plan.config.host.contract)
         if self._changes.config_file in plan.causes:
             notes += plan.config.unread(
@@ -263,7 +265,7 @@ class Reloader:
             if keys := unfollowed(self._started, plan.config):
                 notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
-        gone = [name for name in served if name not in wanted]
+        gone = withdrawn(served, wanted, self.modules, stage.sources.values())
         return Candidate(modules, agents, serve, gone, transfers, notes)
 
     async def _replay(self, candidate: Candidate, *, strict: bool) -> bool:
@@ -317,6 +319,11 @@ class Reloader:
         async with self._turn:
             if self._closed or any(imports.sources.get(s.name) is not s for s in stage.executed):
                 return False
+            try:
+                serve = [self._ready(agent.bare, self.config) for agent in retired.old_agents(self.config)]
+            except PluginFailed as failure:
+                log.warning("%s; the old version cannot run again: %s", why, failure.message)
+                return False
             executed, stage.executed = stage.executed, []
             failed = imports.take_out({source.name for source in executed})
             imports.put_back(stage)
@@ -327,9 +334,7 @@ class Reloader:
             kept = [module for module in self.modules if module not in new or module.origin in before]
             self.modules = [before.pop(module.origin, module) for module in kept]
             self.modules += before.values()
-            self._node.binding.replace(
-                [agent for _, agent in retired.agents] + [route.agent for route in retired.gone]
-            )
+            self._node.binding.replace(serve)
             gone = self._node.drop(retired.added)
             again = Stage(failed.modules, sources=failed.sources)
             exc = ReloadRefused(f"{why}, so the old version runs again")

@@ -20,6 +20,7 @@ from openagentmesh.mesh.loading import Generation
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.runtime.changes import Plan
+from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Module
 from openagentmesh.serving.agent import Agent
@@ -63,6 +64,11 @@ class Retired:
     def generations(self) -> list[Generation]:
         """What its modules had declared."""
         return [source.generation for source in self.stage.sources.values()]
+
+    def old_agents(self, config: Config) -> list[Agent]:
+        """The versions that served before, but for those that are disabled now."""
+        old = [agent for _, agent in self.agents] + [route.agent for route in self.gone]
+        return [agent for agent in old if config.enabled(agent.name)]
 
 
 GoBack = Callable[[Retired, str], Awaitable[bool]]

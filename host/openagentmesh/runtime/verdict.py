@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.aside import TookTooLong
+from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.disk import Stamp, stamp
 from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.sources import Source
@@ -66,6 +67,42 @@ def check_settled(executed: Iterable[Source], settled: Mapping[str, Stamp]) -> N
     paths = [str(source.path) for source in executed]
     if any(stamp(path) != settled[path] for path in paths if path in settled):
         raise Doubtful
+
+
+def different(
+    wanted: Mapping[str, Agent],
+    served: Mapping[str, Agent],
+    now: Config,
+    before: Config,
+    refused: Container[str],
+) -> list[Agent]:
+    """The agents that are not served as they are to be."""
+    return [
+        agent
+        for name, agent in wanted.items()
+        if name not in served
+        or served[name].handler is not agent.handler
+        or served[name].limits != now.limits_of(name)
+        or before.options_of(name) != now.options_of(name)
+        or before.plugins != now.plugins
+        or (name in refused and before.host.contract != now.host.contract)
+    ]
+
+
+def withdrawn(
+    served: Mapping[str, Agent],
+    wanted: Container[str],
+    modules: Iterable[Module],
+    replaced: Iterable[Source],
+) -> list[str]:
+    """The agents that are to be served no more.
+
+    What a file has declared while it ran goes with that file; another one's reload takes nothing away.
+    """
+    declared = {agent.name for module in modules for agent in module.agents}
+    files = {source.path for source in replaced}
+    gone = [name for name in served if name not in wanted]
+    return [name for name in gone if name in declared or served[name].file in files]
 
 
 def compared(serve: list[Agent], served: dict[str, Agent], policy: ContractPolicy) -> list[str]:

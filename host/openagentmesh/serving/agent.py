@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any, Final
@@ -92,6 +93,11 @@ class Agent:
     def limited(self, limits: Limits) -> "Agent":
         """The same agent within other limits."""
         return replace(self, limits=limits)
+
+    @property
+    def bare(self) -> "Agent":
+        """The same agent with nothing around its handler."""
+        return replace(self, layers=(), endpoint=self.handler.endpoint())
 
     def within(self, plugin: str, middleware: Middleware) -> "Agent":
         """The same agent with one more middleware around it.
@@ -191,6 +197,8 @@ class Agent:
 
 def _code_of(endpoint: Endpoint) -> CodeType | None:
     """The code that runs when an endpoint is called: a function, a method, or an object's `__call__`."""
+    while isinstance(endpoint, partial):
+        endpoint = endpoint.func
     function = endpoint if hasattr(endpoint, "__code__") else getattr(endpoint, "__func__", None)
     return getattr(function or type(endpoint).__call__, "__code__", None)
 

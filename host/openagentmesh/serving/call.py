@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
@@ -115,13 +115,6 @@ class Call:
 
 Endpoint = Callable[[Call], Awaitable[Any]]
 Middleware = Callable[[Endpoint], Endpoint]
-
-
-def compose(endpoint: Endpoint, middlewares: Sequence[Middleware]) -> Endpoint:
-    """An endpoint within middlewares, the first one outermost."""
-    for middleware in reversed(middlewares):
-        endpoint = middleware(endpoint)
-    return endpoint
 
 
 _current: ContextVar[Call] = ContextVar("current_call")

@@ -1,12 +1,20 @@
 """What leaves a mesh, and what plugins put around that: Outgoing, ClientMiddleware, Border."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
 from typing import Literal
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
+from openagentmesh.protocol.errors import MeshError, MeshTimeout, PluginFailed, text_of
 
 
 @dataclass(slots=True)
@@ -49,33 +57,55 @@ class Border:
     def __bool__(self) -> bool:
         return bool(self._layers)
 
-    def passing(
-        self,
-        verb: Literal["call", "stream", "send", "publish", "receive"],
-        target: str,
-        body: bytes,
-        headers: Mapping[str, str] | None,
-        request_id: str = "",
-    ) -> AbstractAsyncContextManager[Outgoing]:
-        """The way of one request or event through all middlewares.
+    @asynccontextmanager
+    async def passing(self, outgoing: Outgoing, timeout: float | None = None) -> AsyncIterator[Outgoing]:
+        """The way of one request or event through all middlewares, which have `timeout` seconds for it.
 
         Raises:
+            MeshTimeout: they take longer.
             MeshError: a middleware does not let it pass.
-            PluginFailed: a middleware raised anything else before it left.
+            PluginFailed: a middleware raised anything else.
 
         """
-        outgoing = Outgoing(verb, target, request_id, body, dict(headers or {}))
-        return self._within(outgoing) if self._layers else nullcontext(outgoing)
-
-    @asynccontextmanager
-    async def _within(self, outgoing: Outgoing) -> AsyncIterator[Outgoing]:
+        loop = asyncio.get_running_loop()
+        until = None if timeout is None else loop.time() + timeout
         async with AsyncExitStack() as stack:
             for plugin, middleware in self._layers:
-                try:
-                    await stack.enter_async_context(middleware(outgoing))
-                except MeshError:
-                    raise
-                except Exception as exc:
-                    why = f"the plugin '{plugin}' failed before the {outgoing.verb} of {outgoing.target}"
-                    raise PluginFailed(f"{why}: {text_of(exc)}", details={"plugin": plugin}) from exc
+                with _named(plugin, "before", outgoing):
+                    layer = middleware(outgoing)
+                    async with asyncio.timeout_at(until):
+                        await layer.__aenter__()
+                stack.push_async_exit(partial(_leave, plugin, layer, outgoing))
             yield outgoing
+
+
+async def _leave(
+    plugin: str,
+    layer: AbstractAsyncContextManager[object],
+    outgoing: Outgoing,
+    *raised: *tuple[type[BaseException] | None, BaseException | None, TracebackType | None],
+) -> None:
+    """Leave a layer. It may turn an error into another one, but no failure into a success."""
+    with _named(plugin, "after", outgoing, raised[1]):
+        await layer.__aexit__(*raised)
+
+
+@contextmanager
+def _named(
+    plugin: str, when: str, outgoing: Outgoing, passing: BaseException | None = None
+) -> Iterator[None]:
+    """Whatever a plugin raises is a MeshError that names it, but for what only passes through it."""
+    try:
+        yield
+    except MeshError:
+        raise
+    except TimeoutError as exc:
+        if exc is passing:
+            raise
+        late = f"The plugin '{plugin}' took too long {when} the {outgoing.verb} of {outgoing.target}."
+        raise MeshTimeout(late, details={"plugin": plugin}) from exc
+    except Exception as exc:
+        if exc is passing:
+            raise
+        why = f"the plugin '{plugin}' failed {when} the {outgoing.verb} of {outgoing.target}"
+        raise PluginFailed(f"{why}: {text_of(exc)}", details={"plugin": plugin}) from exc

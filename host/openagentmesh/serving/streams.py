@@ -13,7 +13,7 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
-from openagentmesh.serving.outgoing import Border
+from openagentmesh.serving.outgoing import Border, Outgoing
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64
@@ -71,10 +71,10 @@ class EventWriter(FrameWriter):
         if not self._border:
             await super().send(chunk)
             return
-        body = self._dump(chunk)
-        async with self._border.passing("publish", self._subject, body, None) as outgoing:
+        event = Outgoing("publish", self._subject, body=self._dump(chunk))
+        async with self._border.passing(event) as outgoing:
             head = codec.frame_headers(self._start, self.seq, outgoing.headers)
-            await self._bus.publish(self._subject, body, head)
+            await self._bus.publish(self._subject, outgoing.body, head)
             self.seq += 1
 
 
