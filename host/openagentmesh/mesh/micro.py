@@ -5,8 +5,10 @@ NATS' ADR-32 has the format, and its client the types.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from hashlib import blake2b
 from typing import Any, Final
 
 from nats.micro.service import (
@@ -22,14 +24,15 @@ from pydantic_core import to_json
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
+from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.route import Route
 
 log = logging.getLogger(__name__)
 
-# Questions that are answered at a time; more go unanswered, for strangers ask them.
-_MOST_ASKED: Final = 16
+# Questions that wait for an answer: tools ask for each service by its id. Strangers ask for more in vain.
+_MOST_ASKED: Final = 10_000
 # After so many answers others have their turn.
 _AT_ONCE: Final = 50
 # Bytes of an error that are told.
@@ -44,7 +47,7 @@ class Micro:
     Args:
         bus: where the questions come from.
         routes: the agents that are served.
-        instance_id: the id of all of them.
+        instance_id: this instance.
         started_at: since when, in seconds since 1970.
 
     """
@@ -54,7 +57,9 @@ class Micro:
         self._routes = routes
         self._instance_id = instance_id
         self._started = datetime.fromtimestamp(started_at, UTC)
-        self._answering: set[asyncio.Task[None]] = set()
+        # Each with its words, and with where the answers go.
+        self._waiting: deque[tuple[list[str], str]] = deque()
+        self._answering: asyncio.Task[None] | None = None
         self._questions: dict[str, Callable[[Route], dict[str, Any]]] = {
             "PING": self._ping,
             "INFO": self._info,
@@ -65,45 +70,62 @@ class Micro:
         """Listen to the questions."""
         await self._bus.listen(subjects.MICRO, self._receive)
 
+    async def close(self) -> None:
+        """Answer nothing more."""
+        self._waiting.clear()
+        await end(self._answering)
+
     def _receive(self, message: Message) -> None:
-        if not message.reply or len(self._answering) >= _MOST_ASKED:
+        _, *words = message.subject.split(".")
+        is_one = words[0] in self._questions and len(words) <= len(("verb", "name", "id"))
+        if not is_one or not message.reply or len(self._waiting) >= _MOST_ASKED:
             return
-        _, verb, *about = message.subject.split(".")
-        if verb in self._questions and len(about) <= len(("name", "id")):
-            task = asyncio.create_task(self._answer(message.reply, self._questions[verb], about))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+        self._waiting.append((words, message.reply))
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer_all())
+
+    async def _answer_all(self) -> None:
+        while self._waiting:
+            (verb, *about), reply = self._waiting.popleft()
+            try:
+                await self._answer(reply, self._questions[verb], about)
+            except MeshError as exc:
+                log.warning("a question of NATS' tools could not be answered: %s", exc)
+            await asyncio.sleep(0)
 
     async def _answer(self, reply: str, told: Callable[[Route], dict[str, Any]], about: list[str]) -> None:
         asked = [route for route in self._routes if self._is_asked(route, *about)]
-        try:
-            for number, route in enumerate(asked, 1):
-                await self._bus.publish(reply, to_json(told(route)))
-                if not number % _AT_ONCE:
-                    await asyncio.sleep(0)
-        except MeshError as exc:
-            log.warning("a question of NATS' tools could not be answered: %s", exc)
+        for number, route in enumerate(asked, 1):
+            await self._bus.publish(reply, to_json(told(route)))
+            if not number % _AT_ONCE:
+                await asyncio.sleep(0)
 
     def _is_asked(self, route: Route, name: str = "", id_: str = "") -> bool:
         """Whether a question is about an agent; without a name, or an id, it is about all."""
+        agent = route.agent
         return (
-            route.agent.contract.invocable
-            and name in {"", service_name(route.agent.name)}
-            and id_ in {"", self._instance_id}
+            agent.contract.invocable
+            and name in {"", service_name(agent.name)}
+            and id_ in {"", self._service_id(agent.name)}
         )
+
+    def _service_id(self, agent: str) -> str:
+        """An id of its own for each agent of each instance: names that differ in dots share one there."""
+        return f"{self._instance_id}-{blake2b(agent.encode(), digest_size=4).hexdigest()}"
 
     def _identity(self, route: Route) -> dict[str, Any]:
         """What every answer says: who; the agent's own name and version are below `metadata`."""
         contract = route.agent.contract
         is_version = SEMVER_REGEX.match(contract.version)
         return {
-            "id": self._instance_id,
+            "id": self._service_id(contract.name),
             "name": service_name(contract.name),
             "version": contract.version if is_version else _NO_VERSION,
             "metadata": {
                 "agent": contract.name,
                 "version": contract.version,
                 "kind": route.agent.handler.shape,
+                "instance_id": self._instance_id,
                 "tags": ",".join(contract.tags),
                 "active": "yes" if route.gate is None or route.gate.is_open else "no",
             },

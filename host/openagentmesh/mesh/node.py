@@ -279,6 +279,7 @@ class Node:
         await self._plugins_running.aclose()
         self.events.fail_all()
         await self.caller.close()
+        await self.micro.close()
         await self.waits.close()
         await self.directory.close()
         await self.bus.close()
