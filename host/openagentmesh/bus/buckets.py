@@ -1,6 +1,8 @@
 """KV buckets: made when missing, changed by compare-and-set, watched across reconnects."""
 
 import asyncio
+import re
+from base64 import b64decode
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from hashlib import sha256
@@ -10,9 +12,14 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
-from nats.js.errors import BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError
+from nats.js.errors import (
+    APIError,
+    BucketNotFoundError,
+    KeyWrongLastSequenceError,
+    NoStreamResponseError,
+)
 from nats.js.kv import KeyValue
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
@@ -32,6 +39,11 @@ ROOM_FOR_HEADERS: Final = 1024
 _AT_ONCE: Final = 256
 _DELETE: Final = codec.write_headers({"KV-Operation": "DEL"})
 _PATIENCE: Final = 30.0
+# How long one answer of the server may take, in seconds.
+_REQUEST: Final = 5.0
+_GET: Final = "$JS.API.STREAM.MSG.GET.KV_"
+_NO_MESSAGE: Final = 10037
+_REMOVED: Final = re.compile(rb"KV-Operation: *(DEL|PURGE)\r\n")
 # A pull for changes is renewed this often, in seconds; a restarted server forgets it.
 _PULL: Final = 5.0
 # Where a group stands is forgotten when none of it was there for this long, in seconds.
@@ -45,6 +57,22 @@ async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
     ack = from_json(message.body) if message.body else {"error": "nobody stores this bucket"}
     if "error" in ack:
         raise ConnectionFailed(f"A write to a bucket was refused: {ack['error']}.")
+
+
+def _entry(bucket: str, key: str, answer: Message) -> Entry | None:
+    """What the stream of a bucket says of a key; None when it is not there, or not any more."""
+    if codec.read_answer(answer.head, b"").nobody:
+        raise NoStreamResponseError
+    told = from_json(answer.body)
+    if error := told.get("error"):
+        if error.get("err_code") == _NO_MESSAGE:
+            return None
+        APIError.from_error(error)
+    found = told["message"]
+    if _REMOVED.search(b64decode(found.get("hdrs", ""))):
+        return None
+    value = b64decode(found.get("data", ""))
+    return Entry(bucket, key, value, found["seq"], delta=None, created=None, operation=None)
 
 
 class Buckets:
@@ -98,9 +126,10 @@ class Buckets:
     async def entry(self, bucket: str, key: str) -> Entry | None:
         """A key's value with its revision, or None."""
         async with self._using(f"Reading '{key}' of '{bucket}'"):
-            with suppress(KeyNotFoundError):
-                return await self._open[bucket].get(key)
-        return None
+            # The library's own way takes half as long again.
+            asked = to_json({"last_by_subj": f"$KV.{bucket}.{key}"})
+            answer = await self._inbox.request(f"{_GET}{bucket}", asked, timeout=_REQUEST)
+            return _entry(bucket, key, answer)
 
     async def put(self, bucket: str, key: str, value: bytes) -> int:
         """Set a key; returns its revision."""
