@@ -59,6 +59,8 @@ async def serving(url: str, name: str) -> AsyncIterator[AgentMesh]:
     async def asked(what: str) -> str:
         if what == "refuse":
             raise PermissionDenied("not you")
+        if what == "odd":
+            raise ValueError("\udc80" * 10_000)
         await asyncio.sleep(0.01)
         return what
 
@@ -108,17 +110,18 @@ async def test_one_service_is_described(serving: AgentMesh, client: Client, name
 
 async def test_statistics_agree_with_what_was_asked(serving: AgentMesh, client: Client, name: str) -> None:
     """Requests, errors, the last one, and how long the handlers took."""
-    for what in ("hi", "refuse", "hi", 7):
+    for what in ("hi", "refuse", "hi", "odd"):
         try:
             await serving.call(f"{name}.asked", what)
         except MeshError:
-            assert what in {"refuse", 7}
+            assert what in {"refuse", "odd"}
     assert [0, 1, 2] == [number async for number in serving.stream(f"{name}.counts", 3)]
     [answer] = await ask(client, "STATS", f"{name}-asked")
     stats = ServiceStats.from_dict(answer)
     [endpoint] = stats.endpoints
     assert (4, 2) == (endpoint.num_requests, endpoint.num_errors)
-    assert str(endpoint.last_error).startswith("invalid_input: ")
+    assert str(endpoint.last_error).startswith("handler_error: ?")
+    assert 500 == len(str(endpoint.last_error))
     assert 20_000_000 < endpoint.processing_time < 10_000_000_000
     assert endpoint.processing_time // 4 == endpoint.average_processing_time
     assert "io.nats.micro.v1.stats_response" == stats.type
@@ -239,3 +242,30 @@ async def test_a_server_that_forbids_it_changes_nothing_else(name: str, tmp_path
                 return what
 
             assert "hi" == await mesh.call(name, "hi")
+
+
+async def test_who_is_leaving_is_not_listed(url: str, client: Client, name: str) -> None:
+    """While the last requests are finished, nobody is sent there any more."""
+    go, runs = asyncio.Event(), asyncio.Event()
+    mesh = AgentMesh(url)
+
+    @mesh.agent(AgentSpec(name=name))
+    async def slow(what: str) -> str:
+        runs.set()
+        await go.wait()
+        return what
+
+    async with AgentMesh(url) as caller:
+        await mesh.__aenter__()
+        asking = asyncio.create_task(caller.call(name, "hi"))
+        await runs.wait()
+        leaving = asyncio.create_task(mesh.__aexit__(None, None, None))
+
+        async def unlisted() -> bool:
+            return await ours(client, "PING", name) == []
+
+        await until(unlisted)
+        assert not leaving.done()
+        go.set()
+        assert "hi" == await asking
+        await leaving

@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 _MOST_ASKED: Final = 10_000
 # After so many answers others have their turn.
 _AT_ONCE: Final = 50
-# Bytes of an error that are told.
-_LONGEST_ERROR: Final = 500
 _NO_VERSION: Final = "0.0.0"
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -48,15 +46,14 @@ class Micro:
         bus: where the questions come from.
         routes: the agents that are served.
         instance_id: this instance.
-        started_at: since when, in seconds since 1970.
 
     """
 
-    def __init__(self, bus: Bus, routes: Iterable[Route], instance_id: str, started_at: float) -> None:
+    def __init__(self, bus: Bus, routes: Iterable[Route], instance_id: str) -> None:
         self._bus = bus
         self._routes = routes
         self._instance_id = instance_id
-        self._started = datetime.fromtimestamp(started_at, UTC)
+        self._sid: int | None = None
         # Each with its words, and with where the answers go.
         self._waiting: deque[tuple[list[str], str]] = deque()
         self._answering: asyncio.Task[None] | None = None
@@ -68,10 +65,13 @@ class Micro:
 
     async def open(self) -> None:
         """Listen to the questions."""
-        await self._bus.listen(subjects.MICRO, self._receive)
+        self._sid = await self._bus.listen(subjects.MICRO, self._receive)
 
     async def close(self) -> None:
         """Answer nothing more."""
+        sid, self._sid = self._sid, None
+        if sid is not None and not self._bus.is_closed:
+            await self._bus.quit(sid)
         self._waiting.clear()
         await end(self._answering)
 
@@ -87,16 +87,16 @@ class Micro:
     async def _answer_all(self) -> None:
         while self._waiting:
             (verb, *about), reply = self._waiting.popleft()
-            try:
-                await self._answer(reply, self._questions[verb], about)
-            except MeshError as exc:
-                log.warning("a question of NATS' tools could not be answered: %s", exc)
+            await self._answer(reply, self._questions[verb], about)
             await asyncio.sleep(0)
 
     async def _answer(self, reply: str, told: Callable[[Route], dict[str, Any]], about: list[str]) -> None:
         asked = [route for route in self._routes if self._is_asked(route, *about)]
         for number, route in enumerate(asked, 1):
-            await self._bus.publish(reply, to_json(told(route)))
+            try:
+                await self._bus.publish(reply, to_json(told(route)))
+            except MeshError as exc:
+                log.warning("%s could not be told of to NATS' tools: %s", route.agent.name, exc)
             if not number % _AT_ONCE:
                 await asyncio.sleep(0)
 
@@ -116,7 +116,7 @@ class Micro:
     def _identity(self, route: Route) -> dict[str, Any]:
         """What every answer says: who; the agent's own name and version are below `metadata`."""
         contract = route.agent.contract
-        is_version = SEMVER_REGEX.match(contract.version)
+        is_version = SEMVER_REGEX.fullmatch(contract.version)
         return {
             "id": self._service_id(contract.name),
             "name": service_name(contract.name),
@@ -151,9 +151,10 @@ class Micro:
             num_errors=counts.errors,
             processing_time=took,
             average_processing_time=took // max(1, counts.requests),
-            last_error=counts.last_error[:_LONGEST_ERROR],
+            last_error=counts.last_error,
         )
-        return ServiceStats(**self._identity(route), started=self._started, endpoints=[endpoint]).to_dict()
+        started = datetime.fromtimestamp(counts.since, UTC)
+        return ServiceStats(**self._identity(route), started=started, endpoints=[endpoint]).to_dict()
 
 
 def service_name(agent: str) -> str:

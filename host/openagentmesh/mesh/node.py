@@ -90,7 +90,7 @@ class Node:
         self.directory = Directory(self.buckets)
         self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
         self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
-        self.micro = Micro(self.bus, self.router, instance_id, self.started_at)
+        self.micro = Micro(self.bus, self.router, instance_id)
         self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
         asking = (self.bus, self.inbox, self.waits, instance_id)
         self.caller = BorderCaller(*asking, border) if border else Caller(*asking)
@@ -256,6 +256,7 @@ class Node:
         served = self._watching_over is not None
         await self.binding.stop()
         await end(self._repairing, self._watching_over)
+        await self.micro.close()
         try:
             if self.bus.connected and served:
                 await self.router.drain(drain_timeout)
@@ -279,7 +280,6 @@ class Node:
         await self._plugins_running.aclose()
         self.events.fail_all()
         await self.caller.close()
-        await self.micro.close()
         await self.waits.close()
         await self.directory.close()
         await self.bus.close()

@@ -275,6 +275,7 @@ class Route:
     async def refuse(self, message: Message) -> None:
         """Answer a request for which there is no room."""
         agent = self.agent
+        self.counts.requests += 1
         request = codec.read_request(message.head, message.body)
         overheard = message.subject != subjects.agent(agent.name)
         where = error_subject(
