@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from openagentmesh import AgentMesh
 from openagentmesh.bus.connection import Target
 from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.changes import Changes
@@ -13,6 +14,9 @@ from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from openagentmesh.runtime.loader import Loader, Module
 from openagentmesh.runtime.origins import find_origins
 from openagentmesh.runtime.reload import Reloader
+
+if TYPE_CHECKING:
+    from tests.runtime.bench import Bench
 
 HOST_URL = "nats://127.0.0.1:1"
 MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
@@ -93,3 +97,15 @@ def configure(tmp_path: Path, url: str) -> Configure:
         return Config(folder=folder, mesh=MeshSection(url=url), host=HostSection(**host), **more)
 
     return configure_
+
+
+@pytest.fixture
+def bench(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "Bench":
+    """A host of these files, which share the module `ledger` with their test."""
+    from tests.runtime.bench import Bench  # noqa: PLC0415 - it needs what stands above
+
+    made = Bench(configure, mesh, name, tmp_path.resolve())
+    monkeypatch.setitem(sys.modules, "ledger", made.ledger)
+    return made

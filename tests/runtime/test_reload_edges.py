@@ -11,8 +11,8 @@ from openagentmesh import AgentMesh, Host
 from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.config import load_config
 
+from tests.runtime.bench import Bench
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_imports import Bench
 from tests.runtime.test_reload_state import let_go
 from tests.runtime.test_watching import reloads, until, until_answers, watching
 
@@ -25,15 +25,6 @@ class Job(BaseModel):
 def jobs() -> dict[str, Job]:
     return {{}}
 """
-
-
-@pytest.fixture
-def bench(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    made = Bench(configure, mesh, name, tmp_path.resolve())
-    monkeypatch.setitem(sys.modules, "ledger", made.ledger)
-    return made
 
 
 @pytest.fixture

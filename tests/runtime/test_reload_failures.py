@@ -8,19 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from openagentmesh import AgentMesh
 
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_imports import RUN, Bench
-
-
-@pytest.fixture
-async def bench(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
-    made = Bench(configure, mesh, name, tmp_path.resolve())
-    monkeypatch.setitem(sys.modules, "ledger", made.ledger)
-    return made
+from tests.runtime.bench import RUN, Bench
+from tests.runtime.conftest import MESH, agent, write
 
 
 @pytest.fixture

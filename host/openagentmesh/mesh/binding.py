@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Final
 
 from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
@@ -11,6 +12,10 @@ from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
 
 log = logging.getLogger(__name__)
+
+# What could not be bound is tried again after this many seconds, then after twice as many, and so on.
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 60.0
 
 
 class Binding:
@@ -33,6 +38,8 @@ class Binding:
         self._waiting: dict[str, None] = {}
         self._current: dict[str, None] = {}
         self._task: asyncio.Task[None] | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._pause = _FIRST_PAUSE
         self._started = False
 
     def want(self, agent: Agent) -> None:
@@ -71,6 +78,8 @@ class Binding:
     async def stop(self) -> None:
         """Bind nothing more."""
         self._started = False
+        if self._again is not None:
+            self._again.cancel()
         await end(self._task)
 
     async def settled(self, names: Collection[str] | None = None) -> None:
@@ -93,7 +102,18 @@ class Binding:
     def _begin(self) -> None:
         if self._waiting and self._started and self._task is None:
             self._task = asyncio.create_task(self._bind())
-            self._task.add_done_callback(_log_failure)
+            self._task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        """Try again what failed, after pauses that grow; a reconnect does not wait for them."""
+        exc = None if task.cancelled() else task.exception()
+        if exc is None:
+            self._pause = _FIRST_PAUSE
+            return
+        log.warning("not all agents are up yet: %s", exc)
+        if self._started:
+            self._again = asyncio.get_running_loop().call_later(self._pause, self._begin)
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     async def _bind(self) -> None:
         try:
@@ -102,14 +122,8 @@ class Binding:
                 try:
                     await self._serve(self._current)
                 except BaseException:
-                    # Tried again after the next reconnect.
                     again = {name: None for name in self._current if name in self.wanted}
                     self._waiting = again | self._waiting
                     raise
         finally:
             self._task, self._current = None, {}
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (exc := task.exception()):
-        log.warning("not all agents are up yet: %s", exc)

@@ -183,6 +183,8 @@ class Node:
 
     async def _serve(self, names: Collection[str]) -> None:
         for name, why in (await self._conflicts(names)).items():
+            if name not in self.binding.wanted:
+                continue
             if self.contract_policy == "refuse":
                 log.error("%s is not served: %s", name, why)
                 self.refused[name] = why

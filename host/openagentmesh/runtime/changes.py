@@ -206,7 +206,8 @@ class Changes:
 
     def _files_that_differ(self, found: dict[Path, _Cause]) -> None:
         present = {folder.path: _names_in(folder.path) for folder in self._imports.folders if folder.bare}
-        for source in self._imports.sources.values():
+        # Copies: in a thread of our own, while a request may import something.
+        for source in list(self._imports.sources.values()):
             for path, digest in _files(source):
                 if self.disk.digest(path) != digest:
                     found[path].names.add(source.name)
@@ -247,7 +248,7 @@ def _places_of(module: str) -> Iterator[Path]:
 
 def _files(source: Source) -> Iterator[tuple[Path, Digest]]:
     yield source.path, source.digest
-    yield from source.data.items()
+    yield from list(source.data.items())
 
 
 def _entry(path: Path) -> Path:

@@ -67,10 +67,10 @@ def leads_back(folder: str, above: Iterable[str]) -> bool:
 
 
 def file_digest(path: Path) -> Digest:
-    """What identifies a file's content, of a large one its stamp; None when it cannot be read."""
+    """What identifies a file's content, of large data its stamp; None when it cannot be read."""
     found = stamp(path)
     try:
-        large = found is not None and found[1] > _LARGE
+        large = found is not None and found[1] > _LARGE and path.suffix != ".py"
         return digest_of(repr(found).encode()) if large else digest_of(path.read_bytes())
     except OSError:
         return None
@@ -89,7 +89,10 @@ class Disk:
             self._known.pop(path, None)
             return None
         if path not in self._known or self._known[path][0] != now:
-            self._known[path] = now, file_digest(path)
+            digest = file_digest(path)
+            if digest is None:  # it may be readable again without having changed
+                return None
+            self._known[path] = now, digest
         return self._known[path][1]
 
 

@@ -12,6 +12,7 @@ from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import PluginFailed
+from openagentmesh.runtime import verdict
 from openagentmesh.runtime.aside import aside
 from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError, unfollowed
@@ -24,20 +25,7 @@ from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints
 from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
-from openagentmesh.runtime.verdict import (
-    Candidate,
-    Doubtful,
-    LoadFailed,
-    ReloadRefused,
-    check_settled,
-    check_willing,
-    compared,
-    different,
-    in_words,
-    tell,
-    why_of,
-    withdrawn,
-)
+from openagentmesh.runtime.verdict import Candidate, Doubtful, LoadFailed, ReloadRefused
 from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
@@ -190,7 +178,7 @@ class Reloader:
         imports, plugins = self._loader.imports, self._node.plugins
         stage, settings = Stage(), plugins.in_force
         try:
-            check_willing(imports.sources, plan.names)
+            verdict.check_willing(imports.sources, plan.names)
             self._loader.prepare(plan.config, plan.origins)
             stage = imports.take_out(plan.names)
             try:
@@ -201,7 +189,7 @@ class Reloader:
                     when_late=imports.mend,
                 )
             finally:
-                check_settled(stage.executed, settled)
+                verdict.check_settled(stage.executed, settled, sure=sure)
             if plan.config.plugins != self.config.plugins:
                 configure(plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
@@ -255,9 +243,10 @@ class Reloader:
             agents[module] = []
         wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
         served = self._node.binding.wanted
-        differing = different(wanted, served, plan.config, self.config, self._node.refused)
+        differing = verdict.different(wanted, served, plan.config, self.config, self._node.refused)
         serve = [self._ready(agent, plan.config) for agent in differing]
-        notes = compared(serve, served, plan.config.host.contract)
+        verdict.check_publishable(serve, self._node.bus.max_payload)
+        notes = verdict.compared(serve, served, plan.config.host.contract)
         if self._changes.config_file in plan.causes:
             notes += plan.config.unread(
                 {m.origin.key for m in modules}, [a.name for f in agents.values() for a in f]
@@ -265,7 +254,7 @@ class Reloader:
             if keys := unfollowed(self._started, plan.config):
                 notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
         transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
-        gone = withdrawn(served, wanted, self.modules, stage.sources.values())
+        gone = verdict.withdrawn(served, wanted, self.modules, stage.sources.values())
         return Candidate(modules, agents, serve, gone, transfers, notes)
 
     async def _replay(self, candidate: Candidate, *, strict: bool) -> bool:
@@ -299,9 +288,11 @@ class Reloader:
         self._loader.imports.stage = Stage()
         for source in stage.executed:
             source.generation.before = None
+        # Of what was tried, what serves now.
+        stage.executed = [s for s in stage.executed if self._loader.imports.sources.get(s.name) is s]
         outcome = Outcome(
             self._shown(plan.causes),
-            [*in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
+            [*verdict.in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
             notes=candidate.notes,
             took_ms=_ms(began),
             in_flight=sum(route.running_on(old[name]) for name, route in routes.items())
@@ -317,7 +308,8 @@ class Reloader:
         """Let an old version serve again, all of it, unless another reload has replaced the new one."""
         imports, stage = self._loader.imports, retired.stage
         async with self._turn:
-            if self._closed or any(imports.sources.get(s.name) is not s for s in stage.executed):
+            replaced = any(imports.sources.get(s.name) is not s for s in stage.executed)
+            if self._closed or not stage.executed or replaced:  # once back, it goes nowhere else
                 return False
             try:
                 serve = [self._ready(agent.bare, self.config) for agent in retired.old_agents(self.config)]
@@ -346,14 +338,14 @@ class Reloader:
 
     def _told(self, outcome: Outcome) -> Outcome:
         self.history.append(outcome)
-        tell(outcome)
+        verdict.tell(outcome)
         return outcome
 
     def _refused(self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
         also = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.tried(plan.causes, executed, also, plan.names)
-        error, details, line = why_of(exc)
+        error, details, line = verdict.why_of(exc)
         files = self._shown(plan.causes) or ["the configuration"]
         outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None

@@ -60,8 +60,8 @@ class Replays:
         self._redactor = redactor
         # None: what the serving version makes of it is found out when another one is compared with it.
         self._kept: dict[str, deque[tuple[Request, _Run | None]]] = {}
-        # What candidates have made of requests, by the requests' ids in memory.
-        self._fresh: dict[str, dict[int, _Run]] = {}
+        # What candidates have made of requests, by the requests' ids in memory, which they keep.
+        self._fresh: dict[str, dict[int, tuple[Request, _Run]]] = {}
 
     def kept(self, agent: str) -> int:
         """How many requests of an agent are kept."""
@@ -118,7 +118,8 @@ class Replays:
                 before = await _run(serving, request, until)
             if before is None:
                 continue
-            now = fresh[id(request)] = await _run(agent, request, until)
+            now = await _run(agent, request, until)
+            fresh[id(request)] = request, now
             if (difference := _compared(request, before, now)) is not None:
                 found.append(difference)
         return found
@@ -128,7 +129,7 @@ class Replays:
         for agent in agents:
             fresh, kept = self._fresh.pop(agent.name, {}), self._kept.get(agent.name, deque())
             for number, (request, before) in enumerate(kept):
-                kept[number] = request, before and fresh.get(id(request), before)
+                kept[number] = request, before and fresh.get(id(request), (request, before))[1]
         for name in gone:
             self._kept.pop(name, None)
 

@@ -62,8 +62,9 @@ class Retired:
 
     @property
     def generations(self) -> list[Generation]:
-        """What its modules had declared."""
-        return [source.generation for source in self.stage.sources.values()]
+        """What its modules had declared; what was imported with them and stays has its next module."""
+        loose = [module.loose for module in self.modules if module.origin not in self.plan.origins]
+        return [source.generation for source in self.stage.sources.values()] + loose
 
     def old_agents(self, config: Config) -> list[Agent]:
         """The versions that served before, but for those that are disabled now."""
@@ -151,10 +152,8 @@ def forget_hints() -> None:
 
 async def dispose(generations: Collection[Generation]) -> None:
     """Call what modules' authors want called when they are replaced, once; failures are logged."""
-    functions = [function for generation in generations for function in generation.disposals]
-    for generation in generations:
-        generation.disposals = []
-    for function in functions:
+    while waiting := [generation for generation in generations if generation.disposals]:
+        function = waiting[0].disposals.pop(0)
         # In a task of its own, which is left when it does not end.
         disposing = asyncio.create_task(_call(function))
         try:

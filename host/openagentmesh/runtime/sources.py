@@ -205,14 +205,18 @@ class Source:
 
 def note_written(path: object) -> None:
     """Take a file that managed code writes for no input of it: each write would be a reload."""
-    if not _readers or not isinstance(path, str | PathLike):
+    if not isinstance(path, str | PathLike):
         return
-    file = os.path.abspath(path)  # noqa: PTH100 - as above
-    if os.fspath(file) in _readers and _is_managed_code_running():
-        readers = _readers.pop(os.fspath(file))
-        _written.add(os.fspath(file))
-        for source in readers:
-            source.data.pop(Path(os.fspath(file)), None)
+    file = os.fspath(os.path.abspath(path))  # noqa: PTH100 - as above
+    if (file in _readers or file.endswith(".py")) and _is_managed_code_running():
+        _written.add(file)
+        for source in _readers.pop(file, ()):
+            source.data.pop(Path(file), None)
+
+
+def is_written_by_code(path: str) -> bool:
+    """Whether managed code has written a file itself."""
+    return path in _written
 
 
 def _is_managed_code_running() -> bool:

@@ -115,7 +115,10 @@ class Transfer:
             except PydanticSchemaGenerationError:
                 self._refuse_change(name)
             # What a model computes is no input of it.
-            found[name] = adapter.dump_python(kept, mode="json", round_trip=True, warnings=False)
+            try:
+                found[name] = adapter.dump_python(kept, mode="json", round_trip=True, warnings=False)
+            except UnicodeDecodeError as exc:
+                raise MeshError(f"what is kept as '{name}' has no JSON form: {exc}") from exc
         return found
 
     def _refuse_change(self, name: str) -> None:

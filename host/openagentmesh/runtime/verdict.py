@@ -6,15 +6,16 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from openagentmesh.bus.buckets import ROOM_FOR_HEADERS
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.aside import TookTooLong
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.disk import Stamp, stamp
+from openagentmesh.runtime.disk import Stamp, file_digest, stamp
 from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.sources import Source
+from openagentmesh.runtime.sources import Source, is_written_by_code
 from openagentmesh.runtime.state import Transfer
 from openagentmesh.serving.agent import Agent
 
@@ -62,11 +63,29 @@ def check_willing(sources: Mapping[str, Source], names: Iterable[str]) -> None:
             raise ReloadRefused(f"{why}. Restart the host")
 
 
-def check_settled(executed: Iterable[Source], settled: Mapping[str, Stamp]) -> None:
-    """Doubt what was read from a file that is not as it had settled: somebody writes it again."""
-    paths = [str(source.path) for source in executed]
-    if any(stamp(path) != settled[path] for path in paths if path in settled):
-        raise Doubtful
+def check_settled(executed: Iterable[Source], settled: Mapping[str, Stamp], *, sure: bool) -> None:
+    """Doubt what was read from a file that is not as it had settled: somebody writes it again.
+
+    Where one is `sure`, since it had been quiet for long, and of what modules write themselves to
+    import it, it only has to be what was read.
+    """
+    for source in executed:
+        path = str(source.path)
+        differs = path in settled and stamp(path) != settled[path]
+        may_differ = (sure or is_written_by_code(path)) and file_digest(source.path) == source.digest
+        if differs and not may_differ:
+            raise Doubtful
+
+
+def check_publishable(serve: Iterable[Agent], limit: int) -> None:
+    """Refuse contracts that do not fit into a message: nobody would ever hear of them."""
+    for agent in serve:
+        size = len(agent.contract.to_registry_json().encode())
+        if size > limit - ROOM_FOR_HEADERS:
+            raise ReloadRefused(
+                f"{agent.name}: its contract has {size} bytes, and the server takes {limit} in a message. "
+                "Shorten its description or its schemas, or raise the server's max_payload"
+            )
 
 
 def different(

@@ -60,20 +60,26 @@ async def watch(reloader: Reloader) -> None:
 
 async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
     """Reload until there are other places to look at; returns what was seen last."""
-    now = places
-    while now == places:
+    now, roots = places, _identity(places)
+    # A folder that was made anew has no bell yet.
+    while now == places and roots == _identity(places):
         await _until_rung(bell, places, seen)
-        scan = await _scanned(places)
-        if scan == seen:
-            continue
-        seen = await _settled(places, seen, scan)
         try:
-            seen = await _reload(reloader, places, seen, bell)
-        # The reload ends here: whatever went wrong in it, the next save is another one.
+            scan = await _scanned(places)
+            if scan == seen:
+                continue
+            seen = await _reload(reloader, places, await _settled(places, seen, scan), bell)
+        # The reload ends here: whatever went wrong in it, it is tried again at the next look.
         except Exception:
+            seen = {}
             log.exception("a reload failed in a way that it should not")
         now = reloader.places()
     return seen
+
+
+def _identity(places: Places) -> list[int | None]:
+    """What tells folders from others of the same names."""
+    return [found and found[0] for found in map(stamp, sorted(places.roots))]
 
 
 async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
@@ -138,14 +144,14 @@ async def _ring(
     folders: Iterable[Path], bell: asyncio.Event, wanted: Callable[[Change, str], bool], *, recursive: bool
 ) -> None:
     """Set `bell` whenever something happens in one of these folders."""
-    there = [folder for folder in folders if folder.is_dir()]
-    if not there:
-        return
     try:
-        changes = awatch(*there, watch_filter=wanted, step=_STEP, debounce=_STEP, recursive=recursive)
-        async with aclosing(changes):
-            async for _ in changes:
-                bell.set()
+        while there := {str(folder) for folder in folders if folder.is_dir()}:
+            changes = awatch(*there, watch_filter=wanted, step=_STEP, debounce=_STEP, recursive=recursive)
+            async with aclosing(changes):
+                async for found in changes:
+                    bell.set()
+                    if any(path in there for _, path in found):
+                        break  # one was deleted, and may be another one now, of which nothing is told
     # What the system's watcher raises is its own affair; without it there is still the scan.
     except Exception as exc:  # noqa: BLE001 - as above
         log.warning("saved files are noticed within %gs only: the system's watcher failed: %s", _SWEEP, exc)
@@ -184,5 +190,7 @@ def _scan_folder(folder: str, found: Scan, above: tuple[str, ...]) -> None:
 def _is_busy(places: Places, changed: Iterable[str]) -> bool:
     """Whether git changes files right now, or somebody still writes one of those that changed."""
     return any(map(is_being_written, changed)) or any(
-        (folder / ".git" / "index.lock").exists() for root in places.roots for folder in (root, *root.parents)
+        stamp(folder / ".git" / "index.lock") is not None
+        for root in places.roots
+        for folder in (root, *root.parents)
     )

@@ -1,0 +1,94 @@
+"""A host at work for tests of reloads: its files, who calls its agents, and a ledger that they share."""
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from openagentmesh import AgentMesh, Host
+from openagentmesh.mesh.outcome import Outcome
+
+from tests.runtime.conftest import Configure, write
+
+# Every module that a test counts has this for its first line.
+RUN = "import ledger; ledger.runs.append(__name__.partition('.')[2])\n"
+
+
+class Ledger(ModuleType):
+    """A module that is not managed, by which files tell the test what they do, and wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__("ledger")
+        self.runs: list[str] = []
+        self.waiting = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.started, self.go = threading.Event(), threading.Event()
+        self.variable: ContextVar[str] = ContextVar("variable", default="untouched")
+
+    async def wait(self) -> None:
+        """What a handler awaits to be in flight until the test opens the gate."""
+        self.waiting.set()
+        await self.gate.wait()
+
+    def executed(self) -> list[str]:
+        """The modules executed since it was last asked, each once."""
+        found = sorted(set(self.runs))
+        self.runs.clear()
+        return found
+
+
+class Bench:
+    """A folder of agent files, the host that serves them, and who calls them by `name`."""
+
+    def __init__(self, configure: Configure, mesh: AgentMesh, name: str, folder: Path) -> None:
+        self.name = name
+        self.ledger = Ledger()
+        self.host: Host
+        self._configure = configure
+        self._mesh = mesh
+        self._folder = folder / "agents"
+
+    def serve(self, files: Mapping[str, str], **host: Any) -> Host:
+        """The host, not started yet."""
+        self.host = Host(self._configure(files, host=host))
+        return self.host
+
+    def write(self, files: Mapping[str, str]) -> None:
+        write(self._folder, files)
+
+    def path(self, file: str) -> Path:
+        return self._folder / file
+
+    async def reloaded(self, files: Mapping[str, str] | None = None) -> Outcome:
+        """A reload that has to be carried out, after these files were written."""
+        self.write(files or {})
+        outcome = await self.host.reload()
+        assert outcome is not None
+        assert ("", "") == (outcome.error, outcome.details)
+        return outcome
+
+    async def refused(self, files: Mapping[str, str] | None = None) -> Outcome:
+        """A reload that has to fail, after these files were written."""
+        self.write(files or {})
+        outcome = await self.host.reload()
+        assert outcome is not None
+        assert outcome.error
+        return outcome
+
+    async def call(self, suffix: str = "", request: object = None) -> Any:
+        return await self._mesh.call(self.name + suffix, request or {})
+
+    async def in_flight(self, suffix: str = "") -> asyncio.Task[Any]:
+        """A request that waits at the gate."""
+        request = asyncio.create_task(self.call(suffix))
+        await self.ledger.waiting.wait()
+        return request
+
+    async def listed(self, *suffixes: str) -> None:
+        """Wait until the catalog has these agents, and no others."""
+        wanted = [self.name + suffix for suffix in suffixes]
+        while wanted != sorted(entry.name for entry in await self._mesh.catalog(channel=self.name)):
+            await asyncio.sleep(0.01)
