@@ -284,3 +284,10 @@ def test_a_helper_declares_for_the_module_that_imports_it(load: Load) -> None:
     assert {"main.py": ["split.a", "split.b"]} == {
         shown: sorted(names) for shown, names in serving(modules).items()
     }
+
+
+async def test_a_name_declared_twice_in_a_file_is_told(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """The last one serves, as in a mesh alone, and both places are named."""
+    [module] = load({"a.py": MESH + agent("twice", "1") + agent("twice", "2")}).values()
+    assert [2] == [await ask(module, number) for number in range(len(module.agents))]
+    assert "agents/a.py declares the agent 'twice' twice: the one at " in caplog.text

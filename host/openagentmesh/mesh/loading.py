@@ -1,5 +1,6 @@
 """What a mesh must know while a host loads the module that makes it, and what the module tells."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
@@ -11,6 +12,8 @@ from pydantic import BaseModel
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import InvalidAgent
 from openagentmesh.serving.agent import Agent
+
+log = logging.getLogger(__name__)
 
 Migration = Callable[[dict[str, Any], str], dict[str, Any]]
 
@@ -57,6 +60,17 @@ class Loading:
     generation: Generation
     settings: dict[str, Any] = field(default_factory=dict)
     crosses: Callable[[type], bool] = lambda _: True
+
+    def declare(self, agent: Agent) -> None:
+        """Take an agent that the module declares; one of the same name makes way, as in a mesh alone."""
+        agents = self.generation.agents
+        for before in [each for each in agents if each.name == agent.name]:
+            log.warning(
+                "%s declares the agent '%s' twice: the one at %s serves, not the one at %s",
+                self.origin, agent.name, agent.source, before.source,
+            )  # fmt: skip
+            agents.remove(before)
+        agents.append(agent)
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - the author's object
         """The object of this name that an older generation kept, or a new one.

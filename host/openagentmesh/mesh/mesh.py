@@ -155,7 +155,7 @@ class AgentMesh(Verbs, Reloading):
             )
             loading = current_loading()
             if loading is not None:
-                loading.generation.agents.append(agent)
+                loading.declare(agent)
             elif self._node is not None:
                 self._node.bind(agent)
             self._names.add(agent.name)
