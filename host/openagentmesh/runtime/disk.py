@@ -39,10 +39,10 @@ def digest_of(content: bytes) -> bytes:
     return blake2b(content, digest_size=16).digest()
 
 
-def is_being_written(path: str) -> bool:
-    """Whether somebody has a file open for writing, as far as the system tells: Linux refuses a lease."""
+def is_being_written(path: str) -> bool | None:
+    """Whether somebody has a file open for writing: Linux refuses a lease; None where nothing tells."""
     if sys.platform != "linux":
-        return False
+        return None
     with suppress(OSError), open(path, "rb") as file:  # noqa: PTH123 - as `stamp`
         # Who opens it for writing while we have the lease is told to us by a signal: one that does nothing.
         fcntl(file, F_SETSIG, signal.SIGURG)
@@ -51,7 +51,8 @@ def is_being_written(path: str) -> bool:
         except BlockingIOError:
             return True
         fcntl(file, F_SETLEASE, F_UNLCK)
-    return False
+        return False
+    return None
 
 
 def leads_back(folder: str, above: Iterable[str]) -> bool:

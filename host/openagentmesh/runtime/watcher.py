@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,8 @@ _SWEEP: Final = 1.0
 _SWEEP_SHARE: Final = 0.001
 # A file that is written in place is done when two looks this far apart see the same.
 _SETTLED: Final = 0.03
+# As long when nobody has it open any more: who writes it in several goes comes back at once.
+_CLOSED: Final = 0.01
 # Several files are done when nothing changed for this long; nobody waits longer than the limit.
 _QUIET: Final = 0.05
 _QUIET_LIMIT: Final = 1.0
@@ -117,12 +119,19 @@ async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
         whole = all(path in now and path in before and before[path][0] != now[path][0] for path in changed)
         if len(changed) == 1 and whole and not _is_busy(places, changed):
             return now
-        await asyncio.sleep(_SETTLED if len(changed) == 1 else _QUIET)  # nothing tells that a writer is done
+        await asyncio.sleep(_pause(changed))  # nothing tells that a writer is done
         again = await _scanned(places)
         if again == now and not _is_busy(places, changed):
             return now
         now = again
     return now
+
+
+def _pause(changed: Collection[str]) -> float:
+    """Seconds until files that have changed are looked at again."""
+    if len(changed) != 1:
+        return _QUIET
+    return _CLOSED if all(is_being_written(path) is False for path in changed) else _SETTLED
 
 
 async def _until_rung(bell: asyncio.Event, places: Places, seen: Scan) -> None:
