@@ -68,10 +68,10 @@ class Nonces:
     """Which signatures have been seen; none is forgotten while it would still count."""
 
     def __init__(self) -> None:
-        self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._until: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
-    def use(self, key: str, nonce: str, window: float, most: int) -> None:
-        """Remember a nonce of a key, which may be used once.
+    def use(self, agent: str, key: str, nonce: str, window: float, most: int) -> None:
+        """Remember a nonce of a key, which may be used once for each agent: several may hear one message.
 
         Raises:
             Unauthenticated: it has been used.
@@ -81,7 +81,7 @@ class Nonces:
         now = time.monotonic()
         while self._until and next(iter(self._until.values())) <= now:
             self._until.popitem(last=False)
-        if (key, nonce) in self._until:
+        if (agent, key, nonce) in self._until:
             raise refused("signature.replayed", "this signature has been used before")
         if len(self._until) >= most:
             raise Overloaded(
@@ -89,7 +89,7 @@ class Nonces:
                 details={"retry_after_ms": int(window * _MILLISECONDS)},
             )
         # Its clock may be ahead by a window, and it counts until it is a window old.
-        self._until[key, nonce] = now + 2 * window
+        self._until[agent, key, nonce] = now + 2 * window
 
 
 class Signatures:
@@ -133,7 +133,7 @@ class Signatures:
             verify_key.verify(_signed(headers, call.subject, call.request.body), signature)
         except (CryptoError, ValueError):  # the bytes are a stranger's
             raise refused("signature.wrong", "the request's signature is wrong") from None
-        self._nonces.use(key, nonce, window, self._settings.remembered)
+        self._nonces.use(call.agent, key, nonce, window, self._settings.remembered)
         return proof
 
 

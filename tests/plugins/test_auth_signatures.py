@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oam_auth import Auth, CallerSettings, Settings, SignatureSettings
 from oam_auth.signatures import KEY, NONCE, SIGNATURE, TIME, VERB, Nonces, Signatures, Signer
-from openagentmesh import AgentMesh, Call, ClientMiddleware, Outgoing, Overloaded, Unauthenticated, hookimpl
+from openagentmesh import (
+    AgentMesh,
+    AgentSpec,
+    Call,
+    ClientMiddleware,
+    Outgoing,
+    Overloaded,
+    Unauthenticated,
+    current_call,
+    hookimpl,
+)
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
 
@@ -269,3 +279,28 @@ async def test_one_proof_is_enough_and_two_are_too_many(url: str, name: str, tmp
             assert rule == caught.value.details["rule"]
         assert "bob bob []" == await bob.call(f"{name}.b.asked", "1")
         assert str(await mesh.call(f"{name}.b.asked", "1", headers=bearer())).startswith("alice")
+
+
+async def test_who_overhears_a_request_takes_it_from_nobody(url: str, name: str, tmp_path: Path) -> None:
+    """An agent that is driven by what another one is asked, on the same host, hears it; both count it."""
+    guarded = Guarded(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+    heard: list[str] = []
+    everything = guarded.mesh.subject_source(subjects.agent(f"{name}.asked"))
+
+    @guarded.mesh.agent(AgentSpec(name=f"{name}.overhears"), sources=[everything])
+    async def overhears(what: str) -> None:
+        heard.append(current_call().caller.subject)
+
+    @guarded.mesh.agent(AgentSpec(name=f"{name}.too"), sources=[everything])
+    async def too(what: str) -> None:
+        heard.append(current_call().caller.subject)
+
+    async with guarded.mesh, caller(url, tmp_path) as mesh:
+        for number in range(5):
+            await mesh.call(f"{name}.asked", str(number))
+
+        async def all_heard() -> bool:
+            return len(heard) == 10
+
+        await until(all_heard)
+    assert {"bob"} == set(heard)
