@@ -9,7 +9,8 @@ from joserfc.jwk import Key
 from openagentmesh import Call
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from oam_auth.identity import AUTHORIZATION, Identity
+from oam_auth.following import Stamps, stamps
+from oam_auth.identity import AUTHORIZATION, Identity, spellings
 from oam_auth.keys import read_file, read_keys
 from oam_auth.policy import Policy, Proof, Rule
 from oam_auth.settings import Settings, TokenSettings
@@ -30,6 +31,7 @@ class Guard:
     Attributes:
         keys: those that were in files.
         files: what it was read from.
+        stamps: what identified them just before.
 
     """
 
@@ -39,6 +41,7 @@ class Guard:
     identity: Identity
     keys: tuple[Key, ...] = ()
     files: tuple[Path, ...] = ()
+    stamps: Stamps = ()
 
     @classmethod
     def of(cls, settings: Settings, folder: Path, nonces: Nonces, fetched: Sequence[Key] = ()) -> "Guard":
@@ -48,20 +51,23 @@ class Guard:
             ValueError: something is missing or broken, in words for people.
 
         """
+        tokens, signatures, caller = settings.tokens, settings.signatures, settings.caller
+        named = [*(tokens.keys if tokens else ()), settings.policy, caller.token_file, caller.nkey_file]
+        files = tuple(folder / path.expanduser() for path in named if path is not None)
+        before = stamps(files)
         rules = settings.rules
         if settings.policy is not None:
             rules += _read_policy(folder / settings.policy.expanduser())
         settings.check_rules(rules)
-        tokens, signatures, caller = settings.tokens, settings.signatures, settings.caller
         keys = read_keys(tokens.keys, folder) if tokens else []
-        files = [*(tokens.keys if tokens else ()), settings.policy, caller.token_file, caller.nkey_file]
         return cls(
             Policy(rules),
             Tokens(tokens, [*keys, *fetched]) if tokens else None,
             Signatures(signatures, nonces) if signatures else None,
             Identity.of(caller, folder),
             tuple(keys),
-            tuple(folder / path.expanduser() for path in files if path is not None),
+            files,
+            before,
         )
 
     def with_fetched(self, settings: TokenSettings, fetched: Sequence[Key]) -> "Guard":
@@ -99,9 +105,13 @@ def bearer_token(call: Call) -> str:
         Unauthenticated: its Authorization is something else.
 
     """
-    given = call.headers.get(AUTHORIZATION) or call.headers.get("authorization")
-    if given is None:
+    found = spellings(call.headers)
+    if not found:
         return ""
+    if found != [AUTHORIZATION]:
+        why = f"the request's token stands in the header {AUTHORIZATION}, in these letters and nowhere else"
+        raise refused("credentials.header", why)
+    given = call.headers[AUTHORIZATION]
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise refused("credentials.scheme", "the request's Authorization is no bearer token")
@@ -114,5 +124,5 @@ def _read_policy(path: Path) -> tuple[Rule, ...]:
     except ValidationError as exc:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
         raise ValueError(f"{path}: {wrong}") from exc
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ValueError(f"{path} is no TOML: {exc}") from exc

@@ -1,6 +1,7 @@
 """What requests from here carry: a bearer token, a signature, or nothing."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from oam_auth.settings import CallerSettings
 from oam_auth.signatures import KEY, Signer
 
 AUTHORIZATION = "Authorization"
+
+
+def spellings(headers: Mapping[str, str]) -> list[str]:
+    """How the header with the token is written, in whatever capitals."""
+    return [name for name in headers if name.lower() == "authorization"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,7 +51,7 @@ class Identity:
 
     def add_to(self, outgoing: Outgoing) -> None:
         """Add what proves who asks."""
-        if outgoing.verb == "receive" or AUTHORIZATION in outgoing.headers or KEY in outgoing.headers:
+        if outgoing.verb == "receive" or KEY in outgoing.headers or spellings(outgoing.headers):
             return
         if self.signer is not None:
             self.signer.sign(outgoing)

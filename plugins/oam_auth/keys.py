@@ -1,10 +1,13 @@
 """The keys of whoever issues tokens: from files, and from where they are published."""
 
 import json
+import time
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
@@ -50,15 +53,27 @@ def fetch_keys(url: str) -> list[Key]:
         ValueError: there are none, in words for people.
 
     """
-    opener = urllib.request.build_opener(_NoRedirects)
+    # What is not encrypted stays on this machine, whatever proxy the environment names.
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).scheme == "http" else []
+    opener = urllib.request.build_opener(_NoRedirects, *direct)
     try:
         with opener.open(url, timeout=_PATIENCE) as answer:
-            content: bytes = answer.read(_LARGEST + 1)
-    except OSError as exc:  # an HTTP error is one, too
+            content = _read(answer)
+    except (OSError, HTTPException) as exc:  # an HTTP error is an OSError, too
         raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from exc
     if len(content) > _LARGEST:
         raise ValueError(f"what {url} answers is larger than {_LARGEST} bytes")
     return _keys_of(url, content)
+
+
+def _read(answer: HTTPResponse) -> bytes:
+    """What is answered, as far as it is wanted, if it comes in time."""
+    until, content = time.monotonic() + _PATIENCE, b""
+    while len(content) <= _LARGEST and (more := answer.read1(_LARGEST)):
+        content += more
+        if time.monotonic() > until:
+            raise TimeoutError(f"the answer takes longer than {_PATIENCE:g} s")
+    return content
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -69,6 +84,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _keys_of(where: str, content: bytes) -> list[Key]:
+    if content.count(b"-----BEGIN") > 1:
+        raise ValueError(f"{where} holds several keys or certificates; a PEM file with one key is wanted")
     try:
         found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
     except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
@@ -89,11 +106,19 @@ def _from_json(content: bytes) -> list[Key]:
     read: Any = json.loads(content)
     entries = read.get("keys", [read])
     # As the standard wants: others in a set are ignored, such as keys to encrypt, or of kinds yet unknown.
-    usable = [entry for entry in entries if entry.get("use", "sig") == "sig" and _is_known(entry)]
-    return [JWKRegistry.import_key(entry) for entry in usable]
+    usable = [entry for entry in entries if entry.get("use", "sig") == "sig" and _verifies(entry)]
+    found, why = [], None
+    for entry in usable:
+        try:
+            found.append(JWKRegistry.import_key(entry))
+        except (JoseError, ValueError, TypeError, KeyError) as exc:
+            why = exc
+    if why is not None and not found:
+        raise why
+    return found
 
 
-def _is_known(entry: dict[str, Any]) -> bool:
+def _verifies(entry: dict[str, Any]) -> bool:
     return entry.get("kty") in JWKRegistry.key_types and "verify" in entry.get("key_ops", ["verify"])
 
 

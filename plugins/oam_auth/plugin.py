@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from openagentmesh import Agent, Call, Caller, ClientMiddleware, Endpoint, Middleware, Outgoing, hookimpl
 from typer import Typer
@@ -20,6 +20,9 @@ from oam_auth.signatures import Nonces
 from oam_auth.tokens import Tokens
 
 log = logging.getLogger(__name__)
+
+# Until what could not be followed is followed again, in seconds.
+_AGAIN: Final = 5.0
 
 
 class Auth:
@@ -37,7 +40,7 @@ class Auth:
         self._settings = settings or Settings()
         self._folder = Path.cwd()
         self._nonces = Nonces()
-        self._issuer = Issuer(self._settings.tokens)
+        self._issuer = Issuer(self._settings.tokens, self._take_fetched)
         self.guard = self._made(self._settings, self._folder, self._issuer)
         self._following: list[asyncio.Task[None]] = []
 
@@ -54,7 +57,11 @@ class Auth:
         """Read all that the settings name; what is in force stays when something is broken."""
         if (settings, folder) == (self._settings, self._folder):
             return
-        issuer = self._issuer if settings.tokens == self._settings.tokens else Issuer(settings.tokens)
+        issuer = Issuer(settings.tokens, self._take_fetched)
+        if issuer.url == self._issuer.url:
+            issuer = self._issuer
+        elif self._following:
+            raise ValueError("tokens.jwks_url: another issuer needs a restart, for its keys come first")
         self.guard = self._made(settings, folder, issuer)
         self._settings, self._folder, self._issuer = settings, folder, issuer
         if self._following:
@@ -84,8 +91,11 @@ class Auth:
             async def guarded(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
                 who = await self._prove(call)
                 self.guard.policy.allow(who, name, call.verb)
-                if who is not None:
-                    call.proven = Caller(call.request.caller, who.subject, who.scopes)
+                name_given = call.request.caller
+                # Who proves nothing is nobody here, whatever the request says.
+                call.proven = (
+                    Caller(name_given, who.subject, who.scopes) if who else Caller.nobody(name_given)
+                )
                 return await endpoint(call)
 
             return guarded
@@ -119,19 +129,12 @@ class Auth:
     async def _prove(self, call: Call) -> Proof | None:
         tokens, token = self.guard.tokens, bearer_token(call) if self._issuer.url else ""
         if token and tokens is not None and not tokens.knows_key_of(token):
-            await self._fetch()  # the issuer may have a new one
+            await self._issuer.fetch_for_request()  # the issuer may have a new one
         return self.guard.prove(call)
 
-    async def _fetch(self) -> None:
-        """Have the issuer's newest keys; those from before stay when they cannot be fetched."""
-        issuer = self._issuer
-        try:
-            is_new = await issuer.fetch()
-        except ValueError as exc:
-            log.warning("%s; the keys from before still count", exc)
-            return
-        if is_new and issuer is self._issuer and self._settings.tokens is not None:
-            self.guard = self.guard.with_fetched(self._settings.tokens, issuer.keys)
+    def _take_fetched(self) -> None:
+        if self._settings.tokens is not None:
+            self.guard = self.guard.with_fetched(self._settings.tokens, self._issuer.keys)
 
     def read_again(self) -> None:
         """Read all files once more; what is in force stays when one is broken."""
@@ -151,9 +154,7 @@ class Auth:
             ValueError: they cannot be fetched.
 
         """
-        issuer, tokens = self._issuer, self._settings.tokens
-        if tokens is not None and await issuer.fetch():
-            self.guard = self.guard.with_fetched(tokens, issuer.keys)
+        await self._issuer.fetch()
         self._follow()
         try:
             yield
@@ -168,14 +169,30 @@ class Auth:
         for task in self._following:
             task.cancel()
         self._following = [
-            asyncio.create_task(each) for each in (self._follow_files(), self._follow_issuer())
+            asyncio.create_task(persistently(following))
+            for following in (self._follow_files, self._follow_issuer)
         ]
 
     async def _follow_files(self) -> None:
-        async for _ in changes(lambda: self.guard.files):
-            self.read_again()
+        if self.guard.files:
+            async with aclosing(changes(lambda: self.guard.files, self.guard.stamps)) as told:
+                async for _ in told:
+                    self.read_again()
 
     async def _follow_issuer(self) -> None:
         while (tokens := self._settings.tokens) is not None and tokens.jwks_url is not None:
-            await self._fetch()
             await asyncio.sleep(tokens.refresh)
+            await self._issuer.fetch()
+
+
+async def persistently(following: Callable[[], Awaitable[None]]) -> None:
+    """Follow until there is nothing to follow; whatever fails is told, and begun again."""
+    while True:
+        try:
+            await following()
+        # What ends here is one attempt: a key that was withdrawn must not count because of it.
+        except Exception as exc:  # noqa: BLE001 - as above
+            log.error("auth: what was read before stays in force: %s", exc)  # noqa: TRY400 - no bug of ours
+            await asyncio.sleep(_AGAIN)
+        else:
+            return

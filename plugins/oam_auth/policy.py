@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Annotated, Final, Literal, Self
 
@@ -72,7 +71,12 @@ class Rule(BaseModel):
         """Whether it is for this caller, its scopes aside."""
         if self.anonymous:
             return True
-        return who is not None and any(fnmatchcase(who.subject, pattern) for pattern in self.subjects)
+        return who is not None and any(_glob(pattern).fullmatch(who.subject) for pattern in self.subjects)
+
+
+@lru_cache(maxsize=1000)
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 
 @lru_cache(maxsize=1000)

@@ -104,7 +104,7 @@ class Signatures:
         self._settings = settings
         self._nonces = nonces
         self._users = {
-            key: (_verify_key(key), Proof(user.subject, frozenset(user.scopes)))
+            key: (_verify_key(key, user.subject), Proof(user.subject, frozenset(user.scopes)))
             for key, user in settings.users.items()
         }
 
@@ -143,7 +143,7 @@ def _seconds(text: str) -> float:
     return int(text) / _MILLISECONDS if is_number else 0.0
 
 
-def _verify_key(public: str) -> VerifyKey:
+def _verify_key(public: str, subject: str) -> VerifyKey:
     """The key of a user's public NKey: a byte for its kind, 32 for the key, 2 to check the others."""
     try:
         decoded = base64.b32decode(public.encode())
@@ -151,5 +151,6 @@ def _verify_key(public: str) -> VerifyKey:
         decoded = b""
     is_whole = len(decoded) == _LENGTH and nkeys.crc16_checksum(decoded[:-2]) == decoded[-2:]
     if not is_whole or decoded[0] != nkeys.PREFIX_BYTE_USER:
-        raise ValueError(f"signatures.users: {public!r} is no public NKey of a user (U…)")
+        # Not quoted: it may be the seed.
+        raise ValueError(f"signatures.users: the key of '{subject}' is no public NKey of a user (U…)")
     return VerifyKey(decoded[1:-2])

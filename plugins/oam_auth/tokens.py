@@ -123,7 +123,11 @@ class Tokens:
             raise refused(
                 "token.scopes", f"the token's '{wanted.scopes}' is neither a text nor a list of texts"
             )
-        return Verified(Proof(subject, frozenset(scopes)), float(claims.get("nbf", 0)), float(claims["exp"]))
+        try:
+            begins, ends = float(claims.get("nbf", 0)), float(claims["exp"])
+        except OverflowError:
+            raise refused("token.exp", "the token's 'exp' is not what is wanted here") from None
+        return Verified(Proof(subject, frozenset(scopes)), begins, ends)
 
 
 def _header_of(token: str) -> dict[str, Any]:

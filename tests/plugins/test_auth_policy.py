@@ -120,7 +120,7 @@ def test_a_rule_that_says_too_little_or_too_much_is_refused(changed: dict[str, A
         (lambda folder: settings(folder, rules=(READ, READ)), "two rules have the name 'readers'"),
         (lambda folder: settings(folder, policy=Path("gone.toml")), "gone.toml cannot be read"),
         (lambda folder: Settings(tokens=token_settings(folder, keys=(Path("no.pem"),))), "no.pem cannot be"),
-        (lambda _: Settings(signatures=signers(bob="UABC")), "'UABC' is no public NKey"),
+        (lambda _: Settings(signatures=signers(bob="UABC")), "the key of 'bob' is no public NKey"),
         (lambda _: Settings.model_validate({"caller": {"token_file": "no"}}), "no cannot be read"),
         (lambda _: Settings.model_validate({"caller": {"nkey_file": "keys.json"}}), "no NKey seed"),
     ],

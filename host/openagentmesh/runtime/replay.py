@@ -14,7 +14,7 @@ from openagentmesh.mesh.hooks import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Call, set_current_call
+from openagentmesh.serving.call import Call, Caller, set_current_call
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,19 @@ class _Run:
 
 
 @dataclass(slots=True, frozen=True)
+class _Asked:
+    """A request that was let in, and who was proven to ask; without what proved it."""
+
+    request: Request
+    proven: Caller | None
+
+    @classmethod
+    def of(cls, call: Call, body: bytes) -> "_Asked":
+        headers = {name: value for name, value in call.headers.items() if name.lower() != "authorization"}
+        return cls(replace(call.request, body=body, headers=headers), call.proven)
+
+
+@dataclass(slots=True, frozen=True)
 class Difference:
     """One kept request on which two versions do not agree."""
 
@@ -59,9 +72,9 @@ class Replays:
         self._keep = keep
         self._redactor = redactor
         # None: what the serving version makes of it is found out when another one is compared with it.
-        self._kept: dict[str, deque[tuple[Request, _Run | None]]] = {}
+        self._kept: dict[str, deque[tuple[_Asked, _Run | None]]] = {}
         # What candidates have made of requests, by the requests' ids in memory, which they keep.
-        self._fresh: dict[str, dict[int, tuple[Request, _Run]]] = {}
+        self._fresh: dict[str, dict[int, tuple[_Asked, _Run]]] = {}
 
     def kept(self, agent: str) -> int:
         """How many requests of an agent are kept."""
@@ -79,7 +92,8 @@ class Replays:
             if call.abandoned or len(call.request.body) + len(reply) > _LARGEST:
                 return
             if redact is None:
-                kept.append((call.request, _Run(reply, error, perf_counter() - began)))
+                took = perf_counter() - began
+                kept.append((_Asked.of(call, call.request.body), _Run(reply, error, took)))
                 return
             try:
                 body = redact(call.request.body)
@@ -88,7 +102,7 @@ class Replays:
                 log.exception("a request of %s is not kept for replays: its redactor failed", agent.name)
                 return
             if body is not None:
-                kept.append((replace(call.request, body=body), None))
+                kept.append((_Asked.of(call, body), None))
 
         async def endpoint(call: Call) -> object:
             began = perf_counter()
@@ -109,18 +123,18 @@ class Replays:
         found: list[Difference] = []
         fresh = self._fresh[agent.name] = {}
         kept, until = list(self._kept.get(agent.name, ())), asyncio.get_running_loop().time() + _PATIENCE
-        for number, (request, known) in enumerate(kept):
+        for number, (asked, known) in enumerate(kept):
             if asyncio.get_running_loop().time() >= until:
                 left = f"{len(kept) - number} of {len(kept)} requests are not replayed"
                 return [*found, Difference(f"{left}: there are {_PATIENCE:g}s for all", is_new_error=False)]
             before = known
             if before is None and serving is not None:
-                before = await _run(serving, request, until)
+                before = await _run(serving, asked, until)
             if before is None:
                 continue
-            now = await _run(agent, request, until)
-            fresh[id(request)] = request, now
-            if (difference := _compared(request, before, now)) is not None:
+            now = await _run(agent, asked, until)
+            fresh[id(asked)] = asked, now
+            if (difference := _compared(asked.request, before, now)) is not None:
                 found.append(difference)
         return found
 
@@ -128,16 +142,16 @@ class Replays:
         """Compare the next versions with these, which serve now; forget what is `gone`."""
         for agent in agents:
             fresh, kept = self._fresh.pop(agent.name, {}), self._kept.get(agent.name, deque())
-            for number, (request, before) in enumerate(kept):
-                kept[number] = request, before and fresh.get(id(request), (request, before))[1]
+            for number, (asked, before) in enumerate(kept):
+                kept[number] = asked, before and fresh.get(id(asked), (asked, before))[1]
         for name in gone:
             self._kept.pop(name, None)
 
 
-async def _run(agent: Agent, request: Request, until: float) -> _Run:
+async def _run(agent: Agent, asked: _Asked, until: float) -> _Run:
     """One request, run in a task of its own: its handler may ask for the current call, and may not end."""
     loop = asyncio.get_running_loop()
-    running = asyncio.create_task(_answer(agent, request, until))
+    running = asyncio.create_task(_answer(agent, asked, until))
     try:
         await asyncio.wait([running], timeout=until - loop.time())
     finally:
@@ -147,9 +161,10 @@ async def _run(agent: Agent, request: Request, until: float) -> _Run:
     return running.result()
 
 
-async def _answer(agent: Agent, request: Request, until: float) -> _Run:
+async def _answer(agent: Agent, asked: _Asked, until: float) -> _Run:
     started = asyncio.get_running_loop().time()
-    call = Call(agent.name, request, until, started=started, patience=until - started)
+    call = Call(agent.name, asked.request, until, started=started, patience=until - started)
+    call.proven = asked.proven
     set_current_call(call)
     began = perf_counter()
     try:

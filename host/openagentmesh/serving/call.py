@@ -44,6 +44,13 @@ class Caller(str):
         made.instance_id, made.subject, made.scopes = instance_id, subject, scopes
         return made
 
+    @classmethod
+    def nobody(cls, instance_id: str) -> Self:
+        """Someone who was looked at and proved nothing: an empty text, whatever the request says."""
+        made = str.__new__(cls)
+        made.instance_id, made.subject, made.scopes = instance_id, "", frozenset()
+        return made
+
 
 @dataclass(slots=True)
 class Call:
@@ -101,7 +108,7 @@ class Call:
     @property
     def caller(self) -> Caller:
         """Who asks: proven by a plugin, or what the request says of itself."""
-        return self.proven or Caller(self.request.caller)
+        return self.proven if self.proven is not None else Caller(self.request.caller)
 
     @property
     def remaining(self) -> float:
