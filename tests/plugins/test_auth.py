@@ -1,11 +1,13 @@
 """The auth plugin on every way to a handler: nobody reaches one around it."""
 
+import shutil
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from joserfc.jwk import Key, OKPKey
 from oam_auth import Auth, CallerSettings, Rule, Settings
 from openagentmesh import (
     AgentMesh,
@@ -21,7 +23,7 @@ from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
 
 from tests.mesh.test_registry import until
-from tests.plugins.issuing import bearer, settings, token
+from tests.plugins.issuing import KEY, bearer, settings, token, write_keys
 from tests.runtime.conftest import MESH, write
 from tests.serving.test_router import node_of
 
@@ -325,3 +327,62 @@ async def test_settings_that_cannot_protect_change_nothing(
         await host.reload()
         with pytest.raises(PermissionDenied):
             await mesh.call(name, {}, headers=bearer())
+
+
+async def test_a_replay_is_of_who_was_proven(url: str, mesh: AgentMesh, name: str, tmp_path: Path) -> None:
+    """The new version sees the same subject again, never what the request says of itself, nor its token."""
+    write_project(tmp_path, name)
+    ran = tmp_path / "ran"
+    tell = "from openagentmesh import current_call; c = current_call(); caller = c.caller; "
+    tell += "from pathlib import Path; told = f'{caller} {sorted(c.headers)}'; "
+    tell += f"Path({str(ran)!r}).write_text(told); return 'one'"
+    async with Host(config(tmp_path, url, settings(tmp_path))) as host:
+        await mesh.call(name, {}, headers=bearer(token(sub="mallory")) | {"X-Mesh-Instance-Id": "admin"})
+        write_project(tmp_path, name, tell)
+        assert await host.reload() is not None
+    assert ran.read_text().startswith("mallory [")
+    assert "Authorization" not in ran.read_text()
+
+
+async def test_who_proves_nothing_is_nobody(url: str, mesh: AgentMesh, name: str) -> None:
+    """Where anonymous callers may ask, the name that a request gives itself is no subject."""
+    rule = Rule(name="open", anonymous=True, agents=(f"{name}.*",))
+    async with Guarded(url, name, Auth(Settings(rules=(rule,)))).mesh:
+        told = await mesh.call(f"{name}.asked", "1", headers={"X-Mesh-Instance-Id": "alice"})
+    assert "  []" == told
+
+
+async def test_the_token_has_one_place(guarded: Guarded, mesh: AgentMesh) -> None:
+    """Written otherwise it is refused by name: two spellings could be two tokens."""
+    for headers in ({"authorization": f"Bearer {token()}"}, bearer() | {"AUTHORIZATION": "Bearer x"}):
+        with pytest.raises(Unauthenticated) as caught:
+            await mesh.call(f"{guarded.name}.plain", "1", headers=headers)
+        assert "credentials.header" == caught.value.details["rule"]
+
+
+async def test_files_are_followed_from_when_they_were_read(
+    url: str, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A key that is withdrawn before the start, or with its folder while the mesh is up, counts no more."""
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    guarded = Guarded(url, name, Auth(settings(folder)))
+    other = OKPKey.generate_key("Ed25519", parameters={"kid": "other"})
+    write_keys(folder / "keys.json", other)
+
+    async def lets(key: Key) -> bool:
+        try:
+            await mesh.call(f"{name}.plain", "1", headers=bearer(token(key)))
+        except Unauthenticated:
+            return False
+        return True
+
+    async with guarded.mesh:
+        await until(partial(lets, other))
+        assert not await lets(KEY)
+        shutil.rmtree(folder)
+        assert await lets(other)
+        folder.mkdir()
+        write_keys(folder / "keys.json", KEY)
+        await until(partial(lets, KEY))
+        assert not await lets(other)

@@ -1,16 +1,19 @@
 """The issuer's keys where it publishes them: fetched before anybody is served, and again when they change."""
 
+import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from joserfc.jwk import Key, OKPKey
 from oam_auth import Auth, Settings, TokenSettings
 from oam_auth.keys import fetch_keys
-from openagentmesh import AgentMesh, PluginFailed, Unauthenticated
+from openagentmesh import AgentMesh, MeshTimeout, PluginFailed, Unauthenticated
 
 from tests.plugins.issuing import ALL, AUDIENCE, ISSUER, KEY, bearer, token
 from tests.plugins.test_auth import Guarded
@@ -25,6 +28,9 @@ class Publisher(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Get)
         self.asked = 0
         self.answer: tuple[int, bytes] = (200, b"")
+        self.garbage = self.drips = False
+        self.hold = threading.Event()
+        self.hold.set()
         self.publish(KEY)
         self._serving = threading.Thread(target=self.serve_forever)
         self._serving.start()
@@ -47,11 +53,18 @@ class _Get(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += 1
+        self.server.hold.wait(10)
+        if self.server.garbage:
+            self.wfile.write(b"SMTP ready\r\n")
+            return
         code, body = self.server.answer
         self.send_response(code)
         if code == 302:
             self.send_header("Location", self.server.url)
         self.end_headers()
+        for number in range(20) if self.server.drips else ():
+            self.wfile.write(b" " * number)
+            time.sleep(0.05)
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the standard library
@@ -138,4 +151,86 @@ def test_too_large_an_answer_is_refused(publisher: Publisher) -> None:
     """More than a megabyte is no set of keys."""
     publisher.answer = 200, b" " * (1024 * 1024 + 1)
     with pytest.raises(ValueError, match="larger than 1048576 bytes"):
+        fetch_keys(publisher.url)
+
+
+async def test_other_settings_keep_the_keys(
+    publisher: Publisher, url: str, name: str, tmp_path: Path
+) -> None:
+    """What was fetched counts when the issuer fails and a setting changes; another issuer is refused."""
+    plugin = auth(publisher)
+    async with Guarded(url, name, plugin).mesh, AgentMesh(url) as mesh:
+        publisher.answer = 500, b""
+        plugin.mesh_configure(auth(publisher, leeway=11)._settings, tmp_path)
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+        elsewhere = auth(publisher)._settings.model_dump()
+        elsewhere["tokens"]["jwks_url"] += "/other"
+        with pytest.raises(ValueError, match="another issuer needs a restart"):
+            plugin.mesh_configure(Settings.model_validate(elsewhere), tmp_path)
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+
+
+async def test_who_gives_up_throws_no_keys_away(
+    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger has the keys fetched and goes before they come: they count for the others all the same."""
+    async with Guarded(url, name, auth(publisher)).mesh as provider:
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+        monkeypatch.setattr("oam_auth.following._PAUSE", 3600.0)
+        plugin = provider._plugins.all[0].implementation
+        assert isinstance(plugin, Auth)
+        plugin._issuer._next_fetch = 0.0
+        publisher.publish(NEXT)
+        publisher.hold.clear()
+        with pytest.raises(MeshTimeout):
+            await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)), timeout=0.1)
+        publisher.hold.set()
+        async with asyncio.timeout(10):
+            while plugin._issuer.keys[0].kid != "next":
+                await asyncio.sleep(0.01)
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
+
+
+async def test_an_issuer_that_speaks_no_http_ends_nothing(
+    url: str, mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, publisher: Publisher
+) -> None:
+    """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
+    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.plugin._AGAIN", 0.01)
+    async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
+        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+        publisher.garbage = True
+        while publisher.asked < 3:
+            await asyncio.sleep(0.01)
+        publisher.garbage = False
+        publisher.publish(NEXT)
+        with pytest.raises(Unauthenticated):
+            while True:
+                await mesh.call(f"{name}.plain", "2", headers=bearer())
+
+
+def test_an_answer_that_drips_is_not_waited_for(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is for all of it, not for each byte."""
+    monkeypatch.setattr("oam_auth.keys._PATIENCE", 0.2)
+    publisher.drips = True
+    with pytest.raises(ValueError, match="takes longer than"):
+        fetch_keys(publisher.url)
+
+
+def test_no_proxy_sees_what_stays_here(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without encryption keys come from this machine, and on no other way."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert ["first"] == [key.kid for key in fetch_keys(publisher.url)]
+
+
+def test_keys_of_kinds_yet_unknown_are_ignored(publisher: Publisher) -> None:
+    """In a set with others; one that has nothing else is refused."""
+    unknown = {"kty": "OKP", "crv": "Ed9000", "x": "AAAA"}
+    publisher.answer = 200, json.dumps({"keys": [unknown, KEY.as_dict(private=False)]}).encode()
+    assert ["first"] == [key.kid for key in fetch_keys(publisher.url)]
+    publisher.answer = 200, json.dumps({"keys": [unknown]}).encode()
+    with pytest.raises(ValueError, match="holds no key that can be used"):
         fetch_keys(publisher.url)

@@ -19,7 +19,8 @@ from tests.plugins.issuing import settings, signers, token_settings
 READ = Rule(name="readers", subjects=("team-*", "alice"), scopes=("nlp.read",), agents=("nlp.*",))
 STREAM = Rule(name="streamers", subjects=("alice",), agents=("nlp.>", "one"), verbs=("stream",))
 OPEN = Rule(name="open", anonymous=True, agents=("public.*",), verbs=("call", "source"))
-POLICY = Policy([READ, STREAM, OPEN])
+EXACT = Rule(name="exactly", subjects=("svc[prod]?",), agents=("only.svc",))
+POLICY = Policy([READ, STREAM, OPEN, EXACT])
 
 
 def who(subject: str, *scopes: str) -> Proof:
@@ -33,6 +34,7 @@ def who(subject: str, *scopes: str) -> Proof:
         ("readers", who("team-7", "nlp.read"), "nlp.summarizer", "send"),
         ("streamers", who("alice"), "nlp.deep.down", "stream"),
         ("streamers", who("alice"), "one", "stream"),
+        ("exactly", who("svc[prod]?"), "only.svc", "call"),
         ("open", None, "public.news", "call"),
         ("open", None, "public.news", "source"),
         ("open", who("anybody"), "public.news", "call"),
@@ -51,6 +53,8 @@ def test_what_a_rule_allows(rule: str, proof: Proof | None, agent: str, verb: st
         ("", who("mallory", "nlp.read"), "nlp.summarizer", "call"),
         ("", who("Alice", "nlp.read"), "nlp.summarizer", "call"),
         ("", who("xteam-7", "nlp.read"), "nlp.summarizer", "call"),
+        ("", who("svcp"), "only.svc", "call"),
+        ("", who("svc1"), "only.svc", "call"),
         ("", who("alice", "nlp.read"), "nlp", "call"),
         ("", who("alice", "nlp.read"), "nlp.deep.down", "call"),
         ("", who("alice", "nlp.read"), "xnlp.summarizer", "call"),
