@@ -6,7 +6,8 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import IO, Any, Final, NoReturn
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from joserfc.errors import JoseError
@@ -59,7 +60,10 @@ def fetch_keys(url: str) -> list[Key]:
     try:
         with opener.open(url, timeout=_PATIENCE) as answer:
             content = _read(answer)
-    except (OSError, HTTPException) as exc:  # an HTTP error is an OSError, too
+    except HTTPError as exc:
+        with exc:  # it holds the connection
+            raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from None
+    except (OSError, HTTPException) as exc:
         raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from exc
     if len(content) > _LARGEST:
         raise ValueError(f"what {url} answers is larger than {_LARGEST} bytes")
@@ -79,7 +83,8 @@ def _read(answer: HTTPResponse) -> bytes:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Keys come from where the configuration says, and from nowhere else."""
 
-    def redirect_request(self, *asked: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as it is called
+    def redirect_request(self, _: Any, answer: IO[bytes], *asked: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - as it is called
+        answer.close()
         raise OSError(f"it redirects to {asked[-1]}; give that address if the keys are there")
 
 

@@ -67,19 +67,14 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         ("nlp.a", token(), ""),
         ("nlp.a", token(sub="carol"), "No rule lets 'carol' call 'nlp.a'"),
         ("nlp.a", token(exp=1), "The token has expired"),
-        ("nlp.a", token(aud="others"), "The token's 'aud' is not what is wanted here"),
-        ("nlp.a", "nonsense", "What came as a bearer token is no JWT"),
         ("nlp.a", "", "Nobody may call 'nlp.a' without saying who asks"),
         ("nlp.a", "signed", ""),
         ("ops.b.c", "signed", "The rule 'admins' lets 'bob' call 'ops.b.c' only with the scope admin"),
         ("ops.b.c", token(scope="x admin"), ""),
-        ("ops.b.c", token(), "only with the scope admin"),
         ("public", "", ""),
-        ("public", token(exp=1), "The token has expired"),
     ],
     ids=[
-        "token", "other subject", "expired", "other audience", "garbage", "nothing", "signed",
-        "signed without scope", "scope", "without scope", "anonymous", "anonymous, but expired",
+        "token", "other subject", "expired", "nothing", "signed", "signed without scope", "scope", "anonymous",
     ],
 )  # fmt: skip
 def test_commands_carry_who_asks(up: Up, tmp_path: Path, name: str, carried: str, refused: str) -> None:
