@@ -83,7 +83,8 @@ def _read(answer: HTTPResponse) -> bytes:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Keys come from where the configuration says, and from nowhere else."""
 
-    def redirect_request(self, _: Any, answer: IO[bytes], *asked: Any, **__: Any) -> NoReturn:  # noqa: ANN401 - as it is called
+    def redirect_request(self, *asked: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as it is called
+        answer: IO[bytes] = asked[1]
         answer.close()
         raise OSError(f"it redirects to {asked[-1]}; give that address if the keys are there")
 

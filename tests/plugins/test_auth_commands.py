@@ -74,7 +74,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         ("public", "", ""),
     ],
     ids=[
-        "token", "other subject", "expired", "nothing", "signed", "signed without scope", "scope", "anonymous",
+        "token", "other subject", "expired", "nothing", "signed", "signed, no scope", "scope", "anonymous",
     ],
 )  # fmt: skip
 def test_commands_carry_who_asks(up: Up, tmp_path: Path, name: str, carried: str, refused: str) -> None:
