@@ -51,8 +51,8 @@ class Generation:
 class Loading:
     """One module being loaded, on behalf of a node.
 
-    `crosses` tells whether objects of a class may pass from one generation to the next as they
-    are: it must not come from a file that is loaded anew itself.
+    `declared` are its agents by name. `crosses` tells whether objects of a class may pass from one
+    generation to the next as they are: it must not come from a file that is loaded anew itself.
     """
 
     origin: str
@@ -60,17 +60,19 @@ class Loading:
     generation: Generation
     settings: dict[str, Any] = field(default_factory=dict)
     crosses: Callable[[type], bool] = lambda _: True
+    declared: dict[str, Agent] = field(default_factory=dict)
 
     def declare(self, agent: Agent) -> None:
         """Take an agent that the module declares; one of the same name makes way, as in a mesh alone."""
-        agents = self.generation.agents
-        for before in [each for each in agents if each.name == agent.name]:
+        agents, before = self.generation.agents, self.declared.get(agent.name)
+        if before is not None:
             log.warning(
                 "%s declares the agent '%s' twice: the one at %s serves, not the one at %s",
                 self.origin, agent.name, agent.source, before.source,
             )  # fmt: skip
             agents.remove(before)
         agents.append(agent)
+        self.declared[agent.name] = agent
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - the author's object
         """The object of this name that an older generation kept, or a new one.
