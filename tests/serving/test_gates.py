@@ -350,7 +350,7 @@ async def test_a_publisher_that_is_turned_off_ends_its_events(mesh: AgentMesh, n
         assert (b"7", 0, False) == (frame.body, frame.seq, frame.end)
         await mesh.kv.put(name, "off")
         frame = await asyncio.wait_for(frames.get(), 10)
-        assert (b"", 1, True, "") == (frame.body, frame.seq, frame.end, frame.status)
+        assert (b"", 1, True, False) == (frame.body, frame.seq, frame.end, frame.error)
         await settled(mesh, name, open_=False)
 
 

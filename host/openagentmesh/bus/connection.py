@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import ssl
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -92,8 +91,11 @@ class Bus:
         self.name = name
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self.reconnects = 0
-        self._reconnected_at = -_OTHERS_RETURN
-        self._away = False
+        # Whether the server was away until just now, so that others may not be back yet.
+        self.unsettled = False
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._settling: asyncio.TimerHandle | None = None
         self._here = asyncio.Event()
         self.restore: Restore | None = None
         self.on_lost: Callable[[], None] = lambda: None
@@ -209,16 +211,15 @@ class Bus:
         """Whether the connection is closed for good."""
         return bool(self._client.is_closed)
 
-    @property
-    def unsettled(self) -> bool:
-        """Whether the server was away until just now, so that others may not be back yet."""
-        return self._away or time.monotonic() - self._reconnected_at < _OTHERS_RETURN
-
     async def until_settled(self) -> None:
-        """Wait until the server is there, and others are back from its absence."""
-        while self.unsettled:
-            await self.until_connected()
-            await asyncio.sleep(max(0.0, self._reconnected_at + _OTHERS_RETURN - time.monotonic()))
+        """Wait until the server is there, and others are back from its absence.
+
+        Raises:
+            ConnectionFailed: the connection is closed for good.
+
+        """
+        await self._settled.wait()
+        await self.until_connected()
 
     @property
     def max_payload(self) -> int:
@@ -338,7 +339,7 @@ class Bus:
 
     async def _on_disconnected(self) -> None:
         if not self._client.is_closed:
-            self._away = True
+            self._unsettle()
             self._here.clear()
             self.on_lost()
             self.history.append(Event(f"lost {self.target.shown}"))
@@ -346,8 +347,8 @@ class Bus:
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
-        self._reconnected_at = time.monotonic()
-        self._away = False
+        self._unsettle()
+        self._settling = asyncio.get_running_loop().call_later(_OTHERS_RETURN, self._settle)
         self._here.set()
         self.history.append(Event(f"reconnected to {self.target.shown}"))
         log.info("connected to %s again", self.target.shown)
@@ -356,6 +357,16 @@ class Bus:
             self._restoring.cancel()
         if self.restore is not None:
             self._restoring = asyncio.create_task(self._restore_at_last(self.restore))
+
+    def _unsettle(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+        self.unsettled = True
+        self._settled.clear()
+
+    def _settle(self) -> None:
+        self.unsettled = False
+        self._settled.set()
 
     async def _restore_at_last(self, restore: Restore) -> None:
         """Try until it is done, or until a new reconnect begins it anew."""
@@ -374,5 +385,7 @@ class Bus:
 
     async def _on_closed(self) -> None:
         self.closed.set()
-        self._here.set()  # nobody is to wait for it any more
+        # Nobody is to wait for it any more.
+        self._here.set()
+        self._settled.set()
         self.on_closed()
