@@ -40,7 +40,9 @@ async def ask(client: Client, verb: str, name: str | None = None, id_: str | Non
     found = []
     while True:
         try:
-            found.append(json.loads((await answers.next_msg(timeout=0.3)).data))
+            answer = await answers.next_msg(timeout=0.3)
+            if answer.data:  # without, it is NATS' word that nobody is there
+                found.append(json.loads(answer.data))
         except nats.errors.TimeoutError:
             await answers.unsubscribe()
             return found

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from openagentmesh import AgentMesh, AgentSpec
+from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed
 from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import subjects
@@ -82,6 +82,34 @@ async def test_what_a_peer_removes_comes_back(mesh: AgentMesh, url: str, name: s
 
         await until(listed)
         assert name == (await other.contract(name)).name
+
+
+async def test_what_cannot_be_put_back_at_once_is_put_back_later(
+    mesh: AgentMesh, url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not answer in time leaves no served agent out of the catalog for good."""
+    serve(mesh, name)
+    await mesh.catalog()
+    registry, failures = node_of(mesh).registry, 0
+    restore = registry.restore
+
+    async def restore_the_third_time() -> None:
+        nonlocal failures
+        if failures < 2:
+            failures += 1
+            raise ConnectionFailed("no answer")
+        await restore()
+
+    monkeypatch.setattr(registry, "restore", restore_the_third_time)
+    async with AgentMesh(url) as other:
+        node = node_of(other)
+        await node.registry.withdraw([], everywhere=[name])
+
+        async def listed() -> bool:
+            return name in await catalog_key(node)
+
+        await until(listed)
+        assert 2 == failures
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"nonsense", b"{}", b'["x", 1, null]', b'[{"name": 5}]', b"\xff"])

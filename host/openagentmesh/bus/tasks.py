@@ -40,11 +40,12 @@ async def end_within(seconds: float, tasks: Iterable[asyncio.Task[Any]]) -> set[
     return deaf
 
 
-async def persistently(follow: Callable[[], Awaitable[None]], what: str) -> None:
-    """Follow for ever: what fails while the server is away is tried again."""
+async def persistently(work: Callable[[], Awaitable[None]], what: str) -> None:
+    """Do work until it is done: what fails while the server is away is tried again."""
 
     def failed(state: RetryCallState) -> None:
-        log.warning("%s cannot be followed now: %s", what, state.outcome and state.outcome.exception())
+        exc = state.outcome and state.outcome.exception()
+        log.warning("%s does not work now and is tried again: %s", what, exc)
 
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(MeshError),
@@ -52,4 +53,4 @@ async def persistently(follow: Callable[[], Awaitable[None]], what: str) -> None
         before_sleep=failed,
     ):
         with attempt:
-            await follow()
+            await work()

@@ -107,6 +107,7 @@ class Node:
         self.binding = Binding(self.router, self._serve)
         # What was published, for new code alone is no reason to publish a contract again.
         self._published: dict[str, AgentContract] = {}
+        self._torn = asyncio.Event()
         self._repairing: asyncio.Task[None] | None = None
         self._watching_over: asyncio.Task[None] | None = None
         self._following_levels: asyncio.Task[None] | None = None
@@ -163,7 +164,7 @@ class Node:
             return
         await self.binding.idle()  # one of them may just be opened
         await asyncio.gather(*[route.end(drain_timeout) for route in routes])
-        await persistently(lambda: self._deregister({route.agent.name for route in routes}), "what is gone")
+        await persistently(lambda: self._deregister({route.agent.name for route in routes}), "deregistering")
 
     async def _deregister(self, names: set[str]) -> None:
         async with self._registering:
@@ -237,8 +238,9 @@ class Node:
             self.directory.changed = self._on_registry_change
             self.directory.follow()
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
+            self._repairing = asyncio.create_task(self._keep_published())
             self._following_levels = asyncio.create_task(
-                persistently(lambda: follow_levels(self.buckets, self.router.events), "log levels")
+                persistently(lambda: follow_levels(self.buckets, self.router.events), "following log levels")
             )
 
     async def _clear(self, agents: set[str]) -> set[str]:
@@ -317,7 +319,7 @@ class Node:
     async def _restore(self) -> None:
         """Make everything true again that was true before the connection was lost."""
         await self.buckets.restore()
-        await self.registry.restore()
+        await self._publish_again()
         await self.presence.restore()
         if self._watching_over is not None:
             self.directory.follow()
@@ -325,17 +327,20 @@ class Node:
         await self.objects.restore()
 
     def _on_registry_change(self, name: str, document: bytes | None) -> None:
-        """Put back what is ours: a stock replica removes the agent for all when it stops."""
-        if document is None and self.registry.owns(name) and self._repairing is None:
-            self._repairing = asyncio.create_task(self._repair())
+        if document is None and self.registry.owns(name):
+            self._torn.set()
 
-    async def _repair(self) -> None:
-        try:
+    async def _keep_published(self) -> None:
+        """Put back what is ours: a stock replica removes the agent for all when it stops."""
+        while True:
+            await self._torn.wait()
             await asyncio.sleep(_REPAIR_WAIT)  # let the other finish what it removes
-            self._repairing = None  # what is removed from here on needs another repair
+            self._torn.clear()  # what is removed from here on needs another repair
+            await persistently(self._publish_again, "publishing again what others removed")
+
+    async def _publish_again(self) -> None:
+        async with self._registering:  # what is withdrawn meanwhile must not come back
             await self.registry.restore()
-        except MeshError as exc:
-            log.warning("what others removed is not published again yet: %s", exc)
 
     def _on_host_request(self, message: Message) -> None:
         if message.reply:

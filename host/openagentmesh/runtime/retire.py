@@ -185,7 +185,7 @@ async def _failure(agents: list[tuple[Route, Agent]], node: Node) -> str:
     """Why new publishers and watchers, in the place of old ones, failed at once; empty when none did."""
     names = [agent.name for _, agent in agents]
     # What others have to know of the new version may have to wait for the server.
-    await persistently(lambda: node.settled(names), "what was reloaded")
+    await persistently(lambda: node.settled(names), "serving what was reloaded")
     backgrounds = [
         background
         for route, old in agents

@@ -87,7 +87,9 @@ class KVFeed:
         """Begin to follow the keys, unless it does."""
         if self._task is None:
             self._closing.clear()
-            self._task = asyncio.create_task(persistently(self._follow, f"the keys {self._source.pattern}"))
+            self._task = asyncio.create_task(
+                persistently(self._follow, f"following the keys {self._source.pattern}")
+            )
 
     async def close(self, timeout: float) -> None:
         """Follow no more; what is being handled has `timeout` seconds, and then goes on by itself."""
@@ -167,7 +169,7 @@ class Gate:
             self._decide_by_value(None if entry is None else entry.value or b"")
             if entry is not None:  # what is deleted from here on is told
                 self._seen[condition.key] = (entry.revision, entry.created)
-            following = persistently(self._follow_key, f"the key {condition.key}")
+            following = persistently(self._follow_key, f"following the key {condition.key}")
             self._tasks.append(asyncio.create_task(following))
         else:
             self._sid = await self._bus.listen(condition.subject, self._on_message)
