@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import isasyncgenfunction, iscoroutinefunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,18 @@ class Plugins:
     """
 
     def __init__(self, implementations: Mapping[str, object] | None = None) -> None:
-        self._manager = pluggy.PluginManager(hooks.NAME)
-        self._manager.add_hookspecs(hooks.Hooks)
         self._asked_about: set[str] = set()
         self.all = [
             Plugin(name, self._registered(name, each)) for name, each in (implementations or {}).items()
         ]
+
+    @cached_property
+    def _manager(self) -> pluggy.PluginManager:
+        # Made for the first plugin only: meshes in a host's modules have none, and making one would
+        # take a fifth of the time of a reload.
+        manager = pluggy.PluginManager(hooks.NAME)
+        manager.add_hookspecs(hooks.Hooks)
+        return manager
 
     @classmethod
     def of(cls, implementations: Iterable[object]) -> "Plugins":
