@@ -3,12 +3,16 @@
 import asyncio
 import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from openagentmesh import InvalidInput, NotFound
 
 from tests.runtime.bench import RUN, Bench
-from tests.runtime.conftest import MESH, agent
+from tests.runtime.conftest import MESH, agent, write
 
 
 def waits(name: str, result: str) -> str:
@@ -278,3 +282,47 @@ async def test_agents_come_and_go_with_their_files(bench: Bench) -> None:
         for gone in ".a", ".b":
             with pytest.raises(NotFound):
                 await bench.call(gone)
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Puts a module that no host manages where everybody can import it; gives its name."""
+    monkeypatch.syspath_prepend(str(tmp_path / "library"))
+    name = f"library_{uuid4().hex}"
+
+    def written(source: str) -> str:
+        write(tmp_path / "library", {f"{name}.py": source})
+        return name
+
+    yield written
+    sys.modules.pop(name, None)
+
+
+async def test_what_a_library_declares_outlives_an_edit(bench: Bench, library: Callable[[str], str]) -> None:
+    """A library is not executed again when who imports it is edited: its agents go on, undisposed."""
+    disposal = "@mesh.dispose\ndef gone():\n    ledger.runs.append('disposed')\n"
+    lib = library(f"import ledger\n{MESH}{agent(f'{bench.name}.lib')}{disposal}")
+    helper = f"import {lib}\n"
+    async with bench.serve({"a.py": f"import _h\n{MESH}{agent(f'{bench.name}.a')}", "_h.py": helper}):
+        for number in (1, 2):
+            source = f"import _h\n{MESH}{agent(f'{bench.name}.a', str(number))}"
+            outcome = await bench.reloaded({"a.py": source, "_h.py": f"{helper}# {number}\n"})
+            assert [f"{bench.name}.a 0.1.0"] == outcome.agents
+            await bench.host.node.binding.idle()
+            assert ["ok", number] == [await bench.call(".lib"), await bench.call(".a")]
+        assert [] == bench.ledger.runs
+    assert ["disposed"] == bench.ledger.runs
+
+
+async def test_a_librarys_function_is_the_agent_of_who_declares_it(
+    bench: Bench, library: Callable[[str], str]
+) -> None:
+    """Where the handler comes from does not matter: without its declaration the agent is gone."""
+    lib = library("async def handler(req: dict) -> str:\n    return 'from a library'\n")
+    declared = f"mesh.agent(AgentSpec(name='{bench.name}.b'))({lib}.handler)\n"
+    source = f"import {lib}\n{MESH}{agent(f'{bench.name}.a')}"
+    async with bench.serve({"a.py": source + declared}):
+        assert "from a library" == await bench.call(".b")
+        outcome = await bench.reloaded({"a.py": source})
+        assert [f"{bench.name}.a 0.1.0", f"{bench.name}.b withdrawn"] == outcome.agents
+        await bench.listed(".a")

@@ -1,10 +1,11 @@
 """What a mesh must know while a host loads the module that makes it, and what the module tells."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
-from types import UnionType
+from types import FrameType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
@@ -51,27 +52,45 @@ class Generation:
 class Loading:
     """One module being loaded, on behalf of a node.
 
-    `declared` are its agents by name. `crosses` tells whether objects of a class may pass from one
-    generation to the next as they are: it must not come from a file that is loaded anew itself.
+    Attributes:
+        origin: what is loaded, for messages.
+        own: what the module declares.
+        loose: what others declare that it imports, and that are not executed again when it is.
+        settings: what mesh.toml has for it.
+        is_managed: whether a module is one that is executed again when its file changes.
+        declared: all agents by name.
+
     """
 
     origin: str
     node: Node
-    generation: Generation
-    settings: dict[str, Any] = field(default_factory=dict)
-    crosses: Callable[[type], bool] = lambda _: True
+    own: Generation
+    loose: Generation
+    settings: dict[str, Any]
+    is_managed: Callable[[str], bool]
     declared: dict[str, Agent] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> Generation:
+        """Where what is declared right now belongs."""
+        name = _executed_now()
+        return self.own if not name or self.is_managed(name) else self.loose
+
+    def crosses(self, kept: type) -> bool:
+        """Whether objects of a class may pass from one generation to the next as they are."""
+        return not self.is_managed(kept.__module__)
 
     def declare(self, agent: Agent) -> None:
         """Take an agent that the module declares; one of the same name makes way, as in a mesh alone."""
-        agents, before = self.generation.agents, self.declared.get(agent.name)
+        before = self.declared.get(agent.name)
         if before is not None:
             log.warning(
                 "%s declares the agent '%s' twice: the one at %s serves, not the one at %s",
                 self.origin, agent.name, agent.source, before.source,
             )  # fmt: skip
-            agents.remove(before)
-        agents.append(agent)
+            for generation in (self.own, self.loose):
+                generation.agents = [each for each in generation.agents if each is not before]
+        self.generation.agents.append(agent)
         self.declared[agent.name] = agent
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - the author's object
@@ -101,6 +120,20 @@ class Loading:
                 "can be kept; make it one of these."
             )
         return kept
+
+
+def _executed_now() -> str:
+    """The name of the module that is being imported, of several the innermost; empty when there is none."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - nobody else tells
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if (
+            frame.f_code.co_name == "<module>"
+            and getattr(sys.modules.get(name), "__dict__", None) is frame.f_globals
+        ):
+            return str(name)
+        frame = frame.f_back
+    return ""
 
 
 def has_content(kept: object) -> bool:

@@ -127,7 +127,7 @@ class Loader:
         elif "." in origin.path.stem:
             raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
         module.name = self.name_of(origin)
-        with self.imports.loading(), self._declaring(origin.shown, origin.key, module.loose):
+        with self.imports.loading(), self._declaring(origin.shown, origin.key, module.loose, module.loose):
             loaded = importlib.import_module(module.name)
         if origin.attribute:
             getattr(loaded, origin.attribute.partition(".")[0])
@@ -162,28 +162,32 @@ class Loader:
         source.generation.before = before.generation if before else None
         if origin is None and outer is not None:
             # A helper: its settings are those of the module that is being loaded.
-            with self._declaring(outer.origin, "", source.generation, outer.settings):
+            with self._declaring(outer.origin, "", source.generation, outer.loose, outer.settings):
                 yield
         else:
             key = origin.key if origin else source.path.stem
-            with self._declaring(str(source.path), key, source.generation):
+            loose = outer.loose if outer else source.generation
+            with self._declaring(str(source.path), key, source.generation, loose):
                 yield
 
     @contextmanager
     def _declaring(
-        self, shown: str, key: str, generation: Generation, settings: dict[str, Any] | None = None
+        self,
+        shown: str,
+        key: str,
+        own: Generation,
+        loose: Generation,
+        settings: dict[str, Any] | None = None,
     ) -> Iterator[None]:
         settings = self._config.settings.get(key, {}) if settings is None else settings
-        token = set_loading(Loading(shown, self._node, generation, settings, self._crosses))
+        token = set_loading(Loading(shown, self._node, own, loose, settings, self._is_managed))
         try:
             yield
         finally:
             reset_loading(token)
 
-    def _crosses(self, kept: type) -> bool:
-        """Whether a class is of no managed file, so that the next generation may have objects of it."""
-        module = kept.__module__
-        return module not in self.imports.sources and module not in self.imports.stage.sources
+    def _is_managed(self, module: str) -> bool:
+        return module in self.imports.sources or module in self.imports.stage.sources
 
 
 def claimed_twice(
