@@ -21,6 +21,7 @@ from openagentmesh import (
     PayloadTooLarge,
 )
 from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.kv import KV, Draft
 from openagentmesh.protocol import subjects
 from pydantic import BaseModel
@@ -233,6 +234,22 @@ async def test_what_is_no_such_model_is_told(mesh: AgentMesh, name: str, stored:
     with pytest.raises(InvalidInput, match=f"'{name}' is no Plan") as caught:
         await mesh.kv.get_model(name, Plan)
     json.dumps(caught.value.details)
+
+
+async def test_what_is_replaced_is_listed_all_the_same(mesh: AgentMesh, url: str, name: str) -> None:
+    """A key that is there all the time is in every list, once, though others write it meanwhile."""
+    keys = [f"{name}.{number}" for number in range(20)]
+    async with AgentMesh(url) as other:
+
+        async def replace_all() -> None:
+            while True:
+                await asyncio.gather(*[other.kv.put(key, "again") for key in keys])
+
+        await asyncio.gather(*[other.kv.put(key, "once") for key in keys])
+        replacing = asyncio.create_task(replace_all())
+        for _ in range(60):
+            assert sorted(keys) == sorted(entry.key for entry in await mesh.kv.list(f"{name}."))
+        await end(replacing)
 
 
 async def test_bytes_that_are_no_text_are_listed_not_read(mesh: AgentMesh, name: str) -> None:

@@ -1,5 +1,6 @@
 """The workspace: everything that can be put, in bounded memory, and what is said of what cannot."""
 
+import asyncio
 import io
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -11,6 +12,7 @@ from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
 from openagentmesh.bus.connection import Bus, Target
 from openagentmesh.bus.objects import Objects
 from openagentmesh.bus.requests import Inbox
+from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.workspace import Workspace
 from openagentmesh.protocol.artifacts import CHUNK
 
@@ -144,6 +146,21 @@ async def test_a_limit_is_kept(workspace: Workspace, name: str) -> None:
         await workspace.get(name, limit=len(CONTENT) - 1, progress=read.append)
     assert {"size": len(CONTENT), "limit": len(CONTENT) - 1} == caught.value.details
     assert [] == read
+
+
+async def test_what_is_replaced_is_listed_once(workspace: Workspace, name: str) -> None:
+    """A file that is there all the time is in every list, once, though it is replaced meanwhile."""
+    keys = [f"{name}/{number}" for number in range(5)]
+
+    async def replace_all() -> None:
+        while True:
+            await asyncio.gather(*[workspace.put(key, "again") for key in keys])
+
+    await asyncio.gather(*[workspace.put(key, "once") for key in keys])
+    replacing = asyncio.create_task(replace_all())
+    for _ in range(40):
+        assert keys == sorted(each.key for each in await workspace.list(f"{name}/"))
+    await end(replacing)
 
 
 async def test_the_workspace_is_listed_and_watched(workspace: Workspace, name: str) -> None:

@@ -21,6 +21,7 @@ from nats.js.errors import APIError, BucketNotFoundError
 from openagentmesh.bus.chunks import Upload, chunked, next_chunk, purge, stored
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.explained import explained, retrying
+from openagentmesh.bus.latest import latest_revision
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.bus.watches import forget_consumer
 from openagentmesh.protocol.artifacts import (
@@ -155,18 +156,20 @@ class Objects:
 
     async def entries(self, prefix: str = "") -> list[Artifact]:
         """All objects whose names begin with `prefix`."""
-        found = []
+        found: dict[str, Artifact] = {}
         async with self._follow() as follower, self._using("Listing the workspace"):
-            info = await follower.consumer_info()
-            # What was delivered already waits in the follower.
-            left = (info.num_pending or 0) + (info.delivered.consumer_seq if info.delivered else 0)
-            while left:
+            seen, newest = 0, await latest_revision(self._inbox, STREAM, DESCRIPTIONS)
+            while seen < newest:
                 message = await follower.next_msg(_PATIENCE)
-                left = message.metadata.num_pending
                 description = read_description(message.data)
-                if description and not description.deleted and description.name.startswith(prefix):
-                    found.append(description.artifact(message.metadata.timestamp))
-        return found
+                if description is not None and description.name.startswith(prefix):
+                    found.pop(description.name, None)
+                    if not description.deleted:
+                        found[description.name] = description.artifact(message.metadata.timestamp)
+                seen = message.metadata.sequence.stream
+                if seen >= newest:  # what was replaced meanwhile comes later
+                    newest = await latest_revision(self._inbox, STREAM, DESCRIPTIONS)
+        return list(found.values())
 
     async def watch(self, prefix: str = "") -> AsyncGenerator[Artifact, None]:
         """The objects whose names begin with `prefix`, then every put and every deletion of one.
