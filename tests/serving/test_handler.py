@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial, wraps
 from typing import Annotated, Any, Literal
@@ -301,6 +302,18 @@ def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) 
     """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""
     with pytest.raises(HandlerError, match="what it does not declare"):
         returning(hint).dump(result)
+
+
+@pytest.mark.parametrize("hint", [Out, list[Out]], ids=["alone", "in a list"])
+def test_an_object_that_does_not_hold_what_it_declares_is_a_handler_error(hint: Any) -> None:
+    """Pydantic only warns of such an object; it is refused though the author's module ignores warnings."""
+    broken = Out(length=1)
+    broken.length = "x"  # type: ignore[assignment] # what is tested
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        agent = returning(hint)
+        with pytest.raises(HandlerError, match="Expected `int`"):
+            agent.dump(broken if hint is Out else [broken])
 
 
 def synchronous_watcher() -> None:
