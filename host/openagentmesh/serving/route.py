@@ -308,17 +308,19 @@ class Route:
         start = codec.frame_start(request.request_id, shared.instance_id)
         # What was sent without a reply subject is done for its own sake.
         writer_of = ChunkWriter if subject else NoWriter
-        writer = writer_of(shared.bus, shared.inbox, subject, start, agent.dump, request.credit)
+        writer = writer_of(shared.bus, shared.inbox, subject, start, agent.handler.dump, request.credit)
 
-        async def send(chunk: object) -> None:
-            if writer.must_wait or shared.bus.unsettled:  # from here on it is others who take their time
-                deadline.move(loop.time() + agent.limits.timeout + _SETTLING)
-            await writer.send(chunk)
+        def put_off() -> None:
+            # From here on it is others who take their time.
+            deadline.move(loop.time() + agent.limits.timeout + _SETTLING)
+
+        def go_on() -> None:
             # A stream may go on for ever, as long as it goes on.
             call.deadline = loop.time() + call.patience
             deadline.move(call.deadline)
 
-        call.send, writer.gone = send, abandoning(call)
+        writer.on_wait, writer.on_sent, writer.on_gone = put_off, go_on, abandoning(call)
+        call.send = writer.send
         try:
             await agent.outermost(call)
             await writer.end(call.usage)

@@ -81,8 +81,13 @@ class EventWriter(FrameWriter):
 class ChunkWriter(FrameWriter):
     """Sends the frames of one stream as far as its reader grants credit (§10).
 
-    Without `credit` there is no window. `gone` is called once, from the read loop, when the
-    reader is there no more.
+    Without `credit` there is no window.
+
+    Attributes:
+        on_wait: called when a chunk has to wait for its reader, or for the server.
+        on_sent: called when a chunk has been sent.
+        on_gone: called once, from the read loop, when the reader is there no more.
+
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - as many as a stream has parts
@@ -95,28 +100,29 @@ class ChunkWriter(FrameWriter):
         credit: int,
     ) -> None:
         super().__init__(bus, subject, start, dump)
-        self.gone: Callable[[], object] = lambda: None
+        self.on_wait: Callable[[], object] = lambda: None
+        self.on_sent: Callable[[], object] = lambda: None
+        self.on_gone: Callable[[], object] = lambda: None
         self._inbox = inbox
-        self._bounded = credit > 0
-        self._credit = credit
+        self._credit = credit if credit > 0 else math.inf
         self._granted = asyncio.Event()
         self._reply = inbox.expect(self._receive)
 
-    @property
-    def must_wait(self) -> bool:
-        """Whether the reader has not granted credit for the next chunk."""
-        return self._bounded and self._credit <= 0
-
     async def send(self, chunk: object) -> None:
         """Send one chunk; waits while the reader has not granted credit for it."""
-        if self._bounded:
-            while self._credit <= 0:
-                self._granted.clear()
-                await self._granted.wait()
-            self._credit -= 1
+        if self._credit <= 0 or self._bus.unsettled:
+            self.on_wait()
+            await self._until_welcome()
+        self._credit -= 1
+        await super().send(chunk)
+        self.on_sent()
+
+    async def _until_welcome(self) -> None:
+        while self._credit <= 0:
+            self._granted.clear()
+            await self._granted.wait()
         if self._bus.unsettled:
             await self._bus.until_settled()  # its reader may not be back yet
-        await super().send(chunk)
 
     async def end(self, usage: Usage | None = None) -> None:
         """Send the end frame, which carries the count of chunks."""
@@ -135,7 +141,7 @@ class ChunkWriter(FrameWriter):
             self._granted.set()
         elif not (self._bus.unsettled and codec.read_answer(message.head, b"").nobody):
             self.close()
-            self.gone()
+            self.on_gone()
 
 
 class NoWriter(ChunkWriter):
@@ -146,6 +152,7 @@ class NoWriter(ChunkWriter):
         if self.seq % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
         self.seq += 1
+        self.on_sent()
 
     async def end(self, usage: Usage | None = None) -> None:
         """There is nobody to tell."""
