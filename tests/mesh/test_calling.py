@@ -254,17 +254,25 @@ async def test_a_stopping_host_ends_its_streams(
         await anext(stream)
 
 
-async def test_a_call_is_one_message_and_no_subscription(mesh: AgentMesh, name: str) -> None:
+async def test_a_call_is_one_message_and_no_subscription(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the first call of an agent, each is one message out; deaths are heard of without asking."""
     serve(mesh, name)
     await mesh.call(name, {})
     async with AgentMesh(mesh.url) as caller:
         await caller.call(name, {})
-        client = node_of(caller).bus._client
-        messages, subscriptions = client.stats["out_msgs"], client._sid
+        client, written = node_of(caller).bus._client, list[bytes]()
+        write = client.write
+
+        async def counted(command: bytes) -> None:
+            written.append(command)
+            await write(command)
+
+        monkeypatch.setattr(client, "write", counted)
         for _ in range(50):
             await caller.call(name, {})
-        assert (messages + 50, subscriptions) == (client.stats["out_msgs"], client._sid)
+        assert [b"HPUB"] * 50 == [command[:4] for command in written]
 
 
 async def test_leaving_a_mesh_ends_its_own_calls(

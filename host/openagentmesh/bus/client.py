@@ -88,11 +88,6 @@ class HardenedClient(Client):
         """How many bytes more may be queued while the server is away."""
         return self._max_pending_size - self._pending_data_size
 
-    def count_out(self, size: int) -> None:
-        """Count a message sent past `publish`."""
-        self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += size
-
     async def close(self) -> None:
         """Close for good; what waits for a server that is away is dropped."""
         if self._flush_queue is None:
@@ -115,8 +110,6 @@ class HardenedClient(Client):
         receiver = self._receivers.get(sid)
         if receiver is None:
             return False
-        self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(body)
         # Subjects are bytes to the server; strangers may use any.
         name = subject.decode("utf-8", "surrogateescape")
         try:

@@ -264,7 +264,6 @@ class Bus:
         if not client.is_connected and (client.is_closed or len(head) + len(body) > client.room):
             state = "closed" if client.is_closed else "away, and the buffer for it is full"
             raise ConnectionFailed(f"The connection to {self.target.shown} is {state}.")
-        client.count_out(len(body))
         if head:
             line = f"HPUB {subject} {reply} {len(head)} {len(head) + len(body)}\r\n"
         else:

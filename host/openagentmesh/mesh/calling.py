@@ -133,7 +133,8 @@ class Caller:
                         await self._body(frame, name, "stream")
                     elif not frame.end:
                         yield codec.load(frame.body)
-                        await reader.consumed()
+                        if reader.took():
+                            await reader.grant()
             except TimeoutError:
                 waited = total if reader.is_over else timeout
                 raise _timeout(subject, waited, name, request_id) from None
@@ -243,7 +244,8 @@ class Caller:
                     body = await self._body(frame, name, "send")
                     if not frame.end:
                         await replies.give(codec.load(body))
-                        await reader.consumed()
+                        if reader.took():
+                            await reader.grant()
                     if frame.end or frame.seq is None:
                         return
         except TimeoutError:

@@ -257,12 +257,14 @@ class ChunkReader:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    async def consumed(self) -> None:
-        """Grant the host credit for what was taken: half a window at a time, or every second."""
+    def took(self) -> bool:
+        """Count a chunk as taken; tells whether to `grant`: half a window at a time, or every second."""
         self._unacknowledged += 1
-        now = time.monotonic()
-        slow = now - self._granted_at > _GRANT_WITHIN
-        if self._reply and (slow or self._unacknowledged >= WINDOW // 2):
-            self._granted_at = now
-            granted, self._unacknowledged = self._unacknowledged, 0
-            await self._publish(self._reply, b"", codec.credit_headers(granted))
+        slow = time.monotonic() - self._granted_at > _GRANT_WITHIN
+        return bool(self._reply) and (slow or self._unacknowledged >= WINDOW // 2)
+
+    async def grant(self) -> None:
+        """Grant the host credit for what was taken."""
+        self._granted_at = time.monotonic()
+        granted, self._unacknowledged = self._unacknowledged, 0
+        await self._publish(self._reply, b"", codec.credit_headers(granted))
