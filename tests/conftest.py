@@ -5,11 +5,22 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 
 import pytest
+from hypothesis import HealthCheck, settings
 from openagentmesh import AgentMesh
 
 from tests.servers import running_server
 
 _NUMBERS = count()
+# How long examples take says how busy the machine is, and nothing of what is tested.
+settings.register_profile(
+    "openagentmesh",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("openagentmesh")
 
 
 @pytest.fixture(scope="session")
