@@ -74,14 +74,15 @@ class Metrics:
     @hookimpl
     def mesh_middleware(self, agent: Agent) -> Middleware:
         """What counts one agent's requests; its series are there from the start."""
-        name = agent.name
+        name, streams = agent.name, agent.contract.streaming
         by_verb = {v: (self._requests.labels(name, v), self._seconds.labels(name, v)) for v in _VERBS}
         chunks = self._chunks.labels(name)
+        self._codes.setdefault(name, set())
 
         def middleware(endpoint: Endpoint) -> Endpoint:
             async def counted(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
                 requests, seconds = by_verb[call.verb]
-                if call.verb == "stream":
+                if streams:
                     send = call.send
 
                     async def counting(chunk: object) -> None:
@@ -93,7 +94,9 @@ class Metrics:
                 try:
                     return await endpoint(call)
                 except BaseException as exc:
-                    self._errors.labels(name, self._code(name, exc)).inc()
+                    # Who stops to read a stream makes no error, and an agent that is gone has no series.
+                    if not (streams and call.abandoned) and name in self._codes:
+                        self._errors.labels(name, self._code(call, exc)).inc()
                     raise
                 finally:
                     seconds.observe(perf_counter() - began)
@@ -103,11 +106,11 @@ class Metrics:
 
         return middleware
 
-    def _code(self, agent: str, exc: BaseException) -> str:
+    def _code(self, call: Call, exc: BaseException) -> str:
         if isinstance(exc, asyncio.CancelledError):
-            return "cancelled"  # or out of time: the deadline cancels
+            return "cancelled" if call.abandoned or call.remaining else "timeout"
         code = exc.code if isinstance(exc, MeshError) else "handler_error"
-        codes = self._codes.setdefault(agent, set())
+        codes = self._codes[call.agent]
         if code not in codes and len(codes) >= _MOST_CODES:
             return "others"
         codes.add(code)
@@ -120,7 +123,7 @@ class Metrics:
             self._requests.remove(name, verb)
             self._seconds.remove(name, verb)
         self._chunks.remove(name)
-        for code in {*self._codes.pop(name, ()), "cancelled", "others"}:
+        for code in {*self._codes.pop(name, ()), "cancelled", "timeout", "others"}:
             self._errors.remove(name, code)
 
     @hookimpl

@@ -29,7 +29,7 @@ from openagentmesh import (
 )
 from opentelemetry import trace
 from opentelemetry.context import Context, attach, detach, get_current
-from opentelemetry.propagate import extract, inject
+from opentelemetry.propagate import extract, get_global_textmap, inject
 from opentelemetry.propagators.textmap import Getter
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
 
@@ -99,7 +99,7 @@ class Tracing:
     def mesh_middleware(self, agent: Agent) -> Middleware:
         """What makes a span of each request to one agent."""
         kinds = {verb: _kind_of(agent, verb) for verb in _ASKED}
-        tracer = self._tracer
+        tracer, streams = self._tracer, agent.contract.streaming
 
         def middleware(endpoint: Endpoint) -> Endpoint:
             async def traced(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
@@ -108,11 +108,12 @@ class Tracing:
                 kind = kinds[call.verb]
                 span = tracer.start_span(kind.name, parent, kind.kind, kind.attributes)
                 token = attach(trace.set_span_in_context(span, parent))
-                chunks = _counting(call) if call.verb == "stream" else None
+                chunks = _counting(call) if streams else None
                 try:
                     return await endpoint(call)
                 except BaseException as exc:
-                    _fail(span, exc, _code_of(exc, call))
+                    if not (streams and call.abandoned):  # who stops to read makes no error
+                        _fail(span, exc, _code_of(exc, call))
                     raise
                 finally:
                     detach(token)
@@ -136,6 +137,7 @@ class Tracing:
         name, kind, attributes = _ASKING[outgoing.verb]
         span = self._tracer.start_span(name + outgoing.target, parent, kind, _about(outgoing, attributes))
         if outgoing.verb != "receive":
+            _drop_context(outgoing.headers)  # it is the parent's by now, in whatever capitals
             inject(outgoing.headers, trace.set_span_in_context(span, parent))
         try:
             yield
@@ -158,10 +160,9 @@ class Tracing:
             ValueError: the environment names an exporter that is not installed.
 
         """
-        exporters = _exporters_of_environment()
         is_set_up = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
         # Without an exporter the API alone hands the context on, and that costs less.
-        if exporters and self._provider is None and not is_set_up:
+        if self._provider is None and not is_set_up and (exporters := _exporters_of_environment()):
             trace.set_tracer_provider(_provider(instance.instance_id, exporters))
         try:
             yield
@@ -175,10 +176,9 @@ def _kind_of(agent: Agent, verb: str) -> _Kind:
     if kind is SpanKind.SERVER:
         attributes |= {"rpc.method": agent.name}
     else:
-        attributes |= {
-            "messaging.operation.name": prefix.strip(),
-            "messaging.consumer.group.name": agent.name,
-        }
+        attributes |= {"messaging.operation.name": prefix.strip()}
+        if verb == "send":
+            attributes |= {"messaging.consumer.group.name": f"q.{agent.name}"}
     return _Kind(prefix + agent.name, kind, attributes)
 
 
@@ -193,10 +193,18 @@ def _about(outgoing: Outgoing, common: Mapping[str, str]) -> dict[str, str]:
 
 def _parent_of(outgoing: Outgoing) -> Context:
     """The running span's context, else what the headers say: an event's sender, a gateway's caller."""
-    current = trace.get_current_span().get_span_context()
-    if outgoing.verb == "receive" or not current.is_valid:
-        return extract(outgoing.headers, None, _HEADERS)
-    return get_current()
+    if outgoing.verb == "receive":
+        return extract(outgoing.headers, Context(), _HEADERS)
+    current = get_current()
+    if trace.get_current_span(current).get_span_context().is_valid:
+        return current
+    return extract(outgoing.headers, current, _HEADERS)
+
+
+def _drop_context(headers: dict[str, str]) -> None:
+    fields = get_global_textmap().fields
+    for name in [name for name in headers if name.lower() in fields]:
+        del headers[name]
 
 
 def _counting(call: Call) -> list[int]:

@@ -40,13 +40,15 @@ class BorderCaller(Caller):
         total: float | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Send one request and yield its chunks."""
-        async with (
-            self._passing("stream", name, payload, headers, timeout) as outgoing,
-            aclosing(super().stream(name, outgoing.body, timeout, outgoing.headers, total)) as chunks,
-        ):
-            async for chunk in chunks:
-                outgoing.chunks += 1
-                yield chunk
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with self._passing("stream", name, payload, headers, timeout) as outgoing:
+            left = None if total is None else max(0.0, began + total - loop.time())
+            asked = super().stream(name, outgoing.body, timeout, outgoing.headers, left)
+            async with aclosing(asked) as chunks:
+                async for chunk in chunks:
+                    outgoing.chunks += 1
+                    yield chunk
 
     async def send(  # noqa: PLR0913 - what `send` takes
         self,

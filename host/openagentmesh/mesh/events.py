@@ -15,7 +15,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
-from openagentmesh.serving.outgoing import Border, Outgoing
+from openagentmesh.serving.outgoing import EVENT_PATIENCE, Border, Outgoing
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Events:
             await self._bus.publish(subject, body, head)
             return
         event = Outgoing("publish", subject, body=body, headers=dict(headers or {}))
-        async with self._border.passing(event) as outgoing:
+        async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
             head, _ = codec.publish_headers(self._instance_id, payload, outgoing.headers)
             await self._bus.publish(subject, outgoing.body, head)
 
@@ -97,14 +97,19 @@ class Events:
                 yield message
 
     async def _next(self, feed: "_Feed", timeout: float | None) -> MeshMessage[Any] | None:
-        while (message := await feed.next(timeout)) is not None and self._border:
-            event = Outgoing("receive", message.subject, body=feed.body, headers=dict(message.headers))
+        while (taken := await feed.next(timeout)) is not None:
+            subject, frame = taken
+            if not self._border:
+                return _read(subject, frame.headers, frame.body)
+            event = Outgoing("receive", subject, body=frame.body, headers=dict(frame.headers))
             try:
-                async with self._border.passing(event):
-                    return message  # what its receiver does with it is not ours to bracket
+                async with self._border.passing(event, EVENT_PATIENCE):
+                    pass  # what its receiver does with it is not ours to bracket
             except MeshError as exc:  # one event that a plugin refuses is no end of the others
-                log.warning("an event on %s was refused: %s", message.subject, exc)
-        return message
+                log.warning("an event on %s was refused: %s", subject, exc)
+            else:
+                return _read(subject, event.headers, event.body)
+        return None
 
     @asynccontextmanager
     async def _listening(self, feed: "_Feed") -> AsyncIterator["_Feed"]:
@@ -118,16 +123,19 @@ class Events:
                 await self._bus.quit(sid)
 
 
+def _read(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
+    return MeshMessage(subject, codec.load_message(headers, body), headers)
+
+
 class _Feed:
     """The messages that one subscriber has not taken yet.
 
     An `endless` feed goes on whoever of many ends or fails; one of `publishers_only` has their
-    events and nothing else that comes on the same subjects. `body` is that of the last message taken.
+    events and nothing else that comes on the same subjects.
     """
 
     def __init__(self, subject: str, *, endless: bool = False, publishers_only: bool = False) -> None:
         self.subject = subject
-        self.body = b""
         self._endless = endless
         self._publishers_only = publishers_only
         self._messages: deque[Message] = deque()
@@ -157,8 +165,8 @@ class _Feed:
         if self._waiting is not None:
             settle(self._waiting, None)
 
-    async def next(self, timeout: float | None) -> MeshMessage[Any] | None:
-        """The next message that carries something; None when there will be no more.
+    async def next(self, timeout: float | None) -> tuple[str, codec.Answer] | None:
+        """The next message that carries something, and its subject; None when there will be no more.
 
         Raises:
             MeshTimeout: there is none within `timeout` seconds.
@@ -176,9 +184,7 @@ class _Feed:
                     if frame.failed:
                         self._on_error(message.subject, frame)
                     elif frame.body:
-                        self.body = frame.body
-                        value = codec.load_message(frame.headers, frame.body)
-                        return MeshMessage(message.subject, value, frame.headers)
+                        return message.subject, frame
         except TimeoutError:
             raise MeshTimeout(
                 f"No message on {self.subject} within {timeout}s",

@@ -64,8 +64,9 @@ class Micro:
         }
 
     async def open(self) -> None:
-        """Listen to the questions."""
-        self._sid = await self._bus.listen(subjects.MICRO, self._receive)
+        """Listen to the questions, once however often it is called."""
+        if self._sid is None:
+            self._sid = await self._bus.listen(subjects.MICRO, self._receive)
 
     async def close(self) -> None:
         """Answer nothing more."""

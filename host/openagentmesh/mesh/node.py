@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack
-from itertools import islice
 from typing import Any, Literal
 
 from pydantic_core import to_json
@@ -299,7 +298,7 @@ class Node:
             "instance_id": self.instance_id,
             "started_at": self.started_at,
             "agent_count": len(self.router),
-            "agents": [route.description() for route in islice(self.router, _MOST_DESCRIBED)],
+            "agents": [route.description() for route in self.router],
             "refused": self.refused,
             "threads": pool.description(),
             "connection": {
@@ -362,7 +361,8 @@ class Node:
             await self.bus.publish(message.reply, to_json({"error": f"{type(exc).__name__}: {text_of(exc)}"}))
 
     async def _info(self, _body: bytes) -> bytes:
-        return to_json(self.describe())
+        described = self.describe()
+        return to_json(described | {"agents": described["agents"][:_MOST_DESCRIBED]})
 
 
 async def _do_nothing() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from contextlib import aclosing, suppress
+from contextvars import Context
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -61,7 +62,8 @@ class Background:
     def start(self) -> None:
         """Start it, once."""
         if self._task is None:
-            self._task = asyncio.create_task(self._keep_running())
+            # An empty context: it outlives the request, or the span, in which it was declared.
+            self._task = asyncio.create_task(self._keep_running(), context=Context())
 
     async def stop(self) -> None:
         """Cancel it and wait until it has ended; one that does not end is left, and named."""

@@ -11,10 +11,13 @@ from contextlib import (
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Literal
+from typing import Final, Literal
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError, MeshTimeout, PluginFailed, text_of
+
+# Seconds that middlewares have for an event, which has no timeout of its own.
+EVENT_PATIENCE: Final = 30.0
 
 
 @dataclass(slots=True)
@@ -59,7 +62,9 @@ class Border:
 
     @asynccontextmanager
     async def passing(self, outgoing: Outgoing, timeout: float | None = None) -> AsyncIterator[Outgoing]:
-        """The way of one request or event through all middlewares, which have `timeout` seconds for it.
+        """The way of one request or event through all middlewares.
+
+        They have `timeout` seconds together before it, and each as many after it.
 
         Raises:
             MeshTimeout: they take longer.
@@ -75,7 +80,7 @@ class Border:
                     layer = middleware(outgoing)
                     async with asyncio.timeout_at(until):
                         await layer.__aenter__()
-                stack.push_async_exit(partial(_leave, plugin, layer, outgoing))
+                stack.push_async_exit(partial(_leave, plugin, layer, outgoing, timeout))
             yield outgoing
 
 
@@ -83,11 +88,13 @@ async def _leave(
     plugin: str,
     layer: AbstractAsyncContextManager[object],
     outgoing: Outgoing,
+    timeout: float | None,
     *raised: *tuple[type[BaseException] | None, BaseException | None, TracebackType | None],
 ) -> None:
     """Leave a layer. It may turn an error into another one, but no failure into a success."""
     with _named(plugin, "after", outgoing, raised[1]):
-        await layer.__aexit__(*raised)
+        async with asyncio.timeout(timeout):
+            await layer.__aexit__(*raised)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
-from openagentmesh.serving.outgoing import Border, Outgoing
+from openagentmesh.serving.outgoing import EVENT_PATIENCE, Border, Outgoing
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64
@@ -46,8 +46,7 @@ class FrameWriter:
 
     async def send(self, chunk: object) -> None:
         """Send one chunk."""
-        if self.seq % _YIELD_EVERY == 0:
-            await asyncio.sleep(0)
+        await self._make_way()
         head = codec.frame_headers(self._start, self.seq)
         await self._bus.publish(self._subject, self._dump(chunk), head, self._reply)
         self.seq += 1
@@ -55,6 +54,10 @@ class FrameWriter:
     async def end(self, usage: Usage | None = None) -> None:
         """Send the end frame, which carries the count of chunks."""
         await self._bus.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
+
+    async def _make_way(self) -> None:
+        if self.seq % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)
 
 
 class EventWriter(FrameWriter):
@@ -71,8 +74,9 @@ class EventWriter(FrameWriter):
         if not self._border:
             await super().send(chunk)
             return
+        await self._make_way()
         event = Outgoing("publish", self._subject, body=self._dump(chunk))
-        async with self._border.passing(event) as outgoing:
+        async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
             head = codec.frame_headers(self._start, self.seq, outgoing.headers)
             await self._bus.publish(self._subject, outgoing.body, head)
             self.seq += 1
@@ -149,8 +153,7 @@ class NoWriter(ChunkWriter):
 
     async def send(self, chunk: object) -> None:  # noqa: ARG002 - nobody reads it
         """Make way for others, as every writer does now and then."""
-        if self.seq % _YIELD_EVERY == 0:
-            await asyncio.sleep(0)
+        await self._make_way()
         self.seq += 1
         self.on_sent()
 
