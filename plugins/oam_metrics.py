@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import wait
 from contextlib import asynccontextmanager
+from functools import partial
 from time import perf_counter
 from typing import Annotated, Any, Final
 
@@ -90,14 +91,10 @@ class Metrics:
                         chunks.inc()
 
                     call.send = counting
+                call.when_over(partial(self._count_error, call, streams))
                 began = perf_counter()
                 try:
                     return await endpoint(call)
-                except BaseException as exc:
-                    # Who stops to read a stream makes no error, and an agent that is gone has no series.
-                    if not (streams and call.abandoned) and name in self._codes:
-                        self._errors.labels(name, self._code(call, exc)).inc()
-                    raise
                 finally:
                     seconds.observe(perf_counter() - began)
                     requests.inc()
@@ -106,15 +103,16 @@ class Metrics:
 
         return middleware
 
-    def _code(self, call: Call, exc: BaseException) -> str:
-        if isinstance(exc, asyncio.CancelledError):
-            return "cancelled" if call.abandoned or call.remaining else "timeout"
-        code = exc.code if isinstance(exc, MeshError) else "handler_error"
-        codes = self._codes[call.agent]
-        if code not in codes and len(codes) >= _MOST_CODES:
-            return "others"
-        codes.add(code)
-        return code
+    def _count_error(self, call: Call, streams: bool, error: MeshError | None) -> None:  # noqa: FBT001 - bound to it
+        codes = self._codes.get(call.agent)  # an agent that is gone has no series any more
+        # Who stops to read a stream makes no error.
+        if error is None or codes is None or (streams and call.abandoned):
+            return
+        if error.code in codes or len(codes) < _MOST_CODES:
+            codes.add(error.code)
+            self._errors.labels(call.agent, error.code).inc()
+        else:
+            self._errors.labels(call.agent, "others").inc()
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
@@ -123,7 +121,7 @@ class Metrics:
             self._requests.remove(name, verb)
             self._seconds.remove(name, verb)
         self._chunks.remove(name)
-        for code in {*self._codes.pop(name, ()), "cancelled", "timeout", "others"}:
+        for code in {*self._codes.pop(name, ()), "others"}:
             self._errors.remove(name, code)
 
     @hookimpl

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points, version
 from typing import Any, Final
 
@@ -107,19 +108,17 @@ class Tracing:
                 parent = extract(call.headers, Context(), _HEADERS)
                 kind = kinds[call.verb]
                 span = tracer.start_span(kind.name, parent, kind.kind, kind.attributes)
-                token = attach(trace.set_span_in_context(span, parent))
                 chunks = _counting(call) if streams else None
+                call.when_over(partial(_end, span, call, chunks))
+                token = attach(trace.set_span_in_context(span, parent))
                 try:
                     return await endpoint(call)
-                except BaseException as exc:
-                    if not (streams and call.abandoned):  # who stops to read makes no error
-                        _fail(span, exc, _code_of(exc, call))
+                except Exception as exc:
+                    if not isinstance(exc, MeshError):
+                        span.record_exception(exc)
                     raise
                 finally:
                     detach(token)
-                    if span.is_recording():
-                        _tell(span, call, chunks)
-                    span.end()
 
             return traced
 
@@ -143,8 +142,15 @@ class Tracing:
             yield
         except GeneratorExit:  # whoever pulled a stream has had enough of it
             raise
-        except BaseException as exc:
-            _fail(span, exc, "cancelled" if isinstance(exc, asyncio.CancelledError) else _code_of(exc))
+        except asyncio.CancelledError:
+            _fail(span, "cancelled", "")
+            raise
+        except MeshError as exc:
+            _fail(span, exc.code, str(exc))
+            raise
+        except Exception as exc:
+            span.record_exception(exc)
+            _fail(span, type(exc).__qualname__, str(exc))
             raise
         finally:
             if outgoing.verb == "stream":
@@ -219,6 +225,15 @@ def _counting(call: Call) -> list[int]:
     return count
 
 
+def _end(span: Span, call: Call, chunks: list[int] | None, error: MeshError | None) -> None:
+    """End the span of a request that is answered; who stops to read a stream makes no error."""
+    if error is not None and (chunks is None or not call.abandoned):
+        _fail(span, error.code, str(error))
+    if span.is_recording():
+        _tell(span, call, chunks)
+    span.end()
+
+
 def _tell(span: Span, call: Call, chunks: list[int] | None) -> None:
     """What is known of a request when it is over."""
     if call.request_id:
@@ -241,20 +256,9 @@ def _costs(usage: Usage) -> dict[str, str | int | float]:
     return {key: value for key, value in told.items() if value is not None}
 
 
-def _code_of(exc: BaseException, call: Call | None = None) -> str:
-    """The error's code on the wire, as far as it is known this far in."""
-    if isinstance(exc, asyncio.CancelledError):
-        return "timeout" if call is not None and not call.abandoned and not call.remaining else "cancelled"
-    return exc.code if isinstance(exc, MeshError) else "handler_error"
-
-
-def _fail(span: Span, exc: BaseException, code: str) -> None:
-    if not span.is_recording():
-        return
+def _fail(span: Span, code: str, why: str) -> None:
     span.set_attribute("error.type", code)
-    if not isinstance(exc, MeshError | asyncio.CancelledError):
-        span.record_exception(exc)
-    span.set_status(StatusCode.ERROR, str(exc) or code)
+    span.set_status(StatusCode.ERROR, why or code)
 
 
 def _exporters_of_environment() -> list[Callable[[], Any]]:

@@ -1,6 +1,7 @@
 """What a handler is given and what it may ask about: Call, Endpoint, Middleware, current_call."""
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -10,8 +11,13 @@ from typing import Any, Literal, Self
 
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
+from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import Usage
 from openagentmesh.serving.slots import Slots
+
+log = logging.getLogger(__name__)
+
+Ending = Callable[[MeshError | None], object]
 
 
 async def _send_nothing(chunk: object) -> None:
@@ -94,6 +100,25 @@ class Call:
     proven: Caller | None = None
     slots: Slots = field(default_factory=Slots)
     read: Callable[[], None] = _read_nothing
+    _endings: list[Ending] = field(default_factory=list)
+
+    def when_over(self, ending: Ending) -> None:
+        """Have a function called once the request is answered, with the error or with None.
+
+        Middlewares see what the handler returns or raises; that it did not fit its type, was too
+        large to be sent, or came too late is known after them.
+        """
+        self._endings.append(ending)
+
+    def end(self, error: MeshError | None) -> None:
+        """Tell who wants to know that it is answered, and how."""
+        self.over = True
+        for ending in self._endings:
+            try:
+                ending(error)
+            # A plugin's code may raise anything; the request is answered already.
+            except Exception:
+                log.exception("%s: what was to be called when a request is over failed", self.agent)
 
     @property
     def request_id(self) -> str:

@@ -246,6 +246,7 @@ class Route:
         set_current_call(call)
         self.counts.requests += 1
         noisy = self._shared.events.wants(agent.name, "debug")
+        error: MeshError | None = None
         try:
             if noisy:
                 await self._tell(request, "debug", "request_received")
@@ -259,15 +260,15 @@ class Route:
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
         # leaves a task would stop the whole event loop.
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
+            error = _as_mesh_error(exc, agent, call, deadline)
             if not call.abandoned:
                 where = error_subject(request, reply, overheard=accept is not None)
-                error = _as_mesh_error(exc, agent, call, deadline)
                 await self._reply_error(request, where, error, self._shared.inbox.deliver)
         else:
             if noisy or call.usage is not None:
                 await self._tell_completed(call)
         finally:
-            call.over = True
+            call.end(error)
             self.counts.seconds += asyncio.get_running_loop().time() - now
             if lifeline is not None:
                 lifeline.close()
@@ -381,6 +382,8 @@ def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
 
 def _as_mesh_error(exc: BaseException, agent: Agent, call: Call, deadline: Deadline) -> MeshError:
     """What the caller is told of `exc`."""
+    if call.abandoned:
+        return Cancelled(f"Nobody waits for agent '{call.agent}' any more.")
     if isinstance(exc, MeshError):
         return exc
     if isinstance(exc, TimeoutError) and deadline.expired:

@@ -87,6 +87,7 @@ async def layer(plugins: list[object]) -> float:
         for _ in range(_CALLS):
             call = Call(agent.name, request, 0.0)
             await agent.outermost(call)
+            call.end(None)
         return (perf_counter() - began) / _CALLS * 1e6
 
     return median([-await turn(bare) + await turn(layered) for _ in range(TURNS)])
