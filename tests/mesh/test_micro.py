@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from nats.aio.client import Client
 from nats.micro import add_service
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats, ServiceVerb, control_subject
-from openagentmesh import AgentMesh, AgentSpec, Host, MeshError, PermissionDenied
+from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, Host, MeshError, PermissionDenied
 from openagentmesh.mesh import micro
+from openagentmesh.mesh.presence import Presence
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
 from tests.mesh.test_registry import until
@@ -271,3 +273,29 @@ async def test_who_is_leaving_is_not_listed(url: str, client: Client, name: str)
         go.set()
         assert "hi" == await asking
         await leaving
+
+
+async def test_a_start_at_the_second_go_answers_once(
+    url: str, client: Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instance that could not be recorded at once does not listen twice from then on."""
+    announce, failures = Presence.announce, 1
+
+    async def announce_the_second_time(presence: Presence, agents: Any) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise ConnectionFailed("JetStream is away for a moment")
+        await announce(presence, agents)
+
+    monkeypatch.setattr(Presence, "announce", announce_the_second_time)
+    async with AgentMesh(url) as mesh:
+
+        @mesh.agent(AgentSpec(name=name))
+        async def asked(what: str) -> str:
+            return what
+
+        with suppress(ConnectionFailed):
+            await mesh.catalog()
+        await mesh.catalog()
+        assert 1 == len(await ours(client, "PING", name))

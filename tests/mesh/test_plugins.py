@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -18,18 +18,13 @@ from openagentmesh import (
     Instance,
     InvalidInput,
     MeshMessage,
-    MeshTimeout,
     Middleware,
-    NotFound,
     Outgoing,
     PermissionDenied,
     PluginFailed,
     current_call,
     hookimpl,
 )
-
-from tests.mesh.test_events import begin
-from tests.serving.test_router import node_of
 
 Told = list[Any]
 
@@ -372,84 +367,3 @@ async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
         await mesh.call(f"{name}.asked", 1)
     assert "the plugin 'raising' did not stop as it should" in caplog.text
     assert "the plugin 'hanging' did not stop as it should" in caplog.text
-
-
-Leaving = Callable[[Outgoing], AbstractAsyncContextManager[object]]
-
-
-def at_the_border(middleware: Leaving) -> object:
-    class Leaver:
-        @hookimpl
-        def mesh_client_middleware(self) -> ClientMiddleware:
-            return middleware
-
-    return Leaver()
-
-
-async def test_a_client_middleware_makes_no_success_of_a_failure(url: str, name: str) -> None:
-    """One that swallows what passes it changes nothing: calls, streams and sends fail as they did."""
-
-    @asynccontextmanager
-    async def swallowing(outgoing: Outgoing) -> AsyncIterator[None]:
-        with suppress(Exception):
-            yield
-
-    async with meshed(url, name, at_the_border(swallowing)) as mesh:
-        with pytest.raises(NotFound):
-            await mesh.call(f"{name}.nobody", 1)
-        with pytest.raises(InvalidInput):
-            _ = [chunk async for chunk in mesh.stream(f"{name}.counts", "x")]
-        with pytest.raises(NotFound):
-            await mesh.send(f"{name}.nobody", 1)
-
-
-async def test_a_client_middleware_that_fails_afterwards_is_named(url: str, name: str) -> None:
-    """What it raises when the answer is there is a MeshError with its name; so is a failing answer's."""
-
-    @asynccontextmanager
-    async def failing(outgoing: Outgoing) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            raise KeyError("span")
-
-    async with meshed(url, name, at_the_border(failing)) as mesh:
-        for agent in ("asked", "nobody"):
-            with pytest.raises(PluginFailed, match="'leaver' failed after the call of"):
-                await mesh.call(f"{name}.{agent}", 1)
-
-
-async def test_a_client_middleware_that_hangs_is_out_of_time(url: str, name: str) -> None:
-    """It has as long as the call has, and is named then."""
-
-    @asynccontextmanager
-    async def hanging(outgoing: Outgoing) -> AsyncIterator[None]:
-        await asyncio.Event().wait()
-        yield
-
-    async with meshed(url, name, at_the_border(hanging)) as mesh:
-        with pytest.raises(MeshTimeout, match="The plugin 'leaver' took too long before the call"):
-            await mesh.call(f"{name}.asked", 1, timeout=0.1)
-
-
-async def test_events_may_be_changed_and_refused_at_the_border(
-    url: str, mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A changed body is what is sent; a subscriber misses what is refused, and gets the next one."""
-
-    @asynccontextmanager
-    async def changing(outgoing: Outgoing) -> AsyncIterator[None]:
-        if outgoing.verb == "publish":
-            outgoing.body = outgoing.body.replace(b"1", b"42")
-        elif outgoing.body == b"13":
-            raise PermissionDenied("not this one")
-        yield
-
-    async with meshed(url, name, at_the_border(changing)) as guarded:
-        reading = await begin(guarded, guarded.subscribe(subject=f"{name}.e"), 2)
-        for number in (1, 3):
-            await mesh.publish(f"{name}.e", "13")
-            await node_of(mesh).bus.flush()
-            await guarded.publish(f"{name}.e", str(number))
-        assert ["42", "3"] == [str(each) for each in await reading]
-    assert f"an event on {name}.e was refused" in caplog.text

@@ -2,9 +2,11 @@
 
 import asyncio
 import socket
+import sys
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -176,3 +178,56 @@ async def test_kinds_of_errors_are_bounded(
         assert {"code_0": 1, "code_1": 1, "others": 3} == {
             labels[2]: value for labels, value in seen.items() if labels[0] == "oam_errors_total"
         }
+
+
+async def test_a_request_of_an_agent_that_is_gone_brings_no_series_back(
+    url: str, name: str, tmp_path: Path, metrics: Metrics
+) -> None:
+    """Its file is deleted while it runs, and then it fails."""
+    source = f"""{MESH}
+import asyncio, ledger_{name} as ledger
+@mesh.agent(AgentSpec(name={name!r}))
+async def gone(req: dict) -> None:
+    ledger.runs.set()
+    await ledger.go.wait()
+    raise ValueError("late")
+"""
+    ledger: Any = ModuleType(f"ledger_{name}")
+    ledger.runs, ledger.go = asyncio.Event(), asyncio.Event()
+    write(tmp_path / "agents", {"a.py": source})
+    section = HostSection(agents=["agents"], entry_points=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, ledger.__name__, ledger)
+        config = Config(
+            folder=tmp_path, mesh=MeshSection(url=url), host=section, plugins={"metrics": {"port": 0}}
+        )
+        async with Host(config, plugins=[metrics]) as host, AgentMesh(url) as caller:
+            asking = asyncio.create_task(caller.call(name, {}))
+            await ledger.runs.wait()
+            (tmp_path / "agents" / "a.py").unlink()
+            await host.reload()
+            ledger.go.set()
+            with pytest.raises(MeshError):
+                await asking
+            await let_go(host)
+            assert [] == [labels for labels in await scraped(metrics) if name in labels]
+
+
+async def test_a_timeout_is_no_cancellation(url: str, name: str, metrics: Metrics) -> None:
+    """Errors are counted by the code that the caller is told, and a reader that leaves makes none."""
+    async with AgentMesh(url, plugins=[metrics]) as mesh:
+
+        @mesh.agent(AgentSpec(name=f"{name}.naps"))
+        async def naps(req: dict[str, Any]) -> None:
+            await asyncio.sleep(60)
+
+        @mesh.agent(AgentSpec(name=f"{name}.wrong"))
+        async def wrong(req: dict[str, Any]) -> int:
+            return "no number"  # type: ignore[return-value] # what is tested
+
+        for agent, code in (("naps", "timeout"), ("wrong", "handler_error")):
+            with pytest.raises(MeshError):
+                await mesh.call(f"{name}.{agent}", {}, timeout=0.3)
+            async with asyncio.timeout(10):
+                while ("oam_errors_total", f"{name}.{agent}", code) not in await scraped(metrics):
+                    await asyncio.sleep(0)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -196,8 +196,7 @@ async def test_a_request_out_of_time_says_so(traced: AgentMesh, name: str, spans
         await traced.call(f"{name}.asked", "hang", timeout=0.1)
     found = await spans.have(2)
     codes = {(span.attributes or {})["error.type"] for span in found}
-    assert codes <= {"timeout", "cancelled"}
-    assert "timeout" == (spans.named(f"{name}.asked", SpanKind.CLIENT).attributes or {})["error.type"]
+    assert {"timeout"} == codes
 
 
 async def test_nothing_is_left_in_the_callers_context(traced: AgentMesh, name: str, spans: Spans) -> None:
@@ -242,6 +241,95 @@ async def test_a_span_around_the_start_is_nobodys_parent(url: str, name: str, sp
         await untraced.call(name, {})
     await mesh.__aexit__(None, None, None)
     assert 0 == parent(spans.named(name, SpanKind.SERVER))
+
+
+async def test_what_runs_by_itself_has_no_parent(url: str, name: str, spans: Spans) -> None:
+    """A publisher belongs neither to the span in which its mesh was started, nor to who declared it."""
+    mesh, tracer = AgentMesh(url, plugins=[Tracing(spans.provider)]), spans.provider.get_tracer("test")
+
+    def publisher(agent: str) -> None:
+        @mesh.agent(AgentSpec(name=agent))
+        async def ticks() -> AsyncIterator[str]:
+            with suppress(RuntimeError):
+                yield current_call().agent
+            yield "nobody's request"
+
+    publisher(f"{name}.first")
+
+    @mesh.agent(AgentSpec(name=f"{name}.maker"))
+    async def maker(req: dict[str, Any]) -> None:
+        publisher(f"{name}.second")
+
+    with tracer.start_as_current_span("start"):
+        await mesh.__aenter__()
+    await mesh.call(f"{name}.maker", {})
+    await mesh.catalog()
+    # The start, the call on both sides, and an event of each publisher.
+    await spans.have(5)
+    await mesh.__aexit__(None, None, None)
+    for agent in ("first", "second"):
+        assert 0 == parent(spans.named(f"publish mesh.agent.{name}.{agent}.events", SpanKind.PRODUCER))
+
+
+async def test_who_stops_to_read_makes_no_error(traced: AgentMesh, name: str, spans: Spans) -> None:
+    """A stream that is left after a chunk is a success on both sides."""
+    async with aclosing(traced.stream(f"{name}.counts", 1_000_000)) as chunks:
+        assert "0" == await anext(chunks)
+    async with asyncio.timeout(10):
+        while not any(
+            s.name == f"{name}.counts" and s.kind == SpanKind.SERVER for s in spans.get_finished_spans()
+        ):
+            await asyncio.sleep(0.01)
+    for kind in (SpanKind.SERVER, SpanKind.CLIENT):
+        assert StatusCode.UNSET == spans.named(f"{name}.counts", kind).status.status_code
+
+
+async def test_what_fails_after_the_handler_is_an_error(traced: AgentMesh, name: str, spans: Spans) -> None:
+    """A result of another type than declared, which the caller is told of as an error."""
+
+    @traced.agent(AgentSpec(name=f"{name}.wrong"))
+    async def wrong(req: dict[str, Any]) -> int:
+        return "no number"  # type: ignore[return-value] # what is tested
+
+    with pytest.raises(MeshError):
+        await traced.call(f"{name}.wrong", {})
+    for span in await spans.have(2):
+        assert "handler_error" == (span.attributes or {})["error.type"]
+
+
+async def test_chunks_of_what_was_sent_are_counted(traced: AgentMesh, name: str, spans: Spans) -> None:
+    """A streamer that was sent something with `on_reply` streams, too."""
+    done = asyncio.Event()
+    replies: list[object] = []
+
+    def reply(value: object) -> None:
+        replies.append(value)
+        if len(replies) == 2:
+            done.set()
+
+    await traced.send(f"{name}.counts", 2, on_reply=reply)
+    await asyncio.wait_for(done.wait(), 10)
+    await spans.have(6)
+    consumed = spans.named(f"process {name}.counts", SpanKind.CONSUMER)
+    assert 2 == (consumed.attributes or {})["openagentmesh.chunks"]
+
+
+async def test_baggage_travels_without_a_span(traced: AgentMesh, name: str, url: str) -> None:
+    """What a program has set with the API alone leaves with its requests."""
+    seen: list[str | None] = []
+    async with AgentMesh(url) as untraced:
+
+        @untraced.agent(AgentSpec(name=f"{name}.sees"))
+        async def sees(req: dict[str, Any]) -> None:
+            seen.append(current_call().headers.get("baggage"))
+
+        await untraced.catalog()
+        token = attach(baggage.set_baggage("who", "me"))
+        try:
+            await traced.call(f"{name}.sees", {})
+        finally:
+            detach(token)
+    assert ["who=me"] == seen
 
 
 async def test_a_gateway_hands_its_callers_trace_on(traced: AgentMesh, name: str, spans: Spans) -> None:
@@ -306,3 +394,12 @@ async def test_without_an_exporter_the_context_is_handed_on(
 
         await mesh.call(f"{name}.asks", {}, headers={"traceparent": PARENT})
     assert [PARENT] == seen
+
+
+async def test_a_program_with_a_provider_needs_no_exporter(
+    url: str, spans: Spans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the environment names is not looked at where spans go is known already."""
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "jagger")
+    async with AgentMesh(url, plugins=[Tracing(spans.provider)]) as mesh:
+        assert mesh.instance_id
