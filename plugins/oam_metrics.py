@@ -1,6 +1,7 @@
 """Metrics: what agents do and how they fare, for Prometheus, at `/metrics`."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import wait
 from contextlib import asynccontextmanager
@@ -14,10 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
-_VERBS: Final = ("call", "stream", "send", "source")
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # How often the event loop's lag is measured, in seconds.
 _BEAT: Final = 0.5
+# Of so many measurements the worst is shown: a minute's, so that no scrape misses one.
+_BEATS: Final = 120
 # More kinds of errors of one agent than this are counted together, for agents name their own.
 _MOST_CODES: Final = 50
 # How long a scrape waits for the event loop, in seconds.
@@ -57,8 +59,14 @@ class Metrics:
         )
         self._chunks = Counter("oam_chunks", "Chunks of streams sent.", ["agent"], registry=registry)
         self._reloads = Counter("oam_reloads", "Reloads, done or refused.", ["result"], registry=registry)
-        self._lag = Gauge("oam_loop_lag_seconds", "How late the event loop is.", registry=registry)
+        self._lag = Gauge(
+            "oam_loop_lag_seconds",
+            "How late the event loop was, at worst, in the last minute.",
+            registry=registry,
+        )
         self._codes: dict[str, set[str]] = {}
+        # By agent and verb.
+        self._series: dict[str, dict[str, tuple[Counter, Histogram]]] = {}
 
     @hookimpl
     def mesh_settings(self) -> type[Settings]:
@@ -74,16 +82,20 @@ class Metrics:
 
     @hookimpl
     def mesh_middleware(self, agent: Agent) -> Middleware:
-        """What counts one agent's requests; its series are there from the start."""
+        """What counts one agent's requests; the series of what it is made for is there from the start."""
         name, streams = agent.name, agent.contract.streaming
-        by_verb = {v: (self._requests.labels(name, v), self._seconds.labels(name, v)) for v in _VERBS}
-        chunks = self._chunks.labels(name)
+        series = self._series.setdefault(name, {})
+        if agent.contract.invocable:
+            self._series_of(name, "stream" if streams else "call", series)
+        if agent.sources:
+            self._series_of(name, "source", series)
+        chunks = self._chunks.labels(name) if streams else None
         self._codes.setdefault(name, set())
 
         def middleware(endpoint: Endpoint) -> Endpoint:
             async def counted(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
-                requests, seconds = by_verb[call.verb]
-                if streams:
+                requests, seconds = series.get(call.verb) or self._series_of(name, call.verb, series)
+                if chunks is not None:
                     send = call.send
 
                     async def counting(chunk: object) -> None:
@@ -103,6 +115,12 @@ class Metrics:
 
         return middleware
 
+    def _series_of(
+        self, name: str, verb: str, series: dict[str, tuple[Counter, Histogram]]
+    ) -> tuple[Counter, Histogram]:
+        series[verb] = made = self._requests.labels(name, verb), self._seconds.labels(name, verb)
+        return made
+
     def _count_error(self, call: Call, streams: bool, error: MeshError | None) -> None:  # noqa: FBT001 - bound to it
         codes = self._codes.get(call.agent)  # an agent that is gone has no series any more
         # Who stops to read a stream makes no error.
@@ -117,7 +135,7 @@ class Metrics:
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
         """Forget the series of an agent."""
-        for verb in _VERBS:
+        for verb in self._series.pop(name, ()):
             self._requests.remove(name, verb)
             self._seconds.remove(name, verb)
         self._chunks.remove(name)
@@ -165,10 +183,12 @@ class Metrics:
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
+        lags: deque[float] = deque(maxlen=_BEATS)
         while True:
             began = loop.time()
             await asyncio.sleep(_BEAT)
-            self._lag.set(max(0.0, loop.time() - began - _BEAT))
+            lags.append(max(0.0, loop.time() - began - _BEAT))
+            self._lag.set(max(lags))
 
 
 class Described(Collector):

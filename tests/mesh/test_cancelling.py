@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from openagentmesh.serving.agent import Limits
 
 from tests.mesh.test_mesh import Text, serve
 from tests.mesh.test_registry import until
+from tests.serving.test_background import listen
 from tests.serving.test_router import node_of
 
 
@@ -49,11 +50,17 @@ class Hanging:
             await self.stopped.wait()
 
 
-async def ask(mesh: AgentMesh, verb: str, name: str, timeout: float | None = 60) -> object:
+async def ask(
+    mesh: AgentMesh,
+    verb: str,
+    name: str,
+    timeout: float | None = 60,
+    headers: Mapping[str, str] | None = None,
+) -> object:
     """Call or stream one of the agents that hang."""
     if verb == "call":
-        return await mesh.call(f"{name}.call", {}, timeout=timeout)
-    return [chunk async for chunk in mesh.stream(f"{name}.stream", {}, timeout=timeout)]
+        return await mesh.call(f"{name}.call", {}, timeout=timeout, headers=headers)
+    return [chunk async for chunk in mesh.stream(f"{name}.stream", {}, timeout=timeout, headers=headers)]
 
 
 async def in_hand(mesh: AgentMesh) -> str:
@@ -120,6 +127,23 @@ async def test_a_caller_that_gives_up_stops_the_handler(
     if how == "left":
         await asyncio.wait([asking])
         assert asking.exception() is not None
+
+
+@pytest.mark.parametrize("verb", ["call", "stream"])
+async def test_who_waited_in_vain_says_so(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, verb: str
+) -> None:
+    """A request whose caller's time is up is reported as that, though the host saw time left."""
+    hanging = Hanging(mesh, name)
+    copies = await listen(mesh, subjects.errors(f"{name}.{verb}"))
+    await mesh.catalog()
+    async with new_mesh() as caller:
+        with pytest.raises(MeshTimeout):
+            await ask(caller, verb, name, timeout=0.2, headers={subjects.TIMEOUT_MS: "60000"})
+        await hanging.stops()
+        async with asyncio.timeout(2):
+            copy = await copies.get()
+    assert MeshTimeout.code == codec.read_error(copy.body).code
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])

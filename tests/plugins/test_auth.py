@@ -179,6 +179,7 @@ async def test_a_mesh_carries_its_own_token(
         async def hears(what: str) -> None:
             seen.append(current_call().headers.get("Authorization", "nothing"))
 
+        await open_.catalog()  # from here on it hears
         assert str(await mesh.call(f"{name}.asked", "1")).startswith("bob")
         assert ["2"] == [chunk async for chunk in mesh.stream(f"{name}.counts", "2")]
         assert str(await mesh.call(f"{name}.asked", "3", headers=bearer())).startswith("alice")

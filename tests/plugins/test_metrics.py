@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import sys
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -102,6 +103,40 @@ async def test_what_is_under_way_and_waits_is_told(url: str, name: str, metrics:
         go.set()
         await asyncio.gather(*asking)
         assert 0 == (await scraped(metrics))["oam_waiting", name]
+
+
+async def test_a_standstill_is_seen_by_whoever_looks_later(
+    url: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst lag of the last minute, not only of the last measurement."""
+    beat = 0.02
+    monkeypatch.setattr("oam_metrics._BEAT", beat)
+    async with AgentMesh(url, plugins=[metrics]):
+        await asyncio.sleep(beat / 2)  # within a measurement
+        time.sleep(0.3)
+        async with asyncio.timeout(10):
+            while (worst := (await scraped(metrics))["oam_loop_lag_seconds",]) < 0.2:
+                pass
+        await asyncio.sleep(5 * beat)  # within which it is measured again
+        assert worst <= (await scraped(metrics))["oam_loop_lag_seconds",]
+
+
+async def test_series_are_made_for_what_an_agent_does(
+    counted: AgentMesh, name: str, metrics: Metrics
+) -> None:
+    """From the start those of its own verb; others once somebody comes with them."""
+
+    async def verbs() -> dict[tuple[str, ...], float]:
+        seen = await scraped(metrics)
+        return {labels[1:]: value for labels, value in seen.items() if labels[0] == "oam_requests_total"}
+
+    asked, counts = f"{name}.asked", f"{name}.counts"
+    assert {(asked, "call"): 0, (counts, "stream"): 0} == await verbs()
+    await counted.send(asked, "hi")
+    async with asyncio.timeout(10):
+        while (asked, "send") not in (seen := await verbs()):
+            pass
+    assert {(asked, "call"): 0, (asked, "send"): 1, (counts, "stream"): 0} == seen
 
 
 async def test_reloads_are_counted_and_series_of_agents_that_are_gone_are_not(

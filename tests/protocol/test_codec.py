@@ -102,6 +102,8 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
             block(*WHO, "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
         ),
         (codec.credit_headers(8), block("X-Mesh-Credit: 8")),
+        (codec.cancel_headers(late=False), block("X-Mesh-Credit: 0")),
+        (codec.cancel_headers(late=True), block("X-Mesh-Credit: 0", "X-Mesh-Status: timeout")),
         (codec.write_headers({}), b""),
     ],
 )

@@ -55,18 +55,18 @@ class Caller:
             request_id, self._instance_id, timeout=timeout, accept=codec.ACK, extra=headers
         )
         try:
-            async with asyncio.timeout(timeout):
-                answer = await self._ask(name, body, head)
+            async with asyncio.timeout(timeout) as limit:
+                answer = await self._ask(name, body, head, limit)
                 while answer.nobody and self._bus.unsettled:
                     await asyncio.sleep(RETURNING)
-                    answer = await self._ask(name, body, head)
+                    answer = await self._ask(name, body, head, limit)
                 return codec.load(await self._body(answer, name, "call"))
         except TimeoutError:
             raise _timeout(subjects.agent(name), timeout, name, request_id) from None
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
 
-    async def _ask(self, name: str, body: bytes, head: bytes) -> codec.Answer:
+    async def _ask(self, name: str, body: bytes, head: bytes, limit: asyncio.Timeout) -> codec.Answer:
         """One message out, the first answer back; who stops waiting for it stops the handler."""
         found: asyncio.Future[codec.Answer] = asyncio.get_running_loop().create_future()
         with self._waits.watched(name, "call", lambda exc: fail(found, exc)) as waiting:
@@ -83,7 +83,7 @@ class Caller:
                 await self._bus.publish(subjects.agent(name), body, head, reply)
                 answer = await found
             except BaseException:
-                await self._waits.cancel(waiting, reply)
+                await self._waits.cancel(waiting, reply, late=limit.expired())
                 raise
             self._inbox.forget(reply)
             if not answer.nobody:
@@ -120,6 +120,7 @@ class Caller:
         # Not the chunks' own subject: whoever listens to all of the mesh would hide NATS' 503.
         reply = self._inbox.expect(reader.receive)
         sid = await self._bus.listen(subject, reader.receive)
+        late = False
         with self._waits.watched(name, "stream", reader.fail) as waiting:
             reader.on_instance = partial(self._waits.accepted, waiting)
             try:
@@ -136,7 +137,7 @@ class Caller:
                         if reader.took():
                             await reader.grant()
             except TimeoutError:
-                waited = total if reader.is_over else timeout
+                late, waited = True, total if reader.is_over else timeout
                 raise _timeout(subject, waited, name, request_id) from None
             except MeshError as exc:
                 raise _with_id(exc, name, request_id) from exc.__cause__
@@ -144,7 +145,7 @@ class Caller:
                 if reader.ended:
                     self._inbox.forget(reply)
                 else:
-                    await self._waits.cancel(waiting, reply)
+                    await self._waits.cancel(waiting, reply, late=late)
                 await self._quit(sid)
 
     async def send(  # noqa: PLR0913 - what `send` takes

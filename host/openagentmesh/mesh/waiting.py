@@ -142,31 +142,31 @@ class Waits:
             waiting.instance = instance
             self._peers.wait_for(instance, waiting.name, waiting.fail)
 
-    async def cancel(self, waiting: Waiting, reply: str) -> None:
+    async def cancel(self, waiting: Waiting, reply: str, *, late: bool) -> None:
         """Tell the host that nobody waits any more; if it is not known yet, as soon as it is.
 
-        `reply` is where the host says that it has the request in hand.
+        `reply` is where the host says that it has the request in hand; `late` when time was up.
         """
         if self._bus.is_closed:
             return
         if waiting.control:
             self._inbox.forget(reply)
-            await self._send_cancel(waiting.control)
+            await self._send_cancel(waiting.control, late)
             return
 
         def receive(message: Message) -> None:
             self._inbox.forget(reply)
             if message.reply and codec.read_answer(message.head, b"").accepted:
-                task = asyncio.create_task(self._send_cancel(message.reply))
+                task = asyncio.create_task(self._send_cancel(message.reply, late))
                 self._cancelling.add(task)
                 task.add_done_callback(self._cancelling.discard)
 
         self._inbox.redirect(reply, receive)
         asyncio.get_running_loop().call_later(_ACCEPTS_WITHIN, self._inbox.forget, reply)
 
-    async def _send_cancel(self, control: str) -> None:
+    async def _send_cancel(self, control: str, late: bool) -> None:  # noqa: FBT001 - the cancel's own
         with suppress(MeshError):  # what ended the wait is told, not this
-            await self._bus.publish(control, b"", codec.credit_headers(0))
+            await self._bus.publish(control, b"", codec.cancel_headers(late=late))
 
     def _is_known(self, name: str) -> bool:
         return time.monotonic() - self._known.get(name, -_KNOWN_FOR) < _KNOWN_FOR

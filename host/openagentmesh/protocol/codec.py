@@ -367,8 +367,19 @@ def read_frame(head: bytes, body: bytes) -> Answer:
 
 
 def credit_headers(credit: int) -> bytes:
-    """The header block of a grant to a stream's host; a grant of 0 says that nobody waits any more."""
+    """The header block of a grant to a stream's host."""
     return write_headers({subjects.CREDIT: str(credit)})
+
+
+def cancel_headers(*, late: bool) -> bytes:
+    """The header block of a cancel: a grant of 0, for nobody waits any more; `late` when time was up."""
+    status = {subjects.STATUS: "timeout"} if late else {}
+    return write_headers({subjects.CREDIT: "0", **status})
+
+
+def is_late(head: bytes) -> bool:
+    """Whether a cancel says that its sender's time was up."""
+    return read_headers(head).get(subjects.STATUS) == "timeout"
 
 
 def read_credit(head: bytes) -> int:

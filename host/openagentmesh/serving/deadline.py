@@ -32,6 +32,13 @@ class Deadline:
             self._timer.cancel()
             self._arm()
 
+    def expire(self) -> None:
+        """Expire now, unless it has."""
+        if not self.expired:
+            self._timer.cancel()
+            self.expired = True
+            self._task.cancel()
+
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -49,6 +56,5 @@ class Deadline:
     def _on_time(self) -> None:
         if self._loop.time() < self._at:  # it was put off
             self._arm()
-            return
-        self.expired = True
-        self._task.cancel()
+        else:
+            self.expire()

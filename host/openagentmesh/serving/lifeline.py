@@ -12,6 +12,7 @@ from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.call import Call
+from openagentmesh.serving.deadline import Deadline
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,13 @@ _UNHEARD: Final = 2
 class Lifeline:
     """Says `accepted` to a caller that asked for it; `gone` is called once nobody waits.
 
-    Either the caller says so, or NATS says repeatedly that nobody hears us. `head` is the word
-    itself, see `codec.accepted_headers`, and `reply` where it goes.
+    Either the caller says so, and whether it waited in vain, or NATS says repeatedly that nobody
+    hears us. `head` is the word itself, see `codec.accepted_headers`, and `reply` where it goes.
     """
 
-    def __init__(self, bus: Bus, inbox: Inbox, head: bytes, reply: str, gone: Callable[[], object]) -> None:
+    def __init__(
+        self, bus: Bus, inbox: Inbox, head: bytes, reply: str, gone: Callable[[bool], object]
+    ) -> None:
         self._bus = bus
         self._inbox = inbox
         self._head = head
@@ -68,16 +71,19 @@ class Lifeline:
         self._unheard, self._missed = self._unheard + 1, True
         if not nobody or self._unheard >= _UNHEARD:
             self.close()
-            self._gone()
+            self._gone(codec.is_late(message.head))
 
 
-def abandoning(call: Call) -> Callable[[], None]:
-    """What stops the running request because nobody waits for its answer."""
+def leaving(call: Call, deadline: Deadline) -> Callable[[bool], None]:
+    """What stops the running request when its caller is gone; `late` when that waited in vain."""
     task = asyncio.current_task()
+    assert task is not None, "a request has a task of its own"
 
-    def abandon() -> None:
-        call.abandoned = True
-        if task is not None:
+    def leave(late: bool) -> None:  # noqa: FBT001 - the only thing there is to say
+        if late:  # the caller's clock was faster than ours, that is all
+            deadline.expire()
+        else:
+            call.abandoned = True
             task.cancel()
 
-    return abandon
+    return leave

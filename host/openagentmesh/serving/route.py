@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -29,7 +30,7 @@ from openagentmesh.serving.call import Call, set_current_call
 from openagentmesh.serving.counts import Counts
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.lifeline import Lifeline, abandoning
+from openagentmesh.serving.lifeline import Lifeline, leaving
 from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.reading import chunk_subject, error_subject, reply_subject, verb_of
 from openagentmesh.serving.sources import Source, SubjectSource
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 _MOST_ASKED: Final = 10_000
 # How long a handler may take to clean up after it was cancelled.
 _CANCEL_GRACE: Final = 1.0
+_NO_LIFELINE: Final = nullcontext()
 # How much longer a chunk may take while all return to a restarted server.
 _SETTLING: Final = 5.0
 
@@ -242,7 +244,6 @@ class Route:
         call.verb, call.in_turn = "source" if accept else verb_of(request, reply), in_turn
         call.subject = message.subject
         call.read = partial(accept or Agent.accept, agent, call)
-        lifeline = self._lifeline(call, reply) if request.accept == codec.ACK and reply else None
         set_current_call(call)
         self.counts.requests += 1
         noisy = self._shared.events.wants(agent.name, "debug")
@@ -250,7 +251,7 @@ class Route:
         try:
             if noisy:
                 await self._tell(request, "debug", "request_received")
-            with deadline:
+            with deadline, self._lifeline(call, reply, deadline):
                 if agent.contract.streaming:
                     await self._stream(agent, call, reply, deadline)
                 else:
@@ -270,8 +271,6 @@ class Route:
         finally:
             call.end(error)
             self.counts.seconds += asyncio.get_running_loop().time() - now
-            if lifeline is not None:
-                lifeline.close()
 
     async def refuse(self, message: Message) -> None:
         """Answer a request for which there is no room."""
@@ -298,10 +297,12 @@ class Route:
             log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
         return len(deaf)
 
-    def _lifeline(self, call: Call, reply: str) -> Lifeline:
+    def _lifeline(self, call: Call, reply: str, deadline: Deadline) -> AbstractContextManager[object]:
+        if call.request.accept != codec.ACK or not reply:
+            return _NO_LIFELINE
         shared = self._shared
         head = codec.accepted_headers(call.request_id, shared.instance_id)
-        return Lifeline(shared.bus, shared.inbox, head, reply, abandoning(call))
+        return closing(Lifeline(shared.bus, shared.inbox, head, reply, leaving(call, deadline)))
 
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
@@ -320,7 +321,7 @@ class Route:
             call.deadline = loop.time() + call.patience
             deadline.move(call.deadline)
 
-        writer.on_wait, writer.on_sent, writer.on_gone = put_off, go_on, abandoning(call)
+        writer.on_wait, writer.on_sent, writer.on_gone = put_off, go_on, leaving(call, deadline)
         call.send = writer.send
         try:
             await agent.outermost(call)

@@ -90,7 +90,8 @@ class ChunkWriter(FrameWriter):
     Attributes:
         on_wait: called when a chunk has to wait for its reader, or for the server.
         on_sent: called when a chunk has been sent.
-        on_gone: called once, from the read loop, when the reader is there no more.
+        on_gone: called once, from the read loop, when the reader is there no more; with True when
+            it waited in vain.
 
     """
 
@@ -106,7 +107,7 @@ class ChunkWriter(FrameWriter):
         super().__init__(bus, subject, start, dump)
         self.on_wait: Callable[[], object] = lambda: None
         self.on_sent: Callable[[], object] = lambda: None
-        self.on_gone: Callable[[], object] = lambda: None
+        self.on_gone: Callable[[bool], object] = lambda _late: None
         self._inbox = inbox
         self._credit = credit if credit > 0 else math.inf
         self._granted = asyncio.Event()
@@ -145,7 +146,7 @@ class ChunkWriter(FrameWriter):
             self._granted.set()
         elif not (self._bus.unsettled and codec.read_answer(message.head, b"").nobody):
             self.close()
-            self.on_gone()
+            self.on_gone(codec.is_late(message.head))
 
 
 class NoWriter(ChunkWriter):
