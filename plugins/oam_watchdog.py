@@ -11,9 +11,10 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice, takewhile
 from threading import Event, Thread, get_ident
 from time import monotonic
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Annotated, Final
 
 from openagentmesh import Agent, Call, hookimpl
@@ -101,8 +102,14 @@ class _Watch:
         self._places = places
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
+        # What stands below all that runs on the loop: the loop itself, and the program that runs it.
+        self._below: set[CodeType] = set()
+        self._loop.call_soon(self._learn_below)
         self._told: deque[float] = deque()
         self._untold = 0
+
+    def _learn_below(self) -> None:
+        self._below = {frame.f_code for frame, _ in islice(traceback.walk_stack(sys._getframe()), 1, None)}  # noqa: SLF001 - made for this
 
     def run(self) -> None:
         """Ask for signs of life until it is over."""
@@ -148,7 +155,8 @@ class _Watch:
     def _seen(self) -> tuple[str, str]:
         """Who is at work on the loop, and the stack from there on."""
         innermost = sys._current_frames().get(self._thread)  # noqa: SLF001 - made for this
-        frames = [frame for frame, _ in traceback.walk_stack(innermost)]
+        stack = (frame for frame, _ in traceback.walk_stack(innermost))
+        frames = list(takewhile(lambda frame: frame.f_code not in self._below, stack))
         who, own = self._agent_in(frames)
         shown = traceback.StackSummary.extract(
             (frame, frame.f_lineno) for frame in reversed(frames[: min(own + 1, _MOST_FRAMES)])

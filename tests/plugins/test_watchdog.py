@@ -1,6 +1,8 @@
 """Watchdog: who blocks the event loop is named, and nobody else."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -148,6 +150,43 @@ async def test_a_task_that_a_handler_leaves_is_found_by_its_file(
         assert "ok" == await mesh.call(name)
         await until(lambda: len(told()) == 2)
     assert f"the code of agent '{name}' blocks it" in told()[0]
+
+
+PROGRAM = """
+import asyncio, importlib, logging, sys, time
+from oam_watchdog import Watchdog
+from openagentmesh import AgentMesh, AgentSpec
+
+mesh = AgentMesh(sys.argv[1], plugins=[Watchdog()])
+
+@mesh.agent(AgentSpec(name=sys.argv[2]))
+async def innocent() -> None: ...
+
+async def main():
+    async with mesh:
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop.call_later(0.1, time.sleep, 0.5)
+        loop.call_later(1.0, over.set)
+        await over.wait()
+
+logging.basicConfig(stream=sys.stdout)
+importlib.import_module(sys.argv[3]).run(main())
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_the_program_that_runs_the_loop_is_not_blamed(
+    url: str, name: str, tmp_path: Path, loop: str
+) -> None:
+    """In one file with agents, it stands below all that happens, also when something else blocks."""
+    pytest.importorskip(loop)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    run = [sys.executable, str(tmp_path / "program.py"), url, name, loop]
+    done = await asyncio.to_thread(
+        subprocess.run, run, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "something outside of all agents blocks it" in done.stdout
+    assert name not in done.stdout
 
 
 async def test_no_more_reports_than_there_may_be(
