@@ -14,9 +14,7 @@ from openagentmesh import (
     Caller,
     ClientMiddleware,
     Endpoint,
-    HandlerError,
     Instance,
-    InvalidInput,
     MeshMessage,
     Middleware,
     Outgoing,
@@ -189,55 +187,6 @@ async def test_sources_pass(url: str, mesh: AgentMesh, name: str) -> None:
         await mesh.publish(f"{name}.in", "hello")
         assert "hello" == await seen
         assert ("a", "in", "source", name) in told
-
-
-@pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_a_middleware_that_raises_is_named_and_lets_nothing_through(
-    url: str, name: str, verb: str
-) -> None:
-    """Its failure is a handler_error with the plugin's name; a MeshError keeps its code."""
-    told: Told = []
-    async with meshed(url, name, Watching("a", told), Watching("b", told)) as mesh:
-
-        async def ask(**headers: str) -> None:
-            if verb == "call":
-                await mesh.call(f"{name}.asked", 1, headers=headers)
-            else:
-                async for _ in mesh.stream(f"{name}.counts", 1, headers=headers):
-                    pass
-
-        with pytest.raises(
-            HandlerError, match="the plugin 'watching' failed: a plugin's own failure"
-        ) as caught:
-            await ask(raises="a")
-        assert {"plugin": "watching"} == caught.value.details
-        with pytest.raises(PermissionDenied, match="not for you"):
-            await ask(refuses="b")
-        await ask()
-
-
-async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
-    """Within plugins, what a handler raises and what a caller sends wrong are told as without them."""
-    mesh = AgentMesh(url, plugins=[Watching("a", [])])
-
-    @mesh.agent(AgentSpec(name=name))
-    async def failing(number: int) -> int:
-        raise ValueError("mine")
-
-    async with mesh:
-        with pytest.raises(HandlerError, match=r"^mine$"):
-            await mesh.call(name, 1)
-        with pytest.raises(InvalidInput):
-            await mesh.call(name, "no number")
-
-
-async def test_a_client_middleware_that_fails_sends_nothing(url: str, name: str) -> None:
-    """It is named, and the request does not leave."""
-    told: Told = []
-    async with meshed(url, name, Watching("a", told)) as mesh:
-        with pytest.raises(PluginFailed, match="the plugin 'watching' failed before the call of"):
-            await mesh.call(f"{name}.asked", 1, headers={"stops": "a"})
-        assert [("a", "out", "call", f"{name}.asked")] == told
 
 
 async def test_what_runs_beside_the_agents(url: str, name: str) -> None:

@@ -3,9 +3,7 @@
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Any, Final
 
 from openagentmesh.bus.watches import Entry
@@ -65,6 +63,10 @@ class Layer:
     plugin: str
     endpoint: Endpoint
 
+    async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+        """Go into the endpoint; a traceback that has this frame tells whose it is."""
+        return await self.endpoint(call)
+
 
 @dataclass(slots=True, frozen=True)
 class Agent:
@@ -114,7 +116,7 @@ class Agent:
     @property
     def outermost(self) -> Endpoint:
         """Where a request enters."""
-        return self.layers[0].endpoint if self.layers else self.enter
+        return self.layers[0].enter if self.layers else self.enter
 
     async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
         """The innermost endpoint: wait for a turn, read the input, run the handler.
@@ -143,17 +145,6 @@ class Agent:
         """Seconds that this request may take: the agent's limit or what its caller waits."""
         own = self.limits.timeout
         return own if request.timeout is None else min(own, request.timeout)
-
-    def layer_that_raised(self, exc: BaseException) -> str:
-        """The plugin whose middleware an error comes from; empty when it comes from further in."""
-        found, below = "", self.layers
-        for frame, _ in traceback.walk_tb(exc.__traceback__):
-            if frame.f_code is Agent.enter.__code__:
-                return ""
-            codes = [_code_of(layer.endpoint) for layer in below]
-            if frame.f_code in codes:
-                found, below = below[codes.index(frame.f_code)].plugin, below[codes.index(frame.f_code) + 1 :]
-        return found
 
     def accept(self, call: Call) -> None:
         """Check the verb and read the input.
@@ -195,12 +186,15 @@ class Agent:
         return self.handler.dump(value)
 
 
-def _code_of(endpoint: Endpoint) -> CodeType | None:
-    """The code that runs when an endpoint is called: a function, a method, or an object's `__call__`."""
-    while isinstance(endpoint, partial):
-        endpoint = endpoint.func
-    function = endpoint if hasattr(endpoint, "__code__") else getattr(endpoint, "__func__", None)
-    return getattr(function or type(endpoint).__call__, "__code__", None)
+def plugin_that_raised(exc: BaseException) -> str:
+    """The plugin whose middleware an error comes from; empty when it comes from further in."""
+    found = ""
+    for frame, _ in traceback.walk_tb(exc.__traceback__):
+        if frame.f_code is Agent.enter.__code__:
+            return ""
+        if frame.f_code is Layer.enter.__code__:
+            found = frame.f_locals["self"].plugin
+    return found
 
 
 def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
