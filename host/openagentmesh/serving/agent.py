@@ -3,7 +3,9 @@
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import iscoroutinefunction
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final
 
 from openagentmesh.bus.watches import Entry
@@ -63,10 +65,6 @@ class Layer:
     plugin: str
     endpoint: Endpoint
 
-    async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
-        """Go into the endpoint; a traceback that has this frame tells whose it is."""
-        return await self.endpoint(call)
-
 
 @dataclass(slots=True, frozen=True)
 class Agent:
@@ -111,12 +109,12 @@ class Agent:
         endpoint = middleware(self.outermost)
         if not callable(endpoint):
             raise TypeError(f"its middleware gave {endpoint!r}, not an endpoint")
-        return replace(self, layers=(Layer(plugin, endpoint), *self.layers))
+        return replace(self, layers=(Layer(plugin, _as_function(endpoint)), *self.layers))
 
     @property
     def outermost(self) -> Endpoint:
         """Where a request enters."""
-        return self.layers[0].enter if self.layers else self.enter
+        return self.layers[0].endpoint if self.layers else self.enter
 
     async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
         """The innermost endpoint: wait for a turn, read the input, run the handler.
@@ -145,6 +143,17 @@ class Agent:
         """Seconds that this request may take: the agent's limit or what its caller waits."""
         own = self.limits.timeout
         return own if request.timeout is None else min(own, request.timeout)
+
+    def plugin_that_raised(self, exc: BaseException) -> str:
+        """The plugin whose middleware an error comes from; empty when it comes from further in."""
+        found, below = "", list(self.layers)
+        for frame, _ in traceback.walk_tb(exc.__traceback__):
+            if frame.f_code is Agent.enter.__code__:
+                return ""
+            # Each that the request has entered has a frame; so two of the same code are told apart, too.
+            if at := [i for i, layer in enumerate(below) if layer.endpoint.__code__ is frame.f_code]:
+                found, below = below[at[0]].plugin, below[at[0] + 1 :]
+        return found
 
     def accept(self, call: Call) -> None:
         """Check the verb and read the input.
@@ -186,15 +195,15 @@ class Agent:
         return self.handler.dump(value)
 
 
-def plugin_that_raised(exc: BaseException) -> str:
-    """The plugin whose middleware an error comes from; empty when it comes from further in."""
-    found = ""
-    for frame, _ in traceback.walk_tb(exc.__traceback__):
-        if frame.f_code is Agent.enter.__code__:
-            return ""
-        if frame.f_code is Layer.enter.__code__:
-            found = frame.f_locals["self"].plugin
-    return found
+def _as_function(endpoint: Endpoint) -> Endpoint:
+    """An endpoint as a coroutine function, whatever it is: while it runs, its frame is on the stack."""
+    if isinstance(endpoint, FunctionType) and iscoroutinefunction(endpoint):
+        return endpoint
+
+    async def layer(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+        return await endpoint(call)
+
+    return layer
 
 
 def declare(  # noqa: PLR0913 - what `@mesh.agent` takes

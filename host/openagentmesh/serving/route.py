@@ -24,7 +24,7 @@ from openagentmesh.protocol.errors import (
     text_of,
 )
 from openagentmesh.protocol.messages import LogLevel
-from openagentmesh.serving.agent import Agent, plugin_that_raised
+from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.background import Background
 from openagentmesh.serving.call import Call, set_current_call
 from openagentmesh.serving.counts import Counts
@@ -261,7 +261,7 @@ class Route:
         # Whatever a handler raises ends its own request and nothing else: a SystemExit that
         # leaves a task would stop the whole event loop.
         except BaseException as exc:  # noqa: BLE001 - the request ends here, and is answered
-            error = _as_mesh_error(exc, call, deadline)
+            error = _as_mesh_error(exc, agent, call, deadline)
             if not call.abandoned:
                 where = error_subject(request, reply, overheard=accept is not None)
                 await self._reply_error(request, where, error, self._shared.inbox.deliver)
@@ -381,7 +381,7 @@ def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     return KVFeed(source, lambda: route.agent, shared.buckets, route.take)
 
 
-def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshError:
+def _as_mesh_error(exc: BaseException, agent: Agent, call: Call, deadline: Deadline) -> MeshError:
     """What the caller is told of `exc`."""
     if call.abandoned:
         return Cancelled(f"Nobody waits for agent '{call.agent}' any more.")
@@ -392,7 +392,7 @@ def _as_mesh_error(exc: BaseException, call: Call, deadline: Deadline) -> MeshEr
     task = asyncio.current_task()
     if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
         return Cancelled(f"Agent '{call.agent}' was stopped before it had answered.")
-    if plugin := plugin_that_raised(exc):
+    if plugin := agent.plugin_that_raised(exc):
         log.error("%s: the plugin '%s' failed", call.agent, plugin, exc_info=exc)
         return HandlerError(f"the plugin '{plugin}' failed: {text_of(exc)}", details={"plugin": plugin})
     log.error("%s: the handler failed", call.agent, exc_info=exc)
