@@ -42,6 +42,8 @@ _FLUSH: Final = 3.0
 _EXPORTERS: Final = "opentelemetry_traces_exporter"
 _RPC: Final = {"rpc.system.name": _NAME}
 _MESSAGING: Final = {"messaging.system": "nats"}
+# These are remote procedure calls to the conventions, the other verbs are messages.
+_CALLS: Final = {"call", "stream"}
 # What the spans of each verb are called and say: of those that ask, and of those that are asked.
 _ASKING: Final = {
     "call": ("", SpanKind.CLIENT, _RPC),
@@ -146,7 +148,7 @@ class Tracing:
             _fail(span, "cancelled", "")
             raise
         except MeshError as exc:
-            _fail(span, exc.code, str(exc))
+            _answer_error(span, outgoing.verb, exc)
             raise
         except Exception as exc:
             span.record_exception(exc)
@@ -191,7 +193,7 @@ def _kind_of(agent: Agent, verb: str) -> _Kind:
 def _about(outgoing: Outgoing, common: Mapping[str, str]) -> dict[str, str]:
     """The attributes of what leaves."""
     own = {"openagentmesh.request_id": outgoing.request_id} if outgoing.request_id else {}
-    if outgoing.verb in {"call", "stream"}:
+    if outgoing.verb in _CALLS:
         return {**common, "rpc.method": outgoing.target, **own}
     named = {"messaging.operation.name": outgoing.verb, "messaging.destination.name": outgoing.subject}
     return {**common, **named, **own}
@@ -228,7 +230,7 @@ def _counting(call: Call) -> list[int]:
 def _end(span: Span, call: Call, chunks: list[int] | None, error: MeshError | None) -> None:
     """End the span of a request that is answered; who stops to read a stream makes no error."""
     if error is not None and (chunks is None or not call.abandoned):
-        _fail(span, error.code, str(error))
+        _answer_error(span, call.verb, error)
     if span.is_recording():
         _tell(span, call, chunks)
     span.end()
@@ -254,6 +256,12 @@ def _costs(usage: Usage) -> dict[str, str | int | float]:
         "openagentmesh.usage.cost_usd": usage.estimated_cost_usd,
     }
     return {key: value for key, value in told.items() if value is not None}
+
+
+def _answer_error(span: Span, verb: str, error: MeshError) -> None:
+    _fail(span, error.code, str(error))
+    if verb in _CALLS:
+        span.set_attribute("rpc.response.status_code", error.code)
 
 
 def _fail(span: Span, code: str, why: str) -> None:

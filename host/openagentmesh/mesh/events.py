@@ -51,13 +51,13 @@ class Events:
         """Send one message to whoever listens to `subject`."""
         if why := subjects.invalid_subject(subject):
             raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
-        head, body = codec.publish_headers(self._instance_id, payload, headers)
+        kind, body = codec.dump_message(payload)
         if not self._border:
-            await self._bus.publish(subject, body, head)
+            await self._bus.publish(subject, body, codec.publish_headers(self._instance_id, kind, headers))
             return
         event = Outgoing("publish", subject, body=body, headers=dict(headers or {}))
         async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
-            head, _ = codec.publish_headers(self._instance_id, payload, outgoing.headers)
+            head = codec.publish_headers(self._instance_id, kind, outgoing.headers)
             await self._bus.publish(subject, outgoing.body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:

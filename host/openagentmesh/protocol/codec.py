@@ -223,24 +223,24 @@ def _usage_line(usage: Usage | None) -> str:
     return f"X-Mesh-Usage: {json.dumps(usage.model_dump(exclude_none=True))}\r\n"
 
 
-def publish_headers(
-    instance_id: str, payload: object, extra: Mapping[str, str] | None = None
-) -> tuple[bytes, bytes]:
-    """The header block and the body of what `publish()` sends (protocol §6).
+def publish_headers(instance_id: str, kind: str, extra: Mapping[str, str] | None = None) -> bytes:
+    """The header block of what `publish()` sends (protocol §6); `kind` is the body's content type."""
+    headers = {subjects.INSTANCE_ID: instance_id, subjects.CONTENT_TYPE: kind}
+    return write_headers(headers | dict(extra or {}))
+
+
+def dump_message(payload: object) -> tuple[str, bytes]:
+    """What `publish()` sends, as a content type and a body.
 
     Raises:
         InvalidInput: the payload is neither text, bytes nor JSON.
 
     """
-    kind, body = "application/json", b""
     if isinstance(payload, str):
-        kind, body = "text/plain", _utf8(payload)
-    elif isinstance(payload, bytes | bytearray | memoryview):
-        kind, body = "application/octet-stream", bytes(payload)
-    else:
-        body = dump(payload)
-    headers = {subjects.INSTANCE_ID: instance_id, subjects.CONTENT_TYPE: kind}
-    return write_headers(headers | dict(extra or {})), body
+        return "text/plain", _utf8(payload)
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return "application/octet-stream", bytes(payload)
+    return "application/json", dump(payload)
 
 
 def _utf8(text: str) -> bytes:
