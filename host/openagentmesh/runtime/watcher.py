@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import aclosing, suppress
@@ -19,8 +20,10 @@ from openagentmesh.runtime.verdict import Doubtful
 log = logging.getLogger(__name__)
 
 Scan = dict[str, Stamp]
-# How often the bell looks, in milliseconds.
-_STEP: Final = 10
+# How often the bell looks, in milliseconds: while somebody edits, and when nobody has for so many seconds.
+_LIVELY: Final = 4
+_CALM: Final = 20
+_SESSION: Final = 600.0
 # Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
 _SWEEP: Final = 1.0
 _SWEEP_SHARE: Final = 0.001
@@ -36,10 +39,33 @@ _DOUBT: Final = 0.25
 _MANY: Final = 500
 
 
+class Bell(asyncio.Event):
+    """Set when something may have changed.
+
+    Attributes:
+        rung_at: when something had, last, in seconds of the event loop's clock.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rung_at = -math.inf
+
+    def ring(self) -> None:
+        """Tell that something has changed."""
+        self.rung_at = asyncio.get_running_loop().time()
+        self.set()
+
+    @property
+    def step(self) -> int:
+        """How often to look, in milliseconds."""
+        return _LIVELY if asyncio.get_running_loop().time() - self.rung_at < _SESSION else _CALM
+
+
 async def watch(reloader: Reloader) -> None:
     """Reload what was saved, as soon as it is whole; runs until cancelled."""
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
-    bell = asyncio.Event()
+    bell = Bell()
     seen: Scan = {}  # what was saved since it was loaded is found by the first look
     while True:
         places = reloader.places()
@@ -53,14 +79,13 @@ async def watch(reloader: Reloader) -> None:
         ringing = asyncio.create_task(
             _ring(places.roots or places.folders, bell, concerns_us, recursive=bool(places.roots))
         )
-        bell.set()  # what was saved before the bells were there
         try:
             seen = await _watch_places(reloader, places, seen, bell)
         finally:
             await end(ringing)
 
 
-async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: Bell) -> Scan:
     """Reload until there are other places to look at; returns what was seen last."""
     now, roots = places, _identity(places)
     # A folder that was made anew has no bell yet.
@@ -84,7 +109,7 @@ def _identity(places: Places) -> list[int | None]:
     return [found and found[0] for found in map(stamp, sorted(places.roots))]
 
 
-async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: Bell) -> Scan:
     """Reload what was saved, once it is no half of a save; returns what was seen last."""
     sure = False
     while True:
@@ -98,7 +123,7 @@ async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: asyncio.
             return seen
 
 
-async def _until_changed(places: Places, seen: Scan, bell: asyncio.Event) -> Scan:
+async def _until_changed(places: Places, seen: Scan, bell: Bell) -> Scan:
     """Look again for as long as there is doubt, or until something has changed; the last look."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_DOUBT):
@@ -134,7 +159,7 @@ def _pause(changed: Collection[str]) -> float:
     return _CLOSED if all(is_being_written(path) is False for path in changed) else _SETTLED
 
 
-async def _until_rung(bell: asyncio.Event, places: Places, seen: Scan) -> None:
+async def _until_rung(bell: Bell, places: Places, seen: Scan) -> None:
     """Wait for the bell, for a change of a single file, or for the time to look at everything."""
     loop = asyncio.get_running_loop()
     # A scan takes about 4 us a file, so that many files are looked at less often.
@@ -150,17 +175,30 @@ async def _until_rung(bell: asyncio.Event, places: Places, seen: Scan) -> None:
 
 
 async def _ring(
-    folders: Iterable[Path], bell: asyncio.Event, wanted: Callable[[Change, str], bool], *, recursive: bool
+    folders: Iterable[Path], bell: Bell, wanted: Callable[[Change, str], bool], *, recursive: bool
 ) -> None:
-    """Set `bell` whenever something happens in one of these folders."""
+    """Ring `bell` whenever something happens in one of these folders."""
     try:
         while there := {str(folder) for folder in folders if folder.is_dir()}:
-            changes = awatch(*there, watch_filter=wanted, step=_STEP, debounce=_STEP, recursive=recursive)
+            step = bell.step
+            changes = awatch(
+                *there,
+                watch_filter=wanted,
+                step=step,
+                debounce=step,
+                recursive=recursive,
+                yield_on_timeout=True,
+            )
+            # For what happens before it looks, which it does from its first wait on.
+            asyncio.get_running_loop().call_soon(bell.set)
             async with aclosing(changes):
                 async for found in changes:
-                    bell.set()
-                    if any(path in there for _, path in found):
-                        break  # one was deleted, and may be another one now, of which nothing is told
+                    if found:
+                        bell.ring()
+                    # One was deleted, and may be another one now, of which nothing is told.
+                    is_gone = any(path in there for _, path in found)
+                    if is_gone or step != bell.step:
+                        break
     # What the system's watcher raises is its own affair; without it there is still the scan.
     except Exception as exc:  # noqa: BLE001 - as above
         log.warning("saved files are noticed within %gs only: the system's watcher failed: %s", _SWEEP, exc)
