@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, Host, NotAvailable, NotFound
-from watchfiles import Change
+from watchfiles import Change, awatch
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 
@@ -242,6 +242,27 @@ async def test_without_the_systems_watcher_files_are_still_noticed(  # noqa: PLR
             in_place(tmp_path / "agents/a.py", version(name, 1))
             await until_answers(mesh, name, [1] * 3)
     assert 1 == sum("inotify watch limit reached" in record.getMessage() for record in caplog.records)
+
+
+async def test_who_edits_is_heard_sooner(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody edits the system's watcher is asked more often, and as seldom as before afterwards."""
+    asked: asyncio.Queue[int] = asyncio.Queue()
+
+    def noted(*folders: Path, step: int, **options: Any) -> AsyncIterator[set[tuple[Change, str]]]:
+        asked.put_nowait(step)
+        return awatch(*folders, step=step, rust_timeout=100, **options)
+
+    monkeypatch.setattr("openagentmesh.runtime.watcher.awatch", noted)
+    async with watching(configure, {"a.py": version(name, 0)}):
+        calm = await asked.get()
+        in_place(tmp_path / "agents/a.py", version(name, 1))
+        await until_answers(mesh, name, [1] * 3)
+        assert await asked.get() < calm
+        monkeypatch.setattr("openagentmesh.runtime.watcher._SESSION", 0.0)
+        async with asyncio.timeout(PATIENCE):
+            assert calm == await asked.get()
 
 
 async def test_no_call_fails_while_files_change(
