@@ -141,6 +141,24 @@ async def test_what_is_sent_while_the_server_is_away_arrives(name: str, tmp_path
     await again.stop()
 
 
+async def test_an_absence_is_known_from_its_first_moment(name: str) -> None:
+    """Also while the old socket is still being closed: what is sent then waits for the server already."""
+    server, closed = EmbeddedServer(), asyncio.Event()
+    await server.start()
+    bus = Bus(Target(server.url), name)
+    await bus.connect()
+    assert bus._client._transport is not None
+    bus._client._transport.wait_closed = closed.wait  # type: ignore[method-assign]
+    await server.stop()
+    async with asyncio.timeout(10):
+        while bus.connected:
+            await asyncio.sleep(0)
+    assert bus.unsettled
+    assert [f"lost {bus.target.shown}"] == [event.what for event in bus.history][1:]
+    closed.set()
+    await bus.close()
+
+
 async def test_whatever_restoring_raises_it_is_tried_again(name: str) -> None:
     """An error of any library does not leave undone what a reconnect needs."""
     server = EmbeddedServer()

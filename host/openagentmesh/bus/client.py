@@ -39,10 +39,16 @@ Receiver = Callable[[Message], None]
 
 
 class HardenedClient(Client):
-    """A `Client` that stays alive, flushes in order and dispatches at once."""
+    """A `Client` that stays alive, flushes in order and dispatches at once.
+
+    Attributes:
+        on_lost: called when the server is lost, before anything more can be sent.
+
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.on_lost: Callable[[], None] = lambda: None
         self._receivers: dict[int, Receiver] = {}
         self._ps = Parser(self)
 
@@ -159,6 +165,12 @@ class HardenedClient(Client):
         self._err = error
         await self._error_cb(error)
         await self._process_op_err(error)
+
+    async def _process_op_err(self, e: Exception) -> None:
+        # The base class tells of it once the old socket is closed; what is sent meanwhile waits already.
+        if self.is_connected and self.options["allow_reconnect"]:
+            self.on_lost()
+        await super()._process_op_err(e)
 
     async def _process_connect_init(self) -> None:
         # What is no nats-server may answer at the address while that is away; the base class

@@ -101,6 +101,7 @@ class Bus:
         self.on_lost: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
         self._client = HardenedClient()
+        self._client.on_lost = self._on_lost
         self._restoring: asyncio.Task[None] | None = None
         self._last_error: Exception | None = None
         self.closed = asyncio.Event()
@@ -136,7 +137,6 @@ class Bus:
             "ping_interval": _PING_INTERVAL,
             "pending_size": _PENDING_SIZE,
             "error_cb": self._on_error,
-            "disconnected_cb": self._on_disconnected,
             "reconnected_cb": self._on_reconnected,
             "closed_cb": self._on_closed,
         }
@@ -336,13 +336,12 @@ class Bus:
             self.history.append(Event(f"not permitted: {exc}"))
             log.error("the server does not permit it: %s", exc)
 
-    async def _on_disconnected(self) -> None:
-        if not self._client.is_closed:
-            self._unsettle()
-            self._here.clear()
-            self.on_lost()
-            self.history.append(Event(f"lost {self.target.shown}"))
-            log.warning("lost the connection to %s; trying to get it back", self.target.shown)
+    def _on_lost(self) -> None:
+        self._unsettle()
+        self._here.clear()
+        self.on_lost()
+        self.history.append(Event(f"lost {self.target.shown}"))
+        log.warning("lost the connection to %s; trying to get it back", self.target.shown)
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1

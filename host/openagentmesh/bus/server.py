@@ -165,6 +165,7 @@ class EmbeddedServer:
         self.starts = 0
         self._on_event = on_event
         self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._lock: IO[str] | None = None
         self._scratch = ""
@@ -207,8 +208,15 @@ class EmbeddedServer:
 
     async def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None or process.returncode is not None:
+        if process is None:
             return
+        if process.returncode is None:
+            await self._stop(process)
+        if self._reading is not None:
+            await asyncio.wait([self._reading], timeout=_STOP_TIMEOUT)  # for its last words
+            await end(self._reading)
+
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
         process.stdin.close()
         try:
@@ -241,10 +249,10 @@ class EmbeddedServer:
             start_new_session=True,  # our terminal's Ctrl-C must not end it before us
         )  # fmt: skip
         self.starts += 1
-        reading = asyncio.create_task(self._read(self._process))
+        self._reading = asyncio.create_task(self._read(self._process))
         try:
             async with asyncio.timeout(_START_TIMEOUT):
-                await asyncio.wait([self._ready, reading], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([self._ready, self._reading], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             self._said.append(f"not ready within {_START_TIMEOUT:g}s")
         if not self._ready.done():
