@@ -1,7 +1,10 @@
 """One real nats-server for the whole run, unique names for each test."""
 
+import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import import_module
 from itertools import count
 
 import pytest
@@ -21,6 +24,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("openagentmesh")
+# With uvloop the whole suite runs as hosts do that have the extra `fast`.
+if os.environ.get("OAM_TEST_LOOP") == "uvloop":
+    asyncio.set_event_loop_policy(import_module("uvloop").EventLoopPolicy())
 
 
 @pytest.fixture(scope="session")
