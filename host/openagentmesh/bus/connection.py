@@ -258,14 +258,14 @@ class Bus:
             ConnectionFailed: the connection is closed, or the buffer is full.
 
         """
-        client = self._client
-        if len(head) + len(body) > client.max_payload:
+        client, size = self._client, len(head) + len(body)
+        if size > client.max_payload:
             self.check_size(head, body)
-        if not client.is_connected and (client.is_closed or len(head) + len(body) > client.room):
+        if not client.is_connected and (client.is_closed or size > client.room):
             state = "closed" if client.is_closed else "away, and the buffer for it is full"
             raise ConnectionFailed(f"The connection to {self.target.shown} is {state}.")
         if head:
-            line = f"HPUB {subject} {reply} {len(head)} {len(head) + len(body)}\r\n"
+            line = f"HPUB {subject} {reply} {len(head)} {size}\r\n"
         else:
             line = f"PUB {subject} {reply} {len(body)}\r\n"
         await client.write(b"".join((line.encode("utf-8", "surrogateescape"), head, body, b"\r\n")))
