@@ -59,7 +59,7 @@ class Row:
         if self.target is None:
             return ""
         sign = "≥" if self.target.at_least else "≤"
-        return f"{sign} {self.target.limit:g}{' x' if self.target.of_base else ''}"
+        return f"{sign} {self.target.limit:.3g}{' x' if self.target.of_base else ''}"
 
 
 async def under_load(measure: str, count: int, competitor: Competitor, python: Path) -> float:
@@ -120,11 +120,11 @@ def rows(*, quick: bool) -> list[Row]:
         ),
         Row(
             "stream",
-            "one stream of small chunks: chunks/s",
+            "one stream of small chunks: chunks/s, where the SDK's 3,900 stand for 40,000",
             partial(under_load, "chunks", streamed),
             ALL,
-            ("stream", FLOOR),
-            Target(40_000, at_least=True),
+            ("stream", PEER),
+            Target(40_000 / 3_900, of_base=True, at_least=True),
         ),
         Row(
             "slow",
