@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Scan = dict[str, Stamp]
 # How often the bell looks, in milliseconds: while somebody edits, and when nobody has for so many seconds.
-_LIVELY: Final = 4
+_LIVELY: Final = 3
 _CALM: Final = 20
 _SESSION: Final = 600.0
 # Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
