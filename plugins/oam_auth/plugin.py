@@ -86,6 +86,9 @@ class Auth:
     def mesh_middleware(self, agent: Agent) -> Middleware:
         """What lets a request through to one agent, or refuses it."""
         name = agent.name
+        is_asked = agent.contract.invocable or agent.sources
+        if is_asked and not any(rule.names(name) for rule in self.guard.policy.rules):
+            log.warning("auth: no rule names '%s', so nobody may ask it", name)
 
         def middleware(endpoint: Endpoint) -> Endpoint:
             async def guarded(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns

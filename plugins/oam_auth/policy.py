@@ -63,9 +63,13 @@ class Rule(BaseModel):
             raise ValueError('who may? give subjects, ["*"] for all that are proven, or anonymous = true')
         return self
 
+    def names(self, agent: str) -> bool:
+        """Whether it says something of this agent."""
+        return any(_regex(pattern).fullmatch(agent) for pattern in self.agents)
+
     def is_about(self, agent: str, verb: str) -> bool:
         """Whether it says something of this verb of this agent."""
-        return verb in self.verbs and any(_regex(pattern).fullmatch(agent) for pattern in self.agents)
+        return verb in self.verbs and self.names(agent)
 
     def is_for(self, who: Proof | None) -> bool:
         """Whether it is for this caller, its scopes aside."""

@@ -1,6 +1,6 @@
 """The policy: what rules allow, and nothing else; whom it names when it refuses."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from oam_auth import Auth, Rule, Settings
 from oam_auth.guard import Guard
 from oam_auth.policy import Policy, Proof
 from oam_auth.signatures import Nonces
-from openagentmesh import PermissionDenied, Unauthenticated
+from openagentmesh import AgentMesh, AgentSpec, PermissionDenied, Unauthenticated
 from pydantic import ValidationError
 
 from tests.plugins.issuing import settings, signers, token_settings
@@ -175,3 +175,33 @@ def test_enabled_and_not_set_up_it_refuses_everything() -> None:
     """Without any settings, nobody may do anything."""
     with pytest.raises(Unauthenticated):
         Auth().guard.policy.allow(None, "any", "call")
+
+
+async def test_who_nobody_may_ask_is_told_at_the_start(
+    url: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An agent that no rule names, for it was forgotten or misspelt; a publisher is never asked."""
+    rule = Rule(name="open", anonymous=True, agents=(f"{name}.asked", f"{name}.misspelled"))
+    mesh = AgentMesh(url, plugins=[Auth(Settings(rules=(rule,)))])
+
+    @mesh.agent(AgentSpec(name=f"{name}.asked"))
+    async def asked(what: str) -> str:
+        return what
+
+    @mesh.agent(AgentSpec(name=f"{name}.mispelled"))
+    async def mispelled(what: str) -> str:
+        return what
+
+    @mesh.agent(AgentSpec(name=f"{name}.driven"), sources=[mesh.subject_source(f"{name}.news")])
+    async def driven(what: str) -> None: ...
+
+    @mesh.agent(AgentSpec(name=f"{name}.tells"))
+    async def tells() -> AsyncIterator[str]:
+        yield "news"
+
+    async with mesh:
+        pass
+    told = [record.message for record in caplog.records if record.name.startswith("oam_auth")]
+    assert sorted(told) == [
+        f"auth: no rule names '{name}.{agent}', so nobody may ask it" for agent in ("driven", "mispelled")
+    ]
