@@ -25,8 +25,10 @@ def install_published(folder: Path, timeout: float = 300) -> Path:
     return install(folder, PUBLISHED, _CHECK, timeout)
 
 
-def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *more: Path) -> Path:
+def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *more: str | Path) -> Path:
     """Make a virtual environment in which `check` runs by installing `what`; returns its interpreter.
+
+    `more` is what pip is told besides.
 
     Raises:
         NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.

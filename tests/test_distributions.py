@@ -1,4 +1,4 @@
-"""A plugin and an agent that others have packaged, in an environment of their own."""
+"""A plugin and agents that others have packaged, in an environment of their own."""
 
 from pathlib import Path
 
@@ -56,6 +56,29 @@ mesh = AgentMesh()
 async def packaged(name: str) -> str:
     return f"hello {name}"
 """
+# Its folder is elsewhere, so that it is found by an import hook of its own.
+EDITABLE = """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "edited"
+version = "1"
+[project.entry-points."openagentmesh.agents"]
+edited = "edited"
+[tool.setuptools]
+packages = ["edited"]
+package-dir = { edited = "code" }
+"""
+EDITED = """
+from openagentmesh import AgentMesh, AgentSpec
+from edited.words import WORD
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="edited"))
+async def edited(name: str) -> str:
+    return f"{WORD} {name}"
+"""
 TOML = """
 server.port = 0
 server.store = ""
@@ -72,7 +95,8 @@ async def main():
             await mesh.call("packaged", "you")
         except PermissionDenied as exc:
             print(exc.message)
-        print(await mesh.call("packaged", "you", headers={"word": "please"}))
+        for name in ("packaged", "edited"):
+            print(await mesh.call(name, "you", headers={"word": "please"}))
 
 asyncio.run(main())
 """
@@ -80,34 +104,39 @@ asyncio.run(main())
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of a fresh environment with both distributions and what they need."""
+    """The interpreter of a fresh environment with all of them, one to be edited where it is."""
     plugin = PROJECT.format(
         name="word-plugin", group="plugins", entry='word = "word_plugin:Word"', module="word_plugin"
     )
     agent = PROJECT.format(name="an-agent", group="agents", entry='packaged = "an_agent"', module="an_agent")
     write(tmp_path / "plugin", {"pyproject.toml": plugin, "word_plugin.py": PLUGIN})
     write(tmp_path / "agent", {"pyproject.toml": agent, "an_agent.py": AGENT})
+    write(
+        tmp_path / "editable",
+        {"pyproject.toml": EDITABLE, "code/__init__.py": EDITED, "code/words.py": "WORD = 'bye'"},
+    )
+    more = (tmp_path / "plugin", tmp_path / "agent", "-e", tmp_path / "editable")
     try:
-        return install(
-            tmp_path / "venv",
-            ROOT,
-            "import word_plugin, an_agent",
-            100,
-            tmp_path / "plugin",
-            tmp_path / "agent",
-        )
+        return install(tmp_path / "venv", ROOT, "import word_plugin, an_agent, edited", 100, *more)
     except NotInstalled as exc:
         pytest.skip(str(exc))
 
 
-def test_two_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: Path) -> None:
-    """`oam up` serves an installed agent within an installed plugin that mesh.toml enables."""
+def test_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: Path) -> None:
+    """`oam up` serves installed agents within an installed plugin, and reloads an editable one."""
     write(tmp_path / "project", {"mesh.toml": TOML, "call.py": CALL})
-    oam, folder = python.with_name("oam"), tmp_path / "project"
-    with Process("up", cwd=folder, program=str(oam)) as up:
-        url = up.said("serving ").rpartition(" on ")[2].strip()
-        with Process(
-            str(folder / "call.py"), url, cwd=folder, program=str(python), env=environment()
-        ) as call:
+    folder = tmp_path / "project"
+
+    def called(url: str) -> list[str]:
+        script = str(folder / "call.py")
+        with Process(script, url, cwd=folder, program=str(python), env=environment()) as call:
             result = call.finish()
-    assert ["say the word", "hello you"] == result.out.splitlines(), result.err
+        assert not result.err
+        return result.out.splitlines()
+
+    with Process("up", cwd=folder, program=str(python.with_name("oam"))) as up:
+        url = up.said("serving ").rpartition(" on ")[2].strip()
+        assert ["say the word", "hello you", "bye you"] == called(url)
+        write(tmp_path / "editable", {"code/words.py": "WORD = 'good night'"})
+        assert "edited" in up.said("reloaded ")
+        assert ["say the word", "hello you", "good night you"] == called(url)
