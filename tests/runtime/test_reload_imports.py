@@ -326,3 +326,36 @@ async def test_a_librarys_function_is_the_agent_of_who_declares_it(
         outcome = await bench.reloaded({"a.py": source})
         assert [f"{bench.name}.a 0.1.0", f"{bench.name}.b withdrawn"] == outcome.agents
         await bench.listed(".a")
+
+
+async def test_a_package_in_a_namespace_is_reloaded(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder without `__init__`: it and its helpers are, packages of others there are not."""
+    company = f"company_{uuid4().hex}"
+    monkeypatch.syspath_prepend(str(tmp_path / "others"))
+    monkeypatch.syspath_prepend(str(tmp_path / "ours"))
+    imports = (
+        f"import {company}.ours.helper, {company}.theirs\n"
+        f"from {company} import ours\nfrom {company}.ours import helper\n"
+    )
+    asked = f"[helper.N, {company}.ours.helper.N, ours.helper.N, {company}.theirs.N]"
+    write(tmp_path / f"others/{company}", {"theirs/__init__.py": "N = 0\n"})
+    ours = tmp_path / f"ours/{company}/ours"
+    files = {"__init__.py": "", "agents.py": f"{imports}{MESH}{agent(bench.name, asked)}"}
+    write(ours, files | {"helper.py": "N = 1\n"})
+    async with bench.serve({}, agents=[f"{company}.ours.agents"]):
+        assert [1, 1, 1, 0] == await bench.call()
+        write(tmp_path / f"others/{company}", {"theirs/__init__.py": "N = 9\n"})
+        assert await bench.host.reload() is None
+        write(ours, {"helper.py": "N = 2\n"})
+        assert [f"{bench.name} 0.1.0"] == (await bench.reloaded()).agents
+        assert [2, 2, 2, 0] == await bench.call()
+        write(ours, {"helper.py": "N = \n"})
+        assert "SyntaxError" in (await bench.refused()).error
+        assert [2, 2, 2, 0] == await bench.call()
+        write(ours, {"helper.py": "N = 3\n"})
+        await bench.reloaded()
+        assert [3, 3, 3, 0] == await bench.call()
+    for name in [name for name in sys.modules if name.startswith(company)]:
+        del sys.modules[name]

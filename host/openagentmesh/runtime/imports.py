@@ -16,7 +16,7 @@ from functools import cache
 from importlib._bootstrap import _module_locks  # type: ignore[attr-defined]
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
@@ -92,15 +92,13 @@ class Imports(MetaPathFinder):
         parent.__path__ = [str(path)]
         return self.folders[-1]
 
-    def package(self, name: str) -> Folder | None:
-        """The package or module of this first name, when its files may be edited: not an installed one."""
-        for folder in self.folders:
-            if folder.package == name:
-                return folder
-        spec = None if name in sys.modules else importlib.util.find_spec(name)
-        if spec is None or not spec.origin or spec.origin.startswith(INSTALLED):
-            return None
-        self.folders.append(Folder(Path(spec.origin).parent, name, bare=False))
+    def package(self, module: str) -> Folder | None:
+        """What a module is part of, when its files may be edited: not an installed package."""
+        found = self._folder_of(module)
+        spec = None if found else _outermost(module)
+        if spec is None or not spec.origin or not spec.has_location or spec.origin.startswith(INSTALLED):
+            return found
+        self.folders.append(Folder(Path(spec.origin).parent, spec.name, bare=False))
         return self.folders[-1]
 
     def find_spec(
@@ -122,8 +120,7 @@ class Imports(MetaPathFinder):
         return spec
 
     def _folder_of(self, fullname: str) -> Folder | None:
-        package = fullname.partition(".")[0]
-        return next((folder for folder in self.folders if folder.package == package), None)
+        return next((folder for folder in self.folders if folder.holds(fullname)), None)
 
     def _import(self, name: str, package: str | None = None) -> ModuleType:
         """`importlib.import_module`, which finds the siblings of the file that calls it."""
@@ -210,6 +207,16 @@ class Imports(MetaPathFinder):
         for name, source in self.sources.items():
             if source.module is not None:
                 sys.modules.setdefault(name, source.module)
+
+
+def _outermost(module: str) -> ModuleSpec | None:
+    """The first on the way to a module that is more than a folder, unless it is imported already."""
+    for name in accumulate(module.split("."), "{}.{}".format):
+        imported = sys.modules.get(name)
+        spec = importlib.util.find_spec(name) if imported is None else imported.__spec__
+        if spec is None or spec.origin:
+            return spec if imported is None else None
+    return None
 
 
 def _place(name: str) -> tuple[ModuleType | None, str]:

@@ -123,7 +123,7 @@ class Loader:
     def _import(self, module: Module) -> None:
         origin = module.origin
         if origin.path is None:
-            self.imports.package(origin.module.partition(".")[0])
+            self.imports.package(origin.module)
         elif "." in origin.path.stem:
             raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
         module.name = self.name_of(origin)

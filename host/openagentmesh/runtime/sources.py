@@ -28,7 +28,8 @@ class Folder:
 
     The files of an agent folder import each other by their bare names, as when one of them is
     run alone, and have a `package` of their own for a first name, so that those of other
-    folders are kept apart. A package has the name that it has.
+    folders are kept apart. A package has the name that it has, with dots when it lies in
+    folders without `__init__`, which are not part of it: others have packages there, too.
     """
 
     path: Path
@@ -38,23 +39,18 @@ class Folder:
     @property
     def is_package(self) -> bool:
         """Whether it is an installed package of several files."""
-        return not self.bare and self.path.name == self.package
+        return not self.bare and self.path.name == self.package.rpartition(".")[2]
+
+    def holds(self, full: str) -> bool:
+        """Whether a full name is the package's, or that of something in it."""
+        return f"{full}.".startswith(f"{self.package}.")
 
     def has(self, name: str) -> bool:
         """Whether a bare name is one of this folder's modules."""
-        if not self.bare:
-            return False
         if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
             return True
         # A folder without __init__ comes after everything that is installed, as in Python itself.
         return (self.path / name).is_dir() and importlib.util.find_spec(name) is None
-
-    def full_name(self, name: str) -> str | None:
-        """The full name of the module that an absolute import in this folder means, if it is ours."""
-        top = name.partition(".")[0]
-        if top == self.package:
-            return name
-        return f"{self.package}.{name}" if self.has(top) else None
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -120,7 +116,8 @@ class Source:
             self._end_if_stopped()
         if not fromlist:
             words = full.split(".")
-            self.walked |= {".".join(words[: -back or None]) for back in range(name.count("."))}
+            walked = (".".join(words[: -back or None]) for back in range(name.count(".")))
+            self.walked |= {step for step in walked if self.folder.holds(step.rpartition(".")[0])}
             return self._top(name, level, before)
         for item in getattr(found, "__all__", ()) if "*" in fromlist else fromlist:
             if f"{full}.{item}" in sys.modules:
@@ -150,18 +147,19 @@ class Source:
             raise SystemExit(f"loading {self.name} was given up")
 
     def _absolute(self, name: str) -> str | None:
-        """The full name of an absolute import that means one of ours."""
+        """The full name of an absolute import that means one of ours, or what ours lie in."""
+        if self.folder.holds(name) or f"{self.folder.package}.".startswith(f"{name}."):
+            return name
         top = name.partition(".")[0]
-        if top in self.sought:  # a function may import again and again; a file of that name is a reload
+        # A function may import again and again; a file of that name is a reload.
+        if not self.folder.bare or top in self.sought:
             return None
         ours = f"{self.folder.package}.{top}"
         # What is there already does not depend on the disk: editors take files away for a moment.
-        if self.folder.bare and (ours in self.pinned or ours in sys.modules):
+        if ours in self.pinned or ours in sys.modules or self.folder.has(top):
             return f"{self.folder.package}.{name}"
-        full = self.folder.full_name(name)
-        if full is None:
-            self.sought.add(top)
-        return full
+        self.sought.add(top)
+        return None
 
     def _relative(self, name: str, level: int) -> str | None:
         """The full name of a relative import; None when it leads out of the package."""
@@ -197,7 +195,7 @@ class Source:
     def _note_missing(self, full: str) -> None:
         """Remember where a module would be that is not there."""
         parent, _, child = full.rpartition(".")
-        if full in sys.modules or full.partition(".")[0] != self.folder.package:
+        if full in sys.modules or not self.folder.holds(full):
             return
         for place in getattr(sys.modules.get(parent), "__path__", ()):
             self.data |= {Path(place, f"{child}.py"): None, Path(place, child, "__init__.py"): None}
