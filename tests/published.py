@@ -28,7 +28,7 @@ def install_published(folder: Path, timeout: float = 300) -> Path:
 def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *more: str | Path) -> Path:
     """Make a virtual environment in which `check` runs by installing `what`; returns its interpreter.
 
-    `more` is what pip is told besides.
+    `more` is what is to be installed besides.
 
     Raises:
         NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
@@ -37,10 +37,10 @@ def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *m
     python = folder / "bin" / "python"
     try:
         if not python.exists():
-            _run(sys.executable, "-m", "venv", folder, timeout=timeout)
+            _uv("venv", "--allow-existing", "--python", sys.executable, folder, timeout=timeout)
         if subprocess.run([python, "-c", check], check=False, capture_output=True).returncode:
-            # Most of what comes along is never imported, and need not be compiled.
-            _run(python, "-m", "pip", "install", "--quiet", "--no-compile", what, *more, timeout=timeout)
+            # It keeps what it built of a folder, whatever has changed in there since.
+            _uv("pip", "install", "--refresh", "--python", python, what, *more, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as exc:
         raise NotInstalled(f"{what} could not be installed from PyPI: {_reason(exc)}") from exc
     return python
@@ -48,9 +48,9 @@ def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *m
 
 def _reason(exc: Exception) -> str:
     said = exc.stderr if isinstance(exc, subprocess.CalledProcessError) else None
-    lines = (said or "").strip().splitlines() or [str(exc)]
-    return next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+    return " ".join((said or str(exc)).split())
 
 
-def _run(*command: str | Path, timeout: float) -> None:
+def _uv(*arguments: str | Path, timeout: float) -> None:
+    command = [sys.executable, "-m", "uv", "--quiet", *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout)
