@@ -1,11 +1,15 @@
 """The handle: registering, verbs, local meshes."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, CatalogEntry, ConnectionFailed, InvalidAgent, NotFound
+from openagentmesh.protocol import subjects
 from pydantic import BaseModel
+
+from tests.serving.test_router import node_of
 
 
 class Text(BaseModel):
@@ -198,3 +202,13 @@ async def test_calls_of_one_mesh_run_side_by_side(mesh: AgentMesh, name: str) ->
     texts = [f"{n}é\n\"'" for n in range(300)]
     results = await asyncio.gather(*[mesh.call(name, Text(text=text)) for text in texts])
     assert texts == [result["text"] for result in results]
+
+
+async def test_a_host_with_much_to_tell_tells_what_fits(mesh: AgentMesh) -> None:
+    """Whoever asks gets an answer, however long the words of the agents' last errors are."""
+    node = node_of(mesh)
+    node.describe = lambda: {"agents": [{"last_error": "é" * 1000}] * 1000}
+    answer = await node.inbox.request(subjects.host(mesh.instance_id, "info"), timeout=10)
+    told = json.loads(answer.body)["agents"]
+    assert 100 < len(told) < 1000
+    assert len(answer.body) <= node.bus.max_payload

@@ -174,3 +174,24 @@ async def test_a_restore_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPat
         await until(listed)
         assert ["survivor"] == [entry.name for entry in await provider.catalog()]
     await again.stop()
+
+
+async def test_a_record_of_a_stranger_costs_nobody_the_connection(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that cannot be part of a subject are none: whoever clears up after them stays connected."""
+    monkeypatch.setattr(presence, "HEARTBEAT", 0.1)
+    node, stranger = node_of(mesh), f"0{name}"
+    serve(mesh, name)
+    await mesh.catalog()
+    record = {"agents": ["a b", 7, f"{name}.lost"], "answers_pings": True}
+    await node.buckets.put(subjects.INSTANCES_BUCKET, stranger, json.dumps(record).encode())
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+    await node.bus.listen(subjects.death(f"{name}.lost"), heard.put_nowait)
+    assert [f"{name}.lost"] == (await presence.instances(node.buckets))[stranger]["agents"]
+    async with asyncio.timeout(10):
+        await heard.get()
+        while stranger in await presence.instances(node.buckets):
+            await asyncio.sleep(0.05)
+    await node.bus.flush()
+    assert 0 == node.bus.reconnects

@@ -306,6 +306,48 @@ async def test_swapping_a_gated_agent_keeps_one_gate(mesh: AgentMesh, name: str)
     assert mesh.instance_id == await mesh.call(name)
 
 
+async def test_what_a_subject_said_holds_for_the_next_version(mesh: AgentMesh, name: str) -> None:
+    """Declared again it is as its own predicate makes of the last message, not as it began."""
+    gated(mesh, name, mesh.subject_condition(f"{name}.switch", lambda text: text == "on"))
+    await mesh.catalog()
+    await mesh.publish(f"{name}.switch", "on")
+    await settled(mesh, name, open_=True)
+    for number in range(2):
+        gated(mesh, name, mesh.subject_condition(f"{name}.switch", lambda text: text in {"on", "yes"}))
+        assert mesh.instance_id == await mesh.call(name), number
+    gated(mesh, name, mesh.subject_condition(f"{name}.switch", lambda text: text != "on"))
+    with pytest.raises(NotAvailable):
+        await mesh.call(name)
+
+
+async def test_a_new_version_waits_until_the_old_one_is_off(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Declared again while it is being turned off, it is off, not half of it."""
+    key, heard = f"{name}.on", await events_of(mesh, name)
+    await mesh.kv.put(key, "on")
+    gated(mesh, name, mesh.kv_condition(key, lambda text: text == "on"))
+    assert mesh.instance_id == await mesh.call(name)
+    leaving, go_on = asyncio.Event(), asyncio.Event()
+    leave = node_of(mesh).bus.leave
+
+    async def slowly(*sids: int) -> None:
+        leaving.set()
+        await go_on.wait()
+        await leave(*sids)
+
+    monkeypatch.setattr(node_of(mesh).bus, "leave", slowly)
+    await mesh.kv.put(key, "off")
+    await asyncio.wait_for(leaving.wait(), 10)
+    gated(mesh, name, mesh.kv_condition(key, lambda text: text == "on"))
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    await mesh.catalog()
+    await told(heard, "agent_deactivated")
+    assert not is_open(mesh, name)
+    with pytest.raises(NotAvailable):
+        await mesh.call(name)
+
+
 async def test_what_is_turned_on_again_serves_at_once(mesh: AgentMesh, name: str) -> None:
     """It does not wait for what still runs from before; that finishes too."""
     started, go = asyncio.Event(), asyncio.Event()

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from openagentmesh import (
@@ -294,6 +295,37 @@ async def test_a_stop_finishes_what_runs(url: str, mesh: AgentMesh, name: str) -
         await started.wait()
         asyncio.get_running_loop().call_later(0.3, go.set)
     assert [{"value": n} for n in range(20)] == await asyncio.gather(*calls)
+
+
+async def test_what_finishes_may_ask_its_neighbours(url: str, mesh: AgentMesh, name: str) -> None:
+    """While a mesh is left, what still runs there calls, streams from and sends to others that it serves."""
+    started, go = asyncio.Event(), asyncio.Event()
+    provider, sent = AgentMesh(url), []
+
+    @provider.agent(AgentSpec(name=f"{name}.inner"))
+    async def inner(req: Number) -> Number:
+        sent.append(req.value)
+        return Number(value=req.value + 1)
+
+    @provider.agent(AgentSpec(name=f"{name}.chunks"))
+    async def chunks(req: Number) -> AsyncIterator[int]:
+        for number in range(req.value):
+            yield number
+
+    @provider.agent(AgentSpec(name=name))
+    async def outer(req: Number) -> list[Any]:
+        started.set()
+        await go.wait()
+        await provider.send(f"{name}.inner", {"value": 7})
+        streamed = [chunk async for chunk in provider.stream(f"{name}.chunks", {"value": 3})]
+        return [await provider.call(f"{name}.inner", req), streamed]
+
+    async with provider:
+        call = asyncio.create_task(mesh.call(name, {"value": 1}))
+        await started.wait()
+        asyncio.get_running_loop().call_later(0.3, go.set)
+    assert [{"value": 2}, [0, 1, 2]] == await call
+    assert [7, 1] == sent
 
 
 async def test_what_does_not_finish_is_cancelled_and_answered(url: str, mesh: AgentMesh, name: str) -> None:

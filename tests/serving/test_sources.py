@@ -23,7 +23,6 @@ from openagentmesh.bus.client import Message
 from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
-from openagentmesh.serving.agent import DEFAULT_LIMITS
 from openagentmesh.serving.triggers import KVFeed
 from pydantic import BaseModel, Field, model_validator
 
@@ -313,22 +312,6 @@ def test_sources_that_cannot_be_are_refused(subject: Any) -> None:
         mesh.subject_source("a", queue_group=subject)
     with pytest.raises(InvalidAgent, match="'replay' or 'skip'"):
         mesh.kv_source("a", on_init=subject)
-
-
-async def test_too_many_at_once_are_told(mesh: AgentMesh, name: str) -> None:
-    """A subject that is faster than its agent's limits allow is `overloaded`, and told as such."""
-    release = asyncio.Event()
-
-    @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
-    async def handler(message: MeshMessage[int]) -> None:
-        await release.wait()
-
-    heard = await errors_of(mesh, name)
-    for number in range(DEFAULT_LIMITS.concurrency + DEFAULT_LIMITS.queue + 1):
-        await mesh.publish(f"{name}.in", str(number))
-    [told] = await take(heard)
-    assert "overloaded" == json.loads(told.body)["code"]
-    release.set()
 
 
 async def test_a_text_that_is_none_is_invalid(mesh: AgentMesh, name: str) -> None:

@@ -227,3 +227,27 @@ async def test_a_slow_reader_keeps_its_stream(
         read.append(chunk)
         await asyncio.sleep(0.02)  # the whole takes five times the limit
     assert list(range(2 * WINDOW)) == read
+
+
+async def test_a_reader_that_takes_nothing_is_named(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler is stopped in the end, and it is not said that it was too slow."""
+    monkeypatch.setattr("openagentmesh.serving.route._SETTLING", 0.1)
+    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.2))
+    stopped = asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name))
+    async def count(req: Wanted) -> AsyncIterator[int]:
+        try:
+            for number in range(req.count):
+                yield number
+        finally:
+            stopped.set()
+
+    async with aclosing(mesh.stream(name, {"count": 10 * WINDOW}, timeout=30)) as chunks:
+        assert 0 == await anext(chunks)
+        await asyncio.wait_for(stopped.wait(), 10)
+        with pytest.raises(MeshTimeout, match="had to wait too long for the reader of its stream"):
+            async for _ in chunks:
+                pass

@@ -87,3 +87,29 @@ async def test_a_gated_agent_that_is_on_stays_on_over_a_swap(
         answers = await calling
         assert "5.0.0" == await caller.call(name)
     assert sorted(answers) == answers
+
+
+async def test_a_swap_does_not_wait_for_what_a_dropped_source_has_brought(mesh: AgentMesh, name: str) -> None:
+    """A handler may use the mesh while its agent is declared again; nothing waits for it."""
+    began, done = asyncio.Event(), asyncio.Event()
+    declared = asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.old.*")])
+    async def old(value: str) -> None:
+        began.set()
+        await declared.wait()
+        await mesh.kv.put(f"{name}.done", value)
+        done.set()
+
+    await mesh.kv.put(f"{name}.old.a", "1")
+    await mesh.catalog()
+    await asyncio.wait_for(began.wait(), 10)
+
+    @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.new.*")])
+    async def new(value: str) -> None:
+        raise AssertionError("nothing has changed there")
+
+    await asyncio.wait_for(mesh.catalog(), 10)
+    declared.set()
+    await asyncio.wait_for(done.wait(), 10)
+    assert "1" == await mesh.kv.get(f"{name}.done")

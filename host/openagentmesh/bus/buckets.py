@@ -229,8 +229,9 @@ class Buckets:
         seen: dict[str, Version] | None = None,
         started: asyncio.Event | None = None,
     ) -> AsyncGenerator[Entry, None]:
-        """Every change of these keys once, also across reconnects; `replay` begins with what is there.
+        """Changes of these keys, none twice, also across reconnects; `replay` begins with what is there.
 
+        Of one key's that come faster than they are asked for, only the last is sure to be told.
         Deletions come too, as entries with an operation; also of keys that are not there any
         more on a server that lost them. Who goes on later where it left off gives the same
         `seen` again; `started` is set when all that was there has been told or skipped.

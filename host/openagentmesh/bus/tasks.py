@@ -41,14 +41,15 @@ async def end_within(seconds: float, tasks: Iterable[asyncio.Task[Any]]) -> set[
 
 
 async def persistently(work: Callable[[], Awaitable[None]], what: str) -> None:
-    """Do work until it is done: what fails while the server is away is tried again."""
+    """Do work until it is done: what fails is tried again, for nobody else would."""
 
     def failed(state: RetryCallState) -> None:
-        exc = state.outcome and state.outcome.exception()
-        log.warning("%s does not work now and is tried again: %s", what, exc)
+        exc = state.outcome.exception() if state.outcome else None
+        ours = isinstance(exc, MeshError)
+        log.warning("%s does not work now and is tried again: %s", what, exc, exc_info=None if ours else exc)
 
     async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(MeshError),
+        retry=retry_if_exception_type(Exception),
         wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
         before_sleep=failed,
     ):

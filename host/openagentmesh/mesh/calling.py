@@ -29,7 +29,13 @@ Callback = Callable[[Any], object]
 
 
 class Caller:
-    """Calls, streams and sends over one bus."""
+    """Calls, streams and sends over one bus.
+
+    Attributes:
+        inside: takes a request for an agent of this very node while nobody else reaches that;
+            tells whether it did.
+
+    """
 
     def __init__(self, bus: Bus, inbox: Inbox, waits: Waits, instance_id: str) -> None:
         self._bus = bus
@@ -37,6 +43,7 @@ class Caller:
         self._waits = waits
         self._instance_id = instance_id
         self._sending: set[asyncio.Task[None]] = set()
+        self.inside: Callable[[str, Message], bool] = lambda _name, _message: False
 
     async def close(self) -> None:
         """Let nobody wait any more; callbacks that run may finish within a second."""
@@ -80,7 +87,7 @@ class Caller:
 
             reply = self._inbox.expect(receive)
             try:
-                await self._bus.publish(subjects.agent(name), body, head, reply)
+                await self._publish(name, body, head, reply)
                 answer = await found
             except BaseException:
                 await self._waits.cancel(waiting, reply, late=limit.expired())
@@ -124,12 +131,12 @@ class Caller:
         with self._waits.watched(name, "stream", reader.fail) as waiting:
             reader.on_instance = partial(self._waits.accepted, waiting)
             try:
-                await self._bus.publish(subjects.agent(name), body, head, reply)
+                await self._publish(name, body, head, reply)
                 while not reader.ended:
                     frame = await reader.next()
                     if frame.nobody and self._bus.unsettled:
                         await asyncio.sleep(RETURNING)
-                        await self._bus.publish(subjects.agent(name), body, head, reply)
+                        await self._publish(name, body, head, reply)
                     elif frame.error or frame.nobody:
                         await self._body(frame, name, "stream")
                     elif not frame.end:
@@ -178,31 +185,47 @@ class Caller:
             elif reply_to:
                 if subjects.invalid_subject(reply_to):
                     raise InvalidInput(f"{reply_to!r} is no subject to reply to: no wildcards, no blanks.")
-                await self._waits.look_up(name, "send")
-                await self._bus.publish(subjects.agent(name), body, head, reply_to)
+                if await self._waits.is_registered(name, "send"):
+                    await self._publish(name, body, head, reply_to)
+                else:
+                    await self._send_off(name, body, head, reply_to)
             else:
                 await self._send_off(name, body, head)
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
 
-    async def _send_off(self, name: str, body: bytes, head: bytes) -> None:
+    async def _send_off(self, name: str, body: bytes, head: bytes, reply_to: str = "") -> None:
         """Send, and learn from NATS whether anybody is there."""
-        while await self._reaches_nobody(name, body, head):
+        while await self._reaches_nobody(name, body, head, reply_to):
             if not self._bus.unsettled:
                 raise await self._waits.nobody(name, "send")
             await asyncio.sleep(RETURNING)
-        await self._waits.look_up(name, "send")  # whoever listens to all of the mesh hides a 503
+        await self._waits.see_whether_told(name, "send")
 
-    async def _reaches_nobody(self, name: str, body: bytes, head: bytes) -> bool:
+    async def _reaches_nobody(self, name: str, body: bytes, head: bytes, reply_to: str) -> bool:
         found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        reply = self._inbox.expect(lambda message: settle(found, message))
-        try:
-            await self._bus.publish(subjects.agent(name), body, head, reply)
+
+        def receive(message: Message) -> None:
+            if codec.read_answer(message.head, b"").nobody:
+                settle(found, message)
+
+        async with AsyncExitStack() as stack:
+            if reply_to:
+                reply, sid = reply_to, await self._bus.listen(reply_to, receive)
+                stack.push_async_callback(self._quit, sid)
+            else:
+                reply = self._inbox.expect(receive)
+                stack.callback(self._inbox.forget, reply)
+            await self._publish(name, body, head, reply)
             if self._bus.connected:
                 await self._bus.flush()  # the 503 comes before it
-        finally:
-            self._inbox.forget(reply)
-        return found.done() and codec.read_answer(found.result().head, b"").nobody
+        return found.done()
+
+    async def _publish(self, name: str, body: bytes, head: bytes, reply: str) -> None:
+        """Send a request on its way."""
+        subject = subjects.agent(name)
+        if not self.inside(name, Message(subject, reply, head, body)):
+            await self._bus.publish(subject, body, head, reply)
 
     async def _send_for_replies(
         self, replies: "Replies", body: bytes, head: bytes, timeout: float | None
@@ -214,7 +237,7 @@ class Caller:
             sid = await self._bus.listen(subject, reader.receive)
             stack.push_async_callback(self._quit, sid)
             stack.enter_context(self._waits.watched(replies.agent, "send", reader.fail))
-            publish = partial(self._bus.publish, subjects.agent(replies.agent), body, head, subject)
+            publish = partial(self._publish, replies.agent, body, head, subject)
             await publish()
             # From here on the task listens and waits.
             task = asyncio.create_task(self._pass_on(replies, reader, publish, stack.pop_all()))

@@ -103,14 +103,15 @@ class KV:
 
         """
         for attempt in range(max(1, max_retries)):
+            if attempt:
+                # Full jitter: many writers that collide once do not collide again.
+                longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1))
+                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - no secret depends on it
             async with self.try_cas(key) as draft:
                 result = fn(draft.value)
                 draft.value = await result if isawaitable(result) else result
             if draft.committed:
                 return
-            # Full jitter: many writers that collide once do not collide again.
-            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
-            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - no secret depends on it
         raise KVConflict(
             f"Others changed the key '{key}' {max_retries} times before the update was written.",
             details={"key": key, "tries": max_retries},

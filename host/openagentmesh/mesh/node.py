@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 ContractPolicy = Literal["warn", "refuse", "allow"]
 
-# More agents than this do not fit into an answer to `oam status`.
+# More agents than this do not fit into an answer to `oam status`, nor do they when each has much to tell.
 _MOST_DESCRIBED = 1000
 # Registered agents that somebody else's clean-up removed come back after this much quiet.
 _REPAIR_WAIT = 0.5
@@ -93,6 +93,7 @@ class Node:
         self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
         asking = (self.bus, self.inbox, self.waits, instance_id)
         self.caller = BorderCaller(*asking, border) if border else Caller(*asking)
+        self.caller.inside = self.router.take_inside
         self.events = Events(self.bus, self.directory, instance_id, self.own, border)
         self.describe: Callable[[], dict[str, Any]] = self.description
         # Awaited when nothing runs any more, while the connection is still there.
@@ -277,15 +278,17 @@ class Node:
     async def _close(self) -> None:
         await self.binding.stop()
         await end(self._repairing, self._watching_over, self._following_levels)
-        await self.router.finish(0)
-        await self.on_finished()
-        self.plugins.tell_unloaded(())
-        await self._plugins_running.aclose()
-        self.events.fail_all()
-        await self.caller.close()
-        await self.waits.close()
-        await self.directory.close()
-        await self.bus.close()
+        try:
+            await self.router.finish(0)
+            await self.on_finished()
+            self.plugins.tell_unloaded(())
+            await self._plugins_running.aclose()
+        finally:
+            self.events.fail_all()
+            await self.caller.close()
+            await self.waits.close()
+            await self.directory.close()
+            await self.bus.close()
 
     def own(self, name: str) -> AgentContract | None:
         """The contract of an agent served here."""
@@ -362,7 +365,10 @@ class Node:
 
     async def _info(self, _body: bytes) -> bytes:
         described = self.describe()
-        return to_json(described | {"agents": described["agents"][:_MOST_DESCRIBED]})
+        shown = described["agents"][:_MOST_DESCRIBED]
+        while len(body := to_json(described | {"agents": shown})) > self.bus.max_payload and shown:
+            shown = shown[: len(shown) // 2]
+        return body
 
 
 async def _do_nothing() -> None:

@@ -150,7 +150,9 @@ async def instances(buckets: Buckets) -> Records:
         except ValueError:
             continue
         agents = record.get("agents") if isinstance(record, dict) else None
-        if isinstance(agents, list) and all(isinstance(name, str) for name in agents):
+        if isinstance(agents, list):
+            # They become parts of subjects and keys, and who wrote them may be anybody.
+            record["agents"] = [name for name in agents if subjects.can_be_name(name)]
             found[instance_id] = record
     return found
 

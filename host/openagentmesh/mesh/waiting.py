@@ -109,6 +109,30 @@ class Waits:
         contract.check_verb(verb)
         self.now_known(name)
 
+    async def is_registered(self, name: str, verb: Verb) -> bool:
+        """Whether the agent is in the registry; some are there all the same that are not in it.
+
+        Raises:
+            InvocationMismatch: it is, and not made for `verb`.
+
+        """
+        try:
+            await self.look_up(name, verb)
+        except NotFound:
+            return False
+        return True
+
+    async def see_whether_told(self, name: str, verb: Verb) -> None:
+        """See that a request for which NATS did not say that nobody is there has gone to somebody.
+
+        Raises:
+            NotFound: the agent is not in the registry, and NATS would not have said so.
+            InvocationMismatch: it is, and not made for `verb`.
+
+        """
+        if not await self.is_registered(name, verb) and not await nobody_is_told(self._inbox, name):
+            raise _not_found(name)
+
     async def nobody(self, name: str, verb: Verb) -> MeshError:
         """Why nobody answers for `name`."""
         contract = self._own(name) or await self._directory.find(name)
@@ -136,7 +160,8 @@ class Waits:
     def accepted(self, waiting: Waiting, instance: str, control: str) -> None:
         """An instance has the request in hand: see that it lives, and know where it hears us."""
         waiting.control = control or waiting.control
-        if instance and instance != waiting.instance:
+        # It becomes part of a subject, and who says it may be anybody.
+        if subjects.is_token(instance) and instance != waiting.instance:
             if waiting.instance:
                 self._peers.forget(waiting.instance, waiting.fail)
             waiting.instance = instance
@@ -183,12 +208,11 @@ class Waits:
         Usually NATS says that nobody is there, but not while anyone listens to `mesh.>`.
         """
         try:
-            await self.look_up(waiting.name, verb)
+            await self.see_whether_told(waiting.name, verb)
         except InvocationMismatch as exc:
             waiting.fail(exc)
         except NotFound as exc:
-            # Where NATS says that nobody is there, it would have said so of this request, too.
-            if not waiting.instance and not await nobody_is_told(self._inbox, waiting.name):
+            if not waiting.instance:
                 waiting.fail(exc)
         except MeshError as exc:
             # The request itself may well be answered.

@@ -49,9 +49,14 @@ RESERVED_NAMES: Final = frozenset({EVERY_AGENT})
 RESERVED_TAIL: Final = ".events"
 
 
+def can_be_name(name: object) -> bool:
+    """Whether something is a text that can stand in a subject as a name, whoever may have it."""
+    return isinstance(name, str) and NAME_RE.fullmatch(name) is not None
+
+
 def invalid_name(name: str) -> str | None:
     """Why `name` cannot name an agent, or None when it can (protocol §1)."""
-    if not isinstance(name, str) or not NAME_RE.fullmatch(name):
+    if not can_be_name(name):
         return (
             "a name is made of segments of letters, digits, '_' and '-', joined by single dots, "
             "as in 'nlp.summarizer'"

@@ -8,13 +8,11 @@ from contextvars import Context
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.tasks import end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
 from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.outgoing import Border
+from openagentmesh.serving.shared import Shared
 from openagentmesh.serving.streams import EventWriter
 
 log = logging.getLogger(__name__)
@@ -26,28 +24,33 @@ _CANCEL_GRACE: Final = 5.0
 class Background:
     """Runs one publisher or watcher: exactly once at a time, until it returns or is stopped.
 
+    Args:
+        agent: the publisher or watcher.
+        shared: what all routes of the node share.
+        seq: the number of the first frame; not 0 where it goes on for a version before it.
+
     Attributes:
         name: of its agent.
         state: `waiting` is the pause before it is started again, `done` that it returned.
         restarts: how often it was started again.
         error: why it failed last; empty when it never did.
         next_start: when it is started again, while it waits.
+        seq: the number of the next frame of a run that nobody was told has ended.
 
     """
 
-    def __init__(self, agent: Agent, bus: Bus, events: EventLog, instance_id: str, border: Border) -> None:
+    def __init__(self, agent: Agent, shared: Shared, seq: int = 0) -> None:
         self.name = agent.name
         self.state: Literal["running", "waiting", "done", "stopped"] = "stopped"
         self.restarts = 0
         self.error = ""
         self.next_start: datetime | None = None
+        self.seq = seq
         self._agent = agent
-        self._bus = bus
-        self._events = events
-        self._instance_id = instance_id
-        self._border = border
+        self._shared = shared
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._for_good = False
         self._has_failed = asyncio.Event()
 
     def description(self) -> dict[str, Any]:
@@ -65,12 +68,15 @@ class Background:
             # An empty context: it outlives the request, or the span, in which it was declared.
             self._task = asyncio.create_task(self._keep_running(), context=Context())
 
-    async def stop(self) -> None:
-        """Cancel it and wait until it has ended; one that does not end is left, and named."""
+    async def stop(self, *, for_good: bool = True) -> None:
+        """Cancel it and wait until it has ended; one that does not end is left, and named.
+
+        A publisher's subscribers are told when it is `for_good`, else somebody goes on for it.
+        """
         task, self._task = self._task, None
         if task is None:
             return
-        self._stopping = True
+        self._stopping, self._for_good = True, for_good
         if await end_within(_CANCEL_GRACE, [task]):
             log.error("%s does not stop within %gs and is left", self._agent.name, _CANCEL_GRACE)
         if self.state != "done":
@@ -124,20 +130,25 @@ class Background:
 
     async def _publish(self, events: Any) -> None:  # noqa: ANN401 - the author's generator
         """One run of a publisher: its events, then the end frame."""
+        shared, bus = self._shared, self._shared.bus
         subject = subjects.events(self._agent.name)
-        start = codec.frame_start("", self._instance_id)
-        writer = EventWriter(self._bus, subject, start, self._agent.dump, self._border)
+        start = codec.frame_start("", shared.instance_id)
+        writer = EventWriter(bus, subject, start, self._agent.dump, shared.border)
+        writer.seq = self.seq
         try:
             async with aclosing(events):
                 async for event in events:
                     if self._stopping:  # it swallowed its cancellation, and another one may run already
                         raise asyncio.CancelledError  # noqa: TRY301 - it ends as if it had not
-                    await self._bus.until_connected()
+                    await bus.until_connected()
                     await writer.send(event)
         except BaseException as exc:
-            if isinstance(exc, asyncio.CancelledError) and self._stopping and self._bus.connected:
+            stopped = isinstance(exc, asyncio.CancelledError) and self._stopping
+            self.seq = writer.seq if stopped and not self._for_good else 0
+            if stopped and self._for_good and bus.connected:
                 await writer.end()
             raise
+        self.seq = 0
         await writer.end()
 
     def _tell_of_stop(self, exc: BaseException | None) -> None:
@@ -146,7 +157,7 @@ class Background:
 
     async def _failed(self, exc: BaseException) -> None:
         """Tell everybody: subscribers, `mesh.errors`, the log."""
-        name = self._agent.name
+        name, shared = self._agent.name, self._shared
         self.error = f"{type(exc).__name__}: {text_of(exc)}"
         self._has_failed.set()
         log.error("%s failed and will be started again: %s", name, self.error, exc_info=exc)
@@ -154,12 +165,12 @@ class Background:
         body = codec.error_body(error.located(agent=name, request_id=""))
         try:
             if self._agent.contract.streaming:
-                frame = codec.error_headers("", self._instance_id, frame=True)
-                await self._bus.publish(subjects.events(name), body, frame)
-            await self._bus.publish(subjects.errors(name), body, codec.error_headers("", self._instance_id))
+                frame = codec.error_headers("", shared.instance_id, frame=True)
+                await shared.bus.publish(subjects.events(name), body, frame)
+            await shared.bus.publish(subjects.errors(name), body, codec.error_headers("", shared.instance_id))
         except MeshError as failed:
             log.warning("%s: nobody could be told of its failure: %s", name, failed)
-        await self._events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})
+        await shared.events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})
 
 
 def _is_cancelled() -> bool:

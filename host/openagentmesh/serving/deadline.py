@@ -3,19 +3,27 @@
 import asyncio
 from contextvars import Context
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+ANSWER_LATE: Final = "did not answer in time"
 
 
 class Deadline:
     """`asyncio.timeout_at`, but putting it off costs next to nothing: a stream does it with each chunk.
 
     Leaving the block raises TimeoutError when the time `at` of the event loop's clock came
-    before; `expired` tells so, too.
+    before.
+
+    Attributes:
+        expired: whether it came.
+        missed: what was not done by then, in words that follow the agent's name.
+
     """
 
     def __init__(self, at: float) -> None:
         self._at = at
         self.expired = False
+        self.missed = ANSWER_LATE
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()

@@ -1,10 +1,16 @@
 """Reading a request: what its caller did, and where the answer goes."""
 
+from typing import Final
+
 from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput
+from openagentmesh.serving.handler import Handler
+
+# Where the mesh and the server themselves are asked.
+_OTHERS: Final = ("mesh.", "$")
 
 
 def verb_of(request: Request, reply: str) -> Verb:
@@ -15,14 +21,14 @@ def verb_of(request: Request, reply: str) -> Verb:
     return "call" if is_call else "send"
 
 
-def reply_subject(message: Message, request: Request, *, overheard: bool) -> str:
+def reply_subject(message: Message, request: Request, handler: Handler, *, overheard: bool) -> str:
     """Where the answer goes; empty when there is to be none.
 
-    A source may listen where others are asked; it is they who answer.
+    A source may listen where others are asked, who answer; so without an output it has nothing to say.
     """
-    if request.accept == codec.NO_REPLY or (overheard and message.subject.startswith("mesh.")):
+    if overheard and (handler.output is None or message.subject.startswith(_OTHERS)):
         return ""
-    return message.reply
+    return "" if request.accept == codec.NO_REPLY else message.reply
 
 
 def chunk_subject(request: Request, reply: str) -> str:

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Iterator
 
 from openagentmesh.bus.buckets import Buckets
+from openagentmesh.bus.client import Message
 from openagentmesh.bus.connection import Bus
 from openagentmesh.bus.requests import Inbox
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.outgoing import Border
-from openagentmesh.serving.route import Route, Shared
+from openagentmesh.serving.route import Route
+from openagentmesh.serving.shared import Shared
 
 
 class Router:
@@ -19,6 +21,7 @@ class Router:
         self.events = EventLog(bus, instance_id)
         self._shared = Shared(bus, inbox, buckets, self.events, instance_id, border)
         self._routes: dict[str, Route] = {}
+        self._leaving = False
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes.values())
@@ -43,16 +46,33 @@ class Router:
         return self._routes.pop(name, None)
 
     async def drain(self, timeout: float) -> None:
-        """Take nothing more, finish what runs; cancel and answer the rest after `timeout` s."""
+        """Take nothing more from outside, finish what runs; cancel and answer the rest after `timeout` s."""
+        self._leaving = True
         await self._shared.bus.leave(*[route.sid for route in self if route.sid is not None])
         await self.finish(timeout)
+
+    def take_inside(self, name: str, message: Message) -> bool:
+        """Take a request of this very node, which has left: what still runs here may ask its neighbours.
+
+        Returns whether it was taken.
+        """
+        route = self._routes.get(name)
+        if not self._leaving or route is None or route.sid is None:
+            return False
+        route.receive(message)
+        return True
 
     async def finish(self, timeout: float) -> None:
         """Finish what runs; cancel and answer the rest after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         await self._close(timeout)
-        await asyncio.gather(*[route.finish(max(0.0, end - loop.time())) for route in self])
+        # Again, for what runs may ask others here.
+        while running := [route for route in self if route.in_flight]:
+            left = end - loop.time()
+            await asyncio.gather(*[route.finish(max(0.0, left)) for route in running])
+            if left <= 0:
+                return
 
     async def _close(self, timeout: float) -> None:
         await asyncio.gather(*[route.close(timeout) for route in self if not route.is_plain])

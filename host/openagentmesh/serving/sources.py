@@ -26,8 +26,9 @@ class SubjectSource:
 
 @dataclass(slots=True, frozen=True)
 class KVSource:
-    """Every change of the keys of the shared state that match a pattern, in order.
+    """Changes of the keys of the shared state that match a pattern, in order.
 
+    Of changes of one key that come faster than they are handled, only the last is sure to be told.
     `on_init` says whether the keys that are there already count as changes. With a
     `queue_group` each change goes to one of all the instances in the group, also while some
     are away, else to each instance.

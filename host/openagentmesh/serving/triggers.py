@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from contextvars import Context
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from openagentmesh.bus.buckets import Buckets, Version
 from openagentmesh.bus.client import Message
@@ -17,7 +19,13 @@ from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call
-from openagentmesh.serving.sources import Condition, KVCondition, KVSource, SubjectSource
+from openagentmesh.serving.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    SubjectCondition,
+    SubjectSource,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,22 +33,46 @@ log = logging.getLogger(__name__)
 # agent's timeout and this many seconds.
 _GROUP_GRACE: Final = 10.0
 _LAST_WORD: Final = 0.5
+# So many messages of a subject may wait for room, and so many bytes.
+_MOST_WAITING: Final = 65_536
+_MOST_BYTES: Final = 64 * 1024 * 1024
 
 Accept = Callable[[Agent, Call], None]
 Take = Callable[[Message, Accept], "asyncio.Task[None]"]
 
 
-class SubjectFeed:
-    """The messages of a subject, each of which is answered as a request."""
+class Taker(Protocol):
+    """Answers what a source brings, as far as there is room."""
 
-    def __init__(
-        self, source: SubjectSource, agent: str, bus: Bus, receive: Callable[[Message, Accept], object]
-    ) -> None:
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be taken."""
+
+    async def until_room(self) -> None:
+        """Wait until there is room."""
+
+    def take(self, message: Message, accept: Accept) -> object:
+        """Answer a message, which `accept` reads."""
+
+    def turn_away(self, message: Message) -> object:
+        """Refuse a message."""
+
+
+class SubjectFeed:
+    """The messages of a subject, each of which is answered as a request.
+
+    Nobody would send them again, so those for which there is no room wait.
+    """
+
+    def __init__(self, source: SubjectSource, agent: str, taker: Taker, bus: Bus) -> None:
         self._source = source
         self._own = {subjects.errors(agent), subjects.logs(agent)}
+        self._taker = taker
         self._bus = bus
-        self._receive = receive
         self._sid: int | None = None
+        self._waiting: deque[Message] = deque()
+        self._bytes = 0
+        self._working_off: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Begin to listen, unless it does."""
@@ -49,11 +81,16 @@ class SubjectFeed:
             return
         self._sid = await self._bus.listen(source.subject, self._on_message, source.queue_group or "")
 
-    async def close(self, _timeout: float) -> None:
-        """Listen no more."""
+    async def close(self, timeout: float) -> None:
+        """Listen no more; what waits then has `timeout` seconds for its turn, and is refused after them."""
         sid, self._sid = self._sid, None
         if sid is not None:
             await self._bus.leave(sid)
+        if self._working_off is not None:
+            await asyncio.wait([self._working_off], timeout=timeout)
+            await end(self._working_off)
+        while self._waiting:
+            self._taker.turn_away(self._next())
 
     def _on_message(self, message: Message) -> None:
         frame = codec.read_answer(message.head, message.body)
@@ -61,7 +98,28 @@ class SubjectFeed:
             return  # the end of a publisher's run is no event
         if message.subject in self._own:
             return  # an agent that is told of its own failures would go on for ever
-        self._receive(message, lambda agent, call: agent.accept_message(call, message.subject))
+        if not self._waiting and self._taker.has_room:
+            self._take(message)
+        elif len(self._waiting) < _MOST_WAITING and self._bytes + len(message.body) <= _MOST_BYTES:
+            self._waiting.append(message)
+            self._bytes += len(message.body)
+            if self._working_off is None or self._working_off.done():
+                self._working_off = asyncio.create_task(self._work_off(), context=Context())
+        else:
+            self._taker.turn_away(message)
+
+    def _take(self, message: Message) -> None:
+        self._taker.take(message, lambda agent, call: agent.accept_message(call, message.subject))
+
+    def _next(self) -> Message:
+        message = self._waiting.popleft()
+        self._bytes -= len(message.body)
+        return message
+
+    async def _work_off(self) -> None:
+        while self._waiting:
+            await self._taker.until_room()
+            self._take(self._next())
 
 
 class KVFeed:
@@ -159,10 +217,16 @@ class Gate:
         self._changed = asyncio.Event()
         self._sid: int | None = None
         self._seen: dict[str, Version] = {}
+        # What the condition's subject said last, if it said anything.
+        self._said: list[Message] = []
+        self._moving = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, *, is_open: bool) -> None:
-        """Take the position that the condition has now, and follow it from here on."""
+    async def start(self, *, is_open: bool, before: "Gate | None" = None) -> None:
+        """Take the position that the condition has now, and follow it from here on.
+
+        What the gate `before` it heard on the same subject still holds.
+        """
         condition, self.is_open = self._condition, is_open
         if isinstance(condition, KVCondition):
             entry = await self._buckets.entry(CONTEXT_BUCKET, condition.key)
@@ -172,15 +236,24 @@ class Gate:
             following = persistently(self._follow_key, f"following the key {condition.key}")
             self._tasks.append(asyncio.create_task(following))
         else:
+            if before is not None and before.subject == condition.subject:
+                for message in before._said:  # noqa: SLF001 - one of us
+                    self._on_message(message)
             self._sid = await self._bus.listen(condition.subject, self._on_message)
         await self._move()
         self._tasks.append(asyncio.create_task(self._keep_moving()))
 
+    @property
+    def subject(self) -> str:
+        """Whose messages it follows; empty when it follows a key."""
+        return self._condition.subject if isinstance(self._condition, SubjectCondition) else ""
+
     async def stop(self) -> None:
-        """Follow no more; the agent stays as it is."""
+        """Follow no more; the agent stays as it is, once a move that is under way is done."""
         if self._sid is not None:
             await self._bus.quit(self._sid)
-        await end(*self._tasks)
+        async with self._moving:
+            await end(*self._tasks)
 
     async def _follow_key(self) -> None:
         assert isinstance(self._condition, KVCondition)
@@ -198,6 +271,7 @@ class Gate:
     def _on_message(self, message: Message) -> None:
         frame = codec.read_answer(message.head, message.body)
         if message.body and not frame.failed:
+            self._said = [message]
             self._decide(codec.load_message(frame.headers, message.body))
 
     def _decide(self, value: Any) -> None:  # noqa: ANN401 - what the predicate takes
@@ -218,11 +292,16 @@ class Gate:
             await self._move()
 
     async def _move(self) -> None:
-        wanted = self._wanted
-        if wanted == self.is_open:
-            return
-        try:
-            await (self._open() if wanted else self._shut(self._condition.drain_timeout))
-            self.is_open = wanted
-        except MeshError as exc:
-            log.warning("%s could not be turned %s: %s", self._agent.name, "on" if wanted else "off", exc)
+        async with self._moving:
+            wanted = self._wanted
+            if wanted == self.is_open:
+                return
+            try:
+                await (self._open() if wanted else self._shut(self._condition.drain_timeout))
+                self.is_open = wanted
+            # A move ends here, and the next one may go well.
+            except Exception as exc:
+                position, ours = "on" if wanted else "off", isinstance(exc, MeshError)
+                log.warning(
+                    "%s could not be turned %s: %s", self._agent.name, position, exc, exc_info=not ours
+                )
