@@ -39,9 +39,11 @@ class Settings(BaseModel):
     Attributes:
         rate: requests a second that one caller may make to one agent.
         burst: how many of them may come at once; None for those of one second.
-        total_rate: requests a second that all callers together may make to one agent.
+        total_rate: requests a second that all callers together may make to one agent; without a
+            `rate` one of them may make its `share` of these.
         total_burst: how many of them may come at once; None for those of one second.
-        share: the part of an agent's `concurrency` that one caller may hold, running and waiting.
+        share: the part of an agent's `concurrency` that one caller may hold, running and waiting; and
+            of its `total_rate`, where there is no `rate`.
         callers: how many callers of agents are remembered; the least recently used go.
 
     """
@@ -107,7 +109,7 @@ class Meter:
     """
 
     def __init__(self, rate: float, burst: int | None, store: MemoryStore) -> None:
-        self._burst = burst or math.ceil(rate)
+        self._rate, self._burst = rate, burst or math.ceil(rate)
         # The library counts whole requests in whole seconds: 2.5 a second are 5 in 2.
         limit, seconds = Fraction(rate).limit_denominator(_DAY).as_integer_ratio()
         self._quota = Quota(Rate(timedelta(seconds=seconds), limit), self._burst)
@@ -115,7 +117,7 @@ class Meter:
 
     def wait(self, key: str) -> float:
         """Seconds until there is room for one more request; 0 for now."""
-        state = self._limiter.peek(key)
+        state = self._limiter.peek(self._own(key))
         if state.remaining:
             return 0.0
         # Not its `retry_after`, which the library reckons one request too short when it peeks.
@@ -123,8 +125,12 @@ class Meter:
 
     def spend(self, key: str) -> float:
         """Count one request if there is room for it, and give 0; else as `wait`."""
-        result = self._limiter.limit(key)
+        result = self._limiter.limit(self._own(key))
         return result.state.retry_after if result.limited else 0.0
+
+    def _own(self, key: str) -> str:
+        # What is remembered is when all will have come back, at this rate: at another it may be a day off.
+        return f"{self._rate} {key}"
 
 
 class Limits:
@@ -169,8 +175,8 @@ class Limits:
         own = settings.model_dump(exclude_none=True) if settings else {}
         rules = self._settings.model_copy(update=own)
         occupancy = self._occupancies.setdefault(agent.name, Occupancy())
-        most = max(1, int(rules.share * agent.limits.concurrency))
-        each = _meter(rules.rate, rules.burst, self._callers)
+        most = _part(rules.share, agent.limits.concurrency)
+        each = _meter(*_of_each(rules), self._callers)
         total = _meter(rules.total_rate, rules.total_burst, self._totals)
         name, longest = agent.name, agent.limits.timeout
 
@@ -207,6 +213,23 @@ def caller_of(call: Call) -> str:
     if caller.instance_id:
         return f"instance {caller.instance_id[:_LONGEST_NAME]}"
     return "source" if call.verb == "source" else "anonymous"
+
+
+def _part(share: float, concurrency: int) -> int:
+    """How many requests a share is, at least one: 0.29 of 100 are 29, though 0.29 * 100 is less."""
+    return max(1, int(Fraction(str(share)) * concurrency))
+
+
+def _of_each(rules: Settings) -> tuple[float, int | None]:
+    """The rate and the burst of one caller, which without a rate has its share of the total.
+
+    Whoever takes all that there is would leave nothing to those who come back when they are told.
+    """
+    if rules.rate < math.inf or rules.total_rate == math.inf:
+        return rules.rate, rules.burst
+    total_burst = rules.total_burst or math.ceil(rules.total_rate)
+    burst = rules.burst or math.ceil(rules.share * total_burst)
+    return max(rules.share * rules.total_rate, 1 / _DAY), burst
 
 
 def _spend(metered: Sequence[tuple[Meter, str]]) -> float:

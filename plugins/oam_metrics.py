@@ -1,6 +1,7 @@
 """Metrics: what agents do and how they fare, for Prometheus, at `/metrics`."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import wait
@@ -15,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 
+log = logging.getLogger(__name__)
+
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # How often the event loop's lag is measured, in seconds.
 _BEAT: Final = 0.5
@@ -22,6 +25,7 @@ _BEAT: Final = 0.5
 _BEATS: Final = 120
 # More kinds of errors of one agent than this are counted together, for agents name their own.
 _MOST_CODES: Final = 50
+_LONGEST_CODE: Final = 64
 # How long a scrape waits for the event loop, in seconds.
 _PATIENCE: Final = 2.0
 
@@ -126,9 +130,11 @@ class Metrics:
         # Who stops to read a stream makes no error.
         if error is None or codes is None or (streams and call.abandoned):
             return
-        if error.code in codes or len(codes) < _MOST_CODES:
-            codes.add(error.code)
-            self._errors.labels(call.agent, error.code).inc()
+        # Its author's word, or a peer's, may hold anything, and be as long as anything.
+        code = error.code[:_LONGEST_CODE].encode("utf-8", "replace").decode()
+        if code in codes or len(codes) < _MOST_CODES:
+            codes.add(code)
+            self._errors.labels(call.agent, code).inc()
         else:
             self._errors.labels(call.agent, "others").inc()
 
@@ -207,6 +213,8 @@ class Described(Collector):
         looking = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
         if not wait([looking], _PATIENCE).done:
             looking.cancel()
+        elif exc := looking.exception():
+            log.error("metrics: what is told of the host is from before", exc_info=exc)
 
     def collect(self) -> Iterator[Metric]:
         """Give what the host counts."""
@@ -214,7 +222,7 @@ class Described(Collector):
         agents = self._seen.get("agents", [])
         in_flight = GaugeMetricFamily("oam_in_flight", "Requests under way.", labels=["agent"])
         waiting = GaugeMetricFamily("oam_waiting", "Requests that wait for their turn.", labels=["agent"])
-        refused = CounterMetricFamily("oam_overloaded", "Requests there was no room for.", labels=["agent"])
+        refused = CounterMetricFamily("oam_overloaded", "Requests answered by overloaded.", labels=["agent"])
         restarts = CounterMetricFamily("oam_restarts", "Restarts of what runs by itself.", labels=["agent"])
         for agent in agents:
             name = [agent["name"]]

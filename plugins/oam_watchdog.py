@@ -120,7 +120,11 @@ class _Watch:
             except RuntimeError:  # the loop is closed
                 return
             if not alive.wait(self._settings().threshold):
-                self._stands_still(alive, asked)
+                try:
+                    self._stands_still(alive, asked)
+                # One look ends here: what lies on the stack is anybody's, and the next look may go well.
+                except Exception:
+                    log.exception("The event loop has stood still, and who blocks it cannot be told")
 
     def _stands_still(self, alive: Event, asked: float) -> None:
         told = self._may_tell()
@@ -168,7 +172,7 @@ class _Watch:
         agents = list(self._places.items())
         places = [f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}" for frame in frames]
         named = [(i, name) for i, place in enumerate(places) for name, source in agents if source == place]
-        answering = [call.agent for f in frames if isinstance(call := f.f_locals.get("call"), Call)]
+        answering = [call.agent for f in frames if type(call := f.f_locals.get("call")) is Call]
         begin = named[0][0] if named else len(frames)
         if answering:
             return f"agent '{answering[0]}'", begin

@@ -61,7 +61,7 @@ def _who(auth: "Auth", token: Path | None, subject: str | None, scopes: str) -> 
     if token is None:
         return None
     text = sys.stdin.read() if str(token) == "-" else read_file(token).decode("utf-8", "replace")
-    tokens = auth.tokens_now()
+    tokens = auth.protection.tokens_now()
     if tokens is None:
         raise ValueError("no token counts here: [plugins.auth.tokens] is not set up")
     return tokens.prove(text.strip())
@@ -72,8 +72,11 @@ def _told(auth: "Auth", agent: str | None, verb: Verb, who: Proof | None) -> dic
     if who is not None:
         told |= {"subject": who.subject, "scopes": sorted(who.scopes)}
     if agent is not None:
-        told |= {"may": f"{verb} {agent}", "by the rule": auth.guard.policy.allow(who, agent, verb)}
-    return told or auth.described()
+        told |= {
+            "may": f"{verb} {agent}",
+            "by the rule": auth.protection.guard.policy.allow(who, agent, verb),
+        }
+    return told or auth.protection.described()
 
 
 def _text(value: object) -> str:

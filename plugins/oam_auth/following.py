@@ -27,12 +27,11 @@ Stamps = tuple[tuple[int, ...], ...]
 
 
 class Issuer:
-    """Who issues tokens, and the keys fetched from there; `on_new` is called when they are others."""
+    """Who issues tokens, and the keys fetched from there: another list when they are others."""
 
-    def __init__(self, settings: TokenSettings | None, on_new: Callable[[], None]) -> None:
+    def __init__(self, settings: TokenSettings | None) -> None:
         self.url = settings.jwks_url if settings else None
         self.keys: list[Key] = []
-        self._on_new = on_new
         self._next_fetch = 0.0
         self._fetching: asyncio.Task[None] | None = None
         self._waiting = 0
@@ -59,7 +58,6 @@ class Issuer:
         fetched = await asyncio.to_thread(fetch_keys, url)
         if [key.as_dict() for key in fetched] != [key.as_dict() for key in self.keys]:
             self.keys = fetched
-            self._on_new()
 
     async def fetch_for_request(self) -> None:
         """Have the newest keys for a request that names an unknown one, as long as few wait for them."""

@@ -1,9 +1,13 @@
 """What one configuration protects with: the policy, and what proves who asks."""
 
+import logging
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from joserfc.jwk import Key
 from openagentmesh import Call
@@ -17,6 +21,10 @@ from oam_auth.settings import Settings, TokenSettings
 from oam_auth.signatures import KEY, SIGNATURE, Nonces, Signatures
 from oam_auth.tokens import Tokens, refused
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 
 class _PolicyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,7 +37,7 @@ class Guard:
     """Decides about requests. Never changes: what changes on disk makes another one.
 
     Attributes:
-        keys: those that were in files.
+        keys: those that were in each file.
         files: what it was read from.
         stamps: what identified them just before.
 
@@ -39,40 +47,67 @@ class Guard:
     tokens: Tokens | None
     signatures: Signatures | None
     identity: Identity
-    keys: tuple[Key, ...] = ()
+    keys: Mapping[Path, tuple[Key, ...]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     stamps: Stamps = ()
 
     @classmethod
-    def of(cls, settings: Settings, folder: Path, nonces: Nonces, fetched: Sequence[Key] = ()) -> "Guard":
+    def of(
+        cls,
+        settings: Settings,
+        folder: Path,
+        nonces: Nonces,
+        fetched: Sequence[Key] = (),
+        before: "Guard | None" = None,
+    ) -> "Guard":
         """Read all that the settings name; relative paths are within the folder.
 
+        Each part that is broken now is as it was `before`, and the log says why.
+
         Raises:
-            ValueError: something is missing or broken, in words for people.
+            ValueError: something is missing or broken, and nothing was before; in words for people.
 
         """
         tokens, signatures, caller = settings.tokens, settings.signatures, settings.caller
-        named = [*(tokens.keys if tokens else ()), settings.policy, caller.token_file, caller.nkey_file]
+        key_files = tokens.keys if tokens else ()
+        named = [*key_files, settings.policy, caller.token_file, caller.nkey_file]
         files = tuple(folder / path.expanduser() for path in named if path is not None)
-        before = stamps(files)
-        rules = settings.rules
-        if settings.policy is not None:
-            rules += _read_policy(folder / settings.policy.expanduser())
-        settings.check_rules(rules)
-        keys = read_keys(tokens.keys, folder) if tokens else []
+        seen = stamps(files)
+        policy = _or_before(partial(_policy, settings, folder), before.policy if before else None)
+        keys = {
+            file: _or_before(partial(read_keys, file, folder), before.keys.get(file) if before else None)
+            for file in key_files
+        }
+        identity = _or_before(partial(Identity.of, caller, folder), before.identity if before else None)
         return cls(
-            Policy(rules),
-            Tokens(tokens, [*keys, *fetched]) if tokens else None,
+            policy,
+            Tokens(tokens, [*chain(*keys.values()), *fetched]) if tokens else None,
             Signatures(signatures, nonces) if signatures else None,
-            Identity.of(caller, folder),
-            tuple(keys),
+            identity,
+            keys,
             files,
-            before,
+            seen,
         )
+
+    @property
+    def keys_in_files(self) -> list[Key]:
+        """The keys that were in all files together."""
+        return list(chain(*self.keys.values()))
 
     def with_fetched(self, settings: TokenSettings, fetched: Sequence[Key]) -> "Guard":
         """The same guard with these keys of the issuer besides those in files."""
-        return replace(self, tokens=Tokens(settings, [*self.keys, *fetched]))
+        return replace(self, tokens=Tokens(settings, [*self.keys_in_files, *fetched]))
+
+    def use_up(self, call: Call) -> None:
+        """Let a signature that was believed not count again.
+
+        Raises:
+            Unauthenticated: it has been used before.
+            Overloaded: too many of this signer came to remember them all.
+
+        """
+        if self.signatures is not None and KEY in call.headers:
+            self.signatures.use_up(call)
 
     def prove(self, call: Call) -> Proof | None:
         """Who is proven to ask; None for nobody, who says nothing.
@@ -116,6 +151,25 @@ def bearer_token(call: Call) -> str:
     if scheme.lower() != "bearer" or not token.strip():
         raise refused("credentials.scheme", "the request's Authorization is no bearer token")
     return token.strip()
+
+
+def _or_before(read: Callable[[], T], before: T | None) -> T:
+    """What is read now, else what was read before."""
+    try:
+        return read()
+    except ValueError as exc:
+        if before is None:
+            raise
+        log.error("auth: what was read before stays in force: %s", exc)  # noqa: TRY400 - no bug of ours
+        return before
+
+
+def _policy(settings: Settings, folder: Path) -> Policy:
+    rules = settings.rules
+    if settings.policy is not None:
+        rules += _read_policy(folder / settings.policy.expanduser())
+    settings.check_rules(rules)
+    return Policy(rules)
 
 
 def _read_policy(path: Path) -> tuple[Rule, ...]:

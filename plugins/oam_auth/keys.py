@@ -3,7 +3,6 @@
 import json
 import time
 import urllib.request
-from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
@@ -20,14 +19,14 @@ _MOST_KEYS: Final = 100
 _PATIENCE: Final = 5.0
 
 
-def read_keys(files: Sequence[Path], folder: Path) -> list[Key]:
-    """The keys in files, whose relative paths are within the folder.
+def read_keys(file: Path, folder: Path) -> tuple[Key, ...]:
+    """The keys in a file, whose relative path is within the folder.
 
     Raises:
-        ValueError: a file cannot be read, or holds no key that can be used.
+        ValueError: it cannot be read, or holds no key that can be used.
 
     """
-    return [key for file in files for key in _keys_of(str(file), read_file(folder / file.expanduser()))]
+    return tuple(_keys_of(str(file), read_file(folder / file.expanduser())))
 
 
 def read_file(path: Path) -> bytes:
@@ -94,11 +93,11 @@ def _keys_of(where: str, content: bytes) -> list[Key]:
         raise ValueError(f"{where} holds several keys or certificates; a PEM file with one key is wanted")
     try:
         found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
-    except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+    except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # The library's words may quote the key.
         raise ValueError(
             f"{where} holds no key that can be used: a JWK, a JWK Set or a PEM is wanted"
-        ) from exc
+        ) from None
     if not found or len(found) > _MOST_KEYS:
         raise ValueError(f"{where} holds {len(found)} keys to verify with; 1 to {_MOST_KEYS} are wanted")
     if any(key.is_private and not isinstance(key, OctKey) for key in found):

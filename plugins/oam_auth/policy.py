@@ -80,7 +80,10 @@ class Rule(BaseModel):
 
 @lru_cache(maxsize=1000)
 def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+    first, *others = map(re.escape, pattern.split("*"))
+    # Atomic: where a part was found first is as good as any later place, and trying these takes for ever.
+    parts = [f"(?>.*?{part})" for part in others[:-1]] + [f".*{part}" for part in others[-1:]]
+    return re.compile(first + "".join(parts), re.DOTALL)
 
 
 @lru_cache(maxsize=1000)

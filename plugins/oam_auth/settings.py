@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from oam_auth.policy import Rule
 
@@ -17,7 +18,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Somebody may have put a secret into the wrong place.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 def _safe_url(url: str) -> str:
@@ -73,13 +75,21 @@ class SignatureSettings(_Table):
     Attributes:
         users: who signs, by public NKey (`U…`).
         window: seconds that a signature may be old, or its clock ahead.
-        remembered: how many signatures are remembered for that long, so that none counts twice.
+        remembered: how many of each user are remembered for twice that long, so that none counts twice.
 
     """
 
     users: Annotated[dict[str, User], Field(min_length=1)]
     window: Annotated[float, Field(ge=1, le=300)] = 30
     remembered: Annotated[int, Field(ge=1, le=10_000_000)] = 200_000
+
+    @field_validator("users", mode="before")
+    @classmethod
+    def _keeps_seeds_out_of_messages(cls, users: object) -> object:
+        # Before anything else is said of them, which would quote their keys.
+        if isinstance(users, dict) and not all(str(key).startswith("U") for key in users):
+            raise PydanticCustomError("public_key", "the key of one of them is no public NKey of a user (U…)")
+        return users
 
 
 class CallerSettings(_Table):

@@ -5,8 +5,9 @@ import binascii
 import hashlib
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import nkeys
@@ -64,32 +65,60 @@ def _signed(headers: Mapping[str, str], subject: str, body: bytes) -> bytes:
     return "\n".join((_KIND, subject, *told, hashlib.sha256(body).hexdigest())).encode()
 
 
+@dataclass(slots=True)
+class _Used:
+    """The nonces that one key has used, with when each was signed and until when it is remembered.
+
+    Attributes:
+        nonces: by the agent that was asked, and the nonce.
+        forgotten: when the last of those that are not remembered any more was signed.
+
+    """
+
+    nonces: OrderedDict[tuple[str, str], tuple[float, float]] = field(default_factory=OrderedDict)
+    forgotten: float = 0.0
+
+
 class Nonces:
-    """Which signatures have been seen; none is forgotten while it would still count."""
+    """Which signatures have been used; none is forgotten that would still count."""
 
     def __init__(self) -> None:
-        self._until: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+        self._used: defaultdict[str, _Used] = defaultdict(_Used)
 
-    def use(self, agent: str, key: str, nonce: str, window: float, most: int) -> None:
+    def use(  # noqa: PLR0913 - all that makes a signature what it is, and two bounds
+        self, agent: str, key: str, nonce: str, *, signed: float, window: float, most: int
+    ) -> None:
         """Remember a nonce of a key, which may be used once for each agent: several may hear one message.
 
+        Args:
+            agent: who was asked.
+            key: who signed.
+            nonce: what makes the signature another one.
+            signed: when it was signed, in seconds since 1970.
+            window: for how many seconds it counts, before and after that.
+            most: how many are remembered of one key.
+
         Raises:
-            Unauthenticated: it has been used.
+            Unauthenticated: it has been used, or may have been.
             Overloaded: too many are remembered; what could not be remembered must not count.
 
         """
-        now = time.monotonic()
-        while self._until and next(iter(self._until.values())) <= now:
-            self._until.popitem(last=False)
-        if (agent, key, nonce) in self._until:
+        used, now = self._used[key], time.monotonic()
+        while used.nonces and (oldest := next(iter(used.nonces.values())))[1] <= now:
+            used.nonces.popitem(last=False)
+            used.forgotten = max(used.forgotten, oldest[0])
+        # With a wider window, or another clock, one that was forgotten would count again.
+        if (agent, nonce) in used.nonces or signed <= used.forgotten:
             raise refused("signature.replayed", "this signature has been used before")
-        if len(self._until) >= most:
+        if len(used.nonces) >= most:
+            left = next(iter(used.nonces.values()))[1] - now
             raise Overloaded(
-                f"{most} signed requests in {2 * window:g} s are all that are remembered. Try again later.",
-                details={"retry_after_ms": int(window * _MILLISECONDS)},
+                f"{most} signed requests of one key in {2 * window:g} s are all that are remembered. "
+                "Try again later.",
+                details={"retry_after_ms": int(left * _MILLISECONDS) + 1},
             )
         # Its clock may be ahead by a window, and it counts until it is a window old.
-        self._until[agent, key, nonce] = now + 2 * window
+        used.nonces[agent, nonce] = signed, now + 2 * window
 
 
 class Signatures:
@@ -113,7 +142,6 @@ class Signatures:
 
         Raises:
             Unauthenticated: it does not count; `details["rule"]` says why.
-            Overloaded: too many came to remember them all.
 
         """
         headers, window = call.headers, self._settings.window
@@ -133,8 +161,19 @@ class Signatures:
             verify_key.verify(_signed(headers, call.subject, call.request.body), signature)
         except (CryptoError, ValueError):  # the bytes are a stranger's
             raise refused("signature.wrong", "the request's signature is wrong") from None
-        self._nonces.use(call.agent, key, nonce, window, self._settings.remembered)
         return proof
+
+    def use_up(self, call: Call) -> None:
+        """Let a signature that proves somebody not do so again.
+
+        Raises:
+            Unauthenticated: it has been used before.
+            Overloaded: too many of this key came to remember them all.
+
+        """
+        key, nonce, signed = (call.headers[name] for name in (KEY, NONCE, TIME))
+        window, most = self._settings.window, self._settings.remembered
+        self._nonces.use(call.agent, key, nonce, signed=_seconds(signed), window=window, most=most)
 
 
 def _seconds(text: str) -> float:

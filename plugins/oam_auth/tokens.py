@@ -1,7 +1,6 @@
 """Bearer tokens: JWTs that the issuer has signed."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,9 +14,10 @@ from joserfc.errors import (
     InvalidClaimError,
     JoseError,
     MissingClaimError,
-    SecurityWarning,
+    UnsupportedAlgorithmError,
 )
 from joserfc.jwk import Key
+from joserfc.jws import JWSRegistry
 from openagentmesh import Unauthenticated
 
 from oam_auth.policy import Proof
@@ -142,14 +142,30 @@ def _header_of(token: str) -> dict[str, Any]:
         raise malformed from None
 
 
+class _Registry(JWSRegistry):
+    """Takes the algorithms that mesh.toml allows, and those only.
+
+    The library's own one warns of "EdDSA", which has a newer name; issuers use the old one, and to
+    keep a warning quiet is to change what holds for all threads.
+    """
+
+    def get_alg(self, name: str) -> Any:  # noqa: ANN401 - the library does not export its type
+        """The algorithm of this name.
+
+        Raises:
+            UnsupportedAlgorithmError: it is not allowed.
+
+        """
+        if name not in (self.allowed or ()) or name not in self.algorithms:
+            raise UnsupportedAlgorithmError(f"Algorithm of '{name}' is not allowed")
+        return self.algorithms[name]
+
+
 def _claims(token: str, key: Key, algorithm: str) -> dict[str, Any] | None:
     """The claims of a token that this key has signed; None when another one has."""
     try:
         key.check_alg(algorithm)
-        with warnings.catch_warnings():
-            # "EdDSA" has a newer name, and issuers use the old one.
-            warnings.simplefilter("ignore", SecurityWarning)
-            return dict(jwt.decode(token, key, algorithms=[algorithm]).claims)
+        return dict(jwt.decode(token, key, registry=_Registry(algorithms=[algorithm])).claims)
     except BadSignatureError:
         return None
     # A key of another kind, a header that has to be understood and is not, claims that are none.

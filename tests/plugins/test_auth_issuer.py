@@ -161,9 +161,9 @@ async def test_other_settings_keep_the_keys(
     plugin = auth(publisher)
     async with Guarded(url, name, plugin).mesh, AgentMesh(url) as mesh:
         publisher.answer = 500, b""
-        plugin.mesh_configure(auth(publisher, leeway=11)._settings, tmp_path)
+        plugin.mesh_configure(auth(publisher, leeway=11).protection.settings, tmp_path)
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        elsewhere = auth(publisher)._settings.model_dump()
+        elsewhere = auth(publisher).protection.settings.model_dump()
         elsewhere["tokens"]["jwks_url"] += "/other"
         with pytest.raises(ValueError, match="another issuer needs a restart"):
             plugin.mesh_configure(Settings.model_validate(elsewhere), tmp_path)
@@ -179,14 +179,14 @@ async def test_who_gives_up_throws_no_keys_away(
         monkeypatch.setattr("oam_auth.following._PAUSE", 3600.0)
         plugin = provider._plugins.all[0].implementation
         assert isinstance(plugin, Auth)
-        plugin._issuer._next_fetch = 0.0
+        plugin.protection.issuer._next_fetch = 0.0
         publisher.publish(NEXT)
         publisher.hold.clear()
         with pytest.raises(MeshTimeout):
             await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)), timeout=0.1)
         publisher.hold.set()
         async with asyncio.timeout(10):
-            while plugin._issuer.keys[0].kid != "next":
+            while plugin.protection.issuer.keys[0].kid != "next":
                 await asyncio.sleep(0.01)
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
 
@@ -196,7 +196,7 @@ async def test_an_issuer_that_speaks_no_http_ends_nothing(
 ) -> None:
     """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
     monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
-    monkeypatch.setattr("oam_auth.plugin._AGAIN", 0.01)
+    monkeypatch.setattr("oam_auth.protection._AGAIN", 0.01)
     async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.garbage = True

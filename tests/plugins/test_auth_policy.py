@@ -174,7 +174,7 @@ def test_any_policy_file_has_rules_or_is_refused(tmp_path_factory: pytest.TempPa
 def test_enabled_and_not_set_up_it_refuses_everything() -> None:
     """Without any settings, nobody may do anything."""
     with pytest.raises(Unauthenticated):
-        Auth().guard.policy.allow(None, "any", "call")
+        Auth().protection.guard.policy.allow(None, "any", "call")
 
 
 async def test_who_nobody_may_ask_is_told_at_the_start(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oam_auth import Auth, CallerSettings, Settings, SignatureSettings
+from oam_auth.policy import Proof
 from oam_auth.signatures import KEY, NONCE, SIGNATURE, TIME, VERB, Nonces, Signatures, Signer
 from openagentmesh import (
     AgentMesh,
@@ -30,13 +31,13 @@ from tests.plugins.issuing import ALL, bearer, seed, settings, signers
 from tests.plugins.test_auth import Guarded
 
 SEED, PUBLIC = seed()
-SIGNER = Signer(SEED)
+SIGNER, EVE = Signer(SEED), Signer(seed()[0])
 
 
-def signed(verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}') -> Call:
+def signed(verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', by: Signer = SIGNER) -> Call:
     """A request as it arrives, signed as it left."""
     outgoing = Outgoing(verb, target, "r1", body, {"X-Mesh-Request-Id": "r1"})
-    SIGNER.sign(outgoing)
+    by.sign(outgoing)
     request = Request(
         request_id="r1", caller="", streaming=False, timeout=None, credit=0, accept="", reply_to="",
         body=body, headers=dict(outgoing.headers),
@@ -51,14 +52,23 @@ def headers_of(call: Call) -> dict[str, str]:
     return headers
 
 
+def users(**changed: Any) -> SignatureSettings:
+    return signers(bob=PUBLIC, eve=EVE.key).model_copy(update=changed)
+
+
 def verifier(**changed: Any) -> Signatures:
-    known = signers(bob=PUBLIC)
-    return Signatures(known.model_copy(update=changed), Nonces())
+    return Signatures(users(**changed), Nonces())
+
+
+def believe(signatures: Signatures, call: Call) -> Proof:
+    proof = signatures.prove(call)
+    signatures.use_up(call)
+    return proof
 
 
 def refusal(signatures: Signatures, call: Call) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        signatures.prove(call)
+        believe(signatures, call)
     return str(caught.value.details["rule"])
 
 
@@ -154,29 +164,49 @@ def test_any_headers_are_refused(headers: dict[str, str]) -> None:
     assert refusal(verifier(), call).startswith("signature.")
 
 
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let so much time pass, by all clocks."""
+    wall, steady = time.time() + seconds, time.monotonic() + seconds
+    monkeypatch.setattr("oam_auth.signatures.time.time", lambda: wall)
+    monkeypatch.setattr("oam_auth.signatures.time.monotonic", lambda: steady)
+
+
 def test_a_signature_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request again is refused for as long as its signature would count, and forgotten then."""
-    signatures, now = verifier(), time.monotonic()
-    call = signed()
-    signatures.prove(call)
-    for ahead in (0, 30, 59):
-        monkeypatch.setattr("oam_auth.signatures.time.monotonic", lambda ahead=ahead: now + ahead)
+    signatures, call = verifier(), signed()
+    believe(signatures, call)
+    for pause in (0, 29):
+        later(monkeypatch, pause)
         assert "signature.replayed" == refusal(signatures, call)
-    monkeypatch.setattr("oam_auth.signatures.time.monotonic", lambda: now + 61)
-    signatures.prove(signed())
-    assert 1 == len(signatures._nonces._until)
+    later(monkeypatch, 32)
+    assert "signature.time" == refusal(signatures, call)
+    believe(signatures, signed())
+    [used] = signatures._nonces._used.values()
+    assert 1 == len(used.nonces)
+
+
+def test_what_was_forgotten_counts_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wider window, as a reload may bring, or a clock that is set back, revives no signature."""
+    nonces, call = Nonces(), signed()
+    narrow, wide = (Signatures(users(window=window), nonces) for window in (1, 300))
+    believe(narrow, call)
+    later(monkeypatch, 3)
+    believe(narrow, signed())  # the first one is forgotten now
+    assert "signature.replayed" == refusal(wide, call)
+    believe(wide, signed())
 
 
 def test_what_cannot_be_remembered_does_not_count() -> None:
-    """When all room for signatures is taken, the next one is told to wait, and none is forgotten."""
+    """A signer that has used up its room is told to wait; none is forgotten, and others have theirs."""
     signatures = verifier(remembered=2)
     first = signed()
-    signatures.prove(first)
-    signatures.prove(signed())
+    believe(signatures, first)
+    believe(signatures, signed())
     with pytest.raises(Overloaded) as caught:
-        signatures.prove(signed())
-    assert 30_000 == caught.value.details["retry_after_ms"]
+        believe(signatures, signed())
+    assert 59_000 < caught.value.details["retry_after_ms"] <= 60_001
     assert "signature.replayed" == refusal(signatures, first)
+    assert "eve" == believe(signatures, signed(by=EVE)).subject
 
 
 def test_what_is_refused_takes_no_room() -> None:

@@ -34,7 +34,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 
 def made(folder: Path, **changed: Any) -> Tokens:
     settings = token_settings(folder, **changed)
-    return Tokens(settings, read_keys(settings.keys, folder))
+    return Tokens(settings, [key for file in settings.keys for key in read_keys(file, folder)])
 
 
 def refusal(tokens: Tokens, value: str) -> str:
@@ -157,7 +157,7 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     encrypting = {**KEY.as_dict(private=False), "use": "enc"}
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [encrypting]}))
     with pytest.raises(ValueError, match="holds 0 keys"):
-        read_keys([Path("keys.json")], tmp_path)
+        read_keys(Path("keys.json"), tmp_path)
 
 
 @given(st.text(max_size=300) | st.text(alphabet="eyJ.abc-_=0\n", max_size=300))
@@ -237,7 +237,7 @@ def test_a_broken_key_file_is_named(tmp_path: Path, content: str, why: str) -> N
     """By the file, without what is in it."""
     (tmp_path / "keys.json").write_text(content)
     with pytest.raises(ValueError, match=rf"keys\.json .*({why})") as caught:
-        read_keys([Path("keys.json")], tmp_path)
+        read_keys(Path("keys.json"), tmp_path)
     assert str(KEY.as_dict(private=True)["d"]) not in str(caught.value)
 
 
@@ -247,7 +247,7 @@ def test_any_key_file_is_refused_in_words(tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.getbasetemp()
     (folder / "any.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"any\.json holds"):
-        read_keys([Path("any.json")], folder)
+        read_keys(Path("any.json"), folder)
 
 
 def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
@@ -258,7 +258,8 @@ def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(KEY.as_dict(private=False)))
     unknown = {"kty": "AKP", "alg": "ML-DSA-44"}
     (tmp_path / "set.json").write_text(json.dumps({"keys": [unknown, KEY.as_dict(private=False)]}))
-    found = read_keys([Path(f"{n}.pem") for n in range(3)] + [Path("one.json"), Path("set.json")], tmp_path)
+    files = ["0.pem", "1.pem", "2.pem", "one.json", "set.json"]
+    found = [key for file in files for key in read_keys(Path(file), tmp_path)]
     assert ["RSA", "EC", "OKP", "OKP", "OKP"] == [key.key_type for key in found]
 
 

@@ -297,6 +297,41 @@ async def test_all_callers_share_the_total(
         assert "ok" == await second.call(name)
 
 
+async def test_without_a_rate_one_caller_has_its_share_of_the_total(
+    limited: Limited, new_mesh: Callable[[], AgentMesh], clock: Clock, name: str
+) -> None:
+    """Who asks all the time leaves something to those who come back when they are told."""
+    mesh = limited(total_rate=10, total_burst=4, share=0.5)
+    serve_echo(mesh, name)
+    async with mesh, new_mesh() as greedy, new_mesh() as modest:
+        assert 2 == len(refused(await outcomes(greedy, name, 4)))
+        assert ["ok", "ok"] == await outcomes(modest, name, 2)
+        for _ in range(3):
+            clock.now += 0.201  # two of the total came back
+            assert 1 == len(refused(await outcomes(greedy, name, 2)))
+            assert "ok" == await modest.call(name)
+
+
+async def test_a_rate_that_is_mended_holds_at_once(
+    serve: Serve, mesh: AgentMesh, configure: Callable[[str], None], clock: Clock, name: str
+) -> None:
+    """Who has used up a day's burst of one rate does not wait for that day at another."""
+    async with serve({"a.py": MESH + agent(name)}, "plugins.limits = {rate = 0.001, burst = 3}") as host:
+        assert 1 == len(refused(await outcomes(mesh, name, 4, payload={})))
+        configure("plugins.limits = {rate = 100, burst = 3}")
+        assert (await host.reload()) is not None
+        assert not refused(await outcomes(mesh, name, 3, payload={}))
+        assert 1 == len(refused(await outcomes(mesh, name, 1, payload={})))
+        clock.now += 0.011
+        assert not refused(await outcomes(mesh, name, 1, payload={}))
+
+
+def test_a_share_is_of_whole_requests() -> None:
+    """Of 100 at once a share of 0.29 is 29, not what comes of adding binary fractions."""
+    shares = {0.29: 29, 0.57: 57, 0.07: 7, 0.001: 1, 1: 100}
+    assert list(shares.values()) == [oam_limits._part(share, 100) for share in shares]
+
+
 async def test_streams_and_sends_count(limited: Limited, clock: Clock, name: str) -> None:
     """A stream that is refused ends with the error, and a send that is refused is not handled."""
     mesh, runs = limited(rate=1, burst=2), 0

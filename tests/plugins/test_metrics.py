@@ -86,6 +86,25 @@ async def test_the_numbers_agree_with_what_was_sent(counted: AgentMesh, name: st
     assert (1, 0) == (seen["oam_connected",], seen["oam_reconnects_total",])
 
 
+async def test_an_odd_code_breaks_no_scrape(url: str, name: str, metrics: Metrics) -> None:
+    """An author's error may have any code: what is no text is replaced, and what is long is cut."""
+    mesh = AgentMesh(url, plugins=[metrics])
+
+    @mesh.agent(AgentSpec(name=name))
+    async def odd(code: str) -> str:
+        error = MeshError("odd")
+        error.code = {"surrogate": "a\ud800b", "long": "x" * 10_000}[code]
+        raise error
+
+    async with mesh:
+        for code in ("surrogate", "long"):
+            with pytest.raises(MeshError):
+                await mesh.call(name, code)
+        seen = await scraped(metrics)
+    errors = [labels[2] for labels in seen if labels[0] == "oam_errors_total"]
+    assert {"a?b", "x" * 64} == set(errors)
+
+
 async def test_what_is_under_way_and_waits_is_told(url: str, name: str, metrics: Metrics) -> None:
     """In flight are those that run and those that wait for their turn; what has no room is counted."""
     mesh, go = AgentMesh(url, plugins=[metrics]), asyncio.Event()

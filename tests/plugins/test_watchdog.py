@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from oam_watchdog import Settings, Watchdog
@@ -195,6 +196,31 @@ async def test_the_program_that_runs_the_loop_is_not_blamed(
     )
     assert "something outside of all agents blocks it" in done.stdout
     assert name not in done.stdout
+
+
+def refuse(_self: object) -> Any:
+    raise RuntimeError("working outside of a request")
+
+
+# As those of web frameworks.
+Proxy = type("Proxy", (), {"__class__": property(refuse)})
+
+
+async def test_whatever_lies_on_a_stack_it_goes_on_watching(
+    watched: Callable[..., AgentMesh], told: Told, name: str
+) -> None:
+    """An author's local may be called as one of ours, and be something that nobody can look at."""
+    mesh = watched(threshold=0.1)
+
+    @mesh.agent(AgentSpec(name=name))
+    async def blocks() -> str:
+        call: object = Proxy()
+        await stand_still(told, f"agent '{name}'")
+        return str(id(call))
+
+    async with mesh:
+        await mesh.call(name, timeout=30)
+        assert ["oam-watchdog"] == [t.name for t in threading.enumerate() if t.name == "oam-watchdog"]
 
 
 async def test_no_more_reports_than_there_may_be(

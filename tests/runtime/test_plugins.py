@@ -406,3 +406,20 @@ async def boot(req: dict) -> str:
         assert "late" == await mesh.call(f"{name}.late", {})
         write(tmp_path / "agents", {"a.py": MESH + late + "# touched"})
         assert f"{name}.late withdrawn" in (await reloaded(host)).agents
+
+
+async def test_a_module_brings_no_plugin_that_is_not_enabled(
+    toml: Toml, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """What it would protect alone is not served unprotected here; enabled in mesh.toml, it is the host's."""
+    source = "from openagentmesh import AgentMesh, AgentSpec\nfrom oam_limits import Limits\n"
+    source += "mesh = AgentMesh(plugins=[Limits()])\n" + agent(name)
+    write(tmp_path / "agents", {"a.py": source})
+    async with hosting(toml()) as host:
+        [module] = host.modules
+        assert "failed" == module.state
+        assert "brings the plugin 'limits'" in module.error
+        assert "[host] plugins" in module.error
+    async with hosting(toml(plugins="['limits']")) as host:
+        assert ["serving"] == [module.state for module in host.modules]
+        assert name == host.agents[0].name

@@ -98,8 +98,7 @@ class AgentMesh(Verbs, Reloading):
         loading = current_loading()
         if loading is not None:
             self._hosted = True
-            if plugins:
-                log.warning("%s brings plugins; in a host those of mesh.toml are in force", loading.origin)
+            loading.node.plugins.check_includes(plugins, loading.origin)
             self._node = loading.node
             if url not in {address.DEFAULT_URL, loading.node.bus.target.url}:
                 log.warning(

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Container, Iterable, Mapping
+from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +78,22 @@ class Plugins:
             found[name if name not in found else f"{name}-{len(found) + 1}"] = each
         return found
 
+    def check_includes(self, others: Sequence[object], origin: str) -> None:
+        """Check that what a module brings for itself is in force here anyway.
+
+        Raises:
+            PluginFailed: it is not, so what it would protect would not be protected.
+
+        """
+        missing = self.named(others).keys() - {plugin.name for plugin in self.all}
+        if missing:
+            name = min(missing)
+            raise PluginFailed(
+                f"{origin} brings the plugin '{name}', but in a host only those of mesh.toml are in force. "
+                "Enable it there: [host] plugins.",
+                details={"plugin": name},
+            )
+
     def _registered(self, name: str, implementation: object) -> object:
         try:
             made = implementation() if isinstance(implementation, type) else implementation
@@ -98,8 +114,11 @@ class Plugins:
             return "implements no hook: put @hookimpl above a function named mesh_…"
         for name in dir(made):
             hook = getattr(made, name, None) if name.startswith("mesh_") else None
-            if callable(hook) and self._manager.parse_hookimpl_opts(made, name) is None:
+            options = self._manager.parse_hookimpl_opts(made, name) if callable(hook) else None
+            if callable(hook) and options is None:
                 return f"has {name} without @hookimpl above it, so it would never be asked"
+            if options is not None and (options.get("wrapper") or options.get("hookwrapper")):
+                return f"has {name} as a wrapper, but each plugin is asked for itself: give what it is to do"
             if iscoroutinefunction(hook) or isasyncgenfunction(hook):
                 return f"has {name} as an `async def`, but hooks are plain functions"
         return ""
@@ -126,7 +145,7 @@ class Plugins:
                 f"The plugin '{plugin.name}' failed in {hook}: {text_of(exc)}",
                 details={"plugin": plugin.name},
             ) from exc
-        return found[0] if isinstance(found, list) and found else found or None
+        return (found[0] if found else None) if isinstance(found, list) else found
 
     def configure(self, tables: Tables, folder: Path) -> None:
         """Give each plugin its validated settings; when one refuses, all have those from before.
@@ -160,6 +179,7 @@ class Plugins:
                 try:
                     self._configure(plugin, before, folder)
                 except PluginFailed as exc:
+                    plugin.settings = None  # nobody knows, so it is asked again whatever is wanted next
                     log.exception("what was in force before is not again: %s", exc.message)
 
     def _configure(self, plugin: Plugin, settings: BaseModel | None, folder: Path) -> None:
