@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from openagentmesh import ConnectionFailed
 from openagentmesh.bus import server
 from openagentmesh.bus.server import EmbeddedServer
 
-from tests.cli.processes import environment, free_port, gone, refuses, until
+from tests.cli.processes import environment, gone, refuses, until
 
 
 @pytest.fixture
@@ -170,12 +172,20 @@ async def _with_stream(url: str, *, make: bool = False) -> None:
     await client.close()
 
 
+@contextmanager
+def taken_after_a_free_one() -> Iterator[int]:
+    """A port that is taken, while the one before it is not."""
+    while True:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port: int = other.getsockname()[1]
+            if refuses(f"nats://127.0.0.1:{port - 1}"):
+                yield port
+                return
+
+
 async def test_the_websocket_port_in_use_is_named() -> None:
     """When only the websocket's port is taken, the message names that one."""
-    port = free_port()
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", port + 1))
-        other.listen()
-        with pytest.raises(ConnectionFailed, match=rf"\b{port + 1}\b"):
-            await EmbeddedServer(port, websocket=True).start()
+    with taken_after_a_free_one() as port, pytest.raises(ConnectionFailed, match=rf"\b{port}\b"):
+        await EmbeddedServer(port - 1, websocket=True).start()

@@ -58,10 +58,10 @@ def test_a_callback_hears_that_no_reply_came(pair: Pair) -> None:
 def test_our_callback_hears_one_thing_only(ours_calls_stock: Pair) -> None:
     """After its reply there is no timeout too, as there is in the published SDK."""
     caller, agent = ours_calls_stock.caller, ours_calls_stock.agent
-    heard = caller.begin("send_and_hear", agent("echo"), {"text": "ja"}, timeout=0.2)
+    heard = caller.begin("send_and_hear", agent("echo"), {"text": "ja"}, timeout=1.0)
     assert "reply" in heard.item()
     # When the second runs out of time, the first would have done so long before.
-    late = caller.begin("send_and_hear", agent("hang"), {"text": ""}, timeout=0.4)
+    late = caller.begin("send_and_hear", agent("hang"), {"text": ""}, timeout=1.2)
     assert "timeout" == late.item()["error"]["code"]
     assert heard.arrived.empty()
     heard.stop()
@@ -71,10 +71,10 @@ def test_our_callback_hears_one_thing_only(ours_calls_stock: Pair) -> None:
 def test_a_stock_callback_hears_each_chunk(stock_calls_ours: Pair) -> None:
     """Our streamer that is sent to gives the callback chunk by chunk, and the end."""
     caller, agent = stock_calls_ours.caller, stock_calls_ours.agent
-    heard = caller.begin("send_and_hear", agent("count"), {"upto": 3}, timeout=0.2)
+    heard = caller.begin("send_and_hear", agent("count"), {"upto": 3}, timeout=1.0)
     assert [0, 1, 2] == [heard.item()["reply"]["number"] for _ in range(3)]
     # Without the end, it would have run out of time long before the second does.
-    late = caller.begin("send_and_hear", agent("hang"), {"text": ""}, timeout=0.4)
+    late = caller.begin("send_and_hear", agent("hang"), {"text": ""}, timeout=1.2)
     assert "timeout" == late.item()["error"]["code"]
     assert heard.arrived.empty()
     heard.stop()
