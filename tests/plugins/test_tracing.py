@@ -394,6 +394,7 @@ async def test_without_an_exporter_the_context_is_handed_on(
         async def asked(req: dict[str, Any]) -> None:
             seen.append(current_call().headers["traceparent"])
 
+        await untraced.catalog()
         await mesh.call(f"{name}.asks", {}, headers={"traceparent": PARENT})
     assert [PARENT] == seen
 
