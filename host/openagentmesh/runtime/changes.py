@@ -13,7 +13,14 @@ from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.disk import Digest, Disk, digest_of
 from openagentmesh.runtime.imports import Imports
 from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.origins import Origin, agent_places, find_origins, missing_places, origins_left
+from openagentmesh.runtime.origins import (
+    Origin,
+    agent_places,
+    find_origins,
+    missing_places,
+    origins_left,
+    place_of,
+)
 from openagentmesh.runtime.sources import Folder, Source, importers, reached
 
 _EMPTY: Final = digest_of(b"")
@@ -135,10 +142,11 @@ class Changes:
 
     def places(self, config: Config) -> Places:
         """Where all is that the loaded modules came from, or that others may come from."""
-        wanted = [config.folder / Path(place).expanduser() for place in agent_places(config)]
+        wanted = [place_of(place, config.folder) for place in agent_places(config)]
         roots = {place for place in wanted if place.suffix != ".py"}
-        roots |= {folder.path for folder in self._imports.folders if folder.is_package}
-        files = {path for source in self._imports.sources.values() for path, _ in _files(source)}
+        roots |= {folder.path for folder in list(self._imports.folders) if folder.is_package}
+        # Copies: somebody may load something in a thread meanwhile.
+        files = {path for source in list(self._imports.sources.values()) for path, _ in _files(source)}
         files |= {path for attempt in self.attempts for path in attempt.files}
         files |= {place for place in wanted if place.suffix == ".py"}
         return Places(

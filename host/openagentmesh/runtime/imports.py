@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib._bootstrap import _module_locks  # type: ignore[attr-defined]
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -57,15 +57,13 @@ class Imports(MetaPathFinder):
         self.folders: list[Folder] = []
         self.executing = executing
         self.stage = Stage()
-        self._import_module = importlib.import_module
         self._closed = False
 
     def open(self) -> None:
         """Find the managed modules from now on, unless that is done."""
         if self not in sys.meta_path and not self._closed:
             sys.meta_path.insert(0, self)
-            self._import_module = importlib.import_module
-            importlib.import_module = self._import  # siblings are found by dynamic imports too
+            _find_siblings_dynamically()
             _note_opened_files()
 
     def close(self) -> None:
@@ -73,7 +71,6 @@ class Imports(MetaPathFinder):
         self._closed = True
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-            importlib.import_module = self._import_module
         ours = {folder.package for folder in self.folders if folder.bare}
         for name in [*self.sources, *[name for name in sys.modules if name.partition(".")[0] in ours]]:
             sys.modules.pop(name, None)
@@ -122,18 +119,10 @@ class Imports(MetaPathFinder):
     def _folder_of(self, fullname: str) -> Folder | None:
         return next((folder for folder in self.folders if folder.holds(fullname)), None)
 
-    def _import(self, name: str, package: str | None = None) -> ModuleType:
-        """`importlib.import_module`, which finds the siblings of the file that calls it."""
-        # Not by its name: it may have been replaced.
-        asking = sys._getframe(1).f_builtins.get("__import__")  # noqa: SLF001 - nobody else tells
-        source = getattr(asking, "__self__", None)
-        found = source.import_module(name, package) if isinstance(source, Source) else None
-        return self._import_module(name, package) if found is None else found
-
     @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Take what is executed meanwhile, in this context, for part of the stage."""
-        token = _staged.set(self.stage)
+    def loading(self, stage: Stage) -> Iterator[None]:
+        """Take what is executed meanwhile, in this context, for part of a stage."""
+        token = _staged.set(stage)
         try:
             yield
         finally:
@@ -304,6 +293,22 @@ class _ImportTime:
             "no task can be started while a module is imported: it would outlive the module's next version. "
             "Make it a watcher, an agent without input and output"
         )
+
+
+@cache
+def _find_siblings_dynamically() -> None:
+    """Let `importlib.import_module` find the siblings of the managed file that calls it; for good."""
+    import_module = importlib.import_module
+
+    @wraps(import_module)
+    def find(name: str, package: str | None = None) -> ModuleType:
+        # Not by its name: it may have been replaced.
+        asking = sys._getframe(1).f_builtins.get("__import__")  # noqa: SLF001 - nobody else tells
+        source = getattr(asking, "__self__", None)
+        found = source.import_module(name, package) if isinstance(source, Source) else None
+        return import_module(name, package) if found is None else found
+
+    importlib.import_module = find
 
 
 @cache

@@ -22,7 +22,7 @@ from openagentmesh.mesh.loading import (
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.imports import Imports, without_loop
+from openagentmesh.runtime.imports import Imports, Stage, without_loop
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.sources import Source
 from openagentmesh.serving.agent import Agent
@@ -88,8 +88,8 @@ class Loader:
         self._node = node
         self._origins: dict[Path, Origin] = {}
 
-    def load(self, origin: Origin, *, can_be_left: bool = True) -> Module:
-        """Load one origin; what goes wrong is told by the module, never raised.
+    def load(self, origin: Origin, stage: Stage, *, can_be_left: bool = True) -> Module:
+        """Load one origin as part of a stage; what goes wrong is told by the module, never raised.
 
         Only a Ctrl-C leaves it, if it `can_be_left`: a module may hang.
         """
@@ -97,10 +97,10 @@ class Loader:
         self.imports.open()
         try:
             with without_loop():
-                copy_context().run(self._import, module)  # what it sets there is gone with it
+                copy_context().run(self._import, module, stage)  # what it sets there is gone with it
         # Code of others may raise anything while it is imported, SystemExit among it.
         except BaseException as exc:
-            if self.imports.stage.given_up or (can_be_left and isinstance(exc, KeyboardInterrupt)):
+            if stage.given_up or (can_be_left and isinstance(exc, KeyboardInterrupt)):
                 raise
             module.fail_of(exc, tuple(f"{folder.path}{os.sep}" for folder in self.imports.folders))
         return module
@@ -120,14 +120,17 @@ class Loader:
         path = origin.path
         return origin.module if path is None else f"{self.imports.folder(path.parent).package}.{path.stem}"
 
-    def _import(self, module: Module) -> None:
+    def _import(self, module: Module, stage: Stage) -> None:
         origin = module.origin
         if origin.path is None:
             self.imports.package(origin.module)
         elif "." in origin.path.stem:
             raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
         module.name = self.name_of(origin)
-        with self.imports.loading(), self._declaring(origin.shown, origin.key, module.loose, module.loose):
+        with (
+            self.imports.loading(stage),
+            self._declaring(origin.shown, origin.key, module.loose, module.loose),
+        ):
             loaded = importlib.import_module(module.name)
         if origin.attribute:
             getattr(loaded, origin.attribute.partition(".")[0])

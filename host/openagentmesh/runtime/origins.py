@@ -52,10 +52,10 @@ def origins_left(config: Config, known: Iterable[Origin]) -> list[Origin]:
     """As `find_origins`, but what is known of places that are not there stays as it is."""
     found: list[Origin] = []
     for place in agent_places(config):
-        path = config.folder / place
         with suppress(ConfigError):
             found += _at(place, config.folder)
             continue
+        path = place_of(place, config.folder)
         found += [origin for origin in known if origin.path is not None and origin.path.is_relative_to(path)]
     with suppress(ConfigError):
         return _once(found + list(_entry_points(config.host.entry_points)))
@@ -64,7 +64,7 @@ def origins_left(config: Config, known: Iterable[Origin]) -> list[Origin]:
 
 def missing_places(config: Config) -> list[Path]:
     """The folders and files that mesh.toml asks for and that are not there."""
-    places = [config.folder / place for place in agent_places(config)]
+    places = [place_of(place, config.folder) for place in agent_places(config)]
     return [place for place in places if not place.exists()]
 
 
@@ -78,9 +78,16 @@ def agent_places(config: Config) -> list[str]:
     return [DEFAULT_FOLDER] if config.host.agents is None else config.host.agents
 
 
+def place_of(place: str, folder: Path) -> Path:
+    """Where a place of mesh.toml is, which lies in `folder`; as it stands where nobody has that home."""
+    with suppress(RuntimeError):
+        return folder / Path(place).expanduser()
+    return folder / place
+
+
 def _at(place: str, folder: Path) -> Iterator[Origin]:
     try:
-        path = folder / Path(place).expanduser()
+        path = place_of(place, folder)
         found = list(_in_folder(path.resolve(), folder, ())) if path.is_dir() else []
     except (OSError, RuntimeError) as exc:  # no such user, no such right
         raise ConfigError(f"host.agents: '{place}' cannot be looked at: {text_of(exc)}.") from exc

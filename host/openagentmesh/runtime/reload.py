@@ -22,7 +22,7 @@ from openagentmesh.runtime.loader import Loader, Module, claimed_twice
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.plugins import configure
 from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints
+from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints, left_by_tried
 from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.runtime.verdict import Candidate, Doubtful, LoadFailed, ReloadRefused
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _REMEMBERED: Final = 20
 # So many modules are looked at beside the event loop.
 _MANY: Final = 200
+Notes = Iterable[str]
 Ready = Callable[[Agent, Config], Agent]
 # A load that took this many seconds is not waited for the next time.
 _SLOW: Final = 0.008
@@ -91,7 +92,7 @@ class Reloader:
         loader.prepare(self.config, origins)
         for origin in origins:
             stage = loader.imports.stage = Stage()
-            module = loader.load(origin)
+            module = loader.load(origin, stage)
             self.modules.append(module)
             if module.state == "failed":
                 self._changes.tried_first(origin, stage.executed)
@@ -176,15 +177,15 @@ class Reloader:
     ) -> Outcome:
         """The transaction."""
         imports, plugins = self._loader.imports, self._node.plugins
-        stage, settings = Stage(), plugins.in_force
+        stage, settings, limit = Stage(), plugins.in_force, plan.config.host.load_timeout
         try:
             verdict.check_willing(imports.sources, plan.names)
             self._loader.prepare(plan.config, plan.origins)
             stage = imports.take_out(plan.names)
             try:
                 new = await aside(
-                    lambda: self._load(plan.load),
-                    plan.config.host.load_timeout,
+                    lambda: self._load(plan.load, stage),
+                    limit,
                     is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
                     when_late=imports.mend,
                 )
@@ -193,10 +194,10 @@ class Reloader:
             if plan.config.plugins != self.config.plugins:
                 configure(plugins, plan.config)
             candidate = self._check(plan, new, stage, sure=sure)
-            limit = plan.config.host.load_timeout
-            await move(candidate.transfers, limit)
-            if await self._replay(candidate, strict=plan.config.host.replay_strict):
-                await move(candidate.transfers, limit)  # without what replays have done to it
+            with imports.loading(stage):  # they may import more of the new version
+                await move(candidate.transfers, limit)
+                if await self._replay(candidate, strict=plan.config.host.replay_strict):
+                    await move(candidate.transfers, limit)  # without what replays have done to it
         # Code of others may raise anything.
         except BaseException as exc:
             imports.put_back(stage)
@@ -207,15 +208,17 @@ class Reloader:
             task = asyncio.current_task()
             if isinstance(exc, Doubtful) or (task is not None and task.cancelling()):
                 raise
-            return self._refused(plan, stage.executed, exc, began)
+            return self._refused(plan, stage.executed, exc, began, left_by_tried(stage.executed))
         # Above this line anything may fail, and nothing has changed.
         return self._commit(plan, stage, candidate, began)
 
-    def _load(self, origins: Iterable[Origin]) -> list[Module]:
+    def _load(self, origins: Iterable[Origin], stage: Stage) -> list[Module]:
         forget_hints()
         modules = []
         for origin in origins:
-            module = self._loader.load(origin, can_be_left=False)
+            if stage.given_up:
+                raise SystemExit("the load took too long")
+            module = self._loader.load(origin, stage, can_be_left=False)
             if module.state == "failed":
                 raise LoadFailed(module)
             modules.append(module)
@@ -327,6 +330,7 @@ class Reloader:
             self.modules = [before.pop(module.origin, module) for module in kept]
             self.modules += before.values()
             self._node.binding.replace(serve)
+            self._replays.accept(serve, retired.added)
             gone = self._node.drop(retired.added)
             again = Stage(failed.modules, sources=failed.sources)
             exc = ReloadRefused(f"{why}, so the old version runs again")
@@ -341,16 +345,19 @@ class Reloader:
         verdict.tell(outcome)
         return outcome
 
-    def _refused(self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float) -> Outcome:
+    def _refused(
+        self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float, notes: Notes = ()
+    ) -> Outcome:
         """Remember and tell that what is on disk is not served, and why."""
         also = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.tried(plan.causes, executed, also, plan.names)
         error, details, line = verdict.why_of(exc)
         files = self._shown(plan.causes) or ["the configuration"]
-        outcome = Outcome(files, error=error, details=details, line=line, took_ms=_ms(began))
+        outcome = Outcome(files, error=error, details=details, line=line, notes=[*notes], took_ms=_ms(began))
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None
         for module in self.modules:
-            if module.origin == failed or module.name in plan.names:
+            at_fault = module.origin == failed or (failed is None and module.origin in plan.load)
+            if at_fault or module.name in plan.names:
                 module.error, module.traceback, module.line = error, details, line
                 outcome.names += [agent.name for agent in module.agents]
                 module.state = "failed" if module.state == "failed" else "outdated"

@@ -15,6 +15,7 @@ from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call, Caller, set_current_call
+from openagentmesh.serving.handler import Handler
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Replays:
         self._redactor = redactor
         # None: what the serving version makes of it is found out when another one is compared with it.
         self._kept: dict[str, deque[tuple[_Asked, _Run | None]]] = {}
+        # The handlers that serve, since the first reload.
+        self._serving: dict[str, Handler] = {}
         # What candidates have made of requests, by the requests' ids in memory, which they keep.
         self._fresh: dict[str, dict[int, tuple[_Asked, _Run]]] = {}
 
@@ -92,8 +95,10 @@ class Replays:
             if call.abandoned or len(call.request.body) + len(reply) > _LARGEST:
                 return
             if redact is None:
-                took = perf_counter() - began
-                kept.append((_Asked.of(call, call.request.body), _Run(reply, error, took)))
+                # What a version makes of it that serves no more is not what the next one is compared with.
+                serves = self._serving.get(agent.name, agent.handler) is agent.handler
+                run = _Run(reply, error, perf_counter() - began) if serves else None
+                kept.append((_Asked.of(call, call.request.body), run))
                 return
             try:
                 body = redact(call.request.body)
@@ -141,11 +146,13 @@ class Replays:
     def accept(self, agents: Iterable[Agent], gone: Iterable[str]) -> None:
         """Compare the next versions with these, which serve now; forget what is `gone`."""
         for agent in agents:
+            self._serving[agent.name] = agent.handler
             fresh, kept = self._fresh.pop(agent.name, {}), self._kept.get(agent.name, deque())
             for number, (asked, before) in enumerate(kept):
                 kept[number] = asked, before and fresh.get(id(asked), (asked, before))[1]
         for name in gone:
             self._kept.pop(name, None)
+            self._serving.pop(name, None)
 
 
 async def _run(agent: Agent, asked: _Asked, until: float) -> _Run:

@@ -8,7 +8,7 @@ import threading
 import traceback
 import typing
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import isasyncgen, isawaitable
 from time import monotonic
@@ -23,6 +23,7 @@ from openagentmesh.runtime.changes import Plan
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Module
+from openagentmesh.runtime.sources import Source
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 
@@ -136,6 +137,12 @@ async def retire(
     outcome.notes += left
     for what in left:
         log.warning("the old version of %s left behind: %s", ", ".join(names) or "a module", what)
+
+
+def left_by_tried(executed: Iterable[Source]) -> list[str]:
+    """What modules that were executed, and do not serve, have left behind, in words."""
+    modules = [source.module for source in executed if source.module is not None]
+    return [f"what was tried left behind: {what}" for what in _left_by(modules)]
 
 
 def _left_by(modules: list[ModuleType]) -> Iterator[str]:

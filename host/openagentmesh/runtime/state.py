@@ -1,12 +1,14 @@
 """State that survives a reload: taken from the old version, moved, given to the new one."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
+from functools import partial
 from types import CodeType
 from typing import Any, Final
 
-from pydantic import TypeAdapter
+from pydantic import SecretBytes, SecretStr, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -15,6 +17,8 @@ from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.aside import TookTooLong, aside
 
 _PARTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
+# What pydantic's JSON has in the place of a secret.
+_MASK: Final = "*" * 10
 # How often a migration is run: again when requests have changed what it moved.
 _TRIES: Final = 4
 
@@ -115,16 +119,20 @@ class Transfer:
             except PydanticSchemaGenerationError:
                 self._refuse_change(name)
             # What a model computes is no input of it.
+            dump = partial(adapter.dump_python, kept, round_trip=True, warnings=False)
             try:
-                found[name] = adapter.dump_python(kept, mode="json", round_trip=True, warnings=False)
+                found[name] = dump(mode="json")
             except UnicodeDecodeError as exc:
                 raise MeshError(f"what is kept as '{name}' has no JSON form: {exc}") from exc
+            if _MASK in repr(found[name]):
+                found[name] = _revealed(found[name], dump(mode="python"))
         return found
 
     def _refuse_change(self, name: str) -> None:
         was, now = (type(kept.get(name)).__name__ for kept in (self._old.kept, self._new.kept))
         raise MeshError(
-            f"'{name}' was kept as a {was}, whose content a {now} cannot take over; give it another name."
+            f"'{name}' was kept as a {was}, whose content a {now} cannot take over: models, dataclasses, "
+            "dicts, lists, sets and deques can. Give it another name."
         )
 
 
@@ -173,8 +181,23 @@ def _essence(code: Any) -> object:  # noqa: ANN401 - a constant may be anything
     return code.co_code, code.co_names, code.co_varnames, tuple(_essence(each) for each in code.co_consts)
 
 
+def _revealed(dumped: Any, kept: Any) -> Any:  # noqa: ANN401 - what is kept may be of any type
+    """What pydantic has dumped as JSON, with the secrets that it masks there as they are `kept`."""
+    if isinstance(kept, SecretStr | SecretBytes):
+        secret = kept.get_secret_value()
+        return secret.decode() if isinstance(secret, bytes) else secret
+    if isinstance(dumped, dict) and isinstance(kept, dict):
+        return {
+            key: _revealed(value, own)
+            for (key, value), own in zip(dumped.items(), kept.values(), strict=False)
+        }
+    if isinstance(dumped, list) and isinstance(kept, Collection):
+        return [_revealed(value, own) for value, own in zip(dumped, kept, strict=False)]
+    return dumped
+
+
 def _takes_content(kept: object) -> bool:
-    return has_content(kept) or isinstance(kept, dict | list | set)
+    return has_content(kept) or isinstance(kept, dict | list | set | deque)
 
 
 def _validated(hint: Any, value: object) -> object:  # noqa: ANN401 - what is kept may be of any type
@@ -185,9 +208,9 @@ def _validated(hint: Any, value: object) -> object:  # noqa: ANN401 - what is ke
 
 def _fill(kept: Any, content: Any) -> None:  # noqa: ANN401 - two objects of one class, whichever
     """Give an object the content of another one of its class; who holds it keeps it."""
-    if isinstance(kept, dict | list | set):
+    if isinstance(kept, dict | list | set | deque):
         kept.clear()
-        (kept.extend if isinstance(kept, list) else kept.update)(content)
+        (kept.extend if isinstance(kept, list | deque) else kept.update)(content)
         return
     names = (
         [field.name for field in dataclasses.fields(content)]

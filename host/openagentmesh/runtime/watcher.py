@@ -96,11 +96,11 @@ async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: Be
             if scan == seen:
                 continue
             seen = await _reload(reloader, places, await _settled(places, seen, scan), bell)
+            now = reloader.places()
         # The reload ends here: whatever went wrong in it, it is tried again at the next look.
         except Exception:
             seen = {}
             log.exception("a reload failed in a way that it should not")
-        now = reloader.places()
     return seen
 
 
