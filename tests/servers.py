@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from openagentmesh.bus.server import find_binary
+from openagentmesh.transport.server import find_binary
 
 
 @contextmanager

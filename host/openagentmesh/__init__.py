@@ -3,7 +3,6 @@
 from openagentmesh.mesh.hooks import Instance, Redactor, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
 from openagentmesh.mesh.outcome import Outcome
-from openagentmesh.protocol.artifacts import Artifact
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import (
     AgentDied,
@@ -35,6 +34,7 @@ from openagentmesh.protocol.messages import (
     ObserveConfig,
     Usage,
 )
+from openagentmesh.protocol.objects import Artifact
 from openagentmesh.runtime.host import Host
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call, Caller, Endpoint, Middleware, current_call, report_usage

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
-from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.transport.server import EmbeddedServer
 
 ROOT: Final = Path(__file__).parents[2]
 _LONGEST: Final = 120.0

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from statistics import median
 
-from openagentmesh.bus.server import find_binary
+from openagentmesh.transport.server import find_binary
 from rich.box import SIMPLE
 from rich.table import Table
 

@@ -12,9 +12,9 @@ import pytest
 import typer
 from nats.js.api import KeyValueConfig
 from openagentmesh import ConnectionFailed, MeshError
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.explained import explained
 from openagentmesh.cli.output import fail, say_each
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.jetstream_errors import explained
 
 from tests.cli.processes import NOBODY, Up, environment, free_port, oam, side_by_side
 from tests.servers import running_server

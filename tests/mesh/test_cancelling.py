@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, MeshTimeout, current_call
-from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.serving.agent import Limits
+from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_mesh import Text, serve
 from tests.mesh.test_registry import until

@@ -20,9 +20,9 @@ from openagentmesh import (
     NotFound,
     Overloaded,
 )
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.server import EmbeddedServer
 
 from tests.mesh.test_mesh import Text, serve
 from tests.mesh.test_registry import until
@@ -36,7 +36,7 @@ BROKEN = MeshError("quota", "used up", details={"left": 0})
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh that is left waits only so long for what is on its way."""
-    monkeypatch.setattr("openagentmesh.bus.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
 
 
 class Publisher:

@@ -20,10 +20,10 @@ from openagentmesh import (
     NotFound,
     PayloadTooLarge,
 )
-from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.kv import KV, Draft
 from openagentmesh.protocol import subjects
+from openagentmesh.transport.server import EmbeddedServer
+from openagentmesh.transport.tasks import end
 from pydantic import BaseModel
 
 from tests.serving.test_router import node_of

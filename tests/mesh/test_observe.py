@@ -19,11 +19,11 @@ from openagentmesh import (
     Usage,
     report_usage,
 )
-from openagentmesh.bus.client import Message
 from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.protocol.subjects import OBSERVABILITY_BUCKET
+from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, MeshError, MeshTimeout
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh import presence
 from openagentmesh.protocol.subjects import REGISTRY_BUCKET
+from openagentmesh.transport.server import EmbeddedServer
 
 from tests.mesh.test_cancelling import in_hand
 from tests.mesh.test_kv import restartable, take
@@ -135,7 +135,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
 ) -> None:
     """However long it is, and also when who waits is back before the instance that works for it."""
     monkeypatch.setattr("openagentmesh.mesh.peers._ASK_EVERY", 0.02)
-    monkeypatch.setattr("openagentmesh.bus.connection._OTHERS_RETURN", 10.0)
+    monkeypatch.setattr("openagentmesh.transport.connection._OTHERS_RETURN", 10.0)
     begun, go = asyncio.Event(), asyncio.Event()
     async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
 

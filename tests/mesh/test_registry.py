@@ -5,10 +5,10 @@ import time
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import read_catalog
+from openagentmesh.transport.server import EmbeddedServer
 from pydantic import BaseModel
 
 from tests.mesh.test_mesh import serve

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, NotFound
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.nats_client import Message
 
 from tests.serving.test_router import node_of
 

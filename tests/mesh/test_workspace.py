@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.objects import Objects
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.workspace import Workspace
-from openagentmesh.protocol.artifacts import CHUNK
+from openagentmesh.protocol.objects import CHUNK
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.tasks import end
 
 CONTENT = bytes(range(256)) * 2_000
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, Host, NotAvailable, NotFound
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import MeshSection
+from openagentmesh.transport.server import EmbeddedServer
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 from tests.runtime.test_reload_state import let_go, reload

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, MeshError
-from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.serving.agent import Limits
 from openagentmesh.serving.background import Background
+from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_mesh import Text, serve
 from tests.serving.test_router import node_of
@@ -76,7 +76,7 @@ async def for_ever() -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop waits only so long for what swallows its cancellation, and for what is on its way."""
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE", 0.1)
-    monkeypatch.setattr("openagentmesh.bus.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
 
 
 async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Cancelled, Condition, MeshError, MeshMessage, NotAvailable
-from openagentmesh.bus.client import Message
 from openagentmesh.mesh import presence
 from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import InvalidAgent
+from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
@@ -20,7 +20,7 @@ from tests.serving.test_router import node_of
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openagentmesh.bus.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
 
 
 def gated(mesh: AgentMesh, name: str, condition: Condition) -> None:

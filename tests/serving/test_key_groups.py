@@ -41,7 +41,7 @@ async def test_a_group_outlives_a_restart(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_init: Any, kept: bool
 ) -> None:
     """What is changed as soon as the connection is back is handled at once, and once."""
-    monkeypatch.setattr("openagentmesh.bus.buckets._PULL", 60.0)
+    monkeypatch.setattr("openagentmesh.transport.kv._PULL", 60.0)
     async with restartable(tmp_path if kept else "") as (mesh, restart):
         got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init))
         await mesh.catalog()

@@ -5,8 +5,8 @@ import json
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, MeshMessage
-from openagentmesh.bus.client import Message
 from openagentmesh.serving.agent import DEFAULT_LIMITS
+from openagentmesh.transport.nats_client import Message
 
 from tests.serving.test_router import node_of
 from tests.serving.test_sources import errors_of, take

@@ -19,11 +19,11 @@ from openagentmesh import (
     MeshMessage,
     SubjectSource,
 )
-from openagentmesh.bus.client import Message
 from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.serving.triggers import KVFeed
+from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel, Field, model_validator
 
 from tests.mesh.test_kv import restartable

@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from openagentmesh.bus import address
-from openagentmesh.bus.connection import Target
 from openagentmesh.cli.plugins import border_here
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.transport import address
+from openagentmesh.transport.connection import Target
 
 
 class Misdirected(ConnectionFailed):

@@ -19,18 +19,6 @@ from tenacity import (
     wait_fixed,
 )
 
-from openagentmesh.bus import address
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.server import (
-    HOST,
-    LOCK_FILE,
-    EmbeddedServer,
-    ServerFailed,
-    command,
-    lock_store,
-    why_not,
-)
 from openagentmesh.cli.connecting import advised, connected
 from openagentmesh.cli.output import (
     Json,
@@ -51,6 +39,18 @@ from openagentmesh.protocol import codec
 from openagentmesh.protocol.codec import read_headers
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.protocol.subjects import CONTENT_TYPE, in_channel, invalid_pattern, invalid_subject
+from openagentmesh.transport import address
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.server import (
+    HOST,
+    LOCK_FILE,
+    EmbeddedServer,
+    ServerFailed,
+    command,
+    lock_store,
+    why_not,
+)
 
 app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.running import stop_event
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.protocol.subjects import invalid_name
+from openagentmesh.transport.tasks import end
 
 Url = Annotated[
     str | None,

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

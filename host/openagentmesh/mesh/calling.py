@@ -8,16 +8,16 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import RETURNING, Inbox, fail, settle
-from openagentmesh.bus.tasks import end_within
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout
 from openagentmesh.serving.call import within_deadline
 from openagentmesh.serving.streams import WINDOW, ChunkReader
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import RETURNING, Inbox, fail, settle
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end_within
 
 log = logging.getLogger(__name__)
 

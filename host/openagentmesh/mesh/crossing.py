@@ -5,13 +5,13 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Literal
 
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.mesh.calling import Callback, Caller
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.serving.call import within_deadline
 from openagentmesh.serving.outgoing import Border, Outgoing
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
 
 
 class BorderCaller(Caller):

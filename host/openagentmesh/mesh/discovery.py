@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Final
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.tasks import end
-from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, NotFound
+from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv_watch import Entry
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

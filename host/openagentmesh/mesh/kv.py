@@ -10,11 +10,11 @@ from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from openagentmesh.bus.buckets import Buckets
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, problems_of
 from openagentmesh.protocol.messages import KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
+from openagentmesh.transport.kv import Buckets
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -8,9 +8,6 @@ from typing import Any, Final, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel
 
-from openagentmesh.bus import address
-from openagentmesh.bus.connection import Target
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.plugins import Plugins
@@ -30,6 +27,9 @@ from openagentmesh.serving.sources import (
     SubjectCondition,
     SubjectSource,
 )
+from openagentmesh.transport import address
+from openagentmesh.transport.connection import Target
+from openagentmesh.transport.server import EmbeddedServer
 
 log = logging.getLogger(__name__)
 

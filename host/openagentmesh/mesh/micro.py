@@ -22,12 +22,12 @@ from nats.micro.service import (
 )
 from pydantic_core import to_json
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.route import Route
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,6 @@ from typing import Any, Literal
 
 from pydantic_core import to_json
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.objects import Objects
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end, persistently
 from openagentmesh.mesh.binding import Binding
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.crossing import BorderCaller
@@ -36,6 +30,12 @@ from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
 from openagentmesh.serving.threads import pool
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.tasks import end, persistently
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Final
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import AgentDied, MeshError, MeshTimeout
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end
 
 # How often an instance that we wait for is asked whether it lives, in seconds.
 _ASK_EVERY: Final = 1.0

@@ -9,13 +9,13 @@ from typing import Any, Final, Literal
 
 from pydantic_core import from_json, to_json
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.mesh.peers import is_gone
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.kv import Buckets
 
 log = logging.getLogger(__name__)
 

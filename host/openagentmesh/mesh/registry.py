@@ -4,9 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from openagentmesh.bus.buckets import ROOM_FOR_HEADERS, Buckets
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.compatibility import Change, breaking_changes
 from openagentmesh.protocol.contract import (
     AgentContract,
     CatalogEntry,
@@ -15,6 +13,8 @@ from openagentmesh.protocol.contract import (
     write_catalog,
 )
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.schema_diff import Change, breaking_changes
+from openagentmesh.transport.kv import ROOM_FOR_HEADERS, Buckets
 
 log = logging.getLogger(__name__)
 

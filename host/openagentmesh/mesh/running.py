@@ -8,8 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, TypeVar
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.transport.tasks import end
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 

@@ -8,8 +8,6 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.objects import Objects
 from openagentmesh.mesh import again
 from openagentmesh.mesh.calling import Callback
 from openagentmesh.mesh.kv import KV
@@ -19,6 +17,8 @@ from openagentmesh.mesh.workspace import Workspace
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry
 from openagentmesh.protocol.messages import MeshMessage
 from openagentmesh.protocol.subjects import in_channel
+from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.object_store import Objects
 
 
 class Verbs(ABC):

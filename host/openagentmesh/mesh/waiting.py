@@ -10,9 +10,6 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import RETURNING, Inbox
 from openagentmesh.mesh.discovery import Directory
 from openagentmesh.mesh.peers import Peers, died, nobody_is_told
 from openagentmesh.protocol import codec, subjects
@@ -26,6 +23,9 @@ from openagentmesh.protocol.errors import (
     NotFound,
 )
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import RETURNING, Inbox
+from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 

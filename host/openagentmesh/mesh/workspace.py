@@ -6,9 +6,9 @@ from contextlib import aclosing
 from io import BytesIO
 from typing import IO, Final
 
-from openagentmesh.bus.objects import Objects, Progress
-from openagentmesh.protocol.artifacts import CHUNK, Artifact
 from openagentmesh.protocol.errors import InvalidInput
+from openagentmesh.protocol.objects import CHUNK, Artifact
+from openagentmesh.transport.object_store import Objects, Progress
 
 Data = bytes | bytearray | memoryview | str | IO[bytes] | AsyncIterable[bytes] | Iterable[bytes]
 Artifacts = list[Artifact]

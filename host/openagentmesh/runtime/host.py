@@ -14,10 +14,6 @@ from typing import Any, Final, Self
 
 from pydantic_core import from_json, to_json
 
-from openagentmesh.bus import address
-from openagentmesh.bus.connection import Target
-from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.mesh.plugins import Plugins
@@ -34,6 +30,10 @@ from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.threads import pool
+from openagentmesh.transport import address
+from openagentmesh.transport.connection import Target
+from openagentmesh.transport.server import EmbeddedServer
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

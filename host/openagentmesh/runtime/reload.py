@@ -8,7 +8,6 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import PluginFailed
@@ -27,6 +26,7 @@ from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.runtime.verdict import Candidate, Doubtful, LoadFailed, ReloadRefused
 from openagentmesh.serving.agent import Agent
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from time import monotonic
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
-from openagentmesh.bus.tasks import end, end_within, persistently
 from openagentmesh.mesh.loading import Generation
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
@@ -26,6 +25,7 @@ from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.sources import Source
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
+from openagentmesh.transport.tasks import end, end_within, persistently
 
 log = logging.getLogger(__name__)
 

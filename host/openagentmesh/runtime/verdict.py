@@ -6,11 +6,10 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openagentmesh.bus.buckets import ROOM_FOR_HEADERS
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.mesh.outcome import Outcome
-from openagentmesh.protocol.compatibility import breaking_changes
 from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.protocol.schema_diff import breaking_changes
 from openagentmesh.runtime.aside import TookTooLong
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.disk import Stamp, file_digest, stamp
@@ -18,6 +17,7 @@ from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.sources import Source, is_written_by_code
 from openagentmesh.runtime.state import Transfer
 from openagentmesh.serving.agent import Agent
+from openagentmesh.transport.kv import ROOM_FOR_HEADERS
 
 # In the terminal it is the reload that speaks.
 log = logging.getLogger("openagentmesh.runtime.reload")

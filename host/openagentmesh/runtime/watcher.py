@@ -11,11 +11,11 @@ from typing import Final
 
 from watchfiles import Change, awatch
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.runtime.changes import Places
 from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, leads_back, stamp, stamp_of
 from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.verdict import Doubtful
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Final
 
-from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import AgentContract, AgentSpec
@@ -25,6 +24,7 @@ from openagentmesh.serving.sources import (
     SubjectCondition,
     SubjectSource,
 )
+from openagentmesh.transport.kv_watch import Entry
 
 # What an overloaded agent tells its callers to wait.
 _RETRY_AFTER_MS: Final = 250

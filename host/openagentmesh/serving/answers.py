@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from openagentmesh.bus.client import Message
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import (
@@ -20,6 +19,7 @@ from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.call import Call
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.serving.shared import Shared
+from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 

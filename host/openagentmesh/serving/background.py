@@ -8,12 +8,12 @@ from contextvars import Context
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from openagentmesh.bus.tasks import end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.shared import Shared
 from openagentmesh.serving.streams import EventWriter
+from openagentmesh.transport.tasks import end_within
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ import logging
 from datetime import UTC, datetime
 from typing import Final
 
-from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
+from openagentmesh.transport.connection import Bus
 
 log = logging.getLogger(__name__)
 

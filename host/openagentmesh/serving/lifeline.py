@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Final
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.call import Call
 from openagentmesh.serving.deadline import Deadline
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 

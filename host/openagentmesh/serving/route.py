@@ -8,8 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Final
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.tasks import end, end_within
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.agent import Agent
@@ -24,6 +22,8 @@ from openagentmesh.serving.shared import Shared
 from openagentmesh.serving.sources import Source, SubjectSource
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end, end_within
 
 log = logging.getLogger(__name__)
 

@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import Iterator
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.shared import Shared
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.nats_client import Message
 
 
 class Router:

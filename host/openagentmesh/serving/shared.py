@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from openagentmesh.bus.buckets import Buckets
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.serving.eventlog import EventLog
 from openagentmesh.serving.outgoing import Border
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.kv import Buckets
 
 
 @dataclass(slots=True, frozen=True)

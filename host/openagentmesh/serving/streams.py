@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
 from openagentmesh.serving.outgoing import EVENT_PATIENCE, Border, Outgoing
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.nats_client import Message
 
 # The most chunks that are under way to one reader that grants credit.
 WINDOW: Final = 64

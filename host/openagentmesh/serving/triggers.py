@@ -9,11 +9,6 @@ from contextvars import Context
 from functools import partial
 from typing import Any, Final, Protocol
 
-from openagentmesh.bus.buckets import Buckets, Version
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.tasks import end, persistently
-from openagentmesh.bus.watches import Entry
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
@@ -26,6 +21,11 @@ from openagentmesh.serving.sources import (
     SubjectCondition,
     SubjectSource,
 )
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.kv import Buckets, Version
+from openagentmesh.transport.kv_watch import Entry
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end, persistently
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 from openagentmesh import ConnectionFailed
-from openagentmesh.bus import server
-from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.transport import server
+from openagentmesh.transport.server import EmbeddedServer
 
 from tests.cli.processes import environment, gone, refuses, until
 
@@ -56,7 +56,7 @@ async def test_a_server_that_dies(scratch: Path) -> None:
 
 OWNER = """
 import asyncio
-from openagentmesh.bus.server import EmbeddedServer
+from openagentmesh.transport.server import EmbeddedServer
 
 async def main():
     server = EmbeddedServer()

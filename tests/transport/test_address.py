@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import ConnectionFailed
-from openagentmesh.bus import address
-from openagentmesh.bus.address import Address
+from openagentmesh.transport import address
+from openagentmesh.transport.address import Address
 
 URL = "nats://mesh.example.com:4222"
 

@@ -5,10 +5,10 @@ from functools import partial
 from itertools import count
 from typing import Any, Final, TypeVar
 
-from openagentmesh.bus.client import Message, Receiver
-from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, MeshTimeout
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.nats_client import Message, Receiver
 
 T = TypeVar("T")
 # What reached nobody while all return to a restarted server is sent again after this many seconds.

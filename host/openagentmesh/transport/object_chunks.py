@@ -14,12 +14,12 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic_core import from_json
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.protocol.artifacts import CHUNK, STREAM, Description, chunk_subject, digest_text
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.protocol.objects import CHUNK, STREAM, Description, chunk_subject, digest_text
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 

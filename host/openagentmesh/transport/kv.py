@@ -20,16 +20,16 @@ from nats.js.errors import (
 from nats.js.kv import KeyValue
 from pydantic_core import from_json
 
-from openagentmesh.bus.client import Message
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.explained import explained, retrying
-from openagentmesh.bus.latest import latest, latest_revision
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.tasks import end
-from openagentmesh.bus.watches import Entry, Mark, Newest, end_updates, end_watcher
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.subjects import KV_BUCKETS
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.jetstream import latest, latest_revision
+from openagentmesh.transport.jetstream_errors import explained, retrying
+from openagentmesh.transport.kv_watch import Entry, Mark, Newest, end_updates, end_watcher
+from openagentmesh.transport.nats_client import Message
+from openagentmesh.transport.tasks import end
 
 # When a key was written: revision and time.
 Version = tuple[int | None, object]

@@ -5,8 +5,8 @@ from typing import Any, Final
 from nats.js.errors import APIError, NoStreamResponseError
 from pydantic_core import from_json, to_json
 
-from openagentmesh.bus.requests import Inbox
 from openagentmesh.protocol import codec
+from openagentmesh.transport.inbox import Inbox
 
 # How long the server's answer may take, in seconds.
 _REQUEST: Final = 5.0

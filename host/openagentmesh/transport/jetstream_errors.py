@@ -10,8 +10,8 @@ from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, text_of
+from openagentmesh.transport.connection import Bus
 
 # The server's own error codes: limits of the account, of the server, of the bucket.
 _NO_ROOM: Final = frozenset({10002, 10023, 10047, 10054, 10077})

@@ -10,8 +10,8 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
-from openagentmesh.bus.connection import Bus
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.transport.connection import Bus
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from openagentmesh import AgentContract, AgentSpec
-from openagentmesh.protocol.compatibility import Change, breaking_changes
+from openagentmesh.protocol.schema_diff import Change, breaking_changes
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, TypeAdapter, create_model
 
 ABSENT: Any = object()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import ProtocolError
-from openagentmesh.bus.parser import Parser
+from openagentmesh.transport.parser import Parser
 
 # Sid, subject, reply, body and header block; of others their name alone.
 Told = tuple[int, bytes, bytes, bytes, bytes] | str

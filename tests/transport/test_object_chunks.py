@@ -6,13 +6,13 @@ from contextlib import aclosing
 
 import pytest
 from openagentmesh import ConnectionFailed, NotFound
-from openagentmesh.bus.chunks import Upload
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.objects import Objects
-from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.protocol.artifacts import CHUNK, STREAM, Description
+from openagentmesh.protocol.objects import CHUNK, STREAM, Description
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.object_chunks import Upload
+from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.server import EmbeddedServer
 
-from tests.bus.test_objects import chunk_counts, connected, content_of, in_pieces
+from tests.transport.test_object_store import chunk_counts, connected, content_of, in_pieces
 from tests.mesh.test_registry import until
 
 LOST = "lost what had been sent"
@@ -58,7 +58,7 @@ async def test_a_put_whose_server_is_replaced_half_way_fails(
             super().__init__(*args)  # type: ignore[arg-type]
             uploads.append(self)
 
-    monkeypatch.setattr("openagentmesh.bus.objects.Upload", Known)
+    monkeypatch.setattr("openagentmesh.transport.object_store.Upload", Known)
     await servers.now.start()
     async with connected(servers.now.url) as (bus, objects), asyncio.timeout(20):
 

@@ -15,14 +15,14 @@ from nats.js import JetStreamContext
 from nats.js.errors import ObjectNotFoundError
 from nats.js.object_store import ObjectStore
 from openagentmesh import ConnectionFailed, MeshError, NotFound, PayloadTooLarge
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.objects import Objects
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.bus.tasks import end
-from openagentmesh.protocol.artifacts import CHUNK, STREAM, Artifact, description_subject
 from openagentmesh.protocol.errors import KVConflict
+from openagentmesh.protocol.objects import CHUNK, STREAM, Artifact, description_subject
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.server import EmbeddedServer
+from openagentmesh.transport.tasks import end
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK + 7]
 
@@ -229,7 +229,7 @@ async def test_a_put_that_is_refused_at_its_end_changes_nothing(
         return None, 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("openagentmesh.bus.objects._PATIENCE", 0.1)
+        patch.setattr("openagentmesh.transport.object_store._PATIENCE", 0.1)
         patch.setattr(objects, "_last", outdated)
         with pytest.raises(KVConflict, match=name):
             await objects.put(name, in_pieces(b"new"))
@@ -311,7 +311,7 @@ async def test_a_bucket_of_any_making_is_read_and_its_limit_explained(name: str)
 
 async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every use fails with what to do about it."""
-    monkeypatch.setattr("openagentmesh.bus.objects._PATIENCE", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.object_store._PATIENCE", 0.2)
     server = EmbeddedServer()
     server.jetstream = False
     await server.start()
@@ -423,7 +423,7 @@ async def test_transfers_outlive_a_short_absence_of_the_server(tmp_path: Path) -
 
 async def test_a_put_to_a_server_that_stays_away_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an error that says so."""
-    monkeypatch.setattr("openagentmesh.bus.chunks._ACK_TIMEOUT", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.object_chunks._ACK_TIMEOUT", 0.2)
     server = EmbeddedServer()
     await server.start()
 

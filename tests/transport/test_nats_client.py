@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from nats.errors import MaxPayloadError
-from openagentmesh.bus.client import HardenedClient, Message
+from openagentmesh.transport.nats_client import HardenedClient, Message
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from nats.errors import NoServersError
 from nats.js import JetStreamContext
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from openagentmesh.bus.client import HardenedClient, Receiver
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import (
     ConnectionDenied,
@@ -26,6 +24,8 @@ from openagentmesh.protocol.errors import (
     InvalidInput,
     PayloadTooLarge,
 )
+from openagentmesh.transport.nats_client import HardenedClient, Receiver
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,9 @@ from nats.js import JetStreamContext
 from nats.js.api import DeliverPolicy
 from nats.js.errors import APIError, BucketNotFoundError
 
-from openagentmesh.bus.chunks import Upload, chunked, next_chunk, purge, stored
-from openagentmesh.bus.connection import Bus
-from openagentmesh.bus.explained import explained, retrying
-from openagentmesh.bus.latest import latest_revision
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.watches import forget_consumer
-from openagentmesh.protocol.artifacts import (
+from openagentmesh.protocol.codec import new_id
+from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, MeshError, NotFound, PayloadTooLarge
+from openagentmesh.protocol.objects import (
     DESCRIPTIONS,
     STREAM,
     Artifact,
@@ -33,9 +29,13 @@ from openagentmesh.protocol.artifacts import (
     digest_text,
     read_description,
 )
-from openagentmesh.protocol.codec import new_id
-from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
+from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.jetstream import latest_revision
+from openagentmesh.transport.jetstream_errors import explained, retrying
+from openagentmesh.transport.kv_watch import forget_consumer
+from openagentmesh.transport.object_chunks import Upload, chunked, next_chunk, purge, stored
 
 T = TypeVar("T")
 Progress = Callable[[int], object]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import ConnectionDenied, ConnectionFailed, PayloadTooLarge
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.server import EmbeddedServer
 from openagentmesh.protocol import codec
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.server import EmbeddedServer
 
 
 async def test_a_refused_first_connect_says_where_and_why(name: str) -> None:

@@ -15,8 +15,8 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
-from openagentmesh.bus.parser import Parser
-from openagentmesh.bus.tasks import end
+from openagentmesh.transport.parser import Parser
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

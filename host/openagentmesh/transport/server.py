@@ -18,8 +18,8 @@ from typing import IO, Final
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from openagentmesh.bus.tasks import end
 from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import pytest
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerInfo
 from openagentmesh import ConnectionFailed, PayloadTooLarge
-from openagentmesh.bus.buckets import Buckets, Version
-from openagentmesh.bus.connection import Bus, Target
-from openagentmesh.bus.requests import Inbox
-from openagentmesh.bus.server import EmbeddedServer
-from openagentmesh.bus.tasks import end
-from openagentmesh.bus.watches import Entry, Mark, Newest
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
+from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.kv import Buckets, Version
+from openagentmesh.transport.kv_watch import Entry, Mark, Newest
+from openagentmesh.transport.server import EmbeddedServer
+from openagentmesh.transport.tasks import end
 
 from tests.mesh.test_registry import until
 
@@ -67,7 +67,7 @@ async def test_a_value_that_is_too_large_is_a_mesh_error(buckets: Buckets, name:
 
 async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making the buckets fails with what to do about it."""
-    monkeypatch.setattr("openagentmesh.bus.buckets._PATIENCE", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.kv._PATIENCE", 0.2)
     server = EmbeddedServer()
     server.jetstream = False
     await server.start()
@@ -223,7 +223,7 @@ async def test_a_slow_reader_is_told_all_that_there_is_before_current(
         kept = made[0]._kept.get(keys[1])
         return isinstance(kept, Entry) and kept.value == b"2"
 
-    monkeypatch.setattr("openagentmesh.bus.buckets.Newest", Known)
+    monkeypatch.setattr("openagentmesh.transport.kv.Newest", Known)
     for key in keys:
         await buckets.put(CONTEXT_BUCKET, key, b"1")
     async with aclosing(buckets.watch(CONTEXT_BUCKET, f"{name}.*")) as watch:
