@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "host" / "openagentmesh"
-LAYERS = ["protocol", "transport", "serving", "mesh", "runtime", "cli"]
+LAYERS = ["protocol", "transport", "agent", "serving", "mesh", "runtime", "cli"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAMPLES = sorted((ROOT / "agents").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))

@@ -1,5 +1,15 @@
 """openagentmesh: agents as typed async functions, found and called by name over NATS."""
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, current_call, report_usage
+from openagentmesh.agent.client_middleware import ClientMiddleware, Outgoing
+from openagentmesh.agent.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    SubjectCondition,
+    SubjectSource,
+)
 from openagentmesh.mesh.hooks import Instance, Redactor, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
 from openagentmesh.mesh.outcome import Outcome
@@ -36,16 +46,6 @@ from openagentmesh.protocol.messages import (
 )
 from openagentmesh.protocol.objects import Artifact
 from openagentmesh.runtime.host import Host
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Call, Caller, Endpoint, Middleware, current_call, report_usage
-from openagentmesh.serving.outgoing import ClientMiddleware, Outgoing
-from openagentmesh.serving.sources import (
-    Condition,
-    KVCondition,
-    KVSource,
-    SubjectCondition,
-    SubjectSource,
-)
 
 __all__ = [
     "Agent",

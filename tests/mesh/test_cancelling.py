@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, MeshTimeout, current_call
+from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.messages import DeathNotice
-from openagentmesh.serving.agent import Limits
 from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_mesh import Text, serve
@@ -236,7 +236,7 @@ async def test_only_those_who_understand_it_hear_accepted(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks for it hears at once and again who has the request; a stock caller hears the reply only."""
-    monkeypatch.setattr("openagentmesh.serving.lifeline._BEAT", 0.05)
+    monkeypatch.setattr("openagentmesh.serving.keepalive._BEAT", 0.05)
     go = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))

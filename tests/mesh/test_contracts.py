@@ -6,10 +6,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec
+from openagentmesh.agent.agent import Agent, declare
+from openagentmesh.agent.handler import Types
 from openagentmesh.mesh.node import ContractPolicy, Node
 from openagentmesh.protocol.codec import new_id
-from openagentmesh.serving.agent import Agent, declare
-from openagentmesh.serving.handler import Types
 from openagentmesh.transport.connection import Target
 from pydantic import BaseModel
 

@@ -15,7 +15,7 @@ from openagentmesh import AgentMesh, AgentSpec, Host
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
 from tests.runtime.conftest import MESH, agent, write
-from tests.serving.test_threads import until
+from tests.agent.test_threads import until
 
 Told = Callable[[], list[str]]
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from openagentmesh.agent.agent import DEFAULT_LIMITS, Limits
 from openagentmesh.runtime.config import Config, ConfigError, load_config
-from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
 from pydantic import ValidationError
 
 Read = Callable[..., Config]

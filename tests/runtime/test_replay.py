@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, Host, MeshError, MeshTimeout, hookimpl
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.hooks import Redactor
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime import replay
-from openagentmesh.serving.agent import Agent
 
 from tests.mesh.test_observe import listen, next_event
 from tests.runtime.conftest import MESH, Configure, write

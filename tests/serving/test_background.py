@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, MeshError
+from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.serving.agent import Limits
 from openagentmesh.serving.background import Background
 from openagentmesh.transport.nats_client import Message
 

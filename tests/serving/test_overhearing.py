@@ -5,7 +5,7 @@ import json
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, MeshMessage
-from openagentmesh.serving.agent import DEFAULT_LIMITS
+from openagentmesh.agent.agent import DEFAULT_LIMITS
 from openagentmesh.transport.nats_client import Message
 
 from tests.serving.test_router import node_of

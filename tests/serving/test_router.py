@@ -22,9 +22,9 @@ from openagentmesh import (
     PayloadTooLarge,
     current_call,
 )
+from openagentmesh.agent.agent import Limits
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.serving.agent import Limits
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
 

@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, ChunkSequenceError, HandlerError, MeshTimeout, PayloadTooLarge
+from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.serving.agent import Limits
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel

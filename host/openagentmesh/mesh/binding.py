@@ -5,8 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
 from openagentmesh.transport.tasks import end

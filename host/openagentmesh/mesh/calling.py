@@ -8,11 +8,11 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
+from openagentmesh.agent.call import within_deadline
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout
-from openagentmesh.serving.call import within_deadline
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import RETURNING, Inbox, fail, settle

@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, Literal
 
+from openagentmesh.agent.call import within_deadline
+from openagentmesh.agent.client_middleware import Border, Outgoing
 from openagentmesh.mesh.calling import Callback, Caller
 from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.serving.call import within_deadline
-from openagentmesh.serving.outgoing import Border, Outgoing
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 

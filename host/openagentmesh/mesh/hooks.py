@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 from pydantic import BaseModel
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Middleware
+from openagentmesh.agent.client_middleware import ClientMiddleware
 from openagentmesh.mesh.outcome import Outcome
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Middleware
-from openagentmesh.serving.outgoing import ClientMiddleware
 
 if TYPE_CHECKING:
     from typer import Typer

@@ -10,9 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import InvalidAgent
-from openagentmesh.serving.agent import Agent
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,16 @@ from typing import Any, Final, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel
 
+from openagentmesh.agent.agent import Agent, declare
+from openagentmesh.agent.handler import Types
+from openagentmesh.agent.sources import (
+    Condition,
+    KVCondition,
+    KVSource,
+    Source,
+    SubjectCondition,
+    SubjectSource,
+)
 from openagentmesh.mesh.loading import current_loading
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.plugins import Plugins
@@ -17,16 +27,6 @@ from openagentmesh.mesh.verbs import Verbs
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.contract import AgentSpec
 from openagentmesh.protocol.errors import ConnectionFailed, InvalidAgent
-from openagentmesh.serving.agent import Agent, declare
-from openagentmesh.serving.handler import Types
-from openagentmesh.serving.sources import (
-    Condition,
-    KVCondition,
-    KVSource,
-    Source,
-    SubjectCondition,
-    SubjectSource,
-)
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
 from openagentmesh.transport.server import EmbeddedServer

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from pydantic_core import to_json
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.client_middleware import Border
+from openagentmesh.agent.threads import pool
 from openagentmesh.mesh.binding import Binding
 from openagentmesh.mesh.calling import Caller
 from openagentmesh.mesh.crossing import BorderCaller
@@ -25,11 +28,8 @@ from openagentmesh.mesh.waiting import Waits
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.outgoing import Border
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
-from openagentmesh.serving.threads import pool
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import Buckets

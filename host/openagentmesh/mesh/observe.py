@@ -12,7 +12,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import InvalidInput
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
 from openagentmesh.protocol.subjects import EVERY_AGENT, OBSERVABILITY_BUCKET
-from openagentmesh.serving.eventlog import EventLog
+from openagentmesh.serving.log_events import EventLog
 from openagentmesh.transport.kv import Buckets
 
 log = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from pydantic import BaseModel, ValidationError
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Middleware
+from openagentmesh.agent.client_middleware import Border
 from openagentmesh.mesh import hooks
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Middleware
-from openagentmesh.serving.outgoing import Border
 
 if TYPE_CHECKING:
     from typer import Typer

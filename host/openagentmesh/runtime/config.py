@@ -11,10 +11,10 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from openagentmesh.agent.agent import DEFAULT_LIMITS, Limits
 from openagentmesh.mesh.mesh import DRAIN_TIMEOUT
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.serving.agent import DEFAULT_LIMITS, Limits
 
 FILE_NAME: Final = "mesh.toml"
 _BARE_RE: Final = re.compile(r"[A-Za-z0-9_-]+")

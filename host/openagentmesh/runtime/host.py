@@ -14,6 +14,8 @@ from typing import Any, Final, Self
 
 from pydantic_core import from_json, to_json
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.threads import pool
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.mesh.plugins import Plugins
@@ -28,8 +30,6 @@ from openagentmesh.runtime.plugins import load_plugins
 from openagentmesh.runtime.reload import Reloader
 from openagentmesh.runtime.replay import Replays
 from openagentmesh.runtime.watcher import watch
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.threads import pool
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
 from openagentmesh.transport.server import EmbeddedServer

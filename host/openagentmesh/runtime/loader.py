@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.loading import (
     Generation,
     Loading,
@@ -25,7 +26,6 @@ from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Imports, Stage, without_loop
 from openagentmesh.runtime.origins import Origin
 from openagentmesh.runtime.sources import Source
-from openagentmesh.serving.agent import Agent
 
 _LOOP_STARTED: Final = (
     "cannot be called from a running event loop",

@@ -8,6 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import PluginFailed
@@ -25,7 +26,6 @@ from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_h
 from openagentmesh.runtime.sources import Source
 from openagentmesh.runtime.state import Transfer, move
 from openagentmesh.runtime.verdict import Candidate, Doubtful, LoadFailed, ReloadRefused
-from openagentmesh.serving.agent import Agent
 from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)

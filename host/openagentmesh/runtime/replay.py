@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Call, Caller, set_current_call
+from openagentmesh.agent.handler import Handler
 from openagentmesh.mesh.hooks import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Call, Caller, set_current_call
-from openagentmesh.serving.handler import Handler
 from openagentmesh.transport.tasks import end_within
 
 log = logging.getLogger(__name__)

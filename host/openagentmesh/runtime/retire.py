@@ -15,6 +15,7 @@ from time import monotonic
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.loading import Generation
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.outcome import Outcome
@@ -23,7 +24,6 @@ from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Stage
 from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.sources import Source
-from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.route import Route
 from openagentmesh.transport.tasks import end, end_within, persistently
 

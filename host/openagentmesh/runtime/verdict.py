@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import MeshError, text_of
@@ -16,7 +17,6 @@ from openagentmesh.runtime.disk import Stamp, file_digest, stamp
 from openagentmesh.runtime.loader import Module
 from openagentmesh.runtime.sources import Source, is_written_by_code
 from openagentmesh.runtime.state import Transfer
-from openagentmesh.serving.agent import Agent
 from openagentmesh.transport.kv import ROOM_FOR_HEADERS
 
 # In the terminal it is the reload that speaks.

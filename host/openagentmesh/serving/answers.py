@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Call
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import (
@@ -15,10 +17,8 @@ from openagentmesh.protocol.errors import (
     text_of,
 )
 from openagentmesh.protocol.messages import LogLevel
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Call
 from openagentmesh.serving.deadline import Deadline
-from openagentmesh.serving.shared import Shared
+from openagentmesh.serving.resources import Shared
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from contextvars import Context
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
+from openagentmesh.agent.agent import Agent
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.shared import Shared
+from openagentmesh.serving.resources import Shared
 from openagentmesh.serving.streams import EventWriter
 from openagentmesh.transport.tasks import end_within
 

@@ -2,11 +2,11 @@
 
 from typing import Final
 
+from openagentmesh.agent.handler import Handler
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput
-from openagentmesh.serving.handler import Handler
 from openagentmesh.transport.nats_client import Message
 
 # Where the mesh and the server themselves are asked.

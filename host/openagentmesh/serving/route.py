@@ -8,18 +8,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Final
 
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Call, set_current_call
+from openagentmesh.agent.sources import Source, SubjectSource
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.serving.agent import Agent
 from openagentmesh.serving.answers import Answers, as_mesh_error
 from openagentmesh.serving.background import Background
-from openagentmesh.serving.call import Call, set_current_call
-from openagentmesh.serving.counts import Counts
 from openagentmesh.serving.deadline import ANSWER_LATE, Deadline
-from openagentmesh.serving.lifeline import Lifeline, leaving
+from openagentmesh.serving.keepalive import Lifeline, leaving
 from openagentmesh.serving.reading import chunk_subject, error_subject, reply_subject, verb_of
-from openagentmesh.serving.shared import Shared
-from openagentmesh.serving.sources import Source, SubjectSource
+from openagentmesh.serving.resources import Shared
+from openagentmesh.serving.stats import Counts
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
 from openagentmesh.transport.nats_client import Message

@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Iterator
 
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.outgoing import Border
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.client_middleware import Border
+from openagentmesh.serving.log_events import EventLog
+from openagentmesh.serving.resources import Shared
 from openagentmesh.serving.route import Route
-from openagentmesh.serving.shared import Shared
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import Buckets

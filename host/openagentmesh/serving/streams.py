@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from openagentmesh.agent.client_middleware import EVENT_PATIENCE, Border, Outgoing
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
-from openagentmesh.serving.outgoing import EVENT_PATIENCE, Border, Outgoing
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message

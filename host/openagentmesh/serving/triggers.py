@@ -9,18 +9,18 @@ from contextvars import Context
 from functools import partial
 from typing import Any, Final, Protocol
 
-from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.errors import MeshError
-from openagentmesh.protocol.subjects import CONTEXT_BUCKET
-from openagentmesh.serving.agent import Agent
-from openagentmesh.serving.call import Call
-from openagentmesh.serving.sources import (
+from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.call import Call
+from openagentmesh.agent.sources import (
     Condition,
     KVCondition,
     KVSource,
     SubjectCondition,
     SubjectSource,
 )
+from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.kv import Buckets, Version
 from openagentmesh.transport.kv_watch import Entry

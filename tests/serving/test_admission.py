@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, KVEntry, Middleware, Overloaded, hookimpl
-from openagentmesh.serving.agent import Agent, Limits
+from openagentmesh.agent.agent import Agent, Limits
 
 from tests.serving.test_router import node_of
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from openagentmesh.serving.eventlog import EventLog
-from openagentmesh.serving.outgoing import Border
+from openagentmesh.agent.client_middleware import Border
+from openagentmesh.serving.log_events import EventLog
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import Buckets

@@ -1,7 +1,7 @@
 """What a route counts."""
 
 from openagentmesh import HandlerError
-from openagentmesh.serving.counts import Counts
+from openagentmesh.serving.stats import Counts
 from pydantic_core import to_json
 
 

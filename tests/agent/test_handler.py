@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput, KVEntry
-from openagentmesh.serving.agent import Agent
+from openagentmesh.agent.agent import Agent
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 

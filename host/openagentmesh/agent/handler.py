@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, to_json
 
+from openagentmesh.agent.call import Call, Endpoint
+from openagentmesh.agent.threads import pool
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, problems_of
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
-from openagentmesh.serving.call import Call, Endpoint
-from openagentmesh.serving.threads import pool
 
 Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
 # What a source-driven handler takes around the data: nothing, a KVEntry or a MeshMessage.

@@ -26,7 +26,7 @@ from openagentmesh import (
     current_call,
     report_usage,
 )
-from openagentmesh.serving.threads import Threads
+from openagentmesh.agent.threads import Threads
 
 _colour: ContextVar[str] = ContextVar("colour", default="none")
 
@@ -35,7 +35,7 @@ _colour: ContextVar[str] = ContextVar("colour", default="none")
 def pool(monkeypatch: pytest.MonkeyPatch) -> Threads:
     """Four threads of a test's own."""
     own = Threads(4)
-    monkeypatch.setattr("openagentmesh.serving.handler.pool", own)
+    monkeypatch.setattr("openagentmesh.agent.handler.pool", own)
     return own
 
 

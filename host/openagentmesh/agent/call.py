@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal, Self
 
+from openagentmesh.agent.concurrency import Slots
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import Usage
-from openagentmesh.serving.slots import Slots
 
 log = logging.getLogger(__name__)
 

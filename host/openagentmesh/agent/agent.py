@@ -8,15 +8,10 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Final
 
-from openagentmesh.protocol import subjects
-from openagentmesh.protocol.codec import Request
-from openagentmesh.protocol.contract import AgentContract, AgentSpec
-from openagentmesh.protocol.errors import InvalidAgent, Overloaded
-from openagentmesh.protocol.messages import KVEntry, MeshMessage
-from openagentmesh.serving.call import Call, Endpoint, Middleware
-from openagentmesh.serving.handler import Handler, Types, inspect_handler, where
-from openagentmesh.serving.slots import Slots
-from openagentmesh.serving.sources import (
+from openagentmesh.agent.call import Call, Endpoint, Middleware
+from openagentmesh.agent.concurrency import Slots
+from openagentmesh.agent.handler import Handler, Types, inspect_handler, where
+from openagentmesh.agent.sources import (
     Condition,
     KVCondition,
     KVSource,
@@ -24,6 +19,11 @@ from openagentmesh.serving.sources import (
     SubjectCondition,
     SubjectSource,
 )
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.codec import Request
+from openagentmesh.protocol.contract import AgentContract, AgentSpec
+from openagentmesh.protocol.errors import InvalidAgent, Overloaded
+from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.transport.kv_watch import Entry
 
 # What an overloaded agent tells its callers to wait.

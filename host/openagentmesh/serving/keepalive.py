@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Final
 
+from openagentmesh.agent.call import Call
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.serving.call import Call
 from openagentmesh.serving.deadline import Deadline
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
