@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, Host
-from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.hooks.manager import Plugins
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
 from openagentmesh.runtime.plugins import installed
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 from openagentmesh import AgentMesh, Host
-from openagentmesh.mesh.hooks import Hooks
-from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.hooks.manager import Plugins
+from openagentmesh.hooks.specs import Hooks
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from typer.testing import CliRunner
 

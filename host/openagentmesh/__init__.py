@@ -10,9 +10,9 @@ from openagentmesh.agent.sources import (
     SubjectCondition,
     SubjectSource,
 )
-from openagentmesh.mesh.hooks import Instance, Redactor, hookimpl
+from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.specs import Instance, Redactor, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
-from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import (
     AgentDied,

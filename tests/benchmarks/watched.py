@@ -15,8 +15,8 @@ from typing import Any, Final
 from openagentmesh import AgentMesh
 from openagentmesh.cli.connecting import connected
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.presence import instances
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.registry.presence import instances
 from pydantic_core import from_json
 
 from tests.benchmarks.competitors import Unavailable

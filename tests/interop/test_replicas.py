@@ -10,7 +10,7 @@ from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import read_catalog
 
 from tests.interop.peers import OURS, Peer, Refused, Script, interop_environment, listed
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.serving.test_router import node_of
 
 # That one of two replicas gets none of so many calls does not happen.

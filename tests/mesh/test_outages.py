@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, MeshError, MeshTimeout
-from openagentmesh.mesh import presence
 from openagentmesh.protocol.subjects import REGISTRY_BUCKET
+from openagentmesh.registry import presence
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.mesh.test_cancelling import in_hand
-from tests.mesh.test_kv import restartable, take
+from tests.client.test_cancellation import in_hand
 from tests.mesh.test_mesh import serve
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.serving.test_router import node_of
+from tests.state.test_kv import restartable, take
 
 Hold = Callable[[AgentMesh], asyncio.Event]
 
@@ -134,7 +134,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
     hold: Hold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it is, and also when who waits is back before the instance that works for it."""
-    monkeypatch.setattr("openagentmesh.mesh.peers._ASK_EVERY", 0.02)
+    monkeypatch.setattr("openagentmesh.registry.liveness._ASK_EVERY", 0.02)
     monkeypatch.setattr("openagentmesh.transport.connection._OTHERS_RETURN", 10.0)
     begun, go = asyncio.Event(), asyncio.Event()
     async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
@@ -232,6 +232,6 @@ async def test_a_catalog_waits_once_for_a_revision_that_was_purged(monkeypatch: 
         await node_of(stays).buckets._open[REGISTRY_BUCKET].purge_deletes(olderthan=-1)
         async with reader, asyncio.timeout(10):
             for standstill in (0.1, 60):
-                monkeypatch.setattr("openagentmesh.mesh.discovery._STANDSTILL", standstill)
+                monkeypatch.setattr("openagentmesh.registry.directory._STANDSTILL", standstill)
                 assert ["stays"] == [entry.name for entry in await reader.catalog()]
     await server.stop()

@@ -22,8 +22,8 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
 
-from tests.mesh.test_registry import until
 from tests.plugins.issuing import KEY, bearer, settings, token, write_keys
+from tests.registry.test_registry import until
 from tests.runtime.conftest import MESH, write
 from tests.serving.test_router import node_of
 

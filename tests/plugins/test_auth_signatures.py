@@ -26,9 +26,9 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.codec import Request
 
-from tests.mesh.test_registry import until
 from tests.plugins.issuing import ALL, bearer, seed, settings, signers
 from tests.plugins.test_auth import Guarded
+from tests.registry.test_registry import until
 
 SEED, PUBLIC = seed()
 SIGNER, EVE = Signer(SEED), Signer(seed()[0])

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from openagentmesh import AgentMesh, Host
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks.reload_result import Outcome
 
 from tests.runtime.conftest import Configure, write
 

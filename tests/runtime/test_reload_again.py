@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import pytest
 from openagentmesh import AgentMesh, Host, MeshTimeout
-from openagentmesh.mesh import binding
-from openagentmesh.mesh.presence import Presence
-from openagentmesh.mesh.registry import Registry
+from openagentmesh.mesh import reconciler as binding
+from openagentmesh.registry.presence import Presence
+from openagentmesh.registry.registry import Registry
 from openagentmesh.runtime import retire, watcher
 from openagentmesh.runtime.config import load_config
 from openagentmesh.runtime.disk import Disk

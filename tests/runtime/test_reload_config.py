@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, Host, NotFound
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.runtime.config import load_config
 
 from tests.runtime.conftest import MESH, agent, write

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, Host
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks.reload_result import Outcome
 
 from tests.runtime.conftest import MESH, Configure, agent, write
 

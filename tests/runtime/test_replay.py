@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from openagentmesh import AgentMesh, Host, MeshError, MeshTimeout, hookimpl
 from openagentmesh.agent.agent import Agent
-from openagentmesh.mesh.hooks import Redactor
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.specs import Redactor
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime import replay
 
-from tests.mesh.test_observe import listen, next_event
 from tests.runtime.conftest import MESH, Configure, write
+from tests.state.test_observe import listen, next_event
 
 
 def replayable(name: str, result: str, *, more: str = "replayable=True") -> str:

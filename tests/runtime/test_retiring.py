@@ -13,9 +13,9 @@ import pytest
 from openagentmesh import AgentMesh, Cancelled, Host
 from openagentmesh.protocol import subjects
 
-from tests.mesh.test_observe import listen
 from tests.runtime.conftest import MESH, Configure, agent, write
 from tests.runtime.test_reload_state import let_go, reload
+from tests.state.test_observe import listen
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
 Says = Callable[[str], None]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Cancelled, Condition, MeshError, MeshMessage, NotAvailable
-from openagentmesh.mesh import presence
-from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import InvalidAgent
+from openagentmesh.registry import presence
+from openagentmesh.state.kv import KV
 from openagentmesh.transport.nats_client import Message
 
-from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
+from tests.state.test_kv import restartable
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 
-from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
 from tests.serving.test_sources import driven, take
+from tests.state.test_kv import restartable
 
 
 async def test_a_group_shares_the_changes_of_keys(

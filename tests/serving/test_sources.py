@@ -19,15 +19,15 @@ from openagentmesh import (
     MeshMessage,
     SubjectSource,
 )
-from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.serving.triggers import KVFeed
+from openagentmesh.state.kv import KV
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel, Field, model_validator
 
-from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
+from tests.state.test_kv import restartable
 
 Source = SubjectSource | KVSource
 

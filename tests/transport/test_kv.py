@@ -19,7 +19,7 @@ from openagentmesh.transport.kv_watch import Entry, Mark, Newest
 from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import end
 
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 
 
 @pytest.fixture

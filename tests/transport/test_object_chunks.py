@@ -12,7 +12,7 @@ from openagentmesh.transport.object_chunks import Upload
 from openagentmesh.transport.object_store import Objects
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.transport.test_object_store import chunk_counts, connected, content_of, in_pieces
 
 LOST = "lost what had been sent"

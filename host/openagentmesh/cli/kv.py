@@ -7,9 +7,9 @@ import typer
 
 from openagentmesh.cli.connecting import connected
 from openagentmesh.cli.output import Json, Url, as_json, note, run, say, say_each, usage_error
-from openagentmesh.mesh.kv import KV
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.subjects import invalid_key
+from openagentmesh.state.kv import KV
 from openagentmesh.transport.kv import Buckets
 
 app = typer.Typer(help="The shared state: texts under keys.", no_args_is_help=True)

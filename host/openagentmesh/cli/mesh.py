@@ -34,7 +34,7 @@ from openagentmesh.cli.output import (
     say_each,
 )
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.running import stop_event
+from openagentmesh.mesh.runner import stop_event
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.codec import read_headers
 from openagentmesh.protocol.errors import ConnectionFailed

@@ -8,8 +8,8 @@ import typer
 from openagentmesh.cli.connecting import connected
 from openagentmesh.cli.output import Json, Url, agent_name, as_json, note, run, say, say_each, usage_error
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.observe import Observe
 from openagentmesh.protocol.messages import LogEvent, LogLevel
+from openagentmesh.state.observe import Observe
 
 app = typer.Typer(help="Log events of agents.", no_args_is_help=True)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 
-from openagentmesh.mesh.running import stop_event
+from openagentmesh.mesh.runner import stop_event
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.protocol.subjects import invalid_name
 from openagentmesh.transport.tasks import end

@@ -9,7 +9,7 @@ import typer
 
 from openagentmesh.agent.client_middleware import Border
 from openagentmesh.cli.output import Json, as_json, fail, note, say
-from openagentmesh.mesh.plugins import Plugin, Plugins
+from openagentmesh.hooks.manager import Plugin, Plugins
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import FILE_NAME, load_config, plugin_name
 from openagentmesh.runtime.plugins import installed, load_plugins

@@ -9,9 +9,9 @@ from pydantic_core import from_json, to_json
 from openagentmesh.cli.connecting import connected
 from openagentmesh.cli.output import Json, Url, as_json, note, run, say
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.presence import instances
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError, MeshTimeout, NotFound
+from openagentmesh.registry.presence import instances
 
 # A module may take long to load, and a migration as well; in seconds.
 _PATIENCE = 60.0

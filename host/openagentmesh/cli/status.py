@@ -11,9 +11,9 @@ from pydantic_core import from_json
 from openagentmesh.cli.connecting import connected
 from openagentmesh.cli.output import Json, Url, as_json, count, note, run, say
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.presence import instances
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshTimeout
+from openagentmesh.registry.presence import instances
 
 _PATIENCE = 2.0
 _RECENT = 6

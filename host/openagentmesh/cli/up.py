@@ -16,7 +16,7 @@ import typer
 from openagentmesh.cli.connecting import advised
 from openagentmesh.cli.logs import LogFormat, set_up_logging
 from openagentmesh.cli.output import as_json, count, example_input, fail, note
-from openagentmesh.mesh.running import run, stop_event, until_stopped
+from openagentmesh.mesh.runner import run, stop_event, until_stopped
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.runtime.config import FILE_NAME, Config, ConfigError, load_config
 from openagentmesh.runtime.host import Host

@@ -18,11 +18,11 @@ from openagentmesh.agent.sources import (
     SubjectCondition,
     SubjectSource,
 )
-from openagentmesh.mesh.loading import current_loading
+from openagentmesh.hooks.manager import Plugins
+from openagentmesh.mesh.module_context import current_loading
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.plugins import Plugins
-from openagentmesh.mesh.reloading import Reloading
-from openagentmesh.mesh.running import run, stop_event, until_stopped
+from openagentmesh.mesh.reload_api import Reloading
+from openagentmesh.mesh.runner import run, stop_event, until_stopped
 from openagentmesh.mesh.verbs import Verbs
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.contract import AgentSpec

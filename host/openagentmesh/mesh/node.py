@@ -12,24 +12,24 @@ from pydantic_core import to_json
 from openagentmesh.agent.agent import Agent
 from openagentmesh.agent.client_middleware import Border
 from openagentmesh.agent.threads import pool
-from openagentmesh.mesh.binding import Binding
-from openagentmesh.mesh.calling import Caller
-from openagentmesh.mesh.crossing import BorderCaller
-from openagentmesh.mesh.discovery import Directory
-from openagentmesh.mesh.events import Events
-from openagentmesh.mesh.hooks import Instance
-from openagentmesh.mesh.micro import Micro
-from openagentmesh.mesh.observe import follow_levels
-from openagentmesh.mesh.peers import served_by_strangers
-from openagentmesh.mesh.plugins import Plugins
-from openagentmesh.mesh.presence import Presence
-from openagentmesh.mesh.registry import Registry
-from openagentmesh.mesh.waiting import Waits
+from openagentmesh.client.crossing import BorderCaller
+from openagentmesh.client.pending import Waits
+from openagentmesh.client.requests import Caller
+from openagentmesh.client.subscriptions import Events
+from openagentmesh.hooks.manager import Plugins
+from openagentmesh.hooks.specs import Instance
+from openagentmesh.mesh.reconciler import Binding
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.registry.directory import Directory
+from openagentmesh.registry.liveness import served_by_strangers
+from openagentmesh.registry.nats_services import Micro
+from openagentmesh.registry.presence import Presence
+from openagentmesh.registry.registry import Registry
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
+from openagentmesh.state.observe import follow_levels
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import Buckets

@@ -8,15 +8,15 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel
 
-from openagentmesh.mesh import again
-from openagentmesh.mesh.calling import Callback
-from openagentmesh.mesh.kv import KV
+from openagentmesh.client import retry as again
+from openagentmesh.client.requests import Callback
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.observe import Observe
-from openagentmesh.mesh.workspace import Workspace
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry
 from openagentmesh.protocol.messages import MeshMessage
 from openagentmesh.protocol.subjects import in_channel
+from openagentmesh.state.kv import KV
+from openagentmesh.state.observe import Observe
+from openagentmesh.state.workspace import Workspace
 from openagentmesh.transport.kv import Buckets
 from openagentmesh.transport.object_store import Objects
 

@@ -16,9 +16,9 @@ from pydantic_core import from_json, to_json
 
 from openagentmesh.agent.agent import Agent
 from openagentmesh.agent.threads import pool
+from openagentmesh.hooks.manager import Plugins
+from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.outcome import Outcome
-from openagentmesh.mesh.plugins import Plugins
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, NotFound
 from openagentmesh.protocol.messages import LogLevel
@@ -59,7 +59,7 @@ class Host:
         config_file: where that is; a change of it is taken over while the host runs.
         read_config: reads it again.
         watch: whether a file is reloaded as soon as it is saved.
-        plugins: objects or modules that implement hooks of `mesh/hooks.py`.
+        plugins: objects or modules that implement hooks of `hooks/specs.py`.
 
     """
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from openagentmesh.agent.agent import Agent
-from openagentmesh.mesh.loading import (
+from openagentmesh.mesh.module_context import (
     Generation,
     Loading,
     current_loading,

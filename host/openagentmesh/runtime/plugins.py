@@ -10,7 +10,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.hooks.manager import Plugins
 from openagentmesh.protocol.errors import PluginFailed, text_of
 from openagentmesh.runtime.config import Config, ConfigError, is_file, near, plugin_name, problems_of
 from openagentmesh.runtime.disk import Stamp, stamp

@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import Any, Final
 
 from openagentmesh.agent.agent import Agent
+from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import PluginFailed
 from openagentmesh.runtime import verdict
 from openagentmesh.runtime.aside import aside

@@ -12,7 +12,7 @@ from typing import Final
 from openagentmesh.agent.agent import Agent
 from openagentmesh.agent.call import Call, Caller, set_current_call
 from openagentmesh.agent.handler import Handler
-from openagentmesh.mesh.hooks import Redactor
+from openagentmesh.hooks.specs import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.transport.tasks import end_within

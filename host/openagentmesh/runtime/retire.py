@@ -16,9 +16,9 @@ from types import FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
 from openagentmesh.agent.agent import Agent
-from openagentmesh.mesh.loading import Generation
+from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.mesh.module_context import Generation
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.runtime.changes import Plan
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.imports import Stage

@@ -13,7 +13,7 @@ from types import FrameType, ModuleType
 from typing import Final
 from weakref import WeakSet
 
-from openagentmesh.mesh.loading import Generation
+from openagentmesh.mesh.module_context import Generation
 from openagentmesh.runtime.disk import Digest, file_digest
 
 # Where nobody edits: the standard library, and what was installed.

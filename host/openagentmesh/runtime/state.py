@@ -12,7 +12,7 @@ from pydantic import SecretBytes, SecretStr, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic_core import PydanticSerializationError, to_json
 
-from openagentmesh.mesh.loading import Generation, Migration, has_content
+from openagentmesh.mesh.module_context import Generation, Migration, has_content
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.aside import TookTooLong, aside
 

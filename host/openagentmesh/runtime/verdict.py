@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openagentmesh.agent.agent import Agent
+from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import ContractPolicy
-from openagentmesh.mesh.outcome import Outcome
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.protocol.schema_diff import breaking_changes
 from openagentmesh.runtime.aside import TookTooLong

@@ -5,7 +5,7 @@ from pathlib import Path
 from time import monotonic
 
 from openagentmesh import Host
-from openagentmesh.mesh.running import run
+from openagentmesh.mesh.runner import run
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
 from tests.benchmarks.programs.process import say, told

@@ -19,7 +19,7 @@ from oam_metrics import Metrics
 from oam_metrics import Settings as MetricsSettings
 from oam_tracing import Tracing
 from openagentmesh import Agent, AgentMesh, AgentSpec, Call, Endpoint, Middleware, hookimpl
-from openagentmesh.mesh.plugins import Plugins
+from openagentmesh.hooks.manager import Plugins
 from openagentmesh.protocol import codec
 from opentelemetry.sdk.trace import TracerProvider
 

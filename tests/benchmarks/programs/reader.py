@@ -4,7 +4,7 @@ import sys
 from time import monotonic
 
 from openagentmesh import AgentMesh
-from openagentmesh.mesh.running import run
+from openagentmesh.mesh.runner import run
 
 from tests.benchmarks.programs.process import say
 

@@ -13,11 +13,11 @@ from nats.aio.client import Client
 from nats.micro import add_service
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats, ServiceVerb, control_subject
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, Host, MeshError, PermissionDenied
-from openagentmesh.mesh import micro
-from openagentmesh.mesh.presence import Presence
+from openagentmesh.registry import nats_services as micro
+from openagentmesh.registry.presence import Presence
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.runtime.conftest import MESH, agent, write
 from tests.runtime.test_reload_state import let_go
 from tests.servers import running_server

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from openagentmesh.mesh.loading import Migration, current_loading
+from openagentmesh.mesh.module_context import Migration, current_loading
 
 T = TypeVar("T")
 FunctionT = TypeVar("FunctionT", bound=Callable[[], Any])

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from openagentmesh.agent.agent import Agent
 from openagentmesh.agent.call import Middleware
 from openagentmesh.agent.client_middleware import ClientMiddleware
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks.reload_result import Outcome
 
 if TYPE_CHECKING:
     from typer import Typer

@@ -20,8 +20,8 @@ from openagentmesh import (
     hookimpl,
 )
 
-from tests.mesh.test_events import begin
-from tests.mesh.test_plugins import meshed
+from tests.client.test_subscriptions import begin
+from tests.hooks.test_manager import meshed
 from tests.serving.test_router import node_of
 
 Leaving = Callable[[Outgoing], AbstractAsyncContextManager[object]]

@@ -20,8 +20,8 @@ from openagentmesh import (
     NotFound,
     PayloadTooLarge,
 )
-from openagentmesh.mesh.kv import KV, Draft
 from openagentmesh.protocol import subjects
+from openagentmesh.state.kv import KV, Draft
 from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import end
 from pydantic import BaseModel

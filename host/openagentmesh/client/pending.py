@@ -10,8 +10,6 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from openagentmesh.mesh.discovery import Directory
-from openagentmesh.mesh.peers import Peers, died, nobody_is_told
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract, Verb
 from openagentmesh.protocol.errors import (
@@ -23,6 +21,8 @@ from openagentmesh.protocol.errors import (
     NotFound,
 )
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.registry.directory import Directory
+from openagentmesh.registry.liveness import Peers, died, nobody_is_told
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import RETURNING, Inbox
 from openagentmesh.transport.nats_client import Message

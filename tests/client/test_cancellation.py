@@ -17,7 +17,7 @@ from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.transport.nats_client import Message
 
 from tests.mesh.test_mesh import Text, serve
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.serving.test_background import listen
 from tests.serving.test_router import node_of
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from openagentmesh.agent.call import within_deadline
 from openagentmesh.agent.client_middleware import Border, Outgoing
-from openagentmesh.mesh.calling import Callback, Caller
-from openagentmesh.mesh.waiting import Waits
+from openagentmesh.client.pending import Waits
+from openagentmesh.client.requests import Callback, Caller
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox

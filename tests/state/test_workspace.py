@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
-from openagentmesh.mesh.workspace import Workspace
 from openagentmesh.protocol.objects import CHUNK
+from openagentmesh.state.workspace import Workspace
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.object_store import Objects

@@ -9,10 +9,10 @@ from typing import Any, Final, Literal
 
 from pydantic_core import from_json, to_json
 
-from openagentmesh.mesh.peers import is_gone
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.registry.liveness import is_gone
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import Buckets

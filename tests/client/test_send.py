@@ -24,7 +24,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.messages import DeathNotice
 from pydantic import BaseModel
 
-from tests.mesh.test_events import heard
+from tests.client.test_subscriptions import heard
 from tests.mesh.test_mesh import Text, serve
 from tests.serving.test_background import background, declare, for_ever, frame, listen
 from tests.serving.test_router import node_of

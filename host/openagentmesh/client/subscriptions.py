@@ -8,11 +8,11 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 from openagentmesh.agent.client_middleware import EVENT_PATIENCE, Border, Outgoing
-from openagentmesh.mesh.discovery import Directory
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
+from openagentmesh.registry.directory import Directory
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import settle
 from openagentmesh.transport.nats_client import Message

@@ -25,8 +25,8 @@ from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import EmbeddedServer
 
 from tests.mesh.test_mesh import Text, serve
-from tests.mesh.test_registry import until
 from tests.protocol.test_strangers import HEADS
+from tests.registry.test_registry import until
 from tests.serving.test_background import background, declare, for_ever, listen, restart_soon
 from tests.serving.test_router import node_of
 
@@ -223,7 +223,7 @@ async def test_a_slow_subscriber_is_told_so(
 ) -> None:
     """Who falls too far behind gets all until the first one that is lost, then Overloaded."""
     for limit, value in bound.items():
-        monkeypatch.setattr(f"openagentmesh.mesh.events.{limit}", value)
+        monkeypatch.setattr(f"openagentmesh.client.subscriptions.{limit}", value)
     got: list[dict[str, str]] = []
     async with aclosing(mesh.subscribe(subject=name)) as feed:
         first = asyncio.ensure_future(anext(feed))

@@ -9,7 +9,7 @@ from inspect import isawaitable
 from typing import Any, Final
 
 from openagentmesh.agent.call import within_deadline
-from openagentmesh.mesh.waiting import Waits
+from openagentmesh.client.pending import Waits
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout

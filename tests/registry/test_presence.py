@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, ConnectionFailed, NotFound
-from openagentmesh.mesh import presence
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.messages import DeathNotice
+from openagentmesh.registry import presence
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import EmbeddedServer
 
 from tests.mesh.test_mesh import Text, serve
-from tests.mesh.test_registry import until
+from tests.registry.test_registry import until
 from tests.serving.test_router import node_of
 
 

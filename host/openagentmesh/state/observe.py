@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from pydantic import ValidationError
 
-from openagentmesh.mesh.events import Events
+from openagentmesh.client.subscriptions import Events
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import InvalidInput
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig

@@ -19,14 +19,14 @@ from openagentmesh import (
     Usage,
     report_usage,
 )
-from openagentmesh.mesh.kv import KV
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.protocol.subjects import OBSERVABILITY_BUCKET
+from openagentmesh.state.kv import KV
 from openagentmesh.transport.nats_client import Message
 
-from tests.mesh.test_kv import restartable
 from tests.serving.test_router import node_of
+from tests.state.test_kv import restartable
 
 LEVELS: list[LogLevel] = ["debug", "info", "warn", "error"]
 # What ends or fails a feed of a publisher's events, and an error that is none.

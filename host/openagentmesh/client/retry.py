@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
-from openagentmesh.mesh.discovery import Directory
 from openagentmesh.protocol.errors import AgentDied, InvalidInput, MeshError, NotAvailable, Overloaded
+from openagentmesh.registry.directory import Directory
 
 T = TypeVar("T")
 # What another instance, or the same one a moment later, may well answer.

@@ -287,7 +287,7 @@ async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
     url: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that raises and one that hangs are named; the mesh is left all the same."""
-    monkeypatch.setattr("openagentmesh.mesh.plugins._GRACE", 0.1)
+    monkeypatch.setattr("openagentmesh.hooks.manager._GRACE", 0.1)
 
     class Raising:
         @hookimpl

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from openagentmesh.agent.agent import Agent
 from openagentmesh.agent.call import Middleware
 from openagentmesh.agent.client_middleware import Border
-from openagentmesh.mesh import hooks
-from openagentmesh.mesh.outcome import Outcome
+from openagentmesh.hooks import specs as hooks
+from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
 
 if TYPE_CHECKING:

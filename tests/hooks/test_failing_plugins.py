@@ -16,7 +16,7 @@ from openagentmesh import (
     hookimpl,
 )
 
-from tests.mesh.test_plugins import Told, Watching, meshed
+from tests.hooks.test_manager import Told, Watching, meshed
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])

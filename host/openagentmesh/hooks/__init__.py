@@ -1,0 +1,1 @@
+"""What a plugin may implement, and the manager that calls it."""

@@ -1,0 +1,1 @@
+"""Who is on the mesh: contracts, instances, liveness."""

@@ -1,0 +1,1 @@
+"""What all participants share: keys, files, log levels."""
