@@ -11,7 +11,7 @@ import pytest
 from openagentmesh import AgentMesh, Host
 from openagentmesh.hooks.manager import Plugins
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
-from openagentmesh.runtime.plugins import installed
+from openagentmesh.runtime.loading.plugin_loader import installed
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from typer.testing import CliRunner
 
 from tests.runtime.conftest import write
-from tests.runtime.test_reload_state import let_go
+from tests.runtime.reload.test_state import let_go
 from tests.test_docs import ROOT, blocks
 
 PAGE = "docs/plugins.md"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.cli.processes import Up, oam
 from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.test_plugins import WORD
+from tests.runtime.loading.test_plugin_loader import WORD
 
 CARRY = """
 from contextlib import asynccontextmanager

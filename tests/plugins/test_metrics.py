@@ -17,7 +17,7 @@ from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.test_reload_state import let_go
+from tests.runtime.reload.test_state import let_go
 
 Samples = dict[tuple[str, ...], float]
 

@@ -19,7 +19,7 @@ from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
 from tests.registry.test_registry import until
 from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.test_reload_state import let_go
+from tests.runtime.reload.test_state import let_go
 from tests.servers import running_server
 from tests.serving.test_router import node_of
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from openagentmesh import AgentMesh
 from openagentmesh.mesh.node import Node
-from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
-from openagentmesh.runtime.loader import Loader, Module
-from openagentmesh.runtime.origins import find_origins
-from openagentmesh.runtime.reload import Reloader
+from openagentmesh.runtime.loading.loader import Loader, Module
+from openagentmesh.runtime.loading.origins import find_origins
+from openagentmesh.runtime.reload.changes import Changes
+from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.connection import Target
 
 if TYPE_CHECKING:

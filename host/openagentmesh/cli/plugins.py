@@ -12,7 +12,7 @@ from openagentmesh.cli.output import Json, as_json, fail, note, say
 from openagentmesh.hooks.manager import Plugin, Plugins
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import FILE_NAME, load_config, plugin_name
-from openagentmesh.runtime.plugins import installed, load_plugins
+from openagentmesh.runtime.loading.plugin_loader import installed, load_plugins
 
 
 @cache

@@ -20,7 +20,7 @@ from openagentmesh.mesh.runner import run, stop_event, until_stopped
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.runtime.config import FILE_NAME, Config, ConfigError, load_config
 from openagentmesh.runtime.host import Host
-from openagentmesh.runtime.origins import DEFAULT_FOLDER
+from openagentmesh.runtime.loading.origins import DEFAULT_FOLDER
 
 log = logging.getLogger("openagentmesh.up")
 

@@ -22,14 +22,14 @@ from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, NotFound
 from openagentmesh.protocol.messages import LogLevel
-from openagentmesh.runtime.changes import Changes
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.loader import Loader, Module, shown_line
-from openagentmesh.runtime.origins import find_origins
-from openagentmesh.runtime.plugins import load_plugins
-from openagentmesh.runtime.reload import Reloader
-from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.watcher import watch
+from openagentmesh.runtime.loading.loader import Loader, Module, shown_line
+from openagentmesh.runtime.loading.origins import find_origins
+from openagentmesh.runtime.loading.plugin_loader import load_plugins
+from openagentmesh.runtime.reload.changes import Changes
+from openagentmesh.runtime.reload.reloader import Reloader
+from openagentmesh.runtime.reload.replay import Replays
+from openagentmesh.runtime.reload.watcher import watch
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
 from openagentmesh.transport.server import EmbeddedServer

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from openagentmesh.runtime.loader import Module
+from openagentmesh.runtime.loading.loader import Module
 
 from tests.runtime.conftest import MESH, Load, agent, ask, write
 

@@ -13,8 +13,8 @@ from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.runtime.config import load_config
 
 from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.test_reload_state import let_go
-from tests.runtime.test_watching import until_answers
+from tests.runtime.reload.test_state import let_go
+from tests.runtime.reload.test_watcher import until_answers
 
 Serve = Callable[..., AbstractAsyncContextManager[Host]]
 SETTINGS = """

@@ -8,9 +8,9 @@ import pytest
 from openagentmesh import AgentMesh, Host
 
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import reload
-from tests.runtime.test_replay import replayable
-from tests.runtime.test_watching import until
+from tests.runtime.reload.test_replay import replayable
+from tests.runtime.reload.test_state import reload
+from tests.runtime.reload.test_watcher import until
 
 
 async def test_a_home_that_is_away_takes_no_agents_with_it(

@@ -14,7 +14,7 @@ from typing import Final
 from weakref import WeakSet
 
 from openagentmesh.mesh.module_context import Generation
-from openagentmesh.runtime.disk import Digest, file_digest
+from openagentmesh.runtime.loading.files import Digest, file_digest
 
 # Where nobody edits: the standard library, and what was installed.
 INSTALLED: Final = tuple({sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")})

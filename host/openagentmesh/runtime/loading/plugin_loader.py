@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from openagentmesh.hooks.manager import Plugins
 from openagentmesh.protocol.errors import PluginFailed, text_of
 from openagentmesh.runtime.config import Config, ConfigError, is_file, near, plugin_name, problems_of
-from openagentmesh.runtime.disk import Stamp, stamp
+from openagentmesh.runtime.loading.files import Stamp, stamp
 
 GROUP: Final = "openagentmesh.plugins"
 

@@ -12,20 +12,20 @@ from openagentmesh.agent.agent import Agent
 from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import PluginFailed
-from openagentmesh.runtime import verdict
-from openagentmesh.runtime.aside import aside
-from openagentmesh.runtime.changes import Changes, Files, Places, Plan, names_of
 from openagentmesh.runtime.config import Config, ConfigError, unfollowed
-from openagentmesh.runtime.disk import Stamp
-from openagentmesh.runtime.imports import Stage
-from openagentmesh.runtime.loader import Loader, Module, claimed_twice
-from openagentmesh.runtime.origins import Origin
-from openagentmesh.runtime.plugins import configure
-from openagentmesh.runtime.replay import Replays
-from openagentmesh.runtime.retire import Retired, Retirements, dispose, forget_hints, left_by_tried
-from openagentmesh.runtime.sources import Source
-from openagentmesh.runtime.state import Transfer, move
-from openagentmesh.runtime.verdict import Candidate, Doubtful, LoadFailed, ReloadRefused
+from openagentmesh.runtime.loading.files import Stamp
+from openagentmesh.runtime.loading.imports import Stage
+from openagentmesh.runtime.loading.loader import Loader, Module, claimed_twice
+from openagentmesh.runtime.loading.modules import Source
+from openagentmesh.runtime.loading.origins import Origin
+from openagentmesh.runtime.loading.plugin_loader import configure
+from openagentmesh.runtime.reload import checks as verdict
+from openagentmesh.runtime.reload.changes import Changes, Files, Places, Plan, names_of
+from openagentmesh.runtime.reload.checks import Candidate, Doubtful, LoadFailed, ReloadRefused
+from openagentmesh.runtime.reload.off_loop import aside
+from openagentmesh.runtime.reload.replay import Replays
+from openagentmesh.runtime.reload.retirement import Retired, Retirements, dispose, forget_hints, left_by_tried
+from openagentmesh.runtime.reload.state import Transfer, move
 from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)

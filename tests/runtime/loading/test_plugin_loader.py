@@ -20,11 +20,11 @@ from openagentmesh import (
     hookimpl,
 )
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.runtime import plugins as finding
 from openagentmesh.runtime.config import Config, ConfigError, load_config
+from openagentmesh.runtime.loading import plugin_loader as finding
 
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import let_go
+from tests.runtime.reload.test_state import let_go
 
 WORD = '''
 from pydantic import BaseModel

@@ -356,8 +356,8 @@ async def test_an_installed_package_is_nobodys_to_edit(
     bench: Bench, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies where packages are installed is served, but never reloaded."""
-    monkeypatch.setattr("openagentmesh.runtime.imports.INSTALLED", (str(elsewhere),))
-    monkeypatch.setattr("openagentmesh.runtime.sources.INSTALLED", (str(elsewhere),))
+    monkeypatch.setattr("openagentmesh.runtime.loading.imports.INSTALLED", (str(elsewhere),))
+    monkeypatch.setattr("openagentmesh.runtime.loading.modules.INSTALLED", (str(elsewhere),))
     write(elsewhere / "openmesh_sample", {"__init__.py": MESH + agent(bench.name, "1")})
     async with bench.serve({}, agents=["openmesh_sample"]) as host:
         write(elsewhere / "openmesh_sample", {"__init__.py": MESH + agent(bench.name, "2") + "\n"})

@@ -13,8 +13,8 @@ from openagentmesh.runtime.config import load_config
 
 from tests.runtime.bench import Bench
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import let_go
-from tests.runtime.test_watching import reloads, until, until_answers, watching
+from tests.runtime.reload.test_state import let_go
+from tests.runtime.reload.test_watcher import reloads, until, until_answers, watching
 
 KEPT = """
 from pydantic import BaseModel

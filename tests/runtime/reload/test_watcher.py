@@ -236,7 +236,7 @@ async def test_without_the_systems_watcher_files_are_still_noticed(  # noqa: PLR
         raise OSError(28, "inotify watch limit reached")
         yield set()
 
-    monkeypatch.setattr("openagentmesh.runtime.watcher.awatch", full)
+    monkeypatch.setattr("openagentmesh.runtime.reload.watcher.awatch", full)
     with caplog.at_level(logging.WARNING):
         async with watching(configure, {"a.py": version(name, 0)}):
             in_place(tmp_path / "agents/a.py", version(name, 1))
@@ -254,13 +254,13 @@ async def test_who_edits_is_heard_sooner(
         asked.put_nowait(step)
         return awatch(*folders, step=step, rust_timeout=100, **options)
 
-    monkeypatch.setattr("openagentmesh.runtime.watcher.awatch", noted)
+    monkeypatch.setattr("openagentmesh.runtime.reload.watcher.awatch", noted)
     async with watching(configure, {"a.py": version(name, 0)}):
         calm = await asked.get()
         in_place(tmp_path / "agents/a.py", version(name, 1))
         await until_answers(mesh, name, [1] * 3)
         assert await asked.get() < calm
-        monkeypatch.setattr("openagentmesh.runtime.watcher._SESSION", 0.0)
+        monkeypatch.setattr("openagentmesh.runtime.reload.watcher._SESSION", 0.0)
         async with asyncio.timeout(PATIENCE):
             assert calm == await asked.get()
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
 
-from openagentmesh.runtime.disk import digest_of
-from openagentmesh.runtime.sources import INSTALLED, Folder, Source, note_written, reached
+from openagentmesh.runtime.loading.files import digest_of
+from openagentmesh.runtime.loading.modules import INSTALLED, Folder, Source, note_written, reached
 
 _executing: ContextVar[Source | None] = ContextVar("executing", default=None)
 _staged: ContextVar["Stage | None"] = ContextVar("staged", default=None)

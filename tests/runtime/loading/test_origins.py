@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from openagentmesh.runtime.config import Config, ConfigError, HostSection
-from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.origins import Origin, find_origins
+from openagentmesh.runtime.loading.loader import Module
+from openagentmesh.runtime.loading.origins import Origin, find_origins
 
 from tests.runtime.conftest import MESH, Configure, Load, agent, ask, write
 

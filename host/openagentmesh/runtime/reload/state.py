@@ -14,7 +14,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from openagentmesh.mesh.module_context import Generation, Migration, has_content
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.runtime.aside import TookTooLong, aside
+from openagentmesh.runtime.reload.off_loop import TookTooLong, aside
 
 _PARTS = ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
 # What pydantic's JSON has in the place of a secret.

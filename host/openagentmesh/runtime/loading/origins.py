@@ -13,7 +13,7 @@ from typing import Final
 
 from openagentmesh.protocol.errors import text_of
 from openagentmesh.runtime.config import Config, ConfigError
-from openagentmesh.runtime.disk import Stamp, leads_back, stamp
+from openagentmesh.runtime.loading.files import Stamp, leads_back, stamp
 
 ENTRY_POINT_GROUP: Final = "openagentmesh.agents"
 DEFAULT_FOLDER: Final = "agents"

@@ -8,7 +8,7 @@ from openagentmesh.agent.agent import Agent
 from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.hooks.specs import Redactor
 from openagentmesh.protocol import subjects
-from openagentmesh.runtime import replay
+from openagentmesh.runtime.reload import replay
 
 from tests.runtime.conftest import MESH, Configure, write
 from tests.state.test_observe import listen, next_event

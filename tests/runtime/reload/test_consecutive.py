@@ -13,14 +13,15 @@ from openagentmesh import AgentMesh, Host, MeshTimeout
 from openagentmesh.mesh import reconciler as binding
 from openagentmesh.registry.presence import Presence
 from openagentmesh.registry.registry import Registry
-from openagentmesh.runtime import retire, watcher
 from openagentmesh.runtime.config import load_config
-from openagentmesh.runtime.disk import Disk
+from openagentmesh.runtime.loading.files import Disk
+from openagentmesh.runtime.reload import retirement as retire
+from openagentmesh.runtime.reload import watcher
 
 from tests.runtime.bench import Bench
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import let_go
-from tests.runtime.test_watching import reloads, until, until_answers, watching
+from tests.runtime.reload.test_state import let_go
+from tests.runtime.reload.test_watcher import reloads, until, until_answers, watching
 
 
 @pytest.fixture

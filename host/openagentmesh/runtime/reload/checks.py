@@ -11,16 +11,16 @@ from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.protocol.schema_diff import breaking_changes
-from openagentmesh.runtime.aside import TookTooLong
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.disk import Stamp, file_digest, stamp
-from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.sources import Source, is_written_by_code
-from openagentmesh.runtime.state import Transfer
+from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
+from openagentmesh.runtime.loading.loader import Module
+from openagentmesh.runtime.loading.modules import Source, is_written_by_code
+from openagentmesh.runtime.reload.off_loop import TookTooLong
+from openagentmesh.runtime.reload.state import Transfer
 from openagentmesh.transport.kv import ROOM_FOR_HEADERS
 
 # In the terminal it is the reload that speaks.
-log = logging.getLogger("openagentmesh.runtime.reload")
+log = logging.getLogger("openagentmesh.runtime.reload.reloader")
 
 
 class ReloadRefused(MeshError):
@@ -163,7 +163,7 @@ def why_of(exc: BaseException) -> tuple[str, str, str]:
         return exc.module.error, exc.module.traceback, exc.module.line
     if isinstance(exc, TookTooLong):
         frames = [
-            f for f in exc.stack if not f.filename.startswith(("<frozen", str(Path(__file__).parents[1])))
+            f for f in exc.stack if not f.filename.startswith(("<frozen", str(Path(__file__).parents[2])))
         ]
         line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         return "it takes too long to load; do what takes long in a watcher", "".join(exc.stack.format()), line

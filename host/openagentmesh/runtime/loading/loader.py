@@ -23,9 +23,9 @@ from openagentmesh.mesh.module_context import (
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import MeshError, text_of
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.imports import Imports, Stage, without_loop
-from openagentmesh.runtime.origins import Origin
-from openagentmesh.runtime.sources import Source
+from openagentmesh.runtime.loading.imports import Imports, Stage, without_loop
+from openagentmesh.runtime.loading.modules import Source
+from openagentmesh.runtime.loading.origins import Origin
 
 _LOOP_STARTED: Final = (
     "cannot be called from a running event loop",
@@ -37,8 +37,8 @@ _GUARD: Final = (
     "it starts its own event loop while it is imported; put that under "
     '`if __name__ == "__main__":`, so that the file still runs alone and the host can load it'
 )
-_OUR_FRAMES: Final = (str(Path(__file__).parent), "<frozen importlib", importlib.__file__ or "importlib")
-_OURSELVES: Final = str(Path(__file__).parents[1])
+_OUR_FRAMES: Final = (str(Path(__file__).parents[1]), "<frozen importlib", importlib.__file__ or "importlib")
+_OURSELVES: Final = str(Path(__file__).parents[2])
 
 
 @dataclass(slots=True, eq=False)

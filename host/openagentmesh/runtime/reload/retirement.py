@@ -19,11 +19,11 @@ from openagentmesh.agent.agent import Agent
 from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.module_context import Generation
 from openagentmesh.mesh.node import Node
-from openagentmesh.runtime.changes import Plan
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.imports import Stage
-from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.sources import Source
+from openagentmesh.runtime.loading.imports import Stage
+from openagentmesh.runtime.loading.loader import Module
+from openagentmesh.runtime.loading.modules import Source
+from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.serving.route import Route
 from openagentmesh.transport.tasks import end, end_within, persistently
 

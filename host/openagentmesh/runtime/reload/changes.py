@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.disk import Digest, Disk, digest_of
-from openagentmesh.runtime.imports import Imports
-from openagentmesh.runtime.loader import Module
-from openagentmesh.runtime.origins import (
+from openagentmesh.runtime.loading.files import Digest, Disk, digest_of
+from openagentmesh.runtime.loading.imports import Imports
+from openagentmesh.runtime.loading.loader import Module
+from openagentmesh.runtime.loading.modules import Folder, Source, importers, reached
+from openagentmesh.runtime.loading.origins import (
     Origin,
     agent_places,
     find_origins,
@@ -21,7 +22,6 @@ from openagentmesh.runtime.origins import (
     origins_left,
     place_of,
 )
-from openagentmesh.runtime.sources import Folder, Source, importers, reached
 
 _EMPTY: Final = digest_of(b"")
 Files = dict[Path, Digest]

@@ -11,10 +11,17 @@ from typing import Final
 
 from watchfiles import Change, awatch
 
-from openagentmesh.runtime.changes import Places
-from openagentmesh.runtime.disk import Stamp, is_being_written, is_skipped, leads_back, stamp, stamp_of
-from openagentmesh.runtime.reload import Reloader
-from openagentmesh.runtime.verdict import Doubtful
+from openagentmesh.runtime.loading.files import (
+    Stamp,
+    is_being_written,
+    is_skipped,
+    leads_back,
+    stamp,
+    stamp_of,
+)
+from openagentmesh.runtime.reload.changes import Places
+from openagentmesh.runtime.reload.checks import Doubtful
+from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.tasks import end
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from openagentmesh.runtime.config import MeshSection
 from openagentmesh.transport.server import EmbeddedServer
 
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import let_go, reload
-from tests.runtime.test_retiring import heard, until
+from tests.runtime.reload.test_retirement import heard, until
+from tests.runtime.reload.test_state import let_go, reload
 from tests.serving.test_router import node_of
 
 __all__ = ["heard"]  # a fixture

@@ -14,7 +14,7 @@ from openagentmesh import AgentMesh, Cancelled, Host
 from openagentmesh.protocol import subjects
 
 from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.test_reload_state import let_go, reload
+from tests.runtime.reload.test_state import let_go, reload
 from tests.state.test_observe import listen
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
@@ -174,7 +174,7 @@ async def test_one_that_swallows_its_cancellation_is_named(  # noqa: PLR0913, PL
 ) -> None:
     """The new one starts after the grace, not later, and the reload's notes say what is left."""
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE", 0.05)
-    monkeypatch.setattr("openagentmesh.runtime.retire._PROBATION", 0.05)
+    monkeypatch.setattr("openagentmesh.runtime.reload.retirement._PROBATION", 0.05)
     async with Host(configure({"a.py": by_itself(name, shape, DEAF.strip(), "old")})) as host:
         await until(lambda: heard)
         outcome = await reload(host, tmp_path, by_itself(name, shape, FOR_EVER, "new"))
@@ -289,7 +289,7 @@ async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 -
     """Tasks, threads, logging handlers, and who else holds it: in the reload's notes and in the log."""
     monkeypatch.setattr(asyncio, "stop", threading.Event(), raising=False)
     monkeypatch.setattr(logging, "forgotten", None, raising=False)
-    monkeypatch.setattr("openagentmesh.runtime.retire._SEARCH", 10.0)
+    monkeypatch.setattr("openagentmesh.runtime.reload.retirement._SEARCH", 10.0)
     monkeypatch.setattr(logging.getLogger("forgotten"), "handlers", [])
     source = LEAVES.format(mesh=MESH, name=name)
     async with Host(configure({"a.py": source})) as host:

@@ -1,0 +1,1 @@
+"""From a folder or package to a module with its agents."""

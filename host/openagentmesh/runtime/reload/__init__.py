@@ -1,0 +1,1 @@
+"""From a saved file to the version that serves."""
