@@ -10,8 +10,8 @@ from typing import Any
 from openagentmesh import Agent, Call, Caller, ClientMiddleware, Endpoint, Middleware, Outgoing, hookimpl
 from typer import Typer
 
+from oam_auth.auth_state import Protection
 from oam_auth.commands import add_to
-from oam_auth.protection import Protection
 from oam_auth.settings import Settings
 from oam_auth.signatures import Nonces
 

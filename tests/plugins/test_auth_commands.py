@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 from oam_auth import Auth, Settings
-from oam_auth.guard import Guard
+from oam_auth.authenticator import Guard
 from oam_auth.policy import Proof
 from oam_auth.signatures import Nonces
 from openagentmesh.runtime.config import load_config

@@ -87,7 +87,7 @@ async def test_a_new_key_counts_as_soon_as_it_is_used(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token signed with a key that is not known yet has the keys fetched; the old one counts no more."""
-    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
     async with Guarded(url, name, auth(publisher)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
@@ -100,7 +100,7 @@ async def test_keys_are_fetched_again_by_themselves(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key that is withdrawn counts no more after `refresh` seconds, though nobody asks for another one."""
-    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
     async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
@@ -124,7 +124,7 @@ async def test_keys_from_before_stay_when_the_issuer_is_gone(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An issuer that fails for a while, or answers nonsense, locks nobody out who has a good token."""
-    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
     async with Guarded(url, name, auth(publisher)).mesh:
         for answer in ((500, b""), (200, b"<html>")):
             publisher.answer = answer
@@ -176,7 +176,7 @@ async def test_who_gives_up_throws_no_keys_away(
     """A stranger has the keys fetched and goes before they come: they count for the others all the same."""
     async with Guarded(url, name, auth(publisher)).mesh as provider:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        monkeypatch.setattr("oam_auth.following._PAUSE", 3600.0)
+        monkeypatch.setattr("oam_auth.file_watch._PAUSE", 3600.0)
         plugin = provider._plugins.all[0].implementation
         assert isinstance(plugin, Auth)
         plugin.protection.issuer._next_fetch = 0.0
@@ -195,8 +195,8 @@ async def test_an_issuer_that_speaks_no_http_ends_nothing(
     url: str, mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, publisher: Publisher
 ) -> None:
     """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
-    monkeypatch.setattr("oam_auth.following._PAUSE", 0.0)
-    monkeypatch.setattr("oam_auth.protection._AGAIN", 0.01)
+    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.auth_state._AGAIN", 0.01)
     async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.garbage = True

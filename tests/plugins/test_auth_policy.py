@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oam_auth import Auth, Rule, Settings
-from oam_auth.guard import Guard
+from oam_auth.authenticator import Guard
 from oam_auth.policy import Policy, Proof
 from oam_auth.signatures import Nonces
 from openagentmesh import AgentMesh, AgentSpec, PermissionDenied, Unauthenticated

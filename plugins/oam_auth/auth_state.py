@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from openagentmesh import Call
 
-from oam_auth.following import Issuer, changes
-from oam_auth.guard import Guard, bearer_token
+from oam_auth.authenticator import Guard, bearer_token
+from oam_auth.file_watch import Issuer, changes
 from oam_auth.keys import fetch_keys
 from oam_auth.policy import Proof
 from oam_auth.settings import Settings

@@ -13,8 +13,8 @@ from joserfc.jwk import Key
 from openagentmesh import Call
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from oam_auth.following import Stamps, stamps
-from oam_auth.identity import AUTHORIZATION, Identity, spellings
+from oam_auth.credentials import AUTHORIZATION, Identity, spellings
+from oam_auth.file_watch import Stamps, stamps
 from oam_auth.keys import read_file, read_keys
 from oam_auth.policy import Policy, Proof, Rule
 from oam_auth.settings import Settings, TokenSettings
