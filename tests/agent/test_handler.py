@@ -143,7 +143,7 @@ def test_schemas_are_pydantics_and_not_wrapped(hint: Any, schema: dict[str, Any]
         return req
 
     handler.__annotations__ = {"req": hint, "return": hint}
-    skill = declared(handler).contract.document()["skills"][0]
+    skill = declared(handler).contract.to_document()["skills"][0]
     assert (schema, schema) == (skill["inputSchema"], skill["outputSchema"])
 
 

@@ -133,7 +133,7 @@ class Observer:
         found: list[dict[str, Any]] = []
         for instance in await instances(self._node.buckets):
             answer = await self._node.inbox.request(subjects.host(instance, "info"), timeout=_LONGEST_START)
-            found += from_json(codec.read_answer(answer.head, answer.body).body).get("reloads", [])
+            found += from_json(codec.decode_reply(answer.head, answer.body).body).get("reloads", [])
         return found
 
 

@@ -68,7 +68,7 @@ async def test_a_registered_agent_that_is_away_is_not_available(
     contract = (await mesh.contract(name)).model_copy(update={"name": f"{name}.ghost"})
     if verb == "stream":
         contract.capabilities["streaming"] = True
-    await node_of(mesh).registry.publish([AgentContract.read(contract.to_registry_json().encode())])
+    await node_of(mesh).registry.publish([AgentContract.from_document(contract.to_registry_json().encode())])
     with pytest.raises(NotAvailable):
         await use(mesh, verb, f"{name}.ghost")
 
@@ -112,7 +112,7 @@ async def test_agents_that_take_no_requests(
     serve(mesh, name)
     contract = await mesh.contract(name)
     contract.name, contract.capabilities = f"{name}.p", {"invocable": False, "streaming": streaming}
-    await node_of(mesh).registry.publish([AgentContract.read(contract.to_registry_json().encode())])
+    await node_of(mesh).registry.publish([AgentContract.from_document(contract.to_registry_json().encode())])
     with pytest.raises(InvocationMismatch, match=what):
         await use(mesh, verb, f"{name}.p")
 

@@ -13,6 +13,7 @@ import pytest
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, MeshTimeout, current_call
 from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.transport.nats_client import Message
 
@@ -143,7 +144,7 @@ async def test_who_waited_in_vain_says_so(
         await hanging.stops()
         async with asyncio.timeout(2):
             copy = await copies.get()
-    assert MeshTimeout.code == codec.read_error(copy.body).code
+    assert MeshTimeout.code == codec.decode_error(copy.body).code
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
@@ -248,21 +249,21 @@ async def test_only_those_who_understand_it_hear_accepted(
     node = node_of(mesh)
     stock, ours = asyncio.Queue[Message](), asyncio.Queue[Message]()
     for answers, extra in ((stock, {}), (ours, {"X-Mesh-Accept": "ack"})):
-        head = codec.write_headers({"X-Mesh-Request-Id": f"{name}-{len(extra)}"} | extra)
+        head = write_headers({"X-Mesh-Request-Id": f"{name}-{len(extra)}"} | extra)
         await node.bus.publish(subjects.agent(name), b"{}", head, node.inbox.expect(answers.put_nowait))
     word = {"X-Mesh-Request-Id": f"{name}-1", "X-Mesh-Instance-Id": mesh.instance_id}
     async with asyncio.timeout(10):
         for _ in range(3):
             accepted = await ours.get()
-            assert word | {"X-Mesh-Status": "accepted"} == codec.read_headers(accepted.head)
+            assert word | {"X-Mesh-Status": "accepted"} == read_headers(accepted.head)
             assert (b"", True) == (accepted.body, bool(accepted.reply))
         go.set()
         while (answer := await ours.get()).body == b"":
             pass
-        assert word | {"X-Mesh-Status": "ok", "X-Mesh-Source": name} == codec.read_headers(answer.head)
+        assert word | {"X-Mesh-Status": "ok", "X-Mesh-Source": name} == read_headers(answer.head)
         only = await stock.get()
     assert ("ok", f"{name}-0") == tuple(
-        codec.read_headers(only.head)[key] for key in ("X-Mesh-Status", "X-Mesh-Request-Id")
+        read_headers(only.head)[key] for key in ("X-Mesh-Status", "X-Mesh-Request-Id")
     )
     assert (b'{"text":""}', "") == (only.body, only.reply)
     await node.bus.flush()

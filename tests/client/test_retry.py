@@ -117,6 +117,6 @@ async def test_the_contract_says_whether_it_may_be_asked_again(mesh: AgentMesh, 
 
     contract, plain = await mesh.contract(name), await mesh.contract(f"{name}x")
     assert contract.idempotent
-    assert contract.document()["x-agentmesh"]["idempotent"] is True
+    assert contract.to_document()["x-agentmesh"]["idempotent"] is True
     assert not plain.idempotent
-    assert "idempotent" not in plain.document()["x-agentmesh"]
+    assert "idempotent" not in plain.to_document()["x-agentmesh"]

@@ -20,7 +20,8 @@ from openagentmesh import (
     NotFound,
     current_call,
 )
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import read_headers
 from openagentmesh.protocol.messages import DeathNotice
 from pydantic import BaseModel
 
@@ -138,7 +139,7 @@ async def test_what_nobody_waits_for_is_done(
             await asyncio.sleep(0)
         await node_of(mesh).bus.flush()
     request = await requests.get()
-    request_id = codec.read_headers(request.head)["X-Mesh-Request-Id"]
+    request_id = read_headers(request.head)["X-Mesh-Request-Id"]
     replies = {request.reply or "none", subjects.stream(request_id), subjects.results(request_id)}
     while not everything.empty():
         assert everything.get_nowait().subject not in replies
@@ -326,7 +327,7 @@ async def test_a_reply_goes_where_it_is_wanted(mesh: AgentMesh, name: str) -> No
     requests, replies = await listen(mesh, subjects.agent(name)), await listen(mesh, f"somewhere.{name}")
     await mesh.send(name, {}, reply_to=f"somewhere.{name}", headers={"X-Mine": "yes"})
     request = await requests.get()
-    headers = codec.read_headers(request.head)
+    headers = read_headers(request.head)
     assert [f"somewhere.{name}", "yes"] == [headers["X-Mesh-Reply-To"], headers["X-Mine"]]
     assert f"somewhere.{name}" == request.reply
     headers, body = await frame(replies)

@@ -20,7 +20,8 @@ from openagentmesh import (
     NotFound,
     Overloaded,
 )
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import EmbeddedServer
 
@@ -296,7 +297,7 @@ async def test_what_is_published_arrives(
     data = payload.model_dump() if isinstance(payload, Text) else payload
     assert (data, "é: yes") == (message.data, message.headers["X-Mine"])
     on_wire, own = await raw.get(), {"X-Mesh-Instance-Id": mesh.instance_id, "X-Mine": "é: yes"}
-    assert (body, own | {"X-Mesh-Content-Type": kind}) == (on_wire.body, codec.read_headers(on_wire.head))
+    assert (body, own | {"X-Mesh-Content-Type": kind}) == (on_wire.body, read_headers(on_wire.head))
 
 
 async def test_nothing_can_be_published_on_a_bad_subject(mesh: AgentMesh) -> None:
@@ -328,7 +329,7 @@ async def test_what_is_no_json_arrives_as_bytes(mesh: AgentMesh, name: str) -> N
     ]
     feed = await begin(mesh, mesh.subscribe(subject=name), len(strange))
     for headers, body in strange:
-        await node_of(mesh).bus.publish(name, body, codec.write_headers(headers))
+        await node_of(mesh).bus.publish(name, body, write_headers(headers))
     assert [body for _, body in strange] == await feed
 
 

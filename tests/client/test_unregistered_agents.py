@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, NotFound
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import write_headers
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.nats_client import Message
 
 from tests.serving.test_router import node_of
 
-OK = codec.write_headers({subjects.STATUS: "ok"})
+OK = write_headers({subjects.STATUS: "ok"})
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ async def test_an_instance_that_is_none_costs_nobody_the_connection(
     call = asyncio.create_task(mesh.call(name, 1))
     reply = (await asked.get()).reply
     accepted = {subjects.STATUS: "accepted", subjects.INSTANCE_ID: "a b"}
-    await stranger.publish(reply, b"", codec.write_headers(accepted))
+    await stranger.publish(reply, b"", write_headers(accepted))
     await asyncio.sleep(1.5)  # it would have been asked whether it lives by now
     await stranger.publish(reply, b'"late"', OK)
     assert "late" == await call

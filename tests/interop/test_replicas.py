@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from openagentmesh import AgentMesh
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.contract import read_catalog
+from openagentmesh.protocol.contract import decode_catalog
 
 from tests.interop.peers import OURS, Peer, Refused, Script, interop_environment, listed
 from tests.registry.test_registry import until
@@ -48,7 +48,7 @@ async def is_published(mesh: AgentMesh, name: str) -> bool:
     buckets = node_of(mesh).buckets
     document = await buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY)
     contract = await buckets.get(subjects.REGISTRY_BUCKET, name)
-    return contract is not None and name in [entry.name for entry in read_catalog(document)]
+    return contract is not None and name in [entry.name for entry in decode_catalog(document)]
 
 
 async def test_replicas_share_and_one_stays(

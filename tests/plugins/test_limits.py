@@ -25,7 +25,7 @@ from openagentmesh import (
     hookimpl,
 )
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.codec import read_request
+from openagentmesh.protocol.codec import decode_request
 from openagentmesh.runtime.config import ConfigError, load_config
 
 from tests.runtime.conftest import MESH, agent, write
@@ -115,7 +115,7 @@ def refused(outcomes: list[Any]) -> list[Overloaded]:
 
 def call_of(instance: str = "", subject: str = "") -> Call:
     head = f"NATS/1.0\r\n{subjects.INSTANCE_ID}: {instance}\r\n\r\n" if instance else ""
-    call = Call("a", read_request(head.encode(), b""), 0.0)
+    call = Call("a", decode_request(head.encode(), b""), 0.0)
     call.proven = Caller(instance, subject) if subject else None
     return call
 
@@ -443,7 +443,7 @@ async def test_a_proven_subject_is_one_caller_from_everywhere(
 @given(st.text(), st.text())
 def test_names_that_strangers_choose_are_short_and_never_somebody_proven(named: str, subject: str) -> None:
     """Whatever an instance calls itself, its limit is no subject's, and its name takes little memory."""
-    stranger = Call("a", read_request(b"", b""), 0.0, proven=Caller(named))
+    stranger = Call("a", decode_request(b"", b""), 0.0, proven=Caller(named))
     assert len(caller_of(stranger)) < 200
     if subject:
         assert caller_of(stranger) != caller_of(call_of(named, subject))

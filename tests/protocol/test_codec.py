@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from openagentmesh import Cancelled, InvalidInput, MeshError, NotFound
 from openagentmesh.protocol import codec
+from openagentmesh.protocol.headers import write_headers
 from openagentmesh.protocol.messages import Usage
 from pydantic import BaseModel
 
@@ -65,15 +66,15 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
             block("X-Mesh-Request-Id: ", WHO[1], "X-Mesh-Status: ok", "X-Mesh-Source: a"),
         ),
         (
-            codec.frame_headers(codec.frame_start("r1", "i1"), 0),
+            codec.frame_headers(codec.frame_prefix("r1", "i1"), 0),
             block(*WHO, "X-Mesh-Stream-Seq: 0", "X-Mesh-Stream-End: false"),
         ),
         (
-            codec.end_headers(codec.frame_start("r1", "i1"), 7),
+            codec.end_headers(codec.frame_prefix("r1", "i1"), 7),
             block(*WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true"),
         ),
         (
-            codec.end_headers(codec.frame_start("r1", "i1"), 7, Usage(total_tokens=9)),
+            codec.end_headers(codec.frame_prefix("r1", "i1"), 7, Usage(total_tokens=9)),
             block(
                 *WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true", 'X-Mesh-Usage: {"total_tokens": 9}'
             ),
@@ -88,7 +89,7 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
             ),
         ),
         (
-            codec.frame_headers(codec.frame_start("", "i1"), 3),
+            codec.frame_headers(codec.frame_prefix("", "i1"), 3),
             block(WHO[1], "X-Mesh-Stream-Seq: 3", "X-Mesh-Stream-End: false"),
         ),
         (codec.accepted_headers("r1", "i1"), block(*WHO, "X-Mesh-Status: accepted")),
@@ -102,9 +103,9 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
             block(*WHO, "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
         ),
         (codec.credit_headers(8), block("X-Mesh-Credit: 8")),
-        (codec.cancel_headers(late=False), block("X-Mesh-Credit: 0")),
-        (codec.cancel_headers(late=True), block("X-Mesh-Credit: 0", "X-Mesh-Status: timeout")),
-        (codec.write_headers({}), b""),
+        (codec.cancel_headers(timed_out=False), block("X-Mesh-Credit: 0")),
+        (codec.cancel_headers(timed_out=True), block("X-Mesh-Credit: 0", "X-Mesh-Status: timeout")),
+        (write_headers({}), b""),
     ],
 )
 def test_header_blocks_are_the_protocols_byte_for_byte(built: bytes, expected: bytes) -> None:
@@ -119,7 +120,7 @@ def test_any_timeout_makes_a_header_or_a_mesh_error(timeout: float) -> None:
         head = codec.request_headers("r1", "i1", timeout=timeout)
     except MeshError:
         return
-    waits = codec.read_request(head, b"").timeout
+    waits = codec.decode_request(head, b"").timeout
     assert waits is None or waits > 0
 
 
@@ -147,7 +148,7 @@ def test_any_timeout_makes_a_header_or_a_mesh_error(timeout: float) -> None:
 )
 def test_payloads_go_out_as_the_protocol_says(payload: object, expected: bytes) -> None:
     """None is empty, bytes are themselves, everything else is JSON that any reader takes."""
-    assert expected == codec.dump(payload)
+    assert expected == codec.encode(payload)
 
 
 def circle() -> list[object]:
@@ -170,7 +171,7 @@ def well(depth: int = 2000) -> list[object]:
 def test_a_payload_that_is_no_json_is_the_callers_fault(make: Callable[[], object]) -> None:
     """What cannot be sent is `invalid_input` that says what can."""
     with pytest.raises(InvalidInput, match="pydantic model, bytes or plain values"):
-        codec.dump(make())
+        codec.encode(make())
 
 
 @pytest.mark.parametrize(
@@ -179,14 +180,14 @@ def test_a_payload_that_is_no_json_is_the_callers_fault(make: Callable[[], objec
 )
 def test_bodies_are_read_as_json(body: bytes, expected: object) -> None:
     """A body is the JSON value it holds; an empty one is None."""
-    assert expected == codec.load(body)
+    assert expected == codec.decode(body)
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 2000, b"1" * 5000, b"text", b'"\\ud800"'])
 def test_a_body_that_is_no_json_is_a_mesh_error(body: bytes) -> None:
     """Nothing but a MeshError comes of a body that cannot be read."""
-    with pytest.raises(MeshError, match="no JSON"):
-        codec.load(body)
+    with pytest.raises(MeshError, match="is not JSON"):
+        codec.decode(body)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_body_that_is_no_json_is_a_mesh_error(body: bytes) -> None:
 def test_a_header_cannot_smuggle_in_another(headers: dict[str, str]) -> None:
     """A line break in a name or a value is refused, also among the headers of a call."""
     with pytest.raises(InvalidInput, match="line break"):
-        codec.write_headers(headers)
+        write_headers(headers)
     with pytest.raises(InvalidInput, match="line break"):
         codec.request_headers("r", "i", timeout=1, extra=headers)
 
@@ -211,11 +212,11 @@ def test_a_header_cannot_smuggle_in_another(headers: dict[str, str]) -> None:
 def test_a_header_that_is_no_utf8_is_a_mesh_error() -> None:
     """A lone surrogate cannot be sent; the caller gets a MeshError, not a codec's error."""
     with pytest.raises(MeshError):
-        codec.write_headers({"who": "\udcff"})
+        write_headers({"who": "\udcff"})
 
 
 def request(*lines: str) -> codec.Request:
-    return codec.read_request(block(*lines), b"{}")
+    return codec.decode_request(block(*lines), b"{}")
 
 
 def test_a_request_is_read_whole() -> None:
@@ -235,7 +236,7 @@ def test_a_request_is_read_whole() -> None:
 
 def test_a_request_without_headers_is_a_plain_call() -> None:
     """A peer that sends only a body is served: no id, no caller, no limit."""
-    assert codec.Request("", "", False, None, 0, "", "", b"x", {}) == codec.read_request(b"", b"x")  # noqa: FBT003
+    assert codec.Request("", "", False, None, 0, "", "", b"x", {}) == codec.decode_request(b"", b"x")  # noqa: FBT003
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_a_window_is_a_whole_number_or_not_there(sent: str, credit: int) -> None
     """A broken credit header is as good as none, on requests and on grants alike."""
     assert (credit, credit) == (
         request(f"X-Mesh-Credit: {sent}").credit,
-        codec.read_credit(block(f"X-Mesh-Credit: {sent}")),
+        codec.decode_credit(block(f"X-Mesh-Credit: {sent}")),
     )
 
 
@@ -284,7 +285,7 @@ def test_only_true_asks_for_a_stream(sent: str, *, streaming: bool) -> None:
     assert streaming == request(f"X-Mesh-Stream: {sent}").streaming
 
 
-START = codec.frame_start("r", "i")
+START = codec.frame_prefix("r", "i")
 
 
 @pytest.mark.parametrize(
@@ -307,9 +308,9 @@ def test_answers_are_told_apart(  # noqa: PLR0913 - what an answer has
     head: bytes, status: str, *, nobody: bool, seq: int | None, end: bool, instance: str
 ) -> None:
     """Reply, chunk, end, error, acceptance and NATS' own 503 are what their headers say."""
-    found = codec.read_answer(head, b"x")
+    found = codec.decode_reply(head, b"x")
     assert (b"x", nobody, seq, end, instance) == (
-        found.body, found.nobody, found.seq, found.end, found.instance,
+        found.body, found.no_responders, found.seq, found.end, found.instance,
     )  # fmt: skip
     assert (status == "error", status == "accepted") == (found.error, found.accepted)
 
@@ -319,14 +320,14 @@ def test_answers_are_told_apart(  # noqa: PLR0913 - what an answer has
 )
 def test_an_error_arrives_as_it_left(error: MeshError) -> None:
     """Class, code, message, agent, request and details survive the wire."""
-    read = codec.read_error(codec.error_body(error))
+    read = codec.decode_error(codec.encode_error(error))
     assert (type(error), error.to_dict()) == (type(read), read.to_dict())
 
 
 @pytest.mark.parametrize("body", [b"", b"oops", b"[]", b"null", b"\xff\xfe", b"{", b"[" * 2000])
 def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
     """An error that is no envelope is still an error for the caller, with what was sent."""
-    error = codec.read_error(body)
+    error = codec.decode_error(body)
     assert "mesh_error" == error.code
     assert body[:200].decode("utf-8", "replace") in error.message.replace("'", "")
     assert len(error.message) < 400
@@ -351,21 +352,21 @@ def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
 )
 def test_an_error_body_is_json_whatever_its_details_are(make: Callable[[], object]) -> None:
     """No detail keeps an error from being sent: fault 5 left the caller waiting."""
-    envelope = strict_json(codec.error_body(InvalidInput("m", agent="a", details={"what": make()})))
+    envelope = strict_json(codec.encode_error(InvalidInput("m", agent="a", details={"what": make()})))
     assert ("invalid_input", "m", "a") == (envelope["code"], envelope["message"], envelope["agent"])
 
 
 def test_an_error_body_is_json_whatever_its_message_is() -> None:
     """A file name that is no UTF-8, in an exception's text, still reaches the caller as an error."""
-    body = codec.error_body(NotFound("No such file: '\udcff.txt'", agent="a", request_id="r"))
-    read = codec.read_error(body)
+    body = codec.encode_error(NotFound("No such file: '\udcff.txt'", agent="a", request_id="r"))
+    read = codec.decode_error(body)
     assert (NotFound, "not_found", "a", "r") == (type(read), read.code, read.agent, read.request_id)
     assert all("No such file" in message for message in (read.message, strict_json(body)["message"]))
 
 
 def test_a_huge_error_fits_and_keeps_what_matters() -> None:
     """An envelope too large to send loses its details and the end of its message only."""
-    body = codec.error_body(MeshError("own", "m" * 10**6, "a", "r", {"k": "v" * 10**6}))
+    body = codec.encode_error(MeshError("own", "m" * 10**6, "a", "r", {"k": "v" * 10**6}))
     envelope = strict_json(body)
     assert len(body) < codec.MAX_ERROR_BODY
     assert ("own", "a", "r", {"truncated": True}) == (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentContract, AgentSpec, CatalogEntry, InvocationMismatch, MeshError
-from openagentmesh.protocol.contract import Verb, read_catalog, write_catalog
+from openagentmesh.protocol.contract import Verb, decode_catalog, encode_catalog
 
 IN = {"type": "object", "properties": {"text": {"type": "string"}}}
 OUT = {"type": "string"}
@@ -23,7 +23,7 @@ def contract(
     output: dict[str, Any] | None = None,
     chunk: dict[str, Any] | None = None,
 ) -> AgentContract:
-    return AgentContract.of(
+    return AgentContract.declare(
         SPEC,
         invocable=invocable,
         streaming=streaming,
@@ -68,8 +68,8 @@ def test_the_document_is_the_protocols(
 def test_mcp_is_published_when_it_is_set(mcp: dict[str, Any] | bool) -> None:
     """`x-agentmesh.mcp` carries what was set, False included, and comes back."""
     made = contract().model_copy(update={"mcp": mcp})
-    assert mcp == made.document()["x-agentmesh"]["mcp"]
-    assert mcp == AgentContract.read(made.to_registry_json().encode()).mcp
+    assert mcp == made.to_document()["x-agentmesh"]["mcp"]
+    assert mcp == AgentContract.from_document(made.to_registry_json().encode()).mcp
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_mcp_is_published_when_it_is_set(mcp: dict[str, Any] | bool) -> None:
 )
 def test_a_contract_is_read_as_it_was_published(made: AgentContract) -> None:
     """Writing and reading a contract loses nothing."""
-    assert made.model_dump() == AgentContract.read(made.to_registry_json().encode()).model_dump()
+    assert made.model_dump() == AgentContract.from_document(made.to_registry_json().encode()).model_dump()
 
 
 def test_missing_keys_have_the_protocols_defaults() -> None:
     """A document of a name alone is an invocable agent that does not stream."""
-    read = AgentContract.read(b'{"name":"a.b"}')
+    read = AgentContract.from_document(b'{"name":"a.b"}')
     assert (True, False, "mesh.agent.a.b", "0.1.0", "", [], None, None, None, None) == (
         read.invocable,
         read.streaming,
@@ -105,22 +105,22 @@ def test_a_missing_capability_has_its_default(
     capabilities: dict[str, bool], *, invocable: bool, streaming: bool
 ) -> None:
     """Each capability is defaulted by itself."""
-    read = AgentContract.read(json.dumps({"name": "a", "capabilities": capabilities}).encode())
+    read = AgentContract.from_document(json.dumps({"name": "a", "capabilities": capabilities}).encode())
     assert (invocable, streaming) == (read.invocable, read.streaming)
 
 
 def test_unknown_keys_are_ignored() -> None:
     """A newer peer's keys, at every level, are no reason to fail."""
-    document = contract(output=OUT).document()
+    document = contract(output=OUT).to_document()
     for level in (document, document["capabilities"], document["skills"][0], document["x-agentmesh"]):
         level["of-tomorrow"] = {"x": [1]}
-    read = AgentContract.read(json.dumps(document).encode())
+    read = AgentContract.from_document(json.dumps(document).encode())
     assert ("nlp.a", IN, OUT, ["x", "y"]) == (read.name, read.input_schema, read.output_schema, read.tags)
 
 
 def test_tags_are_found_on_the_skill_too() -> None:
     """A peer that writes tags only on the skill has tags."""
-    read = AgentContract.read(b'{"name":"a","skills":[{"tags":["t"]}]}')
+    read = AgentContract.from_document(b'{"name":"a","skills":[{"tags":["t"]}]}')
     assert ["t"] == read.tags
 
 
@@ -135,8 +135,8 @@ def test_tags_are_found_on_the_skill_too() -> None:
 )  # fmt: skip
 def test_what_is_no_contract_is_a_mesh_error_that_shows_it(document: bytes) -> None:
     """A peer's broken document is a MeshError with its beginning."""
-    with pytest.raises(MeshError, match="cannot be read") as caught:
-        AgentContract.read(document)
+    with pytest.raises(MeshError, match="malformed contract") as caught:
+        AgentContract.from_document(document)
     assert repr(document[:120]) in caught.value.message
 
 
@@ -197,7 +197,7 @@ def test_a_catalog_entry_has_exactly_the_protocols_keys() -> None:
         "name": "nlp.a", "description": "Does a.", "version": "2.0.0", "tags": ["x", "y"],
         "invocable": True, "streaming": True,
     }  # fmt: skip
-    entries = write_catalog([contract(streaming=True).to_catalog_entry().model_dump()])
+    entries = encode_catalog([contract(streaming=True).to_catalog_entry().model_dump()])
     assert [expected] == json.loads(entries)
 
 
@@ -210,7 +210,7 @@ def test_a_document_is_json_that_everybody_reads() -> None:
 
 def test_an_empty_catalog_is_an_array() -> None:
     """Without agents the key holds `[]`."""
-    assert b"[]" == write_catalog([])
+    assert b"[]" == encode_catalog([])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_empty_catalog_is_an_array() -> None:
 )
 def test_a_catalog_that_is_none_has_no_entries(document: bytes | None) -> None:
     """Whatever stands in the catalog's key, reading it gives a list."""
-    assert [] == read_catalog(document)
+    assert [] == decode_catalog(document)
 
 
 def test_one_bad_catalog_entry_does_not_hide_the_others() -> None:
@@ -226,7 +226,7 @@ def test_one_bad_catalog_entry_does_not_hide_the_others() -> None:
     document = (
         b'[{"name":"a"},{"nome":"b"},5,null,{"name":"c","tags":5},{"name":"d","streaming":true,"new":1}]'
     )
-    assert [CatalogEntry(name="a"), CatalogEntry(name="d", streaming=True)] == read_catalog(document)
+    assert [CatalogEntry(name="a"), CatalogEntry(name="d", streaming=True)] == decode_catalog(document)
     assert (True, False, "0.1.0", []) == (
         CatalogEntry(name="a").invocable,
         CatalogEntry(name="a").streaming,

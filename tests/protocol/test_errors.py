@@ -101,9 +101,9 @@ def test_the_envelope_has_exactly_the_protocols_keys() -> None:
 
 def test_an_error_is_located_in_the_request_at_hand() -> None:
     """What is sent has this request's id, and the raised object stays as it was."""
-    assert ("a", "r") == _place(MeshError("m").located(agent="a", request_id="r"))
+    assert ("a", "r") == _place(MeshError("m").for_request(agent="a", request_id="r"))
     inner = MeshError("m", agent="inner", request_id="ri")
-    assert ("inner", "r") == _place(inner.located(agent="a", request_id="r"))
+    assert ("inner", "r") == _place(inner.for_request(agent="a", request_id="r"))
     assert ("inner", "ri") == _place(inner)
 
 

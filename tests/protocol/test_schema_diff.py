@@ -32,7 +32,7 @@ def contract(
     invocable: bool = True,
     streaming: bool = False,
 ) -> AgentContract:
-    return AgentContract.of(
+    return AgentContract.declare(
         AgentSpec(name="a"),
         invocable=invocable,
         streaming=streaming,

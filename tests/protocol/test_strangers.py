@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from openagentmesh import AgentContract, InvalidInput, MeshError
 from openagentmesh.protocol import codec
-from openagentmesh.protocol.contract import Verb, read_catalog
+from openagentmesh.protocol.contract import Verb, decode_catalog
+from openagentmesh.protocol.headers import read_headers, write_headers
 
 DEEP = b"[" * 2000
 KEYS = st.sampled_from(
@@ -57,11 +58,11 @@ HEADS = st.binary(max_size=200) | LINES.map(
 @example(b"\xff\xfe:\r\n:\r\n", b"")
 def test_any_request_and_any_answer_can_be_read(head: bytes, body: bytes) -> None:
     """Reading headers never raises, keeps the body, and lets only a harmless id through."""
-    request = codec.read_request(head, body)
-    assert (body, body) == (request.body, codec.read_answer(head, body).body)
+    request = codec.decode_request(head, body)
+    assert (body, body) == (request.body, codec.decode_reply(head, body).body)
     assert (True, True) == (request.timeout is None or request.timeout >= 0, request.credit >= 0)
-    assert codec.read_credit(head) >= 0
-    echoed = codec.read_headers(codec.error_headers(request.request_id, "i"))
+    assert codec.decode_credit(head) >= 0
+    echoed = read_headers(codec.error_headers(request.request_id, "i"))
     assert {
         "X-Mesh-Request-Id": request.request_id,
         "X-Mesh-Instance-Id": "i",
@@ -75,7 +76,7 @@ def test_any_request_and_any_answer_can_be_read(head: bytes, body: bytes) -> Non
 def test_no_header_brings_another_with_it(headers: dict[str, str]) -> None:
     """Any headers are refused, or make a block with one line for each."""
     try:
-        block = codec.write_headers(headers)
+        block = write_headers(headers)
     except InvalidInput:
         assert any(c in k + v for k, v in headers.items() for c in "\r\n")
         return
@@ -92,7 +93,7 @@ def test_no_header_brings_another_with_it(headers: dict[str, str]) -> None:
 )
 def test_ordinary_headers_arrive_as_they_left(headers: dict[str, str]) -> None:
     """Names and values of printable text survive the wire, colons included."""
-    assert headers == codec.read_headers(codec.write_headers(headers))
+    assert headers == read_headers(write_headers(headers))
 
 
 @given(st.binary(max_size=100) | JSON.map(lambda found: json.dumps(found).encode()))
@@ -102,7 +103,7 @@ def test_ordinary_headers_arrive_as_they_left(headers: dict[str, str]) -> None:
 @example(b'{"code":"invalid_input","details":[1],"message":null}')
 def test_any_error_body_is_an_error(body: bytes) -> None:
     """Whatever a peer sends as its error, the caller gets a MeshError that can itself be sent on."""
-    error = codec.read_error(body)
+    error = codec.decode_error(body)
     assert (str, str, str, str, dict) == tuple(type(value) for value in error.to_dict().values())
     assert error.code
 
@@ -111,8 +112,8 @@ def test_any_error_body_is_an_error(body: bytes) -> None:
 @example(DEEP)
 def test_any_body_is_json_or_a_mesh_error(body: bytes) -> None:
     """A reply's body is a value or a MeshError."""
-    refused = refusal(lambda: codec.load(body))
-    assert not refused or "no JSON" in refused
+    refused = refusal(lambda: codec.decode(body))
+    assert not refused or "is not JSON" in refused
 
 
 def refusal(read: Callable[[], object]) -> str:
@@ -128,7 +129,7 @@ def refusal(read: Callable[[], object]) -> str:
 @example(DEEP)
 def test_any_catalog_is_a_list(document: bytes) -> None:
     """Reading the catalog never fails, and gives only entries with a name."""
-    assert all(isinstance(entry.name, str) for entry in read_catalog(document))
+    assert all(isinstance(entry.name, str) for entry in decode_catalog(document))
 
 
 @given(
@@ -147,10 +148,10 @@ def test_any_catalog_is_a_list(document: bytes) -> None:
 def test_any_contract_is_usable_or_a_mesh_error(document: dict[str, Any]) -> None:
     """A contract that can be read can be used and published again; all others are MeshErrors."""
     body = json.dumps(document).encode()
-    if refused := refusal(lambda: AgentContract.read(body)):
-        assert "cannot be read" in refused
+    if refused := refusal(lambda: AgentContract.from_document(body)):
+        assert "malformed" in refused
         return
-    read = AgentContract.read(body)
+    read = AgentContract.from_document(body)
     assert document["name"] == json.loads(read.to_registry_json())["name"] == read.to_catalog_entry().name
     verbs: tuple[Verb, ...] = ("call", "stream", "send", "subscribe")
     refusals = [refusal(partial(read.check_verb, verb)) for verb in verbs]
@@ -180,6 +181,6 @@ def test_any_details_make_a_json_envelope(details: dict[str, Any]) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    envelope = json.loads(codec.error_body(InvalidInput("m", details=details)), parse_constant=refuse)
+    envelope = json.loads(codec.encode_error(InvalidInput("m", details=details)), parse_constant=refuse)
     assert ("invalid_input", "m") == (envelope["code"], envelope["message"])
     assert isinstance(envelope["details"], dict)

@@ -108,7 +108,7 @@ def contract(
     invocable: bool = True,
     streaming: bool = False,
 ) -> AgentContract:
-    return AgentContract.of(
+    return AgentContract.declare(
         AgentSpec(name=name, description="Does a.", tags=["x"]),
         invocable=invocable,
         streaming=streaming,
@@ -258,7 +258,7 @@ def test_what_takes_no_requests_is_no_tool(why: str, *, streaming: bool) -> None
     """A publisher and a background task are refused with what they are, in every form."""
     made = contract(None, invocable=False, streaming=streaming)
     for form in (made.to_tool_schema, made.to_openai_tool, made.to_anthropic_tool):
-        with pytest.raises(ValueError, match=f"^Agent 'nlp.a' is no tool: {re.escape(why)}$"):
+        with pytest.raises(ValueError, match=f"^Agent 'nlp.a' cannot be a tool: {re.escape(why)}$"):
             form()
 
 
@@ -329,7 +329,7 @@ def test_any_input_is_wrapped_but_never_strict() -> None:
     """An agent that takes anything takes it as `value`; strict mode has no word for anything."""
     assert {"type": "object", "properties": {"value": {}}, "required": ["value"]} == input_schema({})
     assert {"a": [None]} == contract({}).tool_input({"value": {"a": [None]}})
-    with pytest.raises(ValueError, match=r"nlp_a#/properties/value, which takes any value. Use strict=False"):
+    with pytest.raises(ValueError, match=r"nlp_a#/properties/value, which accepts any value. Use strict=False"):
         strict_schema({})
 
 

@@ -7,7 +7,7 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.contract import read_catalog
+from openagentmesh.protocol.contract import decode_catalog
 from openagentmesh.transport.server import EmbeddedServer
 from pydantic import BaseModel
 
@@ -22,7 +22,7 @@ class Text(BaseModel):
 async def catalog_key(node: Node) -> list[str]:
     """The names in the catalog's single key."""
     document = await node.buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY)
-    return [entry.name for entry in read_catalog(document)]
+    return [entry.name for entry in decode_catalog(document)]
 
 
 async def until(holds: object, seconds: float = 10) -> None:

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, MeshError
 from openagentmesh.agent.agent import Limits
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import read_headers
 from openagentmesh.serving.background import Background
 from openagentmesh.transport.nats_client import Message
 
@@ -29,7 +30,7 @@ async def frame(heard: asyncio.Queue[Message]) -> tuple[dict[str, str], bytes]:
     """Headers and body of the next message."""
     async with asyncio.timeout(10):
         message = await heard.get()
-    return codec.read_headers(message.head), message.body
+    return read_headers(message.head), message.body
 
 
 def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
@@ -393,6 +394,6 @@ async def test_it_is_listed(mesh: AgentMesh, name: str) -> None:
     listed = [(e.name, e.invocable, e.streaming) for e in await mesh.catalog(channel=name)]
     assert [(f"{name}.p", False, True), (f"{name}.w", False, False)] == listed
     contract = await mesh.contract(f"{name}.p")
-    assert {"type": "integer"} == contract.document()["x-agentmesh"]["chunk_schema"]
+    assert {"type": "integer"} == contract.to_document()["x-agentmesh"]["chunk_schema"]
     assert {"streaming": True, "invocable": False} == contract.capabilities
     assert (await mesh.contract(f"{name}.w")).chunk_schema is None

@@ -376,8 +376,8 @@ async def test_what_is_turned_on_again_serves_at_once(mesh: AgentMesh, name: str
 
 async def test_a_publisher_that_is_turned_off_ends_its_events(mesh: AgentMesh, name: str) -> None:
     """Its subscribers get the end frame with the count; on again it counts from 0."""
-    frames: asyncio.Queue[codec.Answer] = asyncio.Queue()
-    receive = lambda message: frames.put_nowait(codec.read_answer(message.head, message.body))  # noqa: E731
+    frames: asyncio.Queue[codec.Reply] = asyncio.Queue()
+    receive = lambda message: frames.put_nowait(codec.decode_reply(message.head, message.body))  # noqa: E731
     await node_of(mesh).bus.listen(subjects.events(name), receive)
 
     @mesh.agent(AgentSpec(name=name), active_when=mesh.kv_condition(name, lambda text: text == "on"))

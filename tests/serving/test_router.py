@@ -25,6 +25,7 @@ from openagentmesh import (
 from openagentmesh.agent.agent import Limits
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
 
@@ -210,7 +211,7 @@ async def test_every_error_is_copied(mesh: AgentMesh, name: str) -> None:
     with pytest.raises(HandlerError) as caught:
         await mesh.call(name, {})
     copy = await copies.get()
-    headers = codec.read_headers(copy.head)
+    headers = read_headers(copy.head)
     assert ("error", caught.value.request_id) == (headers["X-Mesh-Status"], headers["X-Mesh-Request-Id"])
     assert "handler_error" == json.loads(copy.body)["code"]
 
@@ -256,9 +257,9 @@ async def test_a_stranger_cannot_break_the_wire(mesh: AgentMesh, name: str) -> N
     await mesh.catalog()
     reply = node.inbox.expect(replies.put_nowait)
     for request_id in ("a b", "*", ">", "a..b", "\x00", "é", "x" * 5000):
-        head = codec.write_headers({"X-Mesh-Request-Id": request_id, "X-Mesh-Stream": "true"})
+        head = write_headers({"X-Mesh-Request-Id": request_id, "X-Mesh-Stream": "true"})
         await node.bus.publish(subjects.agent(name), b"{}", head, reply)
-        error = codec.read_error((await replies.get()).body)
+        error = codec.decode_error((await replies.get()).body)
         assert "invalid_input" == error.code
     assert node.bus.reconnects == 0
 
@@ -274,7 +275,7 @@ async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: st
 
     await mesh.catalog()
     await node.bus.publish(subjects.agent(name), b"{}", b"", node.inbox.expect(replies.put_nowait))
-    error = codec.read_error((await replies.get()).body)
+    error = codec.decode_error((await replies.get()).body)
     assert f"Agent '{name}' is streaming-only. Use stream() instead" == error.message
     assert isinstance(error, InvocationMismatch)
 
@@ -375,7 +376,7 @@ async def test_one_error_raised_twice_belongs_to_each_request(mesh: AgentMesh, n
 
     await mesh.catalog()
     for request_id in ("first", "second"):
-        head = codec.write_headers({"X-Mesh-Request-Id": request_id})
+        head = write_headers({"X-Mesh-Request-Id": request_id})
         await node.bus.publish(subjects.agent(name), b"{}", head, node.inbox.expect(replies.put_nowait))
         assert request_id == json.loads((await replies.get()).body)["request_id"]
 

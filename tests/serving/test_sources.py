@@ -19,7 +19,8 @@ from openagentmesh import (
     MeshMessage,
     SubjectSource,
 )
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import read_headers
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.serving.triggers import KVFeed
 from openagentmesh.state.kv import KV
@@ -145,7 +146,7 @@ async def test_a_request_on_the_subject_is_answered(mesh: AgentMesh, name: str) 
     await mesh.catalog()
     answer = await node_of(mesh).inbox.request(f"{name}.in", b"21", timeout=10)
     assert b"42" == answer.body
-    assert "ok" == codec.read_headers(answer.head)[subjects.STATUS]
+    assert "ok" == read_headers(answer.head)[subjects.STATUS]
 
 
 async def test_what_fails_is_told_and_the_next_one_handled(mesh: AgentMesh, name: str) -> None:

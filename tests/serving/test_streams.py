@@ -8,6 +8,7 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, ChunkSequenceError, HandlerError, MeshTimeout, PayloadTooLarge
 from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
@@ -88,7 +89,7 @@ async def test_a_stock_readers_abandoned_stream_is_noticed(mesh: AgentMesh, name
 
     await mesh.catalog()
     sid = await node.bus.listen(subjects.stream(name), lambda _: first.set())
-    head = codec.write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
+    head = write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
     await node.bus.publish(subjects.agent(name), b'{"count": 100000000}', head)
     await first.wait()
     await node.bus.quit(sid)
@@ -109,7 +110,7 @@ async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> No
 
     await mesh.catalog()
     await node.bus.listen(subjects.stream(name), frames.put_nowait)
-    head = codec.write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
+    head = write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
     common = {"X-Mesh-Request-Id": name, "X-Mesh-Instance-Id": mesh.instance_id}
     for body, last, last_body in (
         (b'{"count": 1}', {"X-Mesh-Stream-Seq": "1", "X-Mesh-Stream-End": "true"}, False),
@@ -117,11 +118,9 @@ async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> No
     ):
         await node.bus.publish(subjects.agent(name), body, head)
         chunk, end = await frames.get(), await frames.get()
-        assert common | {"X-Mesh-Stream-Seq": "0", "X-Mesh-Stream-End": "false"} == codec.read_headers(
-            chunk.head
-        )
+        assert common | {"X-Mesh-Stream-Seq": "0", "X-Mesh-Stream-End": "false"} == read_headers(chunk.head)
         assert b"0" == chunk.body
-        assert common | last == codec.read_headers(end.head)
+        assert common | last == read_headers(end.head)
         assert last_body == bool(end.body)
 
 
@@ -175,7 +174,7 @@ async def test_a_lost_chunk_is_noticed() -> None:
 
     reader = ChunkReader(publish, "agent", "id")
     for seq in (0, 2):
-        head = codec.frame_headers(codec.frame_start("id", "i"), seq)
+        head = codec.frame_headers(codec.frame_prefix("id", "i"), seq)
         reader.receive(Message("s", "", head, b"1"))
     await reader.next()
     with pytest.raises(ChunkSequenceError) as caught:

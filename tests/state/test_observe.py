@@ -19,7 +19,8 @@ from openagentmesh import (
     Usage,
     report_usage,
 )
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.protocol.subjects import OBSERVABILITY_BUCKET
 from openagentmesh.state.kv import KV
@@ -176,7 +177,7 @@ async def test_what_holds_for_an_agent(name: str) -> None:
         await holds("debug")
         await buckets.delete_all(OBSERVABILITY_BUCKET, [name])
         await holds("error")
-        await buckets.delete_all(OBSERVABILITY_BUCKET, [subjects.EVERY_AGENT])
+        await buckets.delete_all(OBSERVABILITY_BUCKET, [subjects.GLOBAL_KEY])
         await holds("info")
 
 
@@ -284,7 +285,7 @@ async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *
     await mesh.catalog()
     async with aclosing(mesh.observe.logs(None if everybody else name, level="warn")) as logs:
         reading = await begin(mesh, logs)
-        for head in (b"", *map(codec.write_headers, ODD_HEADERS)):
+        for head in (b"", *map(write_headers, ODD_HEADERS)):
             for junk in (b"", b"{", b"[]", b'{"level": "loud"}', b"\xff"):
                 await node_of(mesh).bus.publish(subjects.logs(name), junk, head)
         await mesh.call(name, "cost")
@@ -320,13 +321,13 @@ async def test_usage_travels_with_the_answer(mesh: AgentMesh, name: str) -> None
     await mesh.catalog()
     node = node_of(mesh)
     message = await node.inbox.request(subjects.agent(name), b'"cost"', timeout=10)
-    usage = json.loads(codec.read_headers(message.head)[subjects.USAGE])
+    usage = json.loads(read_headers(message.head)["X-Mesh-Usage"])
     assert {"input_tokens": 5, "output_tokens": 1, "model": "b", "estimated_cost_usd": 0.75} == usage
     heard = await listen(mesh, subjects.stream(name))
-    head = codec.write_headers({subjects.REQUEST_ID: name, subjects.STREAM: "true"})
+    head = write_headers({subjects.REQUEST_ID: name, subjects.STREAM: "true"})
     await node.bus.publish(subjects.agent(f"{name}.stream"), b"2", head)
-    frames = [codec.read_headers((await heard.get()).head) for _ in range(3)]
-    assert [None, None, '{"total_tokens": 2}'] == [frame.get(subjects.USAGE) for frame in frames]
+    frames = [read_headers((await heard.get()).head) for _ in range(3)]
+    assert [None, None, '{"total_tokens": 2}'] == [frame.get("X-Mesh-Usage") for frame in frames]
 
 
 def test_usage_outside_a_request_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
-from openagentmesh.protocol.objects import CHUNK
+from openagentmesh.protocol.objects import CHUNK_SIZE
 from openagentmesh.state.workspace import Workspace
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.inbox import Inbox
@@ -134,7 +134,7 @@ async def test_progress_is_told_in_bytes(workspace: Workspace, name: str) -> Non
     await workspace.get(name, progress=got.append)
     async for _ in workspace.read(name, progress=read.append):
         pass
-    assert [*range(CHUNK, len(CONTENT), CHUNK), len(CONTENT)] == sent == got == read
+    assert [*range(CHUNK_SIZE, len(CONTENT), CHUNK_SIZE), len(CONTENT)] == sent == got == read
 
 
 async def test_a_limit_is_kept(workspace: Workspace, name: str) -> None:

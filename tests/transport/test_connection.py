@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from openagentmesh import ConnectionDenied, ConnectionFailed, PayloadTooLarge
-from openagentmesh.protocol import codec
+from openagentmesh.protocol.headers import write_headers
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.server import EmbeddedServer
 
@@ -70,7 +70,7 @@ async def test_the_largest_message_passes_and_one_byte_more_is_refused(url: str,
     await bus.connect()
     received: asyncio.Queue[int] = asyncio.Queue()
     await bus.listen(name, lambda message: received.put_nowait(len(message.body)))
-    head = codec.write_headers({"A": "b"})
+    head = write_headers({"A": "b"})
     room = bus.max_payload - len(head)
     await bus.publish(name, b"x" * room, head)
     assert room == await received.get()

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import pytest
 from openagentmesh import ConnectionFailed, NotFound
-from openagentmesh.protocol.objects import CHUNK, STREAM, Description
+from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, ObjectInfo
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.object_chunks import Upload
 from openagentmesh.transport.object_store import Objects
@@ -66,11 +66,11 @@ async def test_a_put_whose_server_is_replaced_half_way_fails(
             return uploads[0]._acks.qsize() == uploads[0]._unconfirmed
 
         async def pieces() -> AsyncGenerator[bytes, None]:
-            yield bytes(10 * CHUNK)
+            yield bytes(10 * CHUNK_SIZE)
             await until(confirmed)
             await servers.change(bus, objects)
             await objects.put(name, in_pieces(b"theirs"))
-            yield bytes(4 * CHUNK)
+            yield bytes(4 * CHUNK_SIZE)
 
         with pytest.raises(ConnectionFailed, match=LOST):
             await objects.put(name, pieces())
@@ -90,7 +90,7 @@ async def test_a_put_whose_server_is_replaced_at_its_end_fails(
         await objects.make()
         last = objects._last
 
-        async def last_before(key: str) -> tuple[Description | None, int]:
+        async def last_before(key: str) -> tuple[ObjectInfo | None, int]:
             found = await last(key)
             monkeypatch.undo()
             await servers.change(bus, objects)
@@ -98,7 +98,7 @@ async def test_a_put_whose_server_is_replaced_at_its_end_fails(
 
         monkeypatch.setattr(objects, "_last", last_before)
         with pytest.raises(ConnectionFailed, match=LOST):
-            await objects.put(name, in_pieces(bytes(CHUNK + 1)))
+            await objects.put(name, in_pieces(bytes(CHUNK_SIZE + 1)))
         await is_nowhere(bus, objects, name)
     await servers.now.stop()
 

@@ -16,7 +16,7 @@ from nats.js.errors import ObjectNotFoundError
 from nats.js.object_store import ObjectStore
 from openagentmesh import ConnectionFailed, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.errors import KVConflict
-from openagentmesh.protocol.objects import CHUNK, STREAM, Artifact, description_subject
+from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, Artifact, metadata_subject
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
 from openagentmesh.transport.connection import Bus, Target
 from openagentmesh.transport.inbox import Inbox
@@ -24,7 +24,7 @@ from openagentmesh.transport.object_store import Objects
 from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import end
 
-SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK + 7]
+SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 10 * CHUNK_SIZE + 7]
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ async def test_the_library_reads_what_we_put(
     digest = "SHA-256=" + urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
     assert (f"{name}/{key}", size, digest) == (put.key, put.size, put.digest)
     assert (put.key, put.size, put.digest) == (info.name, info.size, info.digest)
-    assert (info.chunks or 0) == -(-size // CHUNK)
+    assert (info.chunks or 0) == -(-size // CHUNK_SIZE)
     await library.delete(put.key)
     with pytest.raises(NotFound):
         await content_of(objects, put.key)
@@ -133,10 +133,10 @@ async def test_a_replaced_object_leaves_nothing_behind(
     """The old chunks are purged with the replacement, and the last ones with the deletion."""
     await objects.make()
     before = await chunk_counts(jetstream)
-    for size in (3 * CHUNK, CHUNK, 2 * CHUNK):
+    for size in (3 * CHUNK_SIZE, CHUNK_SIZE, 2 * CHUNK_SIZE):
         await objects.put(name, in_pieces(bytes(size)))
         added = (await chunk_counts(jetstream)).items() - before.items()
-        assert [size // CHUNK] == [count for _, count in added]
+        assert [size // CHUNK_SIZE] == [count for _, count in added]
     await objects.delete(name)
     assert before == await chunk_counts(jetstream)
 
@@ -147,7 +147,7 @@ async def test_a_put_that_fails_changes_nothing(
     """The source's own error comes out, the old object stays, the new chunks go."""
 
     async def breaking() -> AsyncGenerator[bytes, None]:
-        yield bytes(5 * CHUNK)
+        yield bytes(5 * CHUNK_SIZE)
         raise ZeroDivisionError
 
     await objects.put(name, in_pieces(b"old"))
@@ -167,7 +167,7 @@ async def test_a_cancelled_put_changes_nothing(
 
     async def stopping() -> AsyncGenerator[bytes, None]:
         for _ in range(sent):
-            yield bytes(CHUNK)
+            yield bytes(CHUNK_SIZE)
         stuck.set()
         await asyncio.Event().wait()
 
@@ -212,7 +212,7 @@ async def test_of_many_puts_at_once_one_remains(
     """Twenty put one object: it is one of theirs, and the other nineteen leave nothing behind."""
     await objects.make()
     before = await chunk_counts(jetstream)
-    contents = [bytes([number]) * (CHUNK + number) for number in range(1, 21)]
+    contents = [bytes([number]) * (CHUNK_SIZE + number) for number in range(1, 21)]
     await asyncio.gather(*[objects.put(name, in_pieces(content)) for content in contents])
     assert await content_of(objects, name) in contents
     assert [2] == [count for _, count in (await chunk_counts(jetstream)).items() - before.items()]
@@ -240,11 +240,11 @@ async def test_a_put_that_is_refused_at_its_end_changes_nothing(
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
 async def test_a_reader_of_what_is_replaced_is_told(objects: Objects, name: str, change: str) -> None:
     """It gets neither the rest of another object nor a wait without an end."""
-    await objects.put(name, in_pieces(bytes(5 * CHUNK)))
+    await objects.put(name, in_pieces(bytes(5 * CHUNK_SIZE)))
     async with asyncio.timeout(2), aclosing(objects.read(name)) as pieces:
         await anext(pieces)
         if change == "replaced":
-            await objects.put(name, in_pieces(bytes(5 * CHUNK)))
+            await objects.put(name, in_pieces(bytes(5 * CHUNK_SIZE)))
         else:
             await objects.delete(name)
         with pytest.raises(MeshError, match="replaced or deleted while it was read"):
@@ -255,14 +255,14 @@ async def test_spoilt_objects_are_told_from_good_ones(
     objects: Objects, jetstream: JetStreamContext, name: str
 ) -> None:
     """Wrong digest, wrong size, lost chunks: an error after the last piece at the latest."""
-    await objects.put(name, in_pieces(bytes(3 * CHUNK)))
-    subject = description_subject(name)
+    await objects.put(name, in_pieces(bytes(3 * CHUNK_SIZE)))
+    subject = metadata_subject(name)
     good = json.loads((await jetstream.get_last_msg(STREAM, subject)).data or b"")
     for spoilt, message in (
         ({"digest": "SHA-256=" + "A" * 43 + "="}, "spoilt"),
         ({"digest": ""}, "spoilt"),
-        ({"size": 3 * CHUNK - 1}, "spoilt"),
-        ({"size": 3 * CHUNK + 1}, "incomplete"),
+        ({"size": 3 * CHUNK_SIZE - 1}, "spoilt"),
+        ({"size": 3 * CHUNK_SIZE + 1}, "incomplete"),
         ({"nuid": "nothing"}, "incomplete"),
         ({"options": {"link": {"bucket": ARTIFACTS_BUCKET, "name": "other"}}}, "link"),
     ):
@@ -277,7 +277,7 @@ async def test_what_is_no_description_is_in_nobodys_way(
 ) -> None:
     """It is as if the object were not there; others are listed, and it can be put."""
     await objects.put(f"{name}/good", in_pieces(b"1"))
-    await jetstream.publish(description_subject(f"{name}/bad"), garbage)
+    await jetstream.publish(metadata_subject(f"{name}/bad"), garbage)
     with pytest.raises(NotFound):
         await content_of(objects, f"{name}/bad")
     assert [f"{name}/good"] == [artifact.key for artifact in await objects.entries(name)]
@@ -291,15 +291,15 @@ async def test_a_bucket_of_any_making_is_read_and_its_limit_explained(name: str)
     await server.start()
     client = await nats.connect(server.url)
     jetstream = client.jetstream()
-    await jetstream.create_object_store(ARTIFACTS_BUCKET, max_bytes=10 * CHUNK)
+    await jetstream.create_object_store(ARTIFACTS_BUCKET, max_bytes=10 * CHUNK_SIZE)
     config = (await jetstream.stream_info(STREAM)).config
     await jetstream.update_stream(config.evolve(allow_direct=False))
     async with connected(server.url) as (_, objects):
-        content = os.urandom(3 * CHUNK)
+        content = os.urandom(3 * CHUNK_SIZE)
         await objects.put(name, in_pieces(content))
         before = await chunk_counts(jetstream)
         with pytest.raises(PayloadTooLarge, match="no room"):
-            await objects.put(name, in_pieces(bytes(20 * CHUNK)))
+            await objects.put(name, in_pieces(bytes(20 * CHUNK_SIZE)))
         assert content == await content_of(objects, name)
         assert before == await chunk_counts(jetstream)
         await jetstream.delete_object_store(ARTIFACTS_BUCKET)
@@ -397,12 +397,12 @@ async def test_transfers_outlive_a_short_absence_of_the_server(tmp_path: Path) -
     """A put and a read that go on while it restarts are whole; nothing is left behind."""
     server = EmbeddedServer(store=str(tmp_path / "store"))
     await server.start()
-    content, pause = os.urandom(8 * CHUNK), asyncio.Event()
+    content, pause = os.urandom(8 * CHUNK_SIZE), asyncio.Event()
 
     async def pausing() -> AsyncGenerator[bytes, None]:
-        yield content[: 4 * CHUNK]
+        yield content[: 4 * CHUNK_SIZE]
         await pause.wait()
-        yield content[4 * CHUNK :]
+        yield content[4 * CHUNK_SIZE :]
 
     async with connected(server.url) as (bus, objects), asyncio.timeout(15):
         await objects.put("read", in_pieces(content))
@@ -428,9 +428,9 @@ async def test_a_put_to_a_server_that_stays_away_ends(name: str, monkeypatch: py
     await server.start()
 
     async def leaving() -> AsyncGenerator[bytes, None]:
-        yield bytes(CHUNK)
+        yield bytes(CHUNK_SIZE)
         await server.stop()
-        yield bytes(CHUNK)
+        yield bytes(CHUNK_SIZE)
 
     async with connected(server.url) as (_, objects), asyncio.timeout(10):
         objects._jetstream._timeout = 0.2

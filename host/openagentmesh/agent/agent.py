@@ -250,7 +250,7 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
     invocable = handler.shape in {"responder", "streamer", "trigger"}
     streaming = handler.shape in {"streamer", "publisher"}
     output = handler.output.schema if handler.output else None
-    contract = AgentContract.of(
+    contract = AgentContract.declare(
         spec,
         invocable=invocable,
         streaming=streaming,

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Final, Literal
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import MeshError, MeshTimeout, PluginFailed, text_of
+from openagentmesh.protocol.errors import MeshError, MeshTimeout, PluginFailed, error_text
 
 # Seconds that middlewares have for an event, which has no timeout of its own.
 EVENT_PATIENCE: Final = 30.0
@@ -115,4 +115,4 @@ def _named(
         if exc is passing:
             raise
         why = f"the plugin '{plugin}' failed {when} the {outgoing.verb} of {outgoing.target}"
-        raise PluginFailed(f"{why}: {text_of(exc)}", details={"plugin": plugin}) from exc
+        raise PluginFailed(f"{why}: {error_text(exc)}", details={"plugin": plugin}) from exc

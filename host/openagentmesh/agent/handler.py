@@ -15,7 +15,7 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from openagentmesh.agent.call import Call, Endpoint
 from openagentmesh.agent.threads import pool
-from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, problems_of
+from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, validation_problems
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 
 Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
@@ -124,7 +124,7 @@ class Handler:
             # Past the adapter, whose own methods take as long again.
             return self.input.adapter.validator.validate_json(body)
         except ValidationError as exc:
-            errors = _NO_BODY if not body else problems_of(exc)
+            errors = _NO_BODY if not body else validation_problems(exc)
             raise _invalid_input(agent, errors) from exc
 
     def read_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type

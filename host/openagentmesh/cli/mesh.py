@@ -36,8 +36,8 @@ from openagentmesh.cli.output import (
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.runner import stop_event
 from openagentmesh.protocol import codec
-from openagentmesh.protocol.codec import read_headers
 from openagentmesh.protocol.errors import ConnectionFailed
+from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.subjects import CONTENT_TYPE, in_channel, invalid_pattern, invalid_subject
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Bus, Target
@@ -251,7 +251,7 @@ def publish(
     async def main() -> None:
         async with connected(url) as node:
             # A text is published as JSON as well: it stands in quotes on the command line, too.
-            await node.bus.publish(subject, codec.dump(given), codec.write_headers(_AS_JSON))
+            await node.bus.publish(subject, codec.encode(given), write_headers(_AS_JSON))
             await node.bus.flush()
 
     run(main(), json_=json_)

@@ -61,8 +61,8 @@ async def _ask(node: Node, instance_id: str, module: str) -> dict[str, Any]:
         message = await node.inbox.request(subjects.host(instance_id, "reload"), body, timeout=_PATIENCE)
     except MeshTimeout:
         return {}
-    answer = codec.read_answer(message.head, message.body)
-    found: dict[str, Any] = {} if answer.nobody else from_json(answer.body)
+    answer = codec.decode_reply(message.head, message.body)
+    found: dict[str, Any] = {} if answer.no_responders else from_json(answer.body)
     return found
 
 

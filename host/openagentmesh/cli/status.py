@@ -45,8 +45,8 @@ async def _ask(node: Node, instance_id: str, record: dict[str, Any]) -> dict[str
         message = await node.inbox.request(subjects.host(instance_id, "info"), timeout=_PATIENCE)
     except MeshTimeout:
         return silent
-    answer = codec.read_answer(message.head, message.body)
-    if answer.nobody:
+    answer = codec.decode_reply(message.head, message.body)
+    if answer.no_responders:
         return silent
     found: dict[str, Any] = from_json(answer.body)
     return found

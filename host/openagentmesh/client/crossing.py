@@ -84,4 +84,4 @@ class BorderCaller(Caller):
         given = dict(headers or {})
         request_id = given.setdefault(subjects.REQUEST_ID, "") or codec.new_id()
         given[subjects.REQUEST_ID] = request_id
-        return self._border.passing(Outgoing(verb, name, request_id, codec.dump(payload), given), timeout)
+        return self._border.passing(Outgoing(verb, name, request_id, codec.encode(payload), given), timeout)

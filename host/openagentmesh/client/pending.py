@@ -181,7 +181,7 @@ class Waits:
 
         def receive(message: Message) -> None:
             self._inbox.forget(reply)
-            if message.reply and codec.read_answer(message.head, b"").accepted:
+            if message.reply and codec.decode_reply(message.head, b"").accepted:
                 task = asyncio.create_task(self._send_cancel(message.reply, late))
                 self._cancelling.add(task)
                 task.add_done_callback(self._cancelling.discard)
@@ -191,7 +191,7 @@ class Waits:
 
     async def _send_cancel(self, control: str, late: bool) -> None:  # noqa: FBT001 - the cancel's own
         with suppress(MeshError):  # what ended the wait is told, not this
-            await self._bus.publish(control, b"", codec.cancel_headers(late=late))
+            await self._bus.publish(control, b"", codec.cancel_headers(timed_out=late))
 
     def _is_known(self, name: str) -> bool:
         return time.monotonic() - self._known.get(name, -_KNOWN_FOR) < _KNOWN_FOR

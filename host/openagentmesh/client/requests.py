@@ -57,29 +57,29 @@ class Caller:
         """Send one request and return the first answer, or raise what came instead."""
         self._waits.check(name, "call")
         timeout = within_deadline(timeout)
-        body, request_id = codec.dump(payload), _request_id(headers)
+        body, request_id = codec.encode(payload), _request_id(headers)
         head = codec.request_headers(
             request_id, self._instance_id, timeout=timeout, accept=codec.ACK, extra=headers
         )
         try:
             async with asyncio.timeout(timeout) as limit:
                 answer = await self._ask(name, body, head, limit)
-                while answer.nobody and self._bus.unsettled:
+                while answer.no_responders and self._bus.unsettled:
                     await asyncio.sleep(RETURNING)
                     answer = await self._ask(name, body, head, limit)
-                return codec.load(await self._body(answer, name, "call"))
+                return codec.decode(await self._body(answer, name, "call"))
         except TimeoutError:
             raise _timeout(subjects.agent(name), timeout, name, request_id) from None
         except MeshError as exc:
             raise _with_id(exc, name, request_id) from exc.__cause__
 
-    async def _ask(self, name: str, body: bytes, head: bytes, limit: asyncio.Timeout) -> codec.Answer:
+    async def _ask(self, name: str, body: bytes, head: bytes, limit: asyncio.Timeout) -> codec.Reply:
         """One message out, the first answer back; who stops waiting for it stops the handler."""
-        found: asyncio.Future[codec.Answer] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[codec.Reply] = asyncio.get_running_loop().create_future()
         with self._waits.watched(name, "call", lambda exc: fail(found, exc)) as waiting:
 
             def receive(message: Message) -> None:
-                answer = codec.read_answer(message.head, message.body)
+                answer = codec.decode_reply(message.head, message.body)
                 if answer.accepted:
                     self._waits.accepted(waiting, answer.instance, message.reply)
                 else:
@@ -93,7 +93,7 @@ class Caller:
                 await self._waits.cancel(waiting, reply, late=limit.expired())
                 raise
             self._inbox.forget(reply)
-            if not answer.nobody:
+            if not answer.no_responders:
                 self._waits.now_known(name)
             return answer
 
@@ -111,7 +111,7 @@ class Caller:
         """
         self._waits.check(name, "stream")
         timeout = within_deadline(timeout, streaming=True)
-        body, request_id = codec.dump(payload), _request_id(headers)
+        body, request_id = codec.encode(payload), _request_id(headers)
         _check_id(request_id)
         subject = subjects.stream(request_id)
         head = codec.request_headers(
@@ -134,13 +134,13 @@ class Caller:
                 await self._publish(name, body, head, reply)
                 while not reader.ended:
                     frame = await reader.next()
-                    if frame.nobody and self._bus.unsettled:
+                    if frame.no_responders and self._bus.unsettled:
                         await asyncio.sleep(RETURNING)
                         await self._publish(name, body, head, reply)
-                    elif frame.error or frame.nobody:
+                    elif frame.error or frame.no_responders:
                         await self._body(frame, name, "stream")
                     elif not frame.end:
-                        yield codec.load(frame.body)
+                        yield codec.decode(frame.body)
                         if reader.took():
                             await reader.grant()
             except TimeoutError:
@@ -168,7 +168,7 @@ class Caller:
     ) -> None:
         """Send one request and go on; replies go to `on_reply`, to `reply_to`, or nowhere."""
         self._waits.check(name, "send")
-        body, request_id = codec.dump(payload), _request_id(headers)
+        body, request_id = codec.encode(payload), _request_id(headers)
         head = codec.request_headers(
             request_id,
             self._instance_id,
@@ -206,7 +206,7 @@ class Caller:
         found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
         def receive(message: Message) -> None:
-            if codec.read_answer(message.head, b"").nobody:
+            if codec.decode_reply(message.head, b"").no_responders:
                 settle(found, message)
 
         async with AsyncExitStack() as stack:
@@ -261,13 +261,13 @@ class Caller:
             async with listening:
                 while True:
                     frame = await reader.next()
-                    if frame.nobody and self._bus.unsettled:
+                    if frame.no_responders and self._bus.unsettled:
                         await asyncio.sleep(RETURNING)
                         await publish()
                         continue
                     body = await self._body(frame, name, "send")
                     if not frame.end:
-                        await replies.give(codec.load(body))
+                        await replies.give(codec.decode(body))
                         if reader.took():
                             await reader.grant()
                     if frame.end or frame.seq is None:
@@ -278,12 +278,12 @@ class Caller:
         except MeshError as exc:
             await replies.failed(_with_id(exc, name, request_id))
 
-    async def _body(self, answer: codec.Answer, name: str, verb: Verb) -> bytes:
+    async def _body(self, answer: codec.Reply, name: str, verb: Verb) -> bytes:
         """The body of an ok answer; anything else is raised."""
-        if answer.nobody:
+        if answer.no_responders:
             raise await self._waits.nobody(name, verb)
         if answer.error:
-            raise codec.read_error(answer.body)
+            raise codec.decode_error(answer.body)
         return answer.body
 
 

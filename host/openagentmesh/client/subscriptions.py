@@ -51,7 +51,7 @@ class Events:
         """Send one message to whoever listens to `subject`."""
         if why := subjects.invalid_subject(subject):
             raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
-        kind, body = codec.dump_message(payload)
+        kind, body = codec.encode_message(payload)
         if not self._border:
             await self._bus.publish(subject, body, codec.publish_headers(self._instance_id, kind, headers))
             return
@@ -124,7 +124,7 @@ class Events:
 
 
 def _read(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
-    return MeshMessage(subject, codec.load_message(headers, body), headers)
+    return MeshMessage(subject, codec.decode_message(headers, body), headers)
 
 
 class _Feed:
@@ -165,7 +165,7 @@ class _Feed:
         if self._waiting is not None:
             settle(self._waiting, None)
 
-    async def next(self, timeout: float | None) -> tuple[str, codec.Answer] | None:
+    async def next(self, timeout: float | None) -> tuple[str, codec.Reply] | None:
         """The next message that carries something, and its subject; None when there will be no more.
 
         Raises:
@@ -179,9 +179,9 @@ class _Feed:
                     await self._until_any()
                     message = self._messages.popleft()
                     self._size -= len(message.body)
-                    frame = codec.read_answer(message.head, message.body)
+                    frame = codec.decode_reply(message.head, message.body)
                     self._ended = frame.end and not self._endless
-                    if frame.failed:
+                    if frame.is_error_frame:
                         self._on_error(message.subject, frame)
                     elif frame.body:
                         return message.subject, frame
@@ -192,8 +192,8 @@ class _Feed:
             ) from None
         return None
 
-    def _on_error(self, subject: str, frame: codec.Answer) -> None:
-        error = codec.read_error(frame.body)
+    def _on_error(self, subject: str, frame: codec.Reply) -> None:
+        error = codec.decode_error(frame.body)
         if not self._endless:
             raise error
         log.info("an error on %s, the others go on: %s", subject, error)

@@ -18,7 +18,7 @@ from openagentmesh.agent.call import Middleware
 from openagentmesh.agent.client_middleware import Border
 from openagentmesh.hooks import specs as hooks
 from openagentmesh.hooks.reload_result import Outcome
-from openagentmesh.protocol.errors import MeshError, PluginFailed, text_of
+from openagentmesh.protocol.errors import MeshError, PluginFailed, error_text
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -102,7 +102,7 @@ class Plugins:
         # A plugin's code may raise anything; the start ends here.
         except Exception as exc:
             raise PluginFailed(
-                f"The plugin '{name}' cannot be used: {text_of(exc)}", details={"plugin": name}
+                f"The plugin '{name}' cannot be used: {error_text(exc)}", details={"plugin": name}
             ) from exc
         if why := self._why_no_plugin(made):
             raise PluginFailed(f"The plugin '{name}' {why}.", details={"plugin": name})
@@ -142,7 +142,7 @@ class Plugins:
         # A plugin's code may raise anything; what it was asked for ends here.
         except Exception as exc:
             raise PluginFailed(
-                f"The plugin '{plugin.name}' failed in {hook}: {text_of(exc)}",
+                f"The plugin '{plugin.name}' failed in {hook}: {error_text(exc)}",
                 details={"plugin": plugin.name},
             ) from exc
         return (found[0] if found else None) if isinstance(found, list) else found
@@ -272,7 +272,7 @@ class Plugins:
             raise
         # As `_ask`.
         except Exception as exc:
-            why = f"The plugin '{plugin.name}' cannot start: {text_of(exc)}"
+            why = f"The plugin '{plugin.name}' cannot start: {error_text(exc)}"
             raise PluginFailed(why, details={"plugin": plugin.name}) from exc
 
         async def leave() -> None:
@@ -323,5 +323,5 @@ def _within(agent: Agent, plugin: Plugin, middleware: Middleware) -> Agent:
         return agent.within(plugin.name, middleware)
     # A plugin's code may raise anything; the agent does not serve without it.
     except Exception as exc:
-        why = f"The plugin '{plugin.name}' cannot be put around '{agent.name}': {text_of(exc)}"
+        why = f"The plugin '{plugin.name}' cannot be put around '{agent.name}': {error_text(exc)}"
         raise PluginFailed(why, details={"plugin": plugin.name}) from exc

@@ -21,7 +21,7 @@ from openagentmesh.hooks.specs import Instance
 from openagentmesh.mesh.reconciler import Binding
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
-from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.registry.directory import Directory
 from openagentmesh.registry.liveness import served_by_strangers
 from openagentmesh.registry.nats_services import Micro
@@ -210,7 +210,7 @@ class Node:
 
     def _is_published(self, contract: AgentContract) -> bool:
         known = self._published.get(contract.name)
-        return known is not None and known.same_as(contract)
+        return known is not None and known.equals(contract)
 
     async def _conflicts(self, names: Collection[str]) -> dict[str, str]:
         """Which of these agents other live instances serve with contracts that do not go together."""
@@ -361,7 +361,9 @@ class Node:
         # The question ends here.
         except Exception as exc:
             log.exception("a question about this host could not be answered")
-            await self.bus.publish(message.reply, to_json({"error": f"{type(exc).__name__}: {text_of(exc)}"}))
+            await self.bus.publish(
+                message.reply, to_json({"error": f"{type(exc).__name__}: {error_text(exc)}"})
+            )
 
     async def _info(self, _body: bytes) -> bytes:
         described = self.describe()

@@ -55,7 +55,7 @@ class Binding:
         """
         for agent in agents:
             route = self._router.get(agent.name)
-            same = route is not None and agent.contract.same_as(route.agent.contract)
+            same = route is not None and agent.contract.equals(route.agent.contract)
             self.wanted[agent.name] = agent
             if route is not None:
                 route.swap(agent)

@@ -1,7 +1,4 @@
-"""Bytes and headers to requests, replies, errors and frames, and back (protocol §6–§8).
-
-Nothing else in the project reads or writes a header.
-"""
+"""Encode and decode requests, replies, errors and frames (protocol §6–§8)."""
 
 import json
 import math
@@ -17,69 +14,36 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, MeshError
+from openagentmesh.protocol.headers import INLINE_STATUS, VERSION_LINE, parse_int, read_headers, write_headers
 from openagentmesh.protocol.messages import Usage
 
-_VERSION_LINE: Final = "NATS/1.0"
-NO_RESPONDERS: Final = "503"
-_INLINE_STATUS: Final = "Status"
+_NO_RESPONDERS: Final = "503"
 ACK: Final = "ack"
 NO_REPLY: Final = "none"
-# Past the adapter, whose own methods take as long again.
-_ANYTHING: Final = TypeAdapter[Any](Any).validator
-# More detail than this helps nobody and may not fit into a message.
+# The validator itself: the methods of TypeAdapter take as long again.
+_ANY_JSON: Final = TypeAdapter[Any](Any).validator
+# An error envelope has to fit into a message, whatever its details are.
 MAX_ERROR_BODY: Final = 64 * 1024
-_MAX_DETAIL: Final = 16 * 1024
+_MAX_ERROR_MESSAGE: Final = 16 * 1024
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 _CHUNK_RE: Final = re.compile(
     rb"NATS/1\.0\r\nX-Mesh-Request-Id: [!-~]*\r\nX-Mesh-Instance-Id: ([!-~]*)\r\n"
     rb"X-Mesh-Stream-Seq: ([0-9]{1,12})\r\nX-Mesh-Stream-End: false\r\n\r\n"
 )
-# An id is echoed in headers, so what a stranger sends as one is bounded.
+# A request id is echoed in headers, so its length and characters are bounded.
 _ID_RE: Final = re.compile(r"[!-~]{1,256}")
 
 
 def new_id() -> str:
-    """A fresh request or instance id: 32 hexadecimal digits."""
+    """A new request or instance id: 32 hexadecimal digits."""
     return uuid4().hex
 
 
-def write_headers(headers: Mapping[str, str]) -> bytes:
-    """Headers as NATS puts them before a body; empty for none.
+def encode(payload: object) -> bytes:
+    """A payload as a body: None is empty, bytes are unchanged, everything else is JSON.
 
     Raises:
-        InvalidInput: a name or a value would break the message apart.
-
-    """
-    if not headers:
-        return b""
-    block = "\r\n".join([_VERSION_LINE, *[f"{k}: {v}" for k, v in headers.items()], "", ""])
-    # One comparison for the usual case: every line break must be one we put there.
-    if block.count("\n") != len(headers) + 2 or block.count("\r") != len(headers) + 2:
-        raise InvalidInput("A header has a line break in its name or value. Take it out.")
-    try:
-        return block.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidInput(f"A header cannot be sent as UTF-8: {exc}.") from exc
-
-
-def read_headers(head: bytes) -> dict[str, str]:
-    """A header block as a dict; an inline status such as `503` is under `Status`."""
-    first, *lines = head.decode("utf-8", "replace").split("\r\n")
-    headers = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if colon:
-            headers[name.strip()] = value.strip()
-    if len(first) > len(_VERSION_LINE):
-        headers[_INLINE_STATUS] = first[len(_VERSION_LINE) :].strip()[:3]
-    return headers
-
-
-def dump(payload: object) -> bytes:
-    """A payload as it goes out: None is empty, bytes as they are, everything else JSON.
-
-    Raises:
-        InvalidInput: the payload is not JSON.
+        InvalidInput: the payload has no JSON form.
 
     """
     if payload is None:
@@ -96,24 +60,24 @@ def dump(payload: object) -> bytes:
         ) from exc
 
 
-def load(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
-    """A received body as the JSON value it is; an empty one is None.
+def decode(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """A body as a JSON value; an empty body is None.
 
     Raises:
-        MeshError: the body is no JSON.
+        MeshError: the body is not JSON.
 
     """
     if not body:
         return None
     try:
-        return _ANYTHING.validate_json(body)
+        return _ANY_JSON.validate_json(body)
     except ValueError as exc:
-        raise MeshError(f"A body of {len(body)} bytes is no JSON: {exc}") from exc
+        raise MeshError(f"A body of {len(body)} bytes is not JSON: {exc}") from exc
 
 
-@dataclass(slots=True)  # one is made a request: frozen would cost a microsecond
+@dataclass(slots=True)  # one per request: frozen would cost a microsecond
 class Request:
-    """One request as it came off the wire."""
+    """One request as received; `timeout` in seconds."""
 
     request_id: str
     caller: str
@@ -126,18 +90,18 @@ class Request:
     headers: Mapping[str, str]
 
 
-def read_request(head: bytes, body: bytes) -> Request:
-    """Take a request apart. Never raises: what is malformed counts as not sent."""
+def decode_request(head: bytes, body: bytes) -> Request:
+    """Decode a request. Never raises: a malformed header is treated as absent."""
     headers = read_headers(head) if head else {}
     get = headers.get
-    timeout_ms = _whole_number(get(subjects.TIMEOUT_MS))
+    timeout_ms = parse_int(get(subjects.TIMEOUT_MS))
     request_id = get(subjects.REQUEST_ID, "")
     return Request(
         request_id if _ID_RE.fullmatch(request_id) else "",
         get(subjects.INSTANCE_ID, ""),
         get(subjects.STREAM) == "true",
         None if timeout_ms is None else timeout_ms / 1000,
-        _whole_number(get(subjects.CREDIT)) or 0,
+        parse_int(get(subjects.CREDIT)) or 0,
         get(subjects.ACCEPT, ""),
         get(subjects.REPLY_TO, ""),
         body,
@@ -145,7 +109,7 @@ def read_request(head: bytes, body: bytes) -> Request:
     )
 
 
-def request_headers(  # noqa: PLR0913 - one parameter a header
+def request_headers(  # noqa: PLR0913 - one parameter per header
     request_id: str,
     instance_id: str,
     *,
@@ -156,15 +120,24 @@ def request_headers(  # noqa: PLR0913 - one parameter a header
     reply_to: str = "",
     extra: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The header block of a request; `timeout` in seconds, `extra` are the user's own.
+    """The header block of a request.
 
-    With `accept` ACK the host tells when it has the request in hand and listens for a cancel,
-    with NO_REPLY it answers nothing: the reply subject is there for NATS' 503.
+    Args:
+        request_id: the request's id.
+        instance_id: the sending instance.
+        timeout: seconds that the caller waits; None for ever.
+        streaming: whether chunks are expected.
+        credit: chunks that may be unacknowledged.
+        accept: ACK asks the host to acknowledge the request and to listen for a cancel; NO_REPLY asks
+            for no answer: the reply subject serves for NATS' 503 alone.
+        reply_to: the subject of `send(reply_to=…)`.
+        extra: the caller's own headers.
+
     """
     headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
     if timeout is not None and timeout != math.inf:
         if not timeout > -math.inf:
-            raise InvalidInput(f"A timeout is a number of seconds, or None for ever; this is {timeout!r}.")
+            raise InvalidInput(f"A timeout is a number of seconds, or None for no limit; got {timeout!r}.")
         headers[subjects.TIMEOUT_MS] = str(max(1, int(timeout * 1000)))
     if streaming:
         headers[subjects.STREAM] = "true"
@@ -180,37 +153,37 @@ def request_headers(  # noqa: PLR0913 - one parameter a header
 
 
 def accepted_headers(request_id: str, instance_id: str) -> bytes:
-    """The header block of the frame that says who has a request in hand."""
-    return _head(request_id, instance_id, "X-Mesh-Status: accepted\r\n")
+    """The header block of the frame that acknowledges a request."""
+    return _reply_head(request_id, instance_id, "X-Mesh-Status: accepted\r\n")
 
 
 def reply_headers(request_id: str, instance_id: str, agent: str, usage: Usage | None = None) -> bytes:
     """The header block of an ok reply."""
-    return _head(
+    return _reply_head(
         request_id, instance_id, f"X-Mesh-Status: ok\r\nX-Mesh-Source: {agent}\r\n{_usage_line(usage)}"
     )
 
 
-def frame_start(request_id: str, instance_id: str) -> bytes:
-    """What all frames of one stream begin with; a publisher's have no request id."""
+def frame_prefix(request_id: str, instance_id: str) -> bytes:
+    """The first lines of all frames of one stream; a publisher's frames have no request id."""
     request = f"X-Mesh-Request-Id: {request_id}\r\n" if request_id else ""
     return f"NATS/1.0\r\n{request}X-Mesh-Instance-Id: {instance_id}\r\n".encode()
 
 
-def frame_headers(start: bytes, seq: int, extra: Mapping[str, str] | None = None) -> bytes:
-    """The header block of a chunk or an event, after its stream's `frame_start`."""
-    more = write_headers(extra)[len(_VERSION_LINE) + 2 : -2] if extra else b""
-    return b"%b%bX-Mesh-Stream-Seq: %d\r\nX-Mesh-Stream-End: false\r\n\r\n" % (start, more, seq)
+def frame_headers(prefix: bytes, seq: int, extra: Mapping[str, str] | None = None) -> bytes:
+    """The header block of a chunk or an event; `prefix` is the stream's `frame_prefix`."""
+    more = write_headers(extra)[len(VERSION_LINE) + 2 : -2] if extra else b""
+    return b"%b%bX-Mesh-Stream-Seq: %d\r\nX-Mesh-Stream-End: false\r\n\r\n" % (prefix, more, seq)
 
 
-def end_headers(start: bytes, count: int, usage: Usage | None = None) -> bytes:
-    """The header block of the end frame, which carries the count of chunks."""
+def end_headers(prefix: bytes, count: int, usage: Usage | None = None) -> bytes:
+    """The header block of the end frame, which carries the number of chunks."""
     tail = f"X-Mesh-Stream-Seq: {count}\r\nX-Mesh-Stream-End: true\r\n{_usage_line(usage)}\r\n"
-    return start + tail.encode()
+    return prefix + tail.encode()
 
 
-def _head(request_id: str, instance_id: str, lines: str) -> bytes:
-    # A third of the time of `write_headers`; every value here is known to be harmless.
+def _reply_head(request_id: str, instance_id: str, lines: str) -> bytes:
+    # A third of the time of `write_headers`: no value here can contain a line break.
     return (
         f"NATS/1.0\r\nX-Mesh-Request-Id: {request_id}\r\nX-Mesh-Instance-Id: {instance_id}\r\n{lines}\r\n"
     ).encode()
@@ -219,52 +192,52 @@ def _head(request_id: str, instance_id: str, lines: str) -> bytes:
 def _usage_line(usage: Usage | None) -> str:
     if usage is None:
         return ""
-    # Escaped, a model's name with a line break stays within its header.
+    # JSON escapes a line break in the model's name.
     return f"X-Mesh-Usage: {json.dumps(usage.model_dump(exclude_none=True))}\r\n"
 
 
 def publish_headers(instance_id: str, kind: str, extra: Mapping[str, str] | None = None) -> bytes:
-    """The header block of what `publish()` sends (protocol §6); `kind` is the body's content type."""
+    """The header block of `publish()` (protocol §6); `kind` is the content type."""
     headers = {subjects.INSTANCE_ID: instance_id, subjects.CONTENT_TYPE: kind}
     return write_headers(headers | dict(extra or {}))
 
 
-def dump_message(payload: object) -> tuple[str, bytes]:
-    """What `publish()` sends, as a content type and a body.
+def encode_message(payload: object) -> tuple[str, bytes]:
+    """The content type and body of `publish()`.
 
     Raises:
         InvalidInput: the payload is neither text, bytes nor JSON.
 
     """
     if isinstance(payload, str):
-        return "text/plain", _utf8(payload)
+        return "text/plain", _encode_text(payload)
     if isinstance(payload, bytes | bytearray | memoryview):
         return "application/octet-stream", bytes(payload)
-    return "application/json", dump(payload)
+    return "application/json", encode(payload)
 
 
-def _utf8(text: str) -> bytes:
+def _encode_text(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as exc:
-        raise InvalidInput(f"The text cannot be sent as UTF-8: {exc}.") from exc
+        raise InvalidInput(f"The text cannot be encoded as UTF-8: {exc}.") from exc
 
 
-def load_message(headers: Mapping[str, str], body: bytes) -> Any:  # noqa: ANN401 - a JSON value, text or bytes
-    """The body of a message as what it was published as; what is no JSON stays bytes."""
+def decode_message(headers: Mapping[str, str], body: bytes) -> Any:  # noqa: ANN401 - a JSON value, text or bytes
+    """The payload of a published message by its content type; a body that does not match it stays bytes."""
     kind = headers.get(subjects.CONTENT_TYPE, "")
     if kind == "application/octet-stream":
         return body
     try:
-        return body.decode() if kind == "text/plain" else load(body)
+        return body.decode() if kind == "text/plain" else decode(body)
     except (UnicodeDecodeError, MeshError):
         return body
 
 
 def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> bytes:
-    """The header block of an error reply or copy; of a stream's error frame with `frame`.
+    """The header block of an error reply or its copy; with `frame` of a stream's error frame.
 
-    A publisher's error belongs to no request; then there is no request id.
+    A publisher's error belongs to no request and has no request id.
     """
     headers = {subjects.REQUEST_ID: request_id} if request_id or not frame else {}
     headers |= {subjects.INSTANCE_ID: instance_id, subjects.STATUS: "error"}
@@ -273,21 +246,23 @@ def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> 
     return write_headers(headers)
 
 
-def error_body(error: MeshError) -> bytes:
-    """An error as its envelope; always JSON of bounded size, whatever the details are."""
-    body = _envelope(error)
+def encode_error(error: MeshError) -> bytes:
+    """An error envelope; valid JSON of bounded size, whatever the details are."""
+    body = _encode_envelope(error)
     if len(body) <= MAX_ERROR_BODY:
         return body
-    message = error.message[:_MAX_DETAIL]
-    return _envelope(MeshError(error.code, message, error.agent, error.request_id, {"truncated": True}))
+    message = error.message[:_MAX_ERROR_MESSAGE]
+    return _encode_envelope(
+        MeshError(error.code, message, error.agent, error.request_id, {"truncated": True})
+    )
 
 
-def _envelope(error: MeshError) -> bytes:
+def _encode_envelope(error: MeshError) -> bytes:
     envelope = error.to_dict()
-    # What a handler puts into its error may refuse everything, even to be printed.
+    # A handler may put any object into its error, also one whose `__repr__` raises.
     try:
         return to_json(envelope, inf_nan_mode="null", serialize_unknown=True)
-    except Exception:  # noqa: BLE001 - answered with what is left of it
+    except Exception:  # noqa: BLE001 - encoded without the details instead
         texts = {
             key: str(value).encode("utf-8", "replace").decode()
             for key, value in envelope.items()
@@ -296,15 +271,15 @@ def _envelope(error: MeshError) -> bytes:
         return to_json(texts | {"details": {"unprintable": True}})
 
 
-def read_error(body: bytes) -> MeshError:
-    """An error envelope as the error it stands for; a broken one is a plain MeshError."""
+def decode_error(body: bytes) -> MeshError:
+    """The error of an error envelope; a MeshError when the envelope is malformed."""
     try:
         envelope = from_json(body)
     except ValueError:
         envelope = None
     if not isinstance(envelope, dict):
         shown = body[:200].decode("utf-8", "replace")
-        return MeshError(f"The peer sent an error that is no error envelope: {shown!r}")
+        return MeshError(f"The peer sent a malformed error envelope: {shown!r}")
     details = envelope.get("details")
     return MeshError.from_code(
         str(envelope.get("code") or MeshError.code),
@@ -315,80 +290,86 @@ def read_error(body: bytes) -> MeshError:
     )
 
 
-@dataclass(slots=True)  # one is made a chunk: properties would cost more than fields
-class Answer:
-    """A reply or a frame, as a caller sees it.
+@dataclass(slots=True)  # one per chunk: properties would cost more than fields
+class Reply:
+    """A reply or a frame as received by the caller.
 
-    With `error` the body is an error envelope; `accepted` only says that `instance` has the
-    request in hand; `nobody` is NATS' word that there is none.
+    Attributes:
+        body: JSON; an error envelope when `error`.
+        error: whether it is an error.
+        accepted: whether it only acknowledges the request.
+        no_responders: whether it is NATS' 503.
+        seq: the number of a chunk; the count of chunks on an end frame.
+        end: whether it is the last frame.
+        instance: the instance that sent it.
+        headers: all headers.
+
     """
 
     body: bytes
     error: bool = False
     accepted: bool = False
-    nobody: bool = False
+    no_responders: bool = False
     seq: int | None = None
     end: bool = False
     instance: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def failed(self) -> bool:
+    def is_error_frame(self) -> bool:
         """Whether it ends a stream or a publisher's run with an error."""
         return self.end and self.error
 
 
-def read_answer(head: bytes, body: bytes) -> Answer:
-    """Take a reply or a frame apart."""
+def decode_reply(head: bytes, body: bytes) -> Reply:
+    """Decode a reply or a frame."""
     if not head:
-        return Answer(body)
+        return Reply(body)
     headers = read_headers(head)
     get = headers.get
     status = get(subjects.STATUS)
-    return Answer(
+    return Reply(
         body,
         error=status == "error",
         accepted=status == "accepted",
-        nobody=get(_INLINE_STATUS) == NO_RESPONDERS,
-        seq=_whole_number(get(subjects.STREAM_SEQ)),
+        no_responders=get(INLINE_STATUS) == _NO_RESPONDERS,
+        seq=parse_int(get(subjects.STREAM_SEQ)),
         end=get(subjects.STREAM_END) == "true",
         instance=get(subjects.INSTANCE_ID, ""),
         headers=headers,
     )
 
 
-def read_frame(head: bytes, body: bytes) -> Answer:
-    """Take a frame of a stream apart; a plain chunk in a fifth of the time of `read_answer`."""
+def decode_frame(head: bytes, body: bytes) -> Reply:
+    """Decode a frame of a stream; a plain chunk in a fifth of the time of `decode_reply`."""
     chunk = _CHUNK_RE.fullmatch(head)
     if chunk is None:
-        return read_answer(head, body)
-    # No keywords, for speed.
-    return Answer(body, False, False, False, int(chunk[2]), False, chunk[1].decode(), _NO_HEADERS)  # noqa: FBT003
+        return decode_reply(head, body)
+    # Positional arguments, for speed.
+    return Reply(body, False, False, False, int(chunk[2]), False, chunk[1].decode(), _NO_HEADERS)  # noqa: FBT003
+
+
+def is_no_responders(head: bytes) -> bool:
+    """Whether a header block is NATS' 503: the subject has no subscription."""
+    return decode_reply(head, b"").no_responders
 
 
 def credit_headers(credit: int) -> bytes:
-    """The header block of a grant to a stream's host."""
+    """The header block that grants a stream's host more credit."""
     return write_headers({subjects.CREDIT: str(credit)})
 
 
-def cancel_headers(*, late: bool) -> bytes:
-    """The header block of a cancel: a grant of 0, for nobody waits any more; `late` when time was up."""
-    status = {subjects.STATUS: "timeout"} if late else {}
+def cancel_headers(*, timed_out: bool) -> bytes:
+    """The header block of a cancel: a credit of 0; `timed_out` when the caller's timeout expired."""
+    status = {subjects.STATUS: "timeout"} if timed_out else {}
     return write_headers({subjects.CREDIT: "0", **status})
 
 
-def is_late(head: bytes) -> bool:
-    """Whether a cancel says that its sender's time was up."""
+def is_timeout_cancel(head: bytes) -> bool:
+    """Whether a cancel was sent because the caller's timeout expired."""
     return read_headers(head).get(subjects.STATUS) == "timeout"
 
 
-def read_credit(head: bytes) -> int:
-    """How many chunks more a reader takes; 0 when it is gone (also NATS' 503)."""
-    return _whole_number(read_headers(head).get(subjects.CREDIT)) or 0
-
-
-def _whole_number(text: str | None) -> int | None:
-    # str.isdigit also accepts digits of other scripts, and int() of a huge one is slow.
-    if text and len(text) <= 12 and text.isascii() and text.isdigit():  # noqa: PLR2004 - a trillion
-        return int(text)
-    return None
+def decode_credit(head: bytes) -> int:
+    """The credit that a reader grants; 0 for a cancel and for NATS' 503."""
+    return parse_int(read_headers(head).get(subjects.CREDIT)) or 0

@@ -1,4 +1,4 @@
-"""What an author declares, and what is published of it (protocol §3–§5, §7)."""
+"""Specs, contracts and catalog entries of agents (protocol §3–§5, §7)."""
 
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Self
@@ -11,8 +11,8 @@ from openagentmesh.protocol.errors import InvocationMismatch, MeshError
 
 Verb = Literal["call", "stream", "send", "subscribe"]
 
-_TO: Final = {"call": "called", "stream": "streamed", "send": "sent to"}
-_REFUSED: Final[dict[tuple[Verb, bool, bool], str]] = {
+_PARTICIPLES: Final = {"call": "called", "stream": "streamed", "send": "sent to"}
+_MISMATCHES: Final[dict[tuple[Verb, bool, bool], str]] = {
     ("call", True, True): "is streaming-only. Use stream() instead",
     ("stream", True, False): "does not support streaming. Use call() instead",
     ("subscribe", True, True): "streams responses to requests. Use stream() instead",
@@ -21,21 +21,26 @@ _REFUSED: Final[dict[tuple[Verb, bool, bool], str]] = {
 }
 
 
-def _refusal(verb: Verb, *, invocable: bool, streaming: bool) -> str | None:
-    if verb in _TO and not invocable:
+def _mismatch(verb: Verb, *, invocable: bool, streaming: bool) -> str | None:
+    if verb in _PARTICIPLES and not invocable:
         what = "publisher" if streaming else "background task"
         instead = ". Subscribe to its events instead" if streaming else ""
-        return f"is a {what} and cannot be {_TO[verb]}{instead}"
-    return _REFUSED.get((verb, invocable, streaming))
+        return f"is a {what} and cannot be {_PARTICIPLES[verb]}{instead}"
+    return _MISMATCHES.get((verb, invocable, streaming))
 
 
 class AgentSpec(BaseModel):
-    """What the author says of an agent; an empty `description` is the handler's docstring.
+    """An agent as its author declares it.
 
-    `idempotent` says that answering a request twice is as good as once, so that callers may
-    ask again when an answer is lost. `replayable` says that its last requests may be answered
-    once more by a version that is about to be loaded, though nobody waits for these answers.
-    `thread` says that the handler must run in a thread, as every `def` does, and no `async def`.
+    Attributes:
+        name: its name, unique on the mesh.
+        description: what it does; the handler's docstring when empty.
+        tags: labels to filter the catalog by.
+        version: its version, any text.
+        idempotent: handling a request twice has the same effect as once, so callers may retry.
+        replayable: recorded requests may be handled again by a new version before it serves.
+        thread: the handler must be a `def`, which runs in a thread.
+
     """
 
     name: str
@@ -48,7 +53,7 @@ class AgentSpec(BaseModel):
 
 
 class CatalogEntry(BaseModel):
-    """One line of the catalog."""
+    """One entry of the catalog."""
 
     name: str
     description: str = ""
@@ -59,7 +64,7 @@ class CatalogEntry(BaseModel):
 
 
 class AgentContract(BaseModel):
-    """An agent's published form, read from and written as the document of protocol §4.
+    """An agent's published form (protocol §4).
 
     Schemas are JSON Schema; None where the agent has no input, output or chunk.
     """
@@ -81,7 +86,7 @@ class AgentContract(BaseModel):
     registered_at: datetime
 
     @classmethod
-    def of(  # noqa: PLR0913 - one parameter a part of the contract
+    def declare(  # noqa: PLR0913 - one parameter per part of the contract
         cls,
         spec: AgentSpec,
         *,
@@ -92,7 +97,7 @@ class AgentContract(BaseModel):
         chunk_schema: dict[str, Any] | None,
         mcp: dict[str, Any] | bool | None = None,
     ) -> Self:
-        """The contract of an agent declared here and now."""
+        """The contract of an agent that is declared now."""
         skill = {
             "id": spec.name,
             "name": spec.name,
@@ -101,7 +106,7 @@ class AgentContract(BaseModel):
             "inputSchema": input_schema,
             "outputSchema": output_schema,
         }
-        # Everything here is ours and of the right type; validating 10,000 of them costs a second.
+        # All values have the right types already; validating 10,000 contracts costs a second.
         return cls.model_construct(
             name=spec.name,
             description=spec.description,
@@ -121,11 +126,11 @@ class AgentContract(BaseModel):
         )
 
     @classmethod
-    def read(cls, document: bytes) -> Self:
+    def from_document(cls, document: bytes) -> Self:
         """A contract from its published document; unknown keys are ignored.
 
         Raises:
-            MeshError: the document is no contract.
+            MeshError: the document is malformed.
 
         """
         try:
@@ -153,12 +158,11 @@ class AgentContract(BaseModel):
             )
         except (ValueError, ValidationError, AttributeError, KeyError, TypeError, IndexError) as exc:
             raise MeshError(
-                f"A peer published a contract that cannot be read ({type(exc).__name__}: {exc}): "
-                f"{document[:120]!r}"
+                f"A peer published a malformed contract ({type(exc).__name__}: {exc}): {document[:120]!r}"
             ) from exc
 
-    def document(self) -> dict[str, Any]:
-        """The contract as it is published (protocol §4)."""
+    def to_document(self) -> dict[str, Any]:
+        """The document that is published (protocol §4)."""
         own: dict[str, Any] = {
             "subject": self.subject,
             "tags": self.tags,
@@ -179,16 +183,16 @@ class AgentContract(BaseModel):
             "x-agentmesh": own,
         }
 
-    def same_as(self, other: "AgentContract") -> bool:
-        """Whether both say the same; when they were registered does not count."""
+    def equals(self, other: "AgentContract") -> bool:
+        """Whether both are equal apart from `registered_at`."""
         return self == other.model_copy(update={"registered_at": self.registered_at})
 
     def to_registry_json(self) -> str:
         """The published document as JSON."""
-        return to_json(self.document(), inf_nan_mode="null").decode()
+        return to_json(self.to_document(), inf_nan_mode="null").decode()
 
     def to_catalog_entry(self) -> CatalogEntry:
-        """The contract's line in the catalog."""
+        """The contract's entry in the catalog."""
         return CatalogEntry.model_construct(
             name=self.name,
             description=self.description,
@@ -199,35 +203,35 @@ class AgentContract(BaseModel):
         )
 
     def to_tool_schema(self) -> dict[str, Any]:
-        """The agent as a tool: `{name, description, input_schema}`, and the schema always an object's.
+        """The agent as a tool: `{name, description, input_schema}`; the schema is always an object's.
 
-        Input that is no object is wrapped as `{"value": …}`; `tool_input` unwraps it.
+        Input that is not an object is wrapped as `{"value": …}`; `tool_input` unwraps it.
 
         Raises:
-            ValueError: the agent takes no requests, or its name cannot name a tool.
+            ValueError: the agent is not invocable, or its name cannot be a tool's name.
 
         """
         if not self.invocable:
-            refusal = _refusal("call", invocable=False, streaming=self.streaming)
-            raise ValueError(f"Agent '{self.name}' is no tool: it {refusal}")
+            mismatch = _mismatch("call", invocable=False, streaming=self.streaming)
+            raise ValueError(f"Agent '{self.name}' cannot be a tool: it {mismatch}")
         return tools.tool(self.name, self.description, self.input_schema, self.output_schema)
 
     def to_openai_tool(
         self, *, api: Literal["chat", "responses"] = "chat", strict: bool = False
     ) -> dict[str, Any]:
-        """The agent as a tool for OpenAI's chat completions or responses.
+        """The agent as a tool for OpenAI's chat completions or responses API.
 
-        With `strict`, models are held to the schema; a field that may be left out takes null instead, and
-        `tool_input` leaves it out again.
+        With `strict` the API enforces the schema. Optional fields then accept null, which `tool_input`
+        removes.
 
         Raises:
-            ValueError: as `to_tool_schema`; the API is unknown; or strict mode cannot express the input.
+            ValueError: as `to_tool_schema`; an unknown API; or input that strict mode cannot express.
 
         """
         return tools.openai_tool(self.to_tool_schema(), api=api, strict=strict)
 
     def to_anthropic_tool(self) -> dict[str, Any]:
-        """The agent as a tool for Anthropic's messages.
+        """The agent as a tool for Anthropic's messages API.
 
         Raises:
             ValueError: as `to_tool_schema`.
@@ -236,35 +240,32 @@ class AgentContract(BaseModel):
         return self.to_tool_schema()
 
     def tool_input(self, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
-        """The payload for the agent, from the arguments that a model gave for its tool in any form."""
+        """The payload for the agent, from the arguments of a model's tool call."""
         return tools.tool_input(self.input_schema, arguments)
 
     def to_agent_card(self, url: str | None = None) -> dict[str, Any]:
         """The agent's A2A card; `url` is where it can be reached."""
-        return tools.agent_card(self.document(), url)
+        return tools.agent_card(self.to_document(), url)
 
     def check_verb(self, verb: Verb) -> None:
-        """Refuse a verb that this agent is not made for (protocol §7).
+        """Check that the agent supports a verb (protocol §7).
 
         Raises:
-            InvocationMismatch: with the verb to use instead.
+            InvocationMismatch: it does not; the message names the verb to use instead.
 
         """
-        suffix = _refusal(verb, invocable=self.invocable, streaming=self.streaming)
+        suffix = _mismatch(verb, invocable=self.invocable, streaming=self.streaming)
         if suffix:
             raise InvocationMismatch(f"Agent '{self.name}' {suffix}", agent=self.name)
 
 
-def read_catalog(document: bytes | None) -> list[CatalogEntry]:
-    """The entries of the catalog's key; what is no entry is left out, never an error.
-
-    A peer may have written anything there, and one bad entry must not hide the others.
-    """
-    return [entry for entry in map(_entry, catalog_array(document)) if entry is not None]
+def decode_catalog(document: bytes | None) -> list[CatalogEntry]:
+    """The entries in the value of the catalog's key; malformed ones are left out."""
+    return [entry for entry in map(_entry, catalog_objects(document)) if entry is not None]
 
 
-def catalog_array(document: bytes | None) -> list[dict[str, Any]]:
-    """The catalog's key as it is, with the keys that peers added to their entries."""
+def catalog_objects(document: bytes | None) -> list[dict[str, Any]]:
+    """The JSON objects in the value of the catalog's key, with unknown keys."""
     try:
         found = from_json(document or b"[]")
     except ValueError:
@@ -272,8 +273,8 @@ def catalog_array(document: bytes | None) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
-def write_catalog(entries: list[dict[str, Any]]) -> bytes:
-    """The catalog's key for these entries."""
+def encode_catalog(entries: list[dict[str, Any]]) -> bytes:
+    """The value of the catalog's key for these entries."""
     return to_json(entries, inf_nan_mode="null")
 
 

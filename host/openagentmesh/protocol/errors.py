@@ -1,46 +1,46 @@
-"""Everything that can go wrong on the mesh, each with its code on the wire (protocol §8, §10)."""
+"""Every error of the mesh, each with its code on the wire (protocol §8, §10)."""
 
 from typing import Any, ClassVar, Final, Self
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-_MOST_SHOWN: Final = 16 * 1024
-_MOST_PROBLEMS: Final = 100
+_MAX_PROBLEMS_TEXT: Final = 16 * 1024
+_MAX_PROBLEMS: Final = 100
 
 
-def text_of(exc: BaseException) -> str:
-    """An exception's own text, or its type's name when it has none."""
+def error_text(exc: BaseException) -> str:
+    """The exception's message, or the name of its type when the message is empty."""
     try:
         return str(exc) or type(exc).__name__
-    except Exception:  # noqa: BLE001 - an author's exception may fail even at this
+    except Exception:  # noqa: BLE001 - an author's `__str__` may raise anything
         return f"{type(exc).__name__}: <exception str() failed>"
 
 
-def problems_of(exc: ValidationError) -> list[dict[str, Any]]:
-    """Pydantic's list of what is wrong; exceptions in it become texts."""
+def validation_problems(exc: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's list of problems as JSON values; exceptions in it become text."""
     try:
         document = exc.json(include_url=False)
-    except ValueError:  # the input itself cannot be shown, for it is no text
+    except ValueError:  # the input is not valid Unicode
         document = exc.json(include_url=False, include_input=False)
-    if len(document) > _MOST_SHOWN:  # large inputs would crowd out what is wrong with them
+    if len(document) > _MAX_PROBLEMS_TEXT:  # a large input would hide the problems
         document = exc.json(include_url=False, include_input=False)
-    found: list[dict[str, Any]] = from_json(document)
-    return found[:_MOST_PROBLEMS]
+    problems: list[dict[str, Any]] = from_json(document)
+    return problems[:_MAX_PROBLEMS]
 
 
 class MeshError(Exception):
-    """The base of all errors of the mesh, and any error whose code is not known here.
+    """Base of all errors of the mesh, and the class of errors with an unknown code.
 
-    All have one constructor. A single text is the message and the class gives the code:
-    `NotFound("Agent 'x' is not in the catalog")`; two are a code of your own and the message:
-    `MeshError("quota_used_up", "Try again tomorrow")`.
+    All subclasses share one constructor. One text is the message, and the class supplies the
+    code: `NotFound("Agent 'x' is not in the catalog")`. Two texts are a code of your own and the
+    message: `MeshError("quota_used_up", "Try again tomorrow")`.
 
     Attributes:
         code: the code on the wire.
-        message: one readable sentence or two.
-        agent: the agent it concerns; empty when there is none.
-        request_id: the request it ended; empty when there is none.
+        message: one or two readable sentences.
+        agent: the agent concerned; empty when there is none.
+        request_id: the request that failed; empty when there is none.
         details: facts for programs, JSON.
 
     """
@@ -64,13 +64,13 @@ class MeshError(Exception):
         super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
-        """Copies and pickles keep everything."""
+        """Copy and pickle all attributes."""
         return type(self), (self.code, self.message, self.agent, self.request_id, self.details)
 
-    def located(self, *, agent: str, request_id: str) -> "MeshError":
-        """What is sent for this error: its code, in this request, of this agent unless it names one.
+    def for_request(self, *, agent: str, request_id: str) -> "MeshError":
+        """A copy of this error for one request; an agent named by the error itself is kept.
 
-        A new object, for authors may raise one and the same error again and again.
+        A copy, because authors may raise the same object again and again.
         """
         return MeshError(self.code, self.message, self.agent or agent, request_id, self.details)
 
@@ -78,12 +78,12 @@ class MeshError(Exception):
     def from_code(
         code: str, message: str, agent: str, request_id: str, details: dict[str, Any]
     ) -> "MeshError":
-        """The error that a received envelope stands for; an unknown code is kept."""
+        """The error of the class for `code`; a MeshError with that code when it is unknown."""
         error = _BY_CODE.get(code, MeshError)
         return error(code, message, agent, request_id, details)
 
     def to_dict(self) -> dict[str, Any]:
-        """The envelope (protocol §8)."""
+        """The error envelope (protocol §8)."""
         return {
             "code": self.code,
             "message": self.message,
@@ -94,60 +94,60 @@ class MeshError(Exception):
 
 
 class InvalidInput(MeshError):
-    """The caller's input does not fit the agent, or cannot be sent at all."""
+    """The input does not match the agent's input type, or cannot be sent."""
 
     code = "invalid_input"
-    hint = "See what it takes: oam agent contract NAME"
+    hint = "Show the agent's input type: oam agent contract NAME"
 
 
 class InvalidAgent(MeshError, TypeError):
-    """A function or a spec cannot be an agent. Raised where it is declared, never sent."""
+    """A function or spec cannot be an agent. Raised where it is declared, never sent."""
 
     code = "invalid_agent"
 
 
 class PluginFailed(MeshError):
-    """A plugin cannot be used, or failed in a hook. Raised here, never sent."""
+    """A plugin cannot be used, or one of its hooks failed. Raised locally, never sent."""
 
     code = "plugin_failed"
 
 
 class HandlerError(MeshError):
-    """The handler raised something that is no MeshError."""
+    """The handler raised an exception other than MeshError."""
 
     code = "handler_error"
-    hint = "The agent's own log has the traceback."
+    hint = "The log of the agent's process has the traceback."
 
 
 class InvocationMismatch(MeshError):
-    """The agent cannot be used in this way."""
+    """The agent does not support this verb."""
 
     code = "invocation_mismatch"
 
 
 class NotFound(MeshError):
-    """No such agent is in the catalog."""
+    """The agent is not in the catalog."""
 
     code = "not_found"
-    hint = "See what there is: oam mesh catalog"
+    hint = "List the agents: oam mesh catalog"
 
 
 class NotAvailable(MeshError):
-    """The agent is in the catalog, but nobody answers for it now."""
+    """The agent is in the catalog, but no instance serves it now."""
 
     code = "not_available"
-    hint = "See who is there: oam status"
+    hint = "List the hosts and their agents: oam status"
 
 
 class MeshTimeout(MeshError):
-    """No answer came in time."""
+    """No answer arrived in time."""
 
     code = "timeout"
-    hint = "Give it longer with --timeout SECONDS, or see what the agent does: oam status"
+    hint = "Raise --timeout SECONDS, or check the agent: oam status"
 
 
 class AgentDied(MeshError):
-    """The last instance serving the agent went away; `details` is the death notice."""
+    """The last instance serving the agent is gone; `details` is the death notice."""
 
     code = "agent_died"
 
@@ -162,18 +162,18 @@ class ConnectionFailed(MeshError):
     """There is no connection to a NATS server."""
 
     code = "connection_failed"
-    hint = "Start a host with `oam up`, or say where one is with --url or OAM_URL."
+    hint = "Start a host with `oam up`, or give the address of a server with --url or OAM_URL."
 
 
 class ConnectionDenied(MeshError):
-    """The NATS server refuses the credentials."""
+    """The NATS server rejects the credentials."""
 
     code = "connection_denied"
     hint = "Give a credentials file: OAM_CREDS, or `oam mesh connect URL --creds FILE`."
 
 
 class Overloaded(MeshError):
-    """The agent has as many requests as it may; details `retry_after_ms`."""
+    """The agent is at its limit of requests; details `retry_after_ms`."""
 
     code = "overloaded"
 
@@ -185,31 +185,31 @@ class PayloadTooLarge(MeshError):
 
 
 class Unauthenticated(MeshError):
-    """The caller did not prove who it is."""
+    """The caller's identity is not proven."""
 
     code = "unauthenticated"
 
 
 class PermissionDenied(MeshError):
-    """The caller may not do this."""
+    """The caller does not have permission."""
 
     code = "permission_denied"
 
 
 class KVKeyExists(MeshError):
-    """The key to be created is there already."""
+    """The key to be created exists already."""
 
     code = "kv_key_exists"
 
 
 class KVConflict(MeshError):
-    """Somebody else changed the key between reading and writing; details `key`, `revision`."""
+    """The key changed between reading and writing; details `key`, `revision`."""
 
     code = "kv_conflict"
 
 
 class Cancelled(MeshError):
-    """The handler was stopped before it had answered, because its host stops."""
+    """The handler was cancelled before it answered, because its host stops."""
 
     code = "cancelled"
 

@@ -1,4 +1,4 @@
-"""What participants tell each other besides requests and replies (protocol §5, §6, §9)."""
+"""Messages other than requests and replies (protocol §5, §6, §9)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +14,7 @@ LOG_LEVELS: Final[tuple[LogLevel, ...]] = ("debug", "info", "warn", "error")
 
 
 class DeathNotice(BaseModel):
-    """The last instance serving an agent is gone.
-
-    `detected_at` is an ISO 8601 time with its offset.
-    """
+    """The last instance serving an agent is gone; `detected_at` is ISO 8601 with an offset."""
 
     agent: str
     reason: Literal["disconnect", "graceful_shutdown"]
@@ -26,9 +23,9 @@ class DeathNotice(BaseModel):
 
 
 class LogEvent(BaseModel):
-    """Something that happened to an agent or to one of its requests.
+    """An event of an agent or of one of its requests.
 
-    `timestamp` is an ISO 8601 time with its offset; `data` are facts for programs.
+    `timestamp` is ISO 8601 with an offset; `data` holds facts for programs.
     """
 
     timestamp: str
@@ -41,7 +38,7 @@ class LogEvent(BaseModel):
 
 
 class ObserveConfig(BaseModel):
-    """From which level on an agent's log events are published."""
+    """The lowest level of an agent's log events that is published."""
 
     log_level: LogLevel = "info"
 
@@ -56,7 +53,7 @@ class Usage(BaseModel):
     estimated_cost_usd: float | None = None
 
     def plus(self, other: "Usage") -> "Usage":
-        """Both together: numbers add up, the model is the other's if it names one."""
+        """The sum of both; the model is the other's if it has one."""
         return Usage(
             input_tokens=_sum(self.input_tokens, other.input_tokens),
             output_tokens=_sum(self.output_tokens, other.output_tokens),
@@ -77,9 +74,9 @@ def _sum(one: Number | None, other: Number | None) -> Number | None:
 
 @dataclass(slots=True, frozen=True)
 class KVEntry(Generic[T]):
-    """One key of the shared state as it was at one revision.
+    """One key of the shared state at one revision.
 
-    A handler that takes `KVEntry[Model | None]` is also told of deletions, as value None.
+    A handler that takes `KVEntry[Model | None]` also receives deletions, with the value None.
     """
 
     key: str
@@ -89,7 +86,7 @@ class KVEntry(Generic[T]):
 
 @dataclass(slots=True, frozen=True)
 class MeshMessage(Generic[T]):
-    """One message with what came along with its data."""
+    """One message: its subject, its data and its headers."""
 
     subject: str
     data: T
@@ -97,5 +94,5 @@ class MeshMessage(Generic[T]):
 
     @property
     def agent(self) -> str:
-        """The publisher that emitted it; empty when it is no publisher's event."""
+        """The publisher that emitted it; empty when it is not a publisher's event."""
         return publisher_of(self.subject) or ""

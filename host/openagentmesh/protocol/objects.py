@@ -1,4 +1,4 @@
-"""Objects of the workspace as they are stored: the standard NATS object store format (ADR-20)."""
+"""Objects of the workspace as they are stored: the NATS object store format (ADR-20)."""
 
 import logging
 from base64 import urlsafe_b64encode
@@ -13,9 +13,9 @@ from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET, TOKEN_RE
 log = logging.getLogger(__name__)
 
 STREAM: Final = f"OBJ_{ARTIFACTS_BUCKET}"
-DESCRIPTIONS: Final = f"$O.{ARTIFACTS_BUCKET}.M.>"
-# Bytes; every client reads chunks of any size, and most write this one.
-CHUNK: Final = 128 * 1024
+METADATA_SUBJECTS: Final = f"$O.{ARTIFACTS_BUCKET}.M.>"
+# Bytes. Clients read chunks of any size; this is the one that most of them write.
+CHUNK_SIZE: Final = 128 * 1024
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,9 +25,9 @@ class Artifact:
     Attributes:
         key: its name.
         size: bytes.
-        modified: when it was put or deleted, by the server's clock; by ours for one just put.
-        digest: `SHA-256=` and the digest in URL-safe base64; empty for a deleted one.
-        deleted: whether it is there no more.
+        modified: when it was put or deleted, by the server's clock; by the local clock right after `put`.
+        digest: `SHA-256=` and the digest in URL-safe base64; empty for a deleted object.
+        deleted: whether it was deleted.
 
     """
 
@@ -38,10 +38,10 @@ class Artifact:
     deleted: bool = False
 
 
-class Description(BaseModel):
-    """What is stored of an object besides its chunks, under its name.
+class ObjectInfo(BaseModel):
+    """The metadata message of an object.
 
-    `nuid` names its chunks, each put anew; `mtime` is there for clients that need one.
+    `nuid` names the subject of its chunks, a new one for each put. `mtime` is for clients that need it.
     """
 
     name: str
@@ -56,33 +56,33 @@ class Description(BaseModel):
 
     @property
     def is_link(self) -> bool:
-        """Whether it has no content but stands for another object."""
+        """Whether it has no content and refers to another object."""
         return bool(self.options and self.options.get("link"))
 
     def artifact(self, modified: datetime) -> Artifact:
-        """What users see of it."""
+        """The object as users see it."""
         return Artifact(self.name, self.size, modified, self.digest, self.deleted)
 
 
-def read_description(data: bytes | None) -> Description | None:
-    """A stored description; None, and a warning, for what strangers wrote that is none."""
+def decode_object_info(data: bytes | None) -> ObjectInfo | None:
+    """An object's metadata; None, with a warning, when it is malformed."""
     try:
-        return Description.model_validate_json(data or b"")
+        return ObjectInfo.model_validate_json(data or b"")
     except ValidationError as exc:
-        log.warning("an object's description cannot be read: %s", exc.errors(include_url=False)[0])
+        log.warning("malformed object metadata: %s", exc.errors(include_url=False)[0])
     return None
 
 
-def description_subject(key: str) -> str:
-    """Where an object's description is stored."""
-    return DESCRIPTIONS[:-1] + urlsafe_b64encode(key.encode()).decode()
+def metadata_subject(key: str) -> str:
+    """The subject of an object's metadata."""
+    return METADATA_SUBJECTS[:-1] + urlsafe_b64encode(key.encode()).decode()
 
 
 def chunk_subject(nuid: str) -> str:
-    """Where the chunks of one put are stored."""
+    """The subject of the chunks of one put."""
     return f"$O.{ARTIFACTS_BUCKET}.C.{nuid}"
 
 
 def digest_text(sha256: bytes) -> str:
-    """A digest as descriptions have it."""
+    """A digest in the form that metadata has."""
     return f"SHA-256={urlsafe_b64encode(sha256).decode()}"

@@ -1,14 +1,16 @@
-"""Two contracts of one agent name: what callers of the one cannot count on at the other.
+"""Breaking changes between two contracts of one agent.
 
-Somebody gives values and somebody takes them: callers give the input that the new agent takes, and the new
-agent gives the output that callers take. What may be given and is not taken breaks callers.
+One side produces values and the other accepts them: callers produce the input, which the new version
+accepts; the new version produces the output, which callers accept. A value that may be produced and is
+not accepted breaks callers.
 
-Objects are read as pydantic means them: who says nothing of further keys neither gives any nor minds any. A
-missing schema gives `{}`, which None becomes as a reply, and which asks for nothing as an input; an old peer
-that did not say what it takes looks like one that takes nothing. Who takes without a schema takes anything.
+Objects are read as pydantic means them: without `additionalProperties`, extra keys are neither produced
+nor rejected. A missing schema produces `{}`, the reply for None, and requires nothing as an input; old
+peers publish no input schema at all. A missing schema on the accepting side accepts anything.
 
-Anybody may publish a schema: nothing here raises, work and result are bounded, and what is no schema is any
-value. `not`, `if`, `contains`, `dependent…`, `unevaluated…`, which pydantic never writes, are not looked at.
+Schemas are foreign data: nothing here raises, work and result are bounded, and what is not a schema
+stands for any value. `not`, `if`, `contains`, `dependent…` and `unevaluated…`, which pydantic never
+writes, are ignored.
 """
 
 import math
@@ -16,21 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Final, Literal
-from urllib.parse import unquote
 
 from openagentmesh.protocol.contract import AgentContract
+from openagentmesh.protocol.json_schema import resolve_ref
 
 Part = Literal["input", "output", "chunk", "kind"]
-# A schema without references and unions, of one type or of any, with the keywords that are looked at. In it
-# `required` and `enum` are dicts to look up in: values by their text, which tells True from 1.
+# A schema without references and unions, of one type or of any, reduced to the keywords compared here.
+# `required` and `enum` are dicts, for look-ups; enum values are keyed by `repr`, which tells True from 1.
 _Plain = dict[str, Any]
 _Pairs = frozenset[tuple[int, int]]
 
-_MOST_CHANGES: Final = 20
-_MOST_WORK: Final = 20_000  # fields and alternatives, many times a large contract's: tenths of a second
-_DEEPEST: Final = 100
-_CHARACTERS: Final = 20  # of text that is looked at are as much work as a field
-_NOTHING: Final = {"type": "object", "title": "nothing", "properties": {}}
+_MAX_CHANGES: Final = 20
+_MAX_WORK: Final = 20_000  # fields and alternatives, many times a large contract's: tenths of a second
+_MAX_DEPTH: Final = 100
+_CHARACTERS_PER_UNIT: Final = 20  # of text, which count as one unit of work
+_NO_VALUE: Final = {"type": "object", "title": "nothing", "properties": {}}
 _KINDS: Final = ("background task", "publisher", "responder", "streamer")
 _NULL: Final = type(None)
 _TYPES: Final = {
@@ -41,18 +43,24 @@ _TYPES: Final = {
     list: "array",
     _NULL: "null",
 }
-_SHOWN: Final = {name: of.__name__ for of, name in _TYPES.items()} | {"null": "None"}
-# A bound: its sign, which makes the tighter the greater; its keyword, and the one that leaves out the bound
-# itself; what holds without either.
+_TYPE_NAMES: Final = {name: of.__name__ for of, name in _TYPES.items()} | {"null": "None"}
+# Bounds: the sign that makes a tighter bound the greater number; the inclusive and the exclusive keyword;
+# the bound without either.
 _BOUNDS: Final = (
     *((1, f"min{what}", "", 0) for what in ("Length", "Items", "Properties")),
     *((-1, f"max{what}", "", -math.inf) for what in ("Length", "Items", "Properties")),
     (1, "minimum", "exclusiveMinimum", -math.inf),
     (-1, "maximum", "exclusiveMaximum", -math.inf),
 )
-_OPAQUE: Final = ("pattern", "format", "multipleOf", "uniqueItems")  # that two differ is all that can be said
-_LOOSE_FORMATS: Final = ("binary", "password", "path")  # any string is one
-_OF_OBJECTS: Final = {"properties", "patternProperties", "additionalProperties", "propertyNames", "required"}
+_OPAQUE: Final = ("pattern", "format", "multipleOf", "uniqueItems")  # compared for equality alone
+_LOOSE_FORMATS: Final = ("binary", "password", "path")  # any string matches
+_OBJECT_KEYWORDS: Final = {
+    "properties",
+    "patternProperties",
+    "additionalProperties",
+    "propertyNames",
+    "required",
+}
 _KEYWORDS: Final[dict[str, Any]] = {
     **dict.fromkeys(("$ref", "title", "pattern", "format"), str),
     **dict.fromkeys(("properties", "patternProperties"), dict),
@@ -67,13 +75,14 @@ _KEYWORDS: Final[dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that breaks callers.
+    """One breaking change.
 
     Attributes:
         what: the part of the contract.
-        path: where in its schema: `text`, `items[].price`, `prices.*` for any key; empty for all of it.
-        old: what was there; empty when there was nothing.
-        new: what is there now; empty when nothing is. With both empty, the two cannot be compared.
+        path: the place in its schema: `text`, `items[].price`, `prices.*` for any key; empty for the root.
+        old: the old form; empty when the place is new.
+        new: the new form; empty when the place was removed. Both are empty when the schemas cannot be
+            compared.
 
     """
 
@@ -95,164 +104,159 @@ class Change:
 
 
 def breaking_changes(old: AgentContract, new: AgentContract) -> list[Change]:
-    """What a caller written for `old` can notice of `new`: up to 20 changes, none when all goes as it went.
+    """The changes from `old` to `new` that break callers of `old`, at most 20; empty when compatible.
 
-    An agent of another kind is one change, for then nothing does.
+    A change of the agent's kind is reported alone.
     """
     was, now = (_KINDS[2 * of.invocable + of.streaming] for of in (old, new))
     if was != now:
         return [Change("kind", "", was, now)]
     found = chain(
-        _Comparison("input", given=old.input_schema, taken=new.input_schema).changes(),
-        _Comparison("output", given=new.output_schema, taken=old.output_schema).changes(),
-        _Comparison("chunk", given=new.chunk_schema, taken=old.chunk_schema).changes(),
+        _Comparison("input", produced=old.input_schema, accepted=new.input_schema).changes(),
+        _Comparison("output", produced=new.output_schema, accepted=old.output_schema).changes(),
+        _Comparison("chunk", produced=new.chunk_schema, accepted=old.chunk_schema).changes(),
     )
-    return list(islice(found, _MOST_CHANGES))
+    return list(islice(found, _MAX_CHANGES))
 
 
-class _TooMuch(ValueError):
-    """A schema is larger or deeper than any that means well."""
+class _TooMuchWork(ValueError):
+    """The schema is larger or deeper than any real contract's."""
 
 
 class _Comparison:
-    """What may be given and is not taken, found one by one."""
+    """Finds the values that may be produced and are not accepted."""
 
-    def __init__(self, what: Part, *, given: object, taken: object) -> None:
+    def __init__(self, what: Part, *, produced: object, accepted: object) -> None:
         self._what: Part = what
-        self._given = _NOTHING if given is None else given
-        self._taken = {} if taken is None else taken
-        self._left = _MOST_WORK
+        self._produced = _NO_VALUE if produced is None else produced
+        self._accepted = {} if accepted is None else accepted
+        self._work_left = _MAX_WORK
 
     def changes(self) -> Iterator[Change]:
         try:
-            if self._given != self._taken:
-                yield from self._schemas(self._given, self._taken, "", frozenset())
-        except (ValueError, RecursionError):  # a ValueError, too, of a number that is too long to be shown
+            if self._produced != self._accepted:
+                yield from self._schemas(self._produced, self._accepted, "", frozenset())
+        except (ValueError, RecursionError):  # str() of a huge integer is a ValueError, too
             yield Change(self._what, "", "", "")
 
-    def _schemas(self, given: object, taken: object, path: str, around: _Pairs) -> Iterator[Change]:
-        """The changes from schema to schema; `around` are the pairs that these lie in, and may refer to."""
-        if (id(given), id(taken)) in around:
+    def _schemas(self, produced: object, accepted: object, path: str, parents: _Pairs) -> Iterator[Change]:
+        """The changes between two schemas; `parents` are the pairs of schemas around them."""
+        if (id(produced), id(accepted)) in parents:
             return
-        if len(around) == _DEEPEST:
-            raise _TooMuch
-        around |= {(id(given), id(taken))}
-        gives, takes = self._alternatives(given, self._given), self._alternatives(taken, self._taken)
-        for one in gives:
-            self._work(len(gives) + len(takes))
-            became = _counterpart(one, gives, takes)
-            if became is None or len(takes) > 1:  # what differs from an only candidate says as much
-                tried = (self._plain(one, other, path, around) for other in takes)
-                if any(next(differences, None) is None for differences in tried):
+        if len(parents) == _MAX_DEPTH:
+            raise _TooMuchWork
+        parents |= {(id(produced), id(accepted))}
+        outgoing = self._alternatives(produced, self._produced)
+        incoming = self._alternatives(accepted, self._accepted)
+        for one in outgoing:
+            self._work(len(outgoing) + len(incoming))
+            counterpart = _counterpart(one, outgoing, incoming)
+            # With a single candidate, the differences from it are the best report.
+            if counterpart is None or len(incoming) > 1:
+                differences = (self._plain(one, other, path, parents) for other in incoming)
+                if any(next(each, None) is None for each in differences):
                     continue
-            if became is None:
-                yield self._change(path, _shown(gives), _shown(takes))
+            if counterpart is None:
+                yield self._change(path, _shown(outgoing), _shown(incoming))
                 return
-            yield from self._plain(one, became, path, around)
+            yield from self._plain(one, counterpart, path, parents)
 
-    def _plain(self, given: _Plain, taken: _Plain, path: str, around: _Pairs) -> Iterator[Change]:
-        self._work(_size(given) + _size(taken))
-        is_listed = "enum" not in taken or ("enum" in given and given["enum"].keys() <= taken["enum"].keys())
-        if not is_listed or not _is_of_type(given, taken):
-            yield self._change(path, _shown([given]), _shown([taken]))
+    def _plain(self, produced: _Plain, accepted: _Plain, path: str, parents: _Pairs) -> Iterator[Change]:
+        self._work(_size(produced) + _size(accepted))
+        if not _is_value_accepted(produced, accepted):
+            yield self._change(path, _shown([produced]), _shown([accepted]))
             return
-        for sign, *keys, without in _BOUNDS:
-            (gives, given_as), (takes, taken_as) = (_bound(of, sign, keys, without) for of in (given, taken))
-            if gives < takes:
-                yield self._change(path, given_as, taken_as)
-        for key in _OPAQUE:
-            if taken.get(key) and given.get(key) != taken[key]:
-                said = [f"{key} {_text(of[key])}" if of.get(key) else "" for of in (given, taken)]
-                yield self._change(path, *said)
-        if taken.keys() & _OF_OBJECTS:
-            yield from self._fields(given, taken, path, around)
-        if "items" in taken or "prefixItems" in taken:
-            yield from self._items(given, taken, path, around)
+        for old, new in (*_bound_differences(produced, accepted), *_opaque_differences(produced, accepted)):
+            yield self._change(path, old, new)
+        if accepted.keys() & _OBJECT_KEYWORDS:
+            yield from self._fields(produced, accepted, path, parents)
+        if "items" in accepted or "prefixItems" in accepted:
+            yield from self._items(produced, accepted, path, parents)
 
-    def _fields(self, given: _Plain, taken: _Plain, path: str, around: _Pairs) -> Iterator[Change]:
-        gives, takes = _properties(given), _properties(taken)
-        more_given, more_taken = _further(given), _further(taken)
-        for name in gives | takes:
-            at = _inside(path, name)
-            one, other = gives.get(name, more_given), takes.get(name, more_taken)
-            always, must = name in given.get("required", ()), name in taken.get("required", ())
-            # Callers read what comes, promised or not.
-            is_missed = must or (self._what != "input" and more_given in (None, False))
-            if name not in gives and is_missed:
-                yield self._change(at, "", self._field(other, self._taken, required=must))
+    def _fields(self, produced: _Plain, accepted: _Plain, path: str, parents: _Pairs) -> Iterator[Change]:
+        outgoing, incoming = _properties(produced), _properties(accepted)
+        extra_out, extra_in = _extra_properties(produced), _extra_properties(accepted)
+        for name in outgoing | incoming:
+            at = _join(path, name)
+            one, other = outgoing.get(name, extra_out), incoming.get(name, extra_in)
+            always, must = name in produced.get("required", ()), name in accepted.get("required", ())
+            # Callers read any declared output field, required or not.
+            is_missed = must or (self._what != "input" and extra_out in (None, False))
+            if name not in outgoing and is_missed:
+                yield self._change(at, "", self._field(other, self._accepted, required=must))
                 continue
-            if name not in takes and more_taken is False:
-                yield self._change(at, self._field(one, self._given, required=always), "")
+            if name not in incoming and extra_in is False:
+                yield self._change(at, self._field(one, self._produced, required=always), "")
                 continue
             if must and not always:
-                optional = self._field(one, self._given, required=False)
-                yield self._change(at, optional, self._field(other, self._taken, required=True))
+                optional = self._field(one, self._produced, required=False)
+                yield self._change(at, optional, self._field(other, self._accepted, required=True))
             if one is not None and other is not None:
-                yield from self._schemas(one, other, at, around)
-        if more_given is not None and more_taken is not None:
-            yield from self._schemas(more_given, more_taken, _inside(path, "*"), around)
-        if "propertyNames" in taken:
-            names = given.get("propertyNames", {"type": "string"})
-            yield from self._schemas(names, taken["propertyNames"], _inside(path, "*"), around)
+                yield from self._schemas(one, other, at, parents)
+        if extra_out is not None and extra_in is not None:
+            yield from self._schemas(extra_out, extra_in, _join(path, "*"), parents)
+        if "propertyNames" in accepted:
+            names = produced.get("propertyNames", {"type": "string"})
+            yield from self._schemas(names, accepted["propertyNames"], _join(path, "*"), parents)
 
-    def _items(self, given: _Plain, taken: _Plain, path: str, around: _Pairs) -> Iterator[Change]:
-        gives, takes = given.get("prefixItems", []), taken.get("prefixItems", [])
-        more_given, more_taken = given.get("items", True), taken.get("items", True)
-        places, most = max(len(gives), len(takes)), given.get("maxItems", math.inf)
-        for at in range(int(min(places, most))):
-            one = gives[at] if at < len(gives) else more_given
-            other = takes[at] if at < len(takes) else more_taken
-            yield from self._schemas(one, other, f"{path}[{at}]", around)
-        if most > places:
-            yield from self._schemas(more_given, more_taken, f"{path}[]", around)
+    def _items(self, produced: _Plain, accepted: _Plain, path: str, parents: _Pairs) -> Iterator[Change]:
+        outgoing, incoming = produced.get("prefixItems", []), accepted.get("prefixItems", [])
+        extra_out, extra_in = produced.get("items", True), accepted.get("items", True)
+        prefix, max_items = max(len(outgoing), len(incoming)), produced.get("maxItems", math.inf)
+        for at in range(int(min(prefix, max_items))):
+            one = outgoing[at] if at < len(outgoing) else extra_out
+            other = incoming[at] if at < len(incoming) else extra_in
+            yield from self._schemas(one, other, f"{path}[{at}]", parents)
+        if max_items > prefix:
+            yield from self._schemas(extra_out, extra_in, f"{path}[]", parents)
 
     def _alternatives(self, schema: object, root: object) -> list[_Plain]:
-        """What a schema may be; those that only list values of one type are one, as an enumeration is."""
+        """The plain alternatives of a schema; constants of one type are merged into one enumeration."""
         found = dict[object, _Plain]()
-        for one in self._apart(schema, root, frozenset()):
+        for one in self._split(schema, root, frozenset()):
             if "enum" in one:
-                listed = found.setdefault(one["type"], {"type": one["type"], "enum": {}})
-                listed["enum"] |= one["enum"]
+                merged = found.setdefault(one["type"], {"type": one["type"], "enum": {}})
+                merged["enum"] |= one["enum"]
             else:
                 found[len(found)] = one
         return list(found.values())
 
-    def _apart(self, schema: object, root: object, followed: frozenset[str]) -> list[_Plain]:
-        """References followed, unions and types taken apart, what holds together put together."""
+    def _split(self, schema: object, root: object, followed: frozenset[str]) -> list[_Plain]:
+        """Follow references, split unions and types, and intersect `allOf`."""
         if schema is False:
             return []
         plain = _known(schema)
         parts = [plain.pop(key) for key in ("anyOf", "oneOf") if plain.get(key)]
         parts += [[one] for one in plain.pop("allOf", ())]
         if ref := plain.pop("$ref", ""):
-            if ref in followed:  # what refers to itself at once says nothing more
+            if ref in followed:  # a schema that is only a reference to itself accepts nothing
                 return []
             followed |= {ref}
-            self._work(len(ref) // _CHARACTERS)
-            parts.append([_target(ref, root)])
-        found = _of_one_type(plain)
+            self._work(len(ref) // _CHARACTERS_PER_UNIT)
+            parts.append([resolve_ref(ref, root)])
+        found = _split_types(plain)
         self._work(sum(map(_size, found)))
         for part in parts:
-            branches = [one for branch in part for one in self._apart(branch, root, followed)]
+            branches = [one for branch in part for one in self._split(branch, root, followed)]
             self._work(sum(map(_size, branches)) * len(found) + sum(map(_size, found)) * len(branches))
-            found = [both for one in branches for other in found if (both := _both(one, other)) is not None]
+            found = _intersections(branches, found)
         return found
 
     def _work(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise _TooMuch
+        self._work_left -= size
+        if self._work_left < 0:
+            raise _TooMuchWork
 
     def _field(self, schema: object, root: object, *, required: bool) -> str:
         return f"{'required' if required else 'optional'} {_shown(self._alternatives(schema, root))}"
 
-    def _change(self, path: str, given: str, taken: str) -> Change:
-        old, new = (given, taken) if self._what == "input" else (taken, given)
+    def _change(self, path: str, produced: str, accepted: str) -> Change:
+        old, new = (produced, accepted) if self._what == "input" else (accepted, produced)
         return Change(self._what, path, old, new)
 
 
 def _known(schema: object) -> _Plain:
-    """The keywords of a schema that are looked at and are what they should be."""
+    """The keywords of a schema that are compared and have values of the right type."""
     if not isinstance(schema, dict):
         return {}
     found = ((key, schema[key], of) for key, of in _KEYWORDS.items() if key in schema)
@@ -264,21 +268,25 @@ def _known(schema: object) -> _Plain:
     return known
 
 
-def _of_one_type(plain: _Plain) -> list[_Plain]:
-    """A schema once for each of its types, with the values of that type when it lists values."""
+def _split_types(plain: _Plain) -> list[_Plain]:
+    """A schema once for each of its types, or for each type of its constants."""
     named = plain.pop("type", [])
     types = [named] if isinstance(named, str) else [name for name in named if isinstance(name, str)]
     if "const" not in plain and "enum" not in plain:
         return [plain | {"type": name} for name in types] or [plain]
-    listed = dict[str, dict[str, bool]]()
+    constants = dict[str, dict[str, bool]]()
     for value in [plain.pop("const")] if "const" in plain else plain["enum"]:
-        listed.setdefault(_TYPES.get(type(value), "object"), {})[repr(value)] = True
-    found = [plain | {"type": name, "enum": texts} for name, texts in listed.items()]
-    return [one for one in found if not types or any(_is_of_type(one, {"type": name}) for name in types)]
+        constants.setdefault(_TYPES.get(type(value), "object"), {})[repr(value)] = True
+    found = [plain | {"type": name, "enum": texts} for name, texts in constants.items()]
+    return [one for one in found if not types or any(_is_subtype(one, {"type": name}) for name in types)]
 
 
-def _both(one: _Plain, other: _Plain) -> _Plain | None:
-    """What holds of both, nearly: of two patterns, say, only the second is kept. None when nothing can."""
+def _intersections(branches: list[_Plain], found: list[_Plain]) -> list[_Plain]:
+    return [both for one in branches for other in found if (both := _intersection(one, other)) is not None]
+
+
+def _intersection(one: _Plain, other: _Plain) -> _Plain | None:
+    """The values that match both, nearly: of two patterns the second is kept; None when there are none."""
     both = one | other
     for key in one.keys() & other.keys():
         first, second = one[key], other[key]
@@ -301,34 +309,50 @@ def _both(one: _Plain, other: _Plain) -> _Plain | None:
     return both
 
 
-def _target(ref: str, root: object) -> object:
-    """What a reference means: nothing is known, and so anything taken, of what is not in the document."""
-    found = root if ref.startswith("#") else None
-    for part in ref.split("/")[1:]:
-        key = unquote(part).replace("~1", "/").replace("~0", "~")
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+def _is_value_accepted(produced: _Plain, accepted: _Plain) -> bool:
+    """Whether type and constants fit."""
+    if not _is_subtype(produced, accepted):
+        return False
+    if "enum" not in accepted:
+        return True
+    return "enum" in produced and produced["enum"].keys() <= accepted["enum"].keys()
 
 
-def _is_of_type(given: _Plain, taken: _Plain) -> bool:
-    of, needed = given.get("type"), taken.get("type")
-    return needed in (None, of) or (of, needed) == ("integer", "number")
+def _is_subtype(produced: _Plain, accepted: _Plain) -> bool:
+    of, wanted = produced.get("type"), accepted.get("type")
+    return wanted in (None, of) or (of, wanted) == ("integer", "number")
 
 
-def _counterpart(one: _Plain, gives: list[_Plain], takes: list[_Plain]) -> _Plain | None:
-    """What an alternative became: the one of its name, or of its type when there is and was no other."""
-    typed = [other for other in takes if _is_of_type(one, other)]
-    named = [other for other in typed if other.get("title") == one.get("title")]
-    if len(named) != 1 and len([other for other in gives if _is_of_type(other, one)]) == 1:
-        named = typed
-    return named[0] if len(named) == 1 else None
+def _counterpart(one: _Plain, outgoing: list[_Plain], incoming: list[_Plain]) -> _Plain | None:
+    """What an alternative became: the one with its title, or the only one of its type."""
+    same_type = [other for other in incoming if _is_subtype(one, other)]
+    candidates = [other for other in same_type if other.get("title") == one.get("title")]
+    if len(candidates) != 1 and len([other for other in outgoing if _is_subtype(other, one)]) == 1:
+        candidates = same_type
+    return candidates[0] if len(candidates) == 1 else None
 
 
-def _bound(plain: _Plain, sign: int, keys: list[str], without: float) -> tuple[tuple[float, int], str]:
+def _bound_differences(produced: _Plain, accepted: _Plain) -> Iterator[tuple[str, str]]:
+    """The bounds of the accepting side that are tighter, as text of both sides."""
+    for sign, *keys, default in _BOUNDS:
+        one, one_text = _bound(produced, sign, keys, default)
+        other, other_text = _bound(accepted, sign, keys, default)
+        if one < other:
+            yield one_text, other_text
+
+
+def _bound(plain: _Plain, sign: int, keys: list[str], default: float) -> tuple[tuple[float, int], str]:
     """How tight a bound is, and its text."""
-    said = [(key, beyond) for beyond, key in enumerate(keys) if key in plain]
-    bounds = [((sign * plain[key], beyond), f"{key} {_text(plain[key])}") for key, beyond in said]
-    return max(bounds, default=((without, 0), ""))
+    declared = [(key, exclusive) for exclusive, key in enumerate(keys) if key in plain]
+    bounds = [((sign * plain[key], exclusive), f"{key} {_text(plain[key])}") for key, exclusive in declared]
+    return max(bounds, default=((default, 0), ""))
+
+
+def _opaque_differences(produced: _Plain, accepted: _Plain) -> Iterator[tuple[str, str]]:
+    for key in _OPAQUE:
+        if accepted.get(key) and produced.get(key) != accepted[key]:
+            one, other = (f"{key} {_text(of[key])}" if of.get(key) else "" for of in (produced, accepted))
+            yield one, other
 
 
 def _properties(plain: _Plain) -> _Plain:
@@ -336,8 +360,8 @@ def _properties(plain: _Plain) -> _Plain:
     return {**plain.get("required", {}), **plain.get("properties", {}), **patterns}
 
 
-def _further(plain: _Plain) -> object:
-    """What an object's other keys may hold: None when it says nothing of them."""
+def _extra_properties(plain: _Plain) -> object:
+    """The schema of an object's other keys; None when it does not declare one."""
     is_open = not plain.keys() & {"properties", "patternProperties"}
     return plain.get("additionalProperties", is_open or None)
 
@@ -345,11 +369,11 @@ def _further(plain: _Plain) -> object:
 def _size(plain: _Plain) -> int:
     characters = sum(map(len, plain.get("enum", ())))
     fields = sum(len(value) for value in plain.values() if isinstance(value, (dict, list)))
-    return 1 + fields + characters // _CHARACTERS
+    return 1 + fields + characters // _CHARACTERS_PER_UNIT
 
 
 def _shown(alternatives: list[_Plain]) -> str:
-    """A schema in a few words; none when it takes nothing."""
+    """A schema in a few words; empty when it accepts nothing."""
     names = [name for one in islice(alternatives, 6) for name in islice(_names(one), 6)]
     return _text(" | ".join(dict.fromkeys(names)), 100)
 
@@ -358,15 +382,15 @@ def _names(plain: _Plain) -> list[str]:
     if "enum" in plain:
         return list(islice(plain["enum"], 6))
     kind: str = plain.get("type", "any")
-    is_named = kind == "object" and "properties" in plain and "title" in plain
-    return [plain["title"] if is_named else _SHOWN.get(kind, kind)]
+    has_name = kind == "object" and "properties" in plain and "title" in plain
+    return [plain["title"] if has_name else _TYPE_NAMES.get(kind, kind)]
 
 
-def _inside(path: str, name: str) -> str:
+def _join(path: str, name: str) -> str:
     return f"{path}.{_text(name)}".removeprefix(".")
 
 
-def _text(value: object, most: int = 60) -> str:
-    """What a stranger wrote, as a few characters that can be printed."""
-    text = repr(f"{value}"[: most + 1])[1:-1]
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _text(value: object, max_length: int = 60) -> str:
+    """Foreign text, shortened and safe to print."""
+    text = repr(f"{value}"[: max_length + 1])[1:-1]
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"

@@ -7,7 +7,7 @@ NAME_RE: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 PATTERN_RE: Final = re.compile(r">|([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 KEY_RE: Final = re.compile(r"[-/_=A-Za-z0-9]+(\.[-/_=A-Za-z0-9]+)*")
 TOKEN_RE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
-# A subject may be 4096 bytes with all the rest of its line; this leaves room for both.
+# A protocol line may have 4096 bytes; these leave room for the rest of the line.
 MAX_NAME: Final = 255
 MAX_SUBJECT: Final = 1024
 
@@ -25,38 +25,36 @@ KV_BUCKETS: Final = (
     CONTEXT_BUCKET,
 )
 ARTIFACTS_BUCKET: Final = "mesh-artifacts"
-# What NATS' own tools ask about services (§10).
-MICRO: Final = "$SRV.>"
-# The key of the observability settings that hold for all agents.
-EVERY_AGENT: Final = "global"
+# NATS service discovery (§10).
+SERVICES: Final = "$SRV.>"
+# The key of the observability settings for all agents.
+GLOBAL_KEY: Final = "global"
 
 REQUEST_ID: Final = "X-Mesh-Request-Id"
 INSTANCE_ID: Final = "X-Mesh-Instance-Id"
 STREAM: Final = "X-Mesh-Stream"
 REPLY_TO: Final = "X-Mesh-Reply-To"
 STATUS: Final = "X-Mesh-Status"
-SOURCE: Final = "X-Mesh-Source"
 STREAM_SEQ: Final = "X-Mesh-Stream-Seq"
 STREAM_END: Final = "X-Mesh-Stream-End"
-USAGE: Final = "X-Mesh-Usage"
 CONTENT_TYPE: Final = "X-Mesh-Content-Type"
 TIMEOUT_MS: Final = "X-Mesh-Timeout-Ms"
 CREDIT: Final = "X-Mesh-Credit"
 ACCEPT: Final = "X-Mesh-Accept"
 
-# Names under which the mesh itself keeps something, so no agent may have them.
-RESERVED_NAMES: Final = frozenset({EVERY_AGENT})
-RESERVED_TAIL: Final = ".events"
+# Names that the mesh uses itself, so agents cannot have them.
+RESERVED_NAMES: Final = frozenset({GLOBAL_KEY})
+RESERVED_SUFFIX: Final = ".events"
 
 
-def can_be_name(name: object) -> bool:
-    """Whether something is a text that can stand in a subject as a name, whoever may have it."""
+def is_name(name: object) -> bool:
+    """Whether `name` has the form of an agent's name; reserved names have it too."""
     return isinstance(name, str) and NAME_RE.fullmatch(name) is not None
 
 
 def invalid_name(name: str) -> str | None:
-    """Why `name` cannot name an agent, or None when it can (protocol §1)."""
-    if not can_be_name(name):
+    """Why `name` cannot be an agent's name; None when it can (protocol §1)."""
+    if not is_name(name):
         return (
             "a name is made of segments of letters, digits, '_' and '-', joined by single dots, "
             "as in 'nlp.summarizer'"
@@ -65,47 +63,44 @@ def invalid_name(name: str) -> str | None:
         return f"a name has at most {MAX_NAME} characters, this one has {len(name)}"
     if name in RESERVED_NAMES:
         return f"'{name}' is the key of the mesh-wide observability settings"
-    if name.endswith(RESERVED_TAIL):
-        return f"'{RESERVED_TAIL}' at the end belongs to what a publisher emits"
+    if name.endswith(RESERVED_SUFFIX):
+        return f"the suffix '{RESERVED_SUFFIX}' is reserved for the events of publishers"
     return None
 
 
 def invalid_pattern(subject: str) -> str | None:
-    """Why `subject` cannot be subscribed to, or None when it can."""
+    """Why `subject` cannot be subscribed to; None when it can."""
     if isinstance(subject, str) and len(subject) <= MAX_SUBJECT and PATTERN_RE.fullmatch(subject):
         return None
-    return "words are joined by single dots; '*' stands for one word, '>' at the end for all that follow"
+    return "words are joined by single dots; '*' stands for one word, '>' at the end for all following words"
 
 
 def invalid_subject(subject: str) -> str | None:
-    """Why nothing can be sent to `subject`, or None when it can."""
+    """Why `subject` cannot be published to; None when it can."""
     if invalid_pattern(subject) or "*" in subject or ">" in subject:
         return "a subject is words joined by single dots, without wildcards and blanks"
     return None
 
 
 def invalid_key(key: str, *, pattern: bool = False) -> str | None:
-    """Why `key` cannot be a key of a bucket, or None when it can; with `pattern` also wildcards."""
+    """Why `key` cannot be the key of a bucket, or with `pattern` a key pattern; None when it can."""
     if not isinstance(key, str) or len(key) > MAX_SUBJECT:
         return f"a key is a text of at most {MAX_SUBJECT} characters"
-    words = [word for word in key.split(".") if word != "*"] if pattern else [key]
-    if pattern and words[-1:] == [">"]:
-        words.pop()
-    if all(KEY_RE.fullmatch(word) for word in words) and key:
+    words = _literal_words(key) if pattern else [key]
+    if key and all(KEY_RE.fullmatch(word) for word in words):
         return None
-    return "a key is made of words of letters, digits, '-', '_', '/' and '=', joined by single dots" + (
-        "; '*' stands for one word, '>' at the end for all that follow" if pattern else ""
-    )
+    wildcards = "; '*' stands for one word, '>' at the end for all following words" if pattern else ""
+    return f"a key is words of letters, digits, '-', '_', '/' and '=', joined by single dots{wildcards}"
+
+
+def _literal_words(pattern: str) -> list[str]:
+    words = [word for word in pattern.split(".") if word != "*"]
+    return words[:-1] if words[-1:] == [">"] else words
 
 
 def is_token(text: str) -> bool:
-    """Whether `text` can stand between two dots of a subject."""
+    """Whether `text` can be one word of a subject."""
     return isinstance(text, str) and TOKEN_RE.fullmatch(text) is not None
-
-
-def channel_of(name: str) -> str:
-    """The leading segments of an agent's name; empty for a name of one segment."""
-    return name.rpartition(".")[0]
 
 
 def in_channel(name: str, channel: str) -> bool:
@@ -114,34 +109,34 @@ def in_channel(name: str, channel: str) -> bool:
 
 
 def agent(name: str) -> str:
-    """Where `name` is invoked."""
+    """The subject of requests to `name`."""
     return f"mesh.agent.{name}"
 
 
 def events(name: str) -> str:
-    """Where the publisher `name` emits."""
-    return f"mesh.agent.{name}{RESERVED_TAIL}"
+    """The subject of the events of the publisher `name`."""
+    return f"mesh.agent.{name}{RESERVED_SUFFIX}"
 
 
 def channel_events(channel: str) -> str:
-    """Where all publishers of a channel emit; requests of its agents pass there too."""
+    """The pattern of the events of all publishers of a channel; it matches requests too."""
     return f"mesh.agent.{channel}.>"
 
 
 def publisher_of(subject: str) -> str | None:
-    """The publisher whose events go to `subject`; None when it carries no events."""
-    if subject.startswith("mesh.agent.") and subject.endswith(RESERVED_TAIL):
-        return subject[len("mesh.agent.") : -len(RESERVED_TAIL)] or None
+    """The publisher whose events have this subject; None when the subject carries no events."""
+    if subject.startswith("mesh.agent.") and subject.endswith(RESERVED_SUFFIX):
+        return subject[len("mesh.agent.") : -len(RESERVED_SUFFIX)] or None
     return None
 
 
 def queue_group(name: str) -> str:
-    """The queue group in which all instances of `name` share its requests."""
+    """The queue group of all instances of `name`."""
     return f"q.{name}"
 
 
 def stream(request_id: str) -> str:
-    """Where the chunks of one stream go."""
+    """The subject of the chunks of one stream."""
     return f"mesh.stream.{request_id}"
 
 
@@ -149,17 +144,17 @@ RESULTS: Final = "mesh.results."
 
 
 def results(request_id: str) -> str:
-    """Where the replies to one `send(on_reply=...)` go."""
+    """The subject of the replies to one `send(on_reply=...)`."""
     return f"{RESULTS}{request_id}"
 
 
 def errors(name: str) -> str:
-    """Where a copy of every error envelope of `name` goes."""
+    """The subject of copies of the error envelopes of `name`."""
     return f"mesh.errors.{name}"
 
 
 def death(name: str) -> str:
-    """Where the last instance serving `name` is reported gone."""
+    """The subject of the death notice of `name`."""
     return f"mesh.death.{name}"
 
 
@@ -167,10 +162,10 @@ DEATHS: Final = "mesh.death.>"
 
 
 def logs(name: str) -> str:
-    """Where the log events of `name` go; `>` for those of all agents."""
+    """The subject of the log events of `name`; `>` for those of all agents."""
     return f"mesh.logs.{name}"
 
 
 def host(instance_id: str, verb: str) -> str:
-    """One host's own subject; `verb` is `ping`, `info`, `reload` or `*`."""
+    """The control subject of one host; `verb` is `ping`, `info`, `reload` or `*`."""
     return f"mesh.host.{instance_id}.{verb}"

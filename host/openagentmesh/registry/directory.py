@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Final
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.contract import AgentContract, CatalogEntry, read_catalog
+from openagentmesh.protocol.contract import AgentContract, CatalogEntry, decode_catalog
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, NotFound
 from openagentmesh.transport.kv import Buckets
 from openagentmesh.transport.kv_watch import Entry
@@ -47,7 +47,7 @@ class Directory:
 
     async def catalog(self) -> list[CatalogEntry]:
         """All agents, in the catalog's order, then those it has no room for."""
-        listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
+        listed = decode_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
         await self._catch_up()
         names = {entry.name for entry in listed}
         missing = [self.known(name) for name in self._documents if name not in names]
@@ -75,7 +75,7 @@ class Directory:
         if subjects.invalid_name(name):
             return None
         document = await self._buckets.get(subjects.REGISTRY_BUCKET, name)
-        return AgentContract.read(document) if document else None
+        return AgentContract.from_document(document) if document else None
 
     async def _catch_up(self) -> None:
         """Wait until the copy has everything that was written before now."""
@@ -123,7 +123,7 @@ class Directory:
         if document is None:
             return None
         try:
-            return AgentContract.read(document)
+            return AgentContract.from_document(document)
         except MeshError as exc:
             log.warning("registry key '%s': %s", name, exc)
             return None

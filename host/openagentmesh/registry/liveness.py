@@ -89,7 +89,7 @@ async def is_gone(inbox: Inbox, instance_id: str) -> bool | None:
         return None
     except MeshError:
         return False  # it is we who are cut off
-    return codec.read_answer(message.head, message.body).nobody
+    return codec.decode_reply(message.head, message.body).no_responders
 
 
 async def nobody_is_told(inbox: Inbox, name: str) -> bool:
@@ -101,7 +101,7 @@ async def nobody_is_told(inbox: Inbox, name: str) -> bool:
         message = await inbox.request(_impossible(name), timeout=_ASK_EVERY)
     except MeshError:
         return False
-    return codec.read_answer(message.head, message.body).nobody
+    return codec.decode_reply(message.head, message.body).no_responders
 
 
 def _impossible(name: str) -> str:
@@ -122,7 +122,7 @@ async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentC
 
     async def ask(subject: str, *, streaming: bool) -> None:
         def receive(message: Message) -> None:
-            if codec.read_answer(message.head, b"").nobody:
+            if codec.decode_reply(message.head, b"").no_responders:
                 nobody.add(subject)
 
         reply = inbox.expect(receive)

@@ -66,7 +66,7 @@ class Micro:
     async def open(self) -> None:
         """Listen to the questions, once however often it is called."""
         if self._sid is None:
-            self._sid = await self._bus.listen(subjects.MICRO, self._receive)
+            self._sid = await self._bus.listen(subjects.SERVICES, self._receive)
 
     async def close(self) -> None:
         """Answer nothing more."""

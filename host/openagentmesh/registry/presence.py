@@ -152,7 +152,7 @@ async def instances(buckets: Buckets) -> Records:
         agents = record.get("agents") if isinstance(record, dict) else None
         if isinstance(agents, list):
             # They become parts of subjects and keys, and who wrote them may be anybody.
-            record["agents"] = [name for name in agents if subjects.can_be_name(name)]
+            record["agents"] = [name for name in agents if subjects.is_name(name)]
             found[instance_id] = record
     return found
 

@@ -8,9 +8,9 @@ from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import (
     AgentContract,
     CatalogEntry,
-    catalog_array,
-    read_catalog,
-    write_catalog,
+    catalog_objects,
+    decode_catalog,
+    encode_catalog,
 )
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.schema_diff import Change, breaking_changes
@@ -54,7 +54,7 @@ class Registry:
         found = {}
         for name, own in ours.items():
             try:
-                theirs = AgentContract.read(published[name]) if name in published else own
+                theirs = AgentContract.from_document(published[name]) if name in published else own
             except MeshError as exc:
                 log.warning("the contract that others published for %s cannot be compared: %s", name, exc)
                 continue
@@ -80,7 +80,7 @@ class Registry:
         found = await self._buckets.read(subjects.REGISTRY_BUCKET)
         missing = {name: own for name, own in self._own.items() if name not in found}
         await self._buckets.put_all(subjects.REGISTRY_BUCKET, missing)
-        listed = read_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
+        listed = decode_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
         names = {entry.name for entry in listed}
         unlisted = {name: entry for name, entry in self._entries.items() if name not in names}
         if unlisted:
@@ -90,7 +90,7 @@ class Registry:
         away = set(added) | set(removed)
 
         def changed(old: bytes | None) -> bytes | None:
-            before = catalog_array(old)
+            before = catalog_objects(old)
             kept = [entry for entry in before if entry.get("name") not in away]
             after = kept + [entry.model_dump() for entry in added.values()]
             return self._fitting(after) if after != before else None
@@ -103,11 +103,11 @@ class Registry:
         Those stay in the registry, which our readers read as well.
         """
         limit = self._max_payload() - ROOM_FOR_HEADERS
-        document = write_catalog(entries)
+        document = encode_catalog(entries)
         kept = len(entries)
         while len(document) > limit:
             kept = min(kept - 1, int(kept * limit / len(document)))
-            document = write_catalog(entries[:kept])
+            document = encode_catalog(entries[:kept])
         if kept < len(entries):
             log.info(
                 "the catalog's key has room for %d of %d agents; the others are in the registry only",

@@ -210,7 +210,7 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
     try:
         config = Config(folder=file.resolve().parent, **tables)
     except ValidationError as exc:
-        more = [problem for problem in problems_of(exc) if problem.partition(":")[0] not in told]
+        more = [problem for problem in config_problems(exc) if problem.partition(":")[0] not in told]
         raise _error(file, problems + more) from exc
     problems += _pauses(config)
     if problems:
@@ -256,7 +256,7 @@ def _pauses(config: Config) -> Iterator[str]:
             )
 
 
-def problems_of(
+def config_problems(
     exc: ValidationError, within: Loc = (), known: Collection[str] | None = None
 ) -> Iterator[str]:
     """What is wrong in a file, a line each; or `within` a table that is not ours, with its `known` keys."""

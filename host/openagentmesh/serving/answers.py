@@ -14,7 +14,7 @@ from openagentmesh.protocol.errors import (
     InvalidInput,
     MeshError,
     MeshTimeout,
-    text_of,
+    error_text,
 )
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.serving.deadline import Deadline
@@ -64,8 +64,8 @@ class Answers:
     ) -> None:
         """Tell its caller, at `where`, and everybody that it failed."""
         bus, instance_id, name = self._shared.bus, self._shared.instance_id, self._agent
-        error = error.located(agent=name, request_id=request.request_id)
-        body = codec.error_body(error)
+        error = error.for_request(agent=name, request_id=request.request_id)
+        body = codec.encode_error(error)
         head = codec.error_headers(request.request_id, instance_id)
         about_requests = message.subject.startswith(_TOLD)
         try:
@@ -107,6 +107,6 @@ def as_mesh_error(exc: BaseException, agent: Agent, call: Call, deadline: Deadli
         return Cancelled(f"Agent '{call.agent}' was stopped before it had answered.")
     if plugin := agent.plugin_that_raised(exc):
         log.error("%s: the plugin '%s' failed", call.agent, plugin, exc_info=exc)
-        return HandlerError(f"the plugin '{plugin}' failed: {text_of(exc)}", details={"plugin": plugin})
+        return HandlerError(f"the plugin '{plugin}' failed: {error_text(exc)}", details={"plugin": plugin})
     log.error("%s: the handler failed", call.agent, exc_info=exc)
-    return HandlerError(text_of(exc))
+    return HandlerError(error_text(exc))

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from openagentmesh.agent.agent import Agent
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.errors import HandlerError, MeshError, text_of
+from openagentmesh.protocol.errors import HandlerError, MeshError, error_text
 from openagentmesh.serving.resources import Shared
 from openagentmesh.serving.streams import EventWriter
 from openagentmesh.transport.tasks import end_within
@@ -132,7 +132,7 @@ class Background:
         """One run of a publisher: its events, then the end frame."""
         shared, bus = self._shared, self._shared.bus
         subject = subjects.events(self._agent.name)
-        start = codec.frame_start("", shared.instance_id)
+        start = codec.frame_prefix("", shared.instance_id)
         writer = EventWriter(bus, subject, start, self._agent.dump, shared.border)
         writer.seq = self.seq
         try:
@@ -153,16 +153,16 @@ class Background:
 
     def _tell_of_stop(self, exc: BaseException | None) -> None:
         if exc is not None and not isinstance(exc, asyncio.CancelledError):
-            log.warning("%s failed while it was stopped: %s", self._agent.name, text_of(exc), exc_info=exc)
+            log.warning("%s failed while it was stopped: %s", self._agent.name, error_text(exc), exc_info=exc)
 
     async def _failed(self, exc: BaseException) -> None:
         """Tell everybody: subscribers, `mesh.errors`, the log."""
         name, shared = self._agent.name, self._shared
-        self.error = f"{type(exc).__name__}: {text_of(exc)}"
+        self.error = f"{type(exc).__name__}: {error_text(exc)}"
         self._has_failed.set()
         log.error("%s failed and will be started again: %s", name, self.error, exc_info=exc)
-        error = exc if isinstance(exc, MeshError) else HandlerError(text_of(exc))
-        body = codec.error_body(error.located(agent=name, request_id=""))
+        error = exc if isinstance(exc, MeshError) else HandlerError(error_text(exc))
+        body = codec.encode_error(error.for_request(agent=name, request_id=""))
         try:
             if self._agent.contract.streaming:
                 frame = codec.error_headers("", shared.instance_id, frame=True)

@@ -65,13 +65,13 @@ class Lifeline:
             log.debug("a caller could not be told that its request is in hand: %s", exc)
 
     def _receive(self, message: Message) -> None:
-        nobody = codec.read_answer(message.head, b"").nobody
+        nobody = codec.decode_reply(message.head, b"").no_responders
         if nobody and self._bus.unsettled:
             return  # the caller may not be back from the server's absence
         self._unheard, self._missed = self._unheard + 1, True
         if not nobody or self._unheard >= _UNHEARD:
             self.close()
-            self._gone(codec.is_late(message.head))
+            self._gone(codec.is_timeout_cancel(message.head))
 
 
 def leaving(call: Call, deadline: Deadline) -> Callable[[bool], None]:

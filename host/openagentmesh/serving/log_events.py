@@ -6,6 +6,7 @@ from typing import Final
 
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.protocol.headers import write_headers
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
 from openagentmesh.transport.connection import Bus
 
@@ -19,7 +20,7 @@ class EventLog:
 
     def __init__(self, bus: Bus, instance_id: str) -> None:
         self._bus = bus
-        self._head = codec.write_headers({subjects.INSTANCE_ID: instance_id})
+        self._head = write_headers({subjects.INSTANCE_ID: instance_id})
         self._levels: dict[str, int] = {}
         self._default = _RANKS[ObserveConfig().log_level]
 
@@ -38,7 +39,7 @@ class EventLog:
         levels = self._levels
         if not levels:
             return _RANKS[level] >= self._default
-        return _RANKS[level] >= levels.get(agent, levels.get(subjects.EVERY_AGENT, self._default))
+        return _RANKS[level] >= levels.get(agent, levels.get(subjects.GLOBAL_KEY, self._default))
 
     async def emit(  # noqa: PLR0913 - one parameter a part of the event
         self,
@@ -63,6 +64,6 @@ class EventLog:
             data=data or {},
         )
         try:
-            await self._bus.publish(subjects.logs(agent), codec.dump(found), self._head)
+            await self._bus.publish(subjects.logs(agent), codec.encode(found), self._head)
         except MeshError as exc:
             log.debug("the event %s of %s could not be published: %s", event, agent, exc)

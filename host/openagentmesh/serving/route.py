@@ -242,7 +242,7 @@ class Route:
     ) -> None:
         """Walk one request from its message to its reply, all of it on one version of the agent."""
         now = asyncio.get_running_loop().time()
-        request = codec.read_request(message.head, message.body)
+        request = codec.decode_request(message.head, message.body)
         patience = agent.patience(request)
         call = Call(agent.name, request, now + patience, started=now, patience=patience, slots=self._slots)
         deadline, answers, overheard = Deadline(call.deadline), self._answers, accept is not None
@@ -284,7 +284,7 @@ class Route:
         agent, error = self.agent, self.agent.overloaded()
         self.counts.requests += 1
         self.counts.add_error(error)
-        request = codec.read_request(message.head, message.body)
+        request = codec.decode_request(message.head, message.body)
         overheard = message.subject != subjects.agent(agent.name)
         reply = reply_subject(message, request, agent.handler, overheard=overheard)
         where = error_subject(request, reply, overheard=overheard)
@@ -314,7 +314,7 @@ class Route:
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
         subject = chunk_subject(request, reply)
-        start = codec.frame_start(request.request_id, shared.instance_id)
+        start = codec.frame_prefix(request.request_id, shared.instance_id)
         # What was sent without a reply subject is done for its own sake.
         writer_of = ChunkWriter if subject else NoWriter
         writer = writer_of(shared.bus, shared.inbox, subject, start, agent.handler.dump, request.credit)

@@ -31,7 +31,7 @@ class FrameWriter:
     Args:
         bus: the connection.
         subject: where the frames go.
-        start: what their headers begin with, see `codec.frame_start`.
+        start: what their headers begin with, see `codec.frame_prefix`.
         dump: makes a chunk into bytes.
 
     """
@@ -140,13 +140,13 @@ class ChunkWriter(FrameWriter):
         self._inbox.forget(self._reply)
 
     def _receive(self, message: Message) -> None:
-        credit = codec.read_credit(message.head)
+        credit = codec.decode_credit(message.head)
         if credit:
             self._credit += credit
             self._granted.set()
-        elif not (self._bus.unsettled and codec.read_answer(message.head, b"").nobody):
+        elif not (self._bus.unsettled and codec.decode_reply(message.head, b"").no_responders):
             self.close()
-            self.on_gone(codec.is_late(message.head))
+            self.on_gone(codec.is_timeout_cancel(message.head))
 
 
 class NoWriter(ChunkWriter):
@@ -189,7 +189,7 @@ class ChunkReader:
         self._agent = agent
         self._request_id = request_id
         self._last = math.inf if total is None else asyncio.get_running_loop().time() + total
-        self._frames: deque[codec.Answer] = deque()
+        self._frames: deque[codec.Reply] = deque()
         self._arrived = asyncio.Event()
         self._failed: MeshError | None = None
         self._expected = 0
@@ -204,7 +204,7 @@ class ChunkReader:
 
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
-        frame = codec.read_frame(message.head, message.body)
+        frame = codec.decode_frame(message.head, message.body)
         # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
         if message.reply and message.reply != self._reply and not (frame.accepted and self._reply):
             if not frame.accepted:
@@ -225,7 +225,7 @@ class ChunkReader:
         self._failed = self._failed or error
         self._arrived.set()
 
-    async def next(self) -> codec.Answer:
+    async def next(self) -> codec.Reply:
         """The next frame: a chunk, the end, an error or NATS' 503.
 
         Raises:

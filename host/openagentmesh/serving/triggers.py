@@ -93,8 +93,8 @@ class SubjectFeed:
             self._taker.turn_away(self._next())
 
     def _on_message(self, message: Message) -> None:
-        frame = codec.read_answer(message.head, message.body)
-        if frame.failed or (frame.end and not message.body):
+        frame = codec.decode_reply(message.head, message.body)
+        if frame.is_error_frame or (frame.end and not message.body):
             return  # the end of a publisher's run is no event
         if message.subject in self._own:
             return  # an agent that is told of its own failures would go on for ever
@@ -269,10 +269,10 @@ class Gate:
             self._decide(value.decode("utf-8", "replace"))
 
     def _on_message(self, message: Message) -> None:
-        frame = codec.read_answer(message.head, message.body)
-        if message.body and not frame.failed:
+        frame = codec.decode_reply(message.head, message.body)
+        if message.body and not frame.is_error_frame:
             self._said = [message]
-            self._decide(codec.load_message(frame.headers, message.body))
+            self._decide(codec.decode_message(frame.headers, message.body))
 
     def _decide(self, value: Any) -> None:  # noqa: ANN401 - what the predicate takes
         try:

@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, problems_of
+from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, validation_problems
 from openagentmesh.protocol.messages import KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 from openagentmesh.transport.kv import Buckets
@@ -259,7 +259,7 @@ def _model(model: type[ModelT]) -> _Form[ModelT]:
         try:
             found: ModelT = adapter.validate_json(value)
         except ValidationError as exc:
-            problems = problems_of(exc)
+            problems = validation_problems(exc)
             raise InvalidInput(
                 f"What is stored under '{key}' is no {model.__name__}: {problems[0]['msg']}",
                 details={"key": key, "errors": problems},

@@ -11,7 +11,7 @@ from openagentmesh.client.subscriptions import Events
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import InvalidInput
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
-from openagentmesh.protocol.subjects import EVERY_AGENT, OBSERVABILITY_BUCKET
+from openagentmesh.protocol.subjects import GLOBAL_KEY, OBSERVABILITY_BUCKET
 from openagentmesh.serving.log_events import EventLog
 from openagentmesh.transport.kv import Buckets
 
@@ -54,7 +54,7 @@ class Observe:
     async def get(self, agent: str | None = None) -> ObserveConfig:
         """What holds for an agent: its own setting, else the one for all, else the default."""
         buckets = (await self._ready()).buckets
-        for key in (agent, EVERY_AGENT):
+        for key in (agent, GLOBAL_KEY):
             value = await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key)) if key else None
             found = _read(key or "", value)
             if found is not None:
@@ -65,11 +65,11 @@ class Observe:
         """From which level on this agent's events are told, wherever it runs, from now on."""
         buckets = (await self._ready()).buckets
         config = ObserveConfig(log_level=_checked_level(log_level))
-        await buckets.put(OBSERVABILITY_BUCKET, _checked_name(agent), codec.dump(config))
+        await buckets.put(OBSERVABILITY_BUCKET, _checked_name(agent), codec.encode(config))
 
     async def set_global(self, *, log_level: LogLevel) -> None:
         """The same for all agents that have no setting of their own."""
-        await self.set(EVERY_AGENT, log_level=log_level)
+        await self.set(GLOBAL_KEY, log_level=log_level)
 
 
 async def follow_levels(buckets: Buckets, events: EventLog) -> None:
@@ -99,6 +99,6 @@ def _checked_level(level: str) -> LogLevel:
 
 
 def _checked_name(agent: str) -> str:
-    if agent != EVERY_AGENT and (why := subjects.invalid_name(agent)):
+    if agent != GLOBAL_KEY and (why := subjects.invalid_name(agent)):
         raise InvalidInput(f"{agent!r} names no agent: {why}.")
     return agent

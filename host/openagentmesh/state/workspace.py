@@ -7,7 +7,7 @@ from io import BytesIO
 from typing import IO, Final
 
 from openagentmesh.protocol.errors import InvalidInput
-from openagentmesh.protocol.objects import CHUNK, Artifact
+from openagentmesh.protocol.objects import CHUNK_SIZE, Artifact
 from openagentmesh.transport.object_store import Objects, Progress
 
 Data = bytes | bytearray | memoryview | str | IO[bytes] | AsyncIterable[bytes] | Iterable[bytes]
@@ -130,7 +130,7 @@ async def _pieces(key: str, data: Data) -> AsyncGenerator[bytes | bytearray, Non
         async for piece in data:
             yield _piece(key, piece)
     elif hasattr(data, "read"):
-        while piece := await asyncio.to_thread(data.read, CHUNK):
+        while piece := await asyncio.to_thread(data.read, CHUNK_SIZE):
             yield _piece(key, piece)
     elif isinstance(data, Iterable):
         for piece in data:

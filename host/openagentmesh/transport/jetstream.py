@@ -23,7 +23,7 @@ async def latest(inbox: Inbox, stream: str, subject: str) -> dict[str, Any] | No
     """
     asked = to_json({"last_by_subj": subject})
     answer = await inbox.request(f"$JS.API.STREAM.MSG.GET.{stream}", asked, timeout=_REQUEST)
-    if codec.read_answer(answer.head, b"").nobody:
+    if codec.decode_reply(answer.head, b"").no_responders:
         raise NoStreamResponseError
     told = from_json(answer.body)
     if error := told.get("error"):

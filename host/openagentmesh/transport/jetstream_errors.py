@@ -10,7 +10,7 @@ from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, text_of
+from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, error_text
 from openagentmesh.transport.connection import Bus
 
 # The server's own error codes: limits of the account, of the server, of the bucket.
@@ -63,4 +63,4 @@ def _why(exc: Exception) -> str:
         return "nobody stores it; the bucket has been deleted, or JetStream has been turned off"
     if isinstance(exc, TimeoutError):
         return "no answer in time; the server is too busy, or does not let this user use JetStream"
-    return text_of(exc)
+    return error_text(exc)

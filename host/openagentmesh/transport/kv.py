@@ -20,8 +20,8 @@ from nats.js.errors import (
 from nats.js.kv import KeyValue
 from pydantic_core import from_json
 
-from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
+from openagentmesh.protocol.headers import write_headers
 from openagentmesh.protocol.subjects import KV_BUCKETS
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
@@ -37,7 +37,7 @@ Version = tuple[int | None, object]
 # A put's own protocol headers count towards the server's limit as well.
 ROOM_FOR_HEADERS: Final = 1024
 _AT_ONCE: Final = 256
-_DELETE: Final = codec.write_headers({"KV-Operation": "DEL"})
+_DELETE: Final = write_headers({"KV-Operation": "DEL"})
 _PATIENCE: Final = 30.0
 _REMOVED: Final = re.compile(rb"KV-Operation: *(DEL|PURGE)\r\n")
 # A pull for changes is renewed this often, in seconds; a restarted server forgets it.

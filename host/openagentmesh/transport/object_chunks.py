@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.protocol.objects import CHUNK, STREAM, Description, chunk_subject, digest_text
+from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, ObjectInfo, chunk_subject, digest_text
 from openagentmesh.transport.connection import Bus
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
@@ -61,7 +61,7 @@ class Upload:
         self._nuid = new_id()
         self._digest = sha256()
         self._chunks = 0
-        self.chunk_size = min(CHUNK, bus.max_payload)
+        self.chunk_size = min(CHUNK_SIZE, bus.max_payload)
         self.size = 0
 
     async def send(self, chunk: bytes) -> None:
@@ -81,12 +81,12 @@ class Upload:
         self._chunks += 1
         self.size += len(chunk)
 
-    async def finish(self, key: str) -> Description:
+    async def finish(self, key: str) -> ObjectInfo:
         """Wait until every chunk is stored; returns what describes them as the object `key`."""
         while self._unconfirmed:
             await self._confirmed()
         self._inbox.forget(self._reply)
-        return Description(
+        return ObjectInfo(
             name=key,
             nuid=self._nuid,
             size=self.size,

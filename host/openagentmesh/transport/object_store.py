@@ -21,13 +21,13 @@ from nats.js.errors import APIError, BucketNotFoundError
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.objects import (
-    DESCRIPTIONS,
+    METADATA_SUBJECTS,
     STREAM,
     Artifact,
-    Description,
-    description_subject,
+    ObjectInfo,
+    decode_object_info,
     digest_text,
-    read_description,
+    metadata_subject,
 )
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
 from openagentmesh.transport.connection import Bus
@@ -152,23 +152,23 @@ class Objects:
 
         """
         async with self._using(f"Deleting '{key}' from the workspace"):
-            await self._to_the_end(self._place(Description(name=key, nuid=new_id(), deleted=True)))
+            await self._to_the_end(self._place(ObjectInfo(name=key, nuid=new_id(), deleted=True)))
 
     async def entries(self, prefix: str = "") -> list[Artifact]:
         """All objects whose names begin with `prefix`."""
         found: dict[str, Artifact] = {}
         async with self._follow() as follower, self._using("Listing the workspace"):
-            seen, newest = 0, await latest_revision(self._inbox, STREAM, DESCRIPTIONS)
+            seen, newest = 0, await latest_revision(self._inbox, STREAM, METADATA_SUBJECTS)
             while seen < newest:
                 message = await follower.next_msg(_PATIENCE)
-                description = read_description(message.data)
+                description = decode_object_info(message.data)
                 if description is not None and description.name.startswith(prefix):
                     found.pop(description.name, None)
                     if not description.deleted:
                         found[description.name] = description.artifact(message.metadata.timestamp)
                 seen = message.metadata.sequence.stream
                 if seen >= newest:  # what was replaced meanwhile comes later
-                    newest = await latest_revision(self._inbox, STREAM, DESCRIPTIONS)
+                    newest = await latest_revision(self._inbox, STREAM, METADATA_SUBJECTS)
         return list(found.values())
 
     async def watch(self, prefix: str = "") -> AsyncGenerator[Artifact, None]:
@@ -180,7 +180,7 @@ class Objects:
         while True:
             async with self._follow() as follower:
                 async for message in follower.messages:
-                    description = read_description(message.data)
+                    description = decode_object_info(message.data)
                     if description is None or not description.name.startswith(prefix):
                         continue
                     before = told.pop(description.name, None)
@@ -200,7 +200,7 @@ class Objects:
             async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
                 with attempt:
                     follower = await self._jetstream.subscribe(
-                        DESCRIPTIONS,
+                        METADATA_SUBJECTS,
                         stream=STREAM,
                         ordered_consumer=True,
                         deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
@@ -214,7 +214,7 @@ class Objects:
                 await follower.unsubscribe()
             await forget_consumer(follower, self._bus)
 
-    async def _place(self, description: Description) -> None:
+    async def _place(self, description: ObjectInfo) -> None:
         """Put a description in the place of the one that is there, and purge what that one described.
 
         By compare-and-set: of many who replace one object at once, each purges what it replaced.
@@ -233,7 +233,7 @@ class Objects:
         if old is not None:
             await purge(self._jetstream, old.nuid)
 
-    async def _place_whole(self, description: Description, upload: Upload) -> None:
+    async def _place_whole(self, description: ObjectInfo, upload: Upload) -> None:
         """Place a description, and take it back if a new server without its chunks has got it."""
         await self._place(description)
         try:
@@ -243,16 +243,16 @@ class Objects:
         except ConnectionFailed:
             found, sequence = await self._last(description.name)
             if found is not None and found.nuid == description.nuid:
-                gone = Description(name=description.name, nuid=new_id(), deleted=True)
+                gone = ObjectInfo(name=description.name, nuid=new_id(), deleted=True)
                 with suppress(KVConflict):  # others have replaced it
                     await self._publish(gone, sequence)
             await purge(self._jetstream, description.nuid)
             raise
 
-    async def _publish(self, description: Description, sequence: int) -> None:
+    async def _publish(self, description: ObjectInfo, sequence: int) -> None:
         """Replace the description that has this sequence."""
         headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(sequence)}
-        subject, body = description_subject(description.name), description.model_dump_json().encode()
+        subject, body = metadata_subject(description.name), description.model_dump_json().encode()
         try:
             await self._jetstream.publish(subject, body, headers=headers)
         except APIError as exc:
@@ -262,15 +262,15 @@ class Objects:
                 f"Others replace '{description.name}' again and again.", details={"key": description.name}
             ) from exc
 
-    async def _last(self, key: str) -> tuple[Description | None, int]:
+    async def _last(self, key: str) -> tuple[ObjectInfo | None, int]:
         """The description of an object, None when it is not there; and its sequence, 0 for none."""
-        message = await stored(self._jetstream, description_subject(key))
+        message = await stored(self._jetstream, metadata_subject(key))
         if message is None:
             return None, 0
-        found = read_description(message.data)
+        found = decode_object_info(message.data)
         return None if found is None or found.deleted else found, message.seq or 0
 
-    async def _gone(self, read: Description) -> MeshError:
+    async def _gone(self, read: ObjectInfo) -> MeshError:
         """Why a chunk of an object that is being read is not there."""
         now, _ = await self._last(read.name)
         why = "was replaced or deleted while it was read"

@@ -80,7 +80,7 @@ async def layer(plugins: list[object]) -> float:
         "Authorization": f"Bearer {os.environ.get('OAM_TOKEN', '')}"
     }
     head = codec.request_headers("bench", "caller", timeout=1.0, extra=more)
-    request = codec.read_request(head, b'"hi"')
+    request = codec.decode_request(head, b'"hi"')
 
     async def turn(agent: Agent) -> float:
         began = perf_counter()

@@ -111,7 +111,7 @@ async def test_a_compatible_change_is_silent(  # noqa: PLR0913, PLR0917 - fixtur
         assert "new" == (await mesh.call(name, {"text": ""}))["word"]
         assert ("", []) == (outcome.error, outcome.notes)
         assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
-        changed = first.document() != (await mesh.contract(name)).document()
+        changed = first.to_document() != (await mesh.contract(name)).to_document()
         assert changed == (before != await revision(mesh, name))
         assert changed or then == "other code"
 

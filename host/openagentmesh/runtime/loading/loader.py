@@ -21,7 +21,7 @@ from openagentmesh.mesh.module_context import (
     set_loading,
 )
 from openagentmesh.mesh.node import Node
-from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.imports import Imports, Stage, without_loop
 from openagentmesh.runtime.loading.modules import Source
@@ -217,7 +217,7 @@ def shown_line(line: str) -> str:
 def _explain(exc: BaseException) -> str:
     if isinstance(exc, MeshError):
         return exc.message
-    if isinstance(exc, RuntimeError) and any(text in text_of(exc) for text in _LOOP_STARTED):
+    if isinstance(exc, RuntimeError) and any(text in error_text(exc) for text in _LOOP_STARTED):
         return _GUARD
     if isinstance(exc, SystemExit):
         return f"it ends the program while it is imported (sys.exit({exc.code!r}))"
@@ -227,7 +227,7 @@ def _explain(exc: BaseException) -> str:
     if isinstance(exc, ValidationError):
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors(include_url=False)]
         return f"{exc.title}: {'; '.join(wrong)}"
-    text = text_of(exc).partition("\n")[0]
+    text = error_text(exc).partition("\n")[0]
     return text if text == kind else f"{kind}: {text}"
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
-from openagentmesh.protocol.errors import text_of
+from openagentmesh.protocol.errors import error_text
 from openagentmesh.runtime.config import Config, ConfigError
 from openagentmesh.runtime.loading.files import Stamp, leads_back, stamp
 
@@ -90,7 +90,7 @@ def _at(place: str, folder: Path) -> Iterator[Origin]:
         path = place_of(place, folder)
         found = list(_in_folder(path.resolve(), folder, ())) if path.is_dir() else []
     except (OSError, RuntimeError) as exc:  # no such user, no such right
-        raise ConfigError(f"host.agents: '{place}' cannot be looked at: {text_of(exc)}.") from exc
+        raise ConfigError(f"host.agents: '{place}' cannot be looked at: {error_text(exc)}.") from exc
     if path.is_dir():
         yield from found
     elif path.is_file() and path.suffix == ".py":

@@ -11,8 +11,8 @@ from typing import Final
 from pydantic import ValidationError
 
 from openagentmesh.hooks.manager import Plugins
-from openagentmesh.protocol.errors import PluginFailed, text_of
-from openagentmesh.runtime.config import Config, ConfigError, is_file, near, plugin_name, problems_of
+from openagentmesh.protocol.errors import PluginFailed, error_text
+from openagentmesh.runtime.config import Config, ConfigError, config_problems, is_file, near, plugin_name
 from openagentmesh.runtime.loading.files import Stamp, stamp
 
 GROUP: Final = "openagentmesh.plugins"
@@ -54,7 +54,7 @@ def configure(plugins: Plugins, config: Config) -> None:
             plugins.validated(plugin, config.plugins.get(plugin.name, {}))
         except ValidationError as exc:
             known = getattr(plugins.settings_model(plugin), "model_fields", {})
-            problems = problems_of(exc, ("plugins", plugin.name), known)
+            problems = config_problems(exc, ("plugins", plugin.name), known)
             listed = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
     plugins.configure(config.plugins, config.folder)
@@ -73,7 +73,7 @@ def _load(entry: str, config: Config) -> object:
         missing = isinstance(exc, ModuleNotFoundError) and not is_file(entry)
         hint = f". Install what it needs: pip install 'openagentmesh[{entry}]'" if missing else ""
         raise PluginFailed(
-            f"[host] plugins: '{entry}' cannot be loaded: {type(exc).__name__}: {text_of(exc)}{hint}",
+            f"[host] plugins: '{entry}' cannot be loaded: {type(exc).__name__}: {error_text(exc)}{hint}",
             details={"plugin": entry},
         ) from exc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from openagentmesh.agent.agent import Agent
 from openagentmesh.hooks.reload_result import Outcome
 from openagentmesh.mesh.node import ContractPolicy
-from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.protocol.schema_diff import breaking_changes
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
@@ -169,7 +169,7 @@ def why_of(exc: BaseException) -> tuple[str, str, str]:
         return "it takes too long to load; do what takes long in a watcher", "".join(exc.stack.format()), line
     if isinstance(exc, MeshError):
         return exc.message, "", ""
-    return f"{type(exc).__name__}: {text_of(exc)}", "".join(traceback.format_exception(exc)), ""
+    return f"{type(exc).__name__}: {error_text(exc)}", "".join(traceback.format_exception(exc)), ""
 
 
 def tell(outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from openagentmesh.agent.call import Call, Caller, set_current_call
 from openagentmesh.agent.handler import Handler
 from openagentmesh.hooks.specs import Redactor
 from openagentmesh.protocol.codec import Request
-from openagentmesh.protocol.errors import MeshError, text_of
+from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.transport.tasks import end_within
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ async def _answer(agent: Agent, asked: _Asked, until: float) -> _Run:
 def _told(exc: BaseException) -> str:
     if isinstance(exc, MeshError):
         return f"[{exc.code}] {exc.message}"
-    return f"{type(exc).__name__}: {text_of(exc)}"
+    return f"{type(exc).__name__}: {error_text(exc)}"
 
 
 def _compared(request: Request, before: _Run, now: _Run) -> Difference | None:
