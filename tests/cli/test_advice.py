@@ -13,8 +13,8 @@ import typer
 from nats.js.api import KeyValueConfig
 from openagentmesh import ConnectionFailed, MeshError
 from openagentmesh.cli.output import fail, say_each
-from openagentmesh.transport.connection import Bus, Target
-from openagentmesh.transport.jetstream_errors import explained
+from openagentmesh.transport.connection import Connection, Target
+from openagentmesh.transport.jetstream_errors import translated_errors
 
 from tests.cli.processes import NOBODY, Up, environment, free_port, oam, side_by_side
 from tests.servers import running_server
@@ -127,14 +127,14 @@ def test_mesh_down_where_none_was_started(tmp_path: Path) -> None:
 
 async def told_of_making_buckets(url: str, number: int) -> str:
     """How the error of making so many buckets is shown."""
-    bus = Bus(Target(url), "test")
-    await bus.connect()
+    connection = Connection(Target(url), "test")
+    await connection.connect()
     try:
-        with pytest.raises(ConnectionFailed) as caught, explained(bus, "Making a bucket"):
+        with pytest.raises(ConnectionFailed) as caught, translated_errors(connection, "Making a bucket"):
             for name in range(number):
-                await bus.jetstream().create_key_value(KeyValueConfig(bucket=str(name)))
+                await connection.jetstream().create_key_value(KeyValueConfig(bucket=str(name)))
     finally:
-        await bus.close()
+        await connection.close()
     return shown(caught.value)
 
 

@@ -39,10 +39,10 @@ async def use(mesh: AgentMesh, verb: str, name: str, payload: object = None) -> 
 async def crowd(request: pytest.FixtureRequest, mesh: AgentMesh) -> AsyncIterator[None]:
     """With and without a subscriber on `mesh.>`, which keeps NATS from saying that nobody is there."""
     if request.param:
-        sid = await node_of(mesh).bus.listen("mesh.>", lambda _: None)
-        await node_of(mesh).bus.flush()
+        sid = await node_of(mesh).connection.subscribe("mesh.>", lambda _: None)
+        await node_of(mesh).connection.flush()
         yield
-        await node_of(mesh).bus.quit(sid)
+        await node_of(mesh).connection.unsubscribe(sid)
     else:
         yield
 
@@ -79,7 +79,7 @@ async def test_bad_names_are_refused_here(mesh: AgentMesh, bad: str) -> None:
     for verb in ("call", "stream"):
         with pytest.raises(InvalidInput, match="names no agent"):
             await use(mesh, verb, bad)
-    assert node_of(mesh).bus.reconnects == 0
+    assert node_of(mesh).connection.reconnects == 0
 
 
 async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
@@ -148,7 +148,7 @@ async def test_a_request_that_is_too_large(mesh: AgentMesh, name: str) -> None:
             await use(mesh, verb, f"{name}.x", {"text": "x" * 2_000_000})
         assert caught.value.details["size"] > caught.value.details["limit"] == 1_048_576
     assert {"text": "ok"} == await mesh.call(name, {})
-    assert node_of(mesh).bus.reconnects == 0
+    assert node_of(mesh).connection.reconnects == 0
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
@@ -193,8 +193,8 @@ async def test_a_death_notice_ends_the_wait(mesh: AgentMesh, name: str, verb: st
     waiting = asyncio.create_task(use(mesh, verb, f"{name}.{verb}", {}))
     await started.wait()
     notice = DeathNotice(agent=f"{name}.{verb}", reason="disconnect", detected_at="now", instance_id="i")
-    await node_of(mesh).bus.publish(subjects.death("x"), b"no notice")
-    await node_of(mesh).bus.publish(subjects.death(notice.agent), notice.model_dump_json().encode())
+    await node_of(mesh).connection.publish(subjects.death("x"), b"no notice")
+    await node_of(mesh).connection.publish(subjects.death(notice.agent), notice.model_dump_json().encode())
     with pytest.raises(AgentDied) as caught:
         await waiting
     assert notice.model_dump() == caught.value.details
@@ -204,10 +204,10 @@ async def test_a_reply_that_is_no_json(mesh: AgentMesh, name: str) -> None:
     """A peer that answers nonsense is an error of the mesh."""
 
     async def answer(reply: str) -> None:
-        await node_of(mesh).bus.publish(reply, b"{nonsense")
+        await node_of(mesh).connection.publish(reply, b"{nonsense")
 
     answers: list[asyncio.Task[None]] = []
-    await node_of(mesh).bus.listen(
+    await node_of(mesh).connection.subscribe(
         subjects.agent(name), lambda message: answers.append(asyncio.create_task(answer(message.reply)))
     )
     serve(mesh, f"{name}.x")
@@ -262,7 +262,7 @@ async def test_a_call_is_one_message_and_no_subscription(
     await mesh.call(name, {})
     async with AgentMesh(mesh.url) as caller:
         await caller.call(name, {})
-        client, written = node_of(caller).bus._client, list[bytes]()
+        client, written = node_of(caller).connection._client, list[bytes]()
         write = client.write
 
         async def counted(command: bytes) -> None:
@@ -300,4 +300,4 @@ async def test_a_streams_request_id_must_fit_into_a_subject(mesh: AgentMesh, nam
     for bad in ("a b", ">", "a.*"):
         with pytest.raises(InvalidInput, match="request id"):
             await anext(mesh.stream(name, {}, headers={"X-Mesh-Request-Id": bad}))
-    assert node_of(mesh).bus.reconnects == 0
+    assert node_of(mesh).connection.reconnects == 0

@@ -250,7 +250,9 @@ async def test_only_those_who_understand_it_hear_accepted(
     stock, ours = asyncio.Queue[Message](), asyncio.Queue[Message]()
     for answers, extra in ((stock, {}), (ours, {"X-Mesh-Accept": "ack"})):
         head = write_headers({"X-Mesh-Request-Id": f"{name}-{len(extra)}"} | extra)
-        await node.bus.publish(subjects.agent(name), b"{}", head, node.inbox.expect(answers.put_nowait))
+        await node.connection.publish(
+            subjects.agent(name), b"{}", head, node.inbox.register(answers.put_nowait)
+        )
     word = {"X-Mesh-Request-Id": f"{name}-1", "X-Mesh-Instance-Id": mesh.instance_id}
     async with asyncio.timeout(10):
         for _ in range(3):
@@ -266,7 +268,7 @@ async def test_only_those_who_understand_it_hear_accepted(
         read_headers(only.head)[key] for key in ("X-Mesh-Status", "X-Mesh-Request-Id")
     )
     assert (b'{"text":""}', "") == (only.body, only.reply)
-    await node.bus.flush()
+    await node.connection.flush()
     assert (0, 0) == (stock.qsize(), ours.qsize())
 
 

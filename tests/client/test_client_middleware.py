@@ -99,7 +99,7 @@ async def test_events_may_be_changed_and_refused_at_the_border(
         reading = await begin(guarded, guarded.subscribe(subject=f"{name}.e"), 2)
         for number in (1, 3):
             await mesh.publish(f"{name}.e", "13")
-            await node_of(mesh).bus.flush()
+            await node_of(mesh).connection.flush()
             await guarded.publish(f"{name}.e", str(number))
         assert ["42", "3"] == [str(each) for each in await reading]
     assert f"an event on {name}.e was refused" in caplog.text

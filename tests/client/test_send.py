@@ -137,7 +137,7 @@ async def test_what_nobody_waits_for_is_done(
             assert ("x", "yes") == await seen.get()
         while any(route.in_flight for route in node_of(mesh).router):
             await asyncio.sleep(0)
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.flush()
     request = await requests.get()
     request_id = read_headers(request.head)["X-Mesh-Request-Id"]
     replies = {request.reply or "none", subjects.stream(request_id), subjects.results(request_id)}
@@ -278,7 +278,7 @@ async def test_each_error_is_told(mesh: AgentMesh, name: str) -> None:
     await told.of(mesh, name, {"text": "hang"})
     await started.wait()
     notice = DeathNotice(agent=name, reason="disconnect", detected_at="now", instance_id="i")
-    await node_of(mesh).bus.publish(subjects.death(name), notice.model_dump_json().encode())
+    await node_of(mesh).connection.publish(subjects.death(name), notice.model_dump_json().encode())
     error = await told.next()
     assert (AgentDied, notice.model_dump()) == (type(error), error.details)
     over.set()

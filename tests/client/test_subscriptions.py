@@ -37,7 +37,7 @@ BROKEN = MeshError("quota", "used up", details={"left": 0})
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mesh that is left waits only so long for what is on its way."""
-    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
 class Publisher:
@@ -79,7 +79,7 @@ async def begin(mesh: AgentMesh, reading: AsyncGenerator[Any, None], count: int 
         return len(feeds) > before or task.done()
 
     await until(listens)
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.flush()
     return task
 
 
@@ -87,8 +87,8 @@ async def heard(mesh: AgentMesh, subject: str) -> bool:
     """Whether anybody listens to a subject, by NATS' own word."""
     answers: asyncio.Queue[Message] = asyncio.Queue()
     node = node_of(mesh)
-    await node.bus.publish(subject, b"", b"", node.inbox.expect(answers.put_nowait))
-    await node.bus.flush()
+    await node.connection.publish(subject, b"", b"", node.inbox.register(answers.put_nowait))
+    await node.connection.flush()
     return answers.empty()
 
 
@@ -234,13 +234,13 @@ async def test_a_slow_subscriber_is_told_so(
         got.append(await first)
         for number in range(1, 10):
             await mesh.publish(name, Text(text=str(number)))
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.flush()
         with pytest.raises(Overloaded, match="behind"):
             while len(got) < 20:
                 got.append(await anext(feed))
                 if goes_on:
                     await mesh.publish(name, Text(text=str(len(got) + 8)))
-                    await node_of(mesh).bus.flush()
+                    await node_of(mesh).connection.flush()
     assert [{"text": str(number)} for number in range(6)] == got
 
 
@@ -307,8 +307,8 @@ async def test_nothing_can_be_published_on_a_bad_subject(mesh: AgentMesh) -> Non
             await mesh.publish(bad, "x")
     with pytest.raises(InvalidInput, match="line break"):
         await mesh.publish("good", "x", headers={"X-Mine": "a\r\nX-Mesh-Status: error"})
-    await node_of(mesh).bus.flush()
-    assert node_of(mesh).bus.reconnects == 0
+    await node_of(mesh).connection.flush()
+    assert node_of(mesh).connection.reconnects == 0
 
 
 async def test_a_subscriber_says_whose_events(mesh: AgentMesh, name: str) -> None:
@@ -329,7 +329,7 @@ async def test_what_is_no_json_arrives_as_bytes(mesh: AgentMesh, name: str) -> N
     ]
     feed = await begin(mesh, mesh.subscribe(subject=name), len(strange))
     for headers, body in strange:
-        await node_of(mesh).bus.publish(name, body, write_headers(headers))
+        await node_of(mesh).connection.publish(name, body, write_headers(headers))
     assert [body for _, body in strange] == await feed
 
 
@@ -343,17 +343,17 @@ async def test_a_feed_outlives_a_restart_of_the_server() -> None:
         wanted = ({"agent": "news.clock"}, {"channel": "news"}, {"subject": "mesh.agent.news.*.events"})
         feeds = [await begin(listener, listener.subscribe(**one), 2) for one in wanted]  # type: ignore[call-overload]
         publisher.says(1)
-        await node_of(listener).bus.flush()
+        await node_of(listener).connection.flush()
         await server.stop()
         publisher.says(*range(2, 50))
         again = EmbeddedServer(server.port)
         await again.start()
 
         async def back() -> bool:
-            return bool(node_of(listener).bus.reconnects and node_of(provider).bus.reconnects)
+            return bool(node_of(listener).connection.reconnects and node_of(provider).connection.reconnects)
 
         await until(back)
-        await node_of(listener).bus.flush()
+        await node_of(listener).connection.flush()
         publisher.says(100)
         for feed in feeds:
             found = await feed
@@ -388,7 +388,7 @@ def test_strangers_break_no_feed_of_a_channel(url: str, junk: list[tuple[bytes, 
 
     async def run() -> None:
         async with AgentMesh(url) as mesh:
-            bus, channel = node_of(mesh).bus, f"junk{mesh.instance_id}"
+            connection, channel = node_of(mesh).connection, f"junk{mesh.instance_id}"
 
             async def good() -> AsyncGenerator[object, None]:
                 async for event in mesh.subscribe(channel=channel, messages=True):
@@ -397,8 +397,8 @@ def test_strangers_break_no_feed_of_a_channel(url: str, junk: list[tuple[bytes, 
 
             feed = await begin(mesh, good(), 1)
             for number, (head, body) in enumerate(junk):
-                await bus.publish(f"mesh.agent.{channel}.{number}.events", body, head)
-            await bus.publish(f"mesh.agent.{channel}.good.events", b'"news"')
+                await connection.publish(f"mesh.agent.{channel}.{number}.events", body, head)
+            await connection.publish(f"mesh.agent.{channel}.good.events", b'"news"')
             assert ["news"] == await feed
 
     asyncio.run(run())

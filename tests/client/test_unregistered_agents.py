@@ -7,7 +7,7 @@ import pytest
 from openagentmesh import AgentMesh, NotFound
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.headers import write_headers
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.nats_client import Message
 
 from tests.serving.test_router import node_of
@@ -16,14 +16,14 @@ OK = write_headers({subjects.STATUS: "ok"})
 
 
 @pytest.fixture
-async def stranger(new_mesh: Callable[[], AgentMesh]) -> AsyncIterator[Bus]:
+async def stranger(new_mesh: Callable[[], AgentMesh]) -> AsyncIterator[Connection]:
     """A connection that is no agent's."""
     async with new_mesh() as other:
-        yield node_of(other).bus
+        yield node_of(other).connection
 
 
 @pytest.fixture
-async def provider(stranger: Bus, name: str) -> asyncio.Queue[bytes]:
+async def provider(stranger: Connection, name: str) -> asyncio.Queue[bytes]:
     """Somebody answers for `name`, and says so nowhere; gives what was asked."""
     asked: asyncio.Queue[bytes] = asyncio.Queue()
     answers = set()
@@ -33,7 +33,7 @@ async def provider(stranger: Bus, name: str) -> asyncio.Queue[bytes]:
         if message.reply:
             answers.add(asyncio.create_task(stranger.publish(message.reply, b'"here"', OK)))
 
-    await stranger.listen(subjects.agent(name), answer, subjects.queue_group(name))
+    await stranger.subscribe(subjects.agent(name), answer, subjects.queue_group(name))
     await stranger.flush()
     return asked
 
@@ -42,7 +42,9 @@ async def test_it_is_called_and_sent_to(mesh: AgentMesh, name: str, provider: as
     """Each request reaches it, once, and no error is made of its missing contract."""
     replies: asyncio.Queue[str] = asyncio.Queue()
     answers: asyncio.Queue[bytes] = asyncio.Queue()
-    await node_of(mesh).bus.listen(f"{name}.answers", lambda message: answers.put_nowait(message.body))
+    await node_of(mesh).connection.subscribe(
+        f"{name}.answers", lambda message: answers.put_nowait(message.body)
+    )
     assert "here" == await mesh.call(name, 1)
     for forgotten in (False, True):
         if forgotten:  # as after some seconds
@@ -62,18 +64,18 @@ async def test_where_nobody_is_told_it_counts_as_unknown(
     mesh: AgentMesh, name: str, provider: asyncio.Queue[bytes]
 ) -> None:
     """While somebody listens to everything nothing tells that it is there; a send says so at once."""
-    await node_of(mesh).bus.listen("mesh.>", lambda _message: None)
+    await node_of(mesh).connection.subscribe("mesh.>", lambda _message: None)
     for reply_to in (None, f"{name}.answers"):
         with pytest.raises(NotFound):
             await mesh.send(name, 1, reply_to=reply_to)
 
 
 async def test_an_instance_that_is_none_costs_nobody_the_connection(
-    stranger: Bus, mesh: AgentMesh, name: str
+    stranger: Connection, mesh: AgentMesh, name: str
 ) -> None:
     """Who has a request in hand says so itself, and may say anything; the answer still comes."""
     asked: asyncio.Queue[Message] = asyncio.Queue()
-    await stranger.listen(subjects.agent(name), asked.put_nowait)
+    await stranger.subscribe(subjects.agent(name), asked.put_nowait)
     await stranger.flush()
     call = asyncio.create_task(mesh.call(name, 1))
     reply = (await asked.get()).reply
@@ -82,4 +84,4 @@ async def test_an_instance_that_is_none_costs_nobody_the_connection(
     await asyncio.sleep(1.5)  # it would have been asked whether it lives by now
     await stranger.publish(reply, b'"late"', OK)
     assert "late" == await call
-    assert 0 == node_of(mesh).bus.reconnects
+    assert 0 == node_of(mesh).connection.reconnects

@@ -211,4 +211,4 @@ async def test_a_host_with_much_to_tell_tells_what_fits(mesh: AgentMesh) -> None
     answer = await node.inbox.request(subjects.host(mesh.instance_id, "info"), timeout=10)
     told = json.loads(answer.body)["agents"]
     assert 100 < len(told) < 1000
-    assert len(answer.body) <= node.bus.max_payload
+    assert len(answer.body) <= node.connection.max_payload

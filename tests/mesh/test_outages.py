@@ -42,7 +42,7 @@ class Server:
 
 async def connected(mesh: AgentMesh, *, wanted: bool = True) -> None:
     async def as_wanted() -> bool:
-        return node_of(mesh).bus.connected is wanted
+        return node_of(mesh).connection.connected is wanted
 
     await until(as_wanted)
 
@@ -64,7 +64,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
     """Lets a mesh come back to the server only when what this gives is set."""
 
     def holding(mesh: AgentMesh) -> asyncio.Event:
-        client, released = node_of(mesh).bus._client, asyncio.Event()
+        client, released = node_of(mesh).connection._client, asyncio.Event()
         select = client._select_next_server
 
         async def wait() -> None:
@@ -120,7 +120,7 @@ async def test_an_answer_waits_for_a_caller_that_comes_back_later(
         await said.wait()
         await server.come_back()
         await connected(provider)
-        await node_of(provider).bus.flush()  # the server has had what was sent meanwhile
+        await node_of(provider).connection.flush()  # the server has had what was sent meanwhile
         released.set()
         if kind == "failing-call":
             with pytest.raises(MeshError, match="no") as caught:
@@ -135,7 +135,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
 ) -> None:
     """However long it is, and also when who waits is back before the instance that works for it."""
     monkeypatch.setattr("openagentmesh.registry.liveness._ASK_EVERY", 0.02)
-    monkeypatch.setattr("openagentmesh.transport.connection._OTHERS_RETURN", 10.0)
+    monkeypatch.setattr("openagentmesh.transport.connection._RECOVERY_S", 10.0)
     begun, go = asyncio.Event(), asyncio.Event()
     async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
 
@@ -162,7 +162,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
 
 async def test_everything_is_there_again_after_two_new_servers(name: str) -> None:
     """Registry, record and watches come back though a watch's reader was busy all the time."""
-    async with restartable("") as (mesh, restart), AgentMesh(node_of(mesh).bus.target.url) as other:
+    async with restartable("") as (mesh, restart), AgentMesh(node_of(mesh).connection.target.url) as other:
         serve(mesh, name)
         await mesh.kv.put(name, "1")
 

@@ -111,7 +111,9 @@ async def test_nobody_else_reaches_a_handler(
     """Not by call, stream, send, a source or a change of a key; not in a thread, nor through an open gate."""
     name, errors, replies = guarded.name, set[str](), list[MeshError]()
 
-    await node_of(mesh).bus.listen(subjects.errors(f"{name}.>"), lambda message: errors.add(message.subject))
+    await node_of(mesh).connection.subscribe(
+        subjects.errors(f"{name}.>"), lambda message: errors.add(message.subject)
+    )
     for agent in ("asked", "plain"):
         with pytest.raises(Unauthenticated):
             await mesh.call(f"{name}.{agent}", "no", headers=headers)

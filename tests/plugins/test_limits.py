@@ -478,7 +478,7 @@ async def test_messages_of_a_source_count_and_changes_of_keys_do_not(
     async with mesh:
         await mesh.catalog()
         for number in range(10):
-            await node_of(mesh).bus.publish(f"{name}.in", str(number).encode())
+            await node_of(mesh).connection.publish(f"{name}.in", str(number).encode())
             await mesh.kv.put(f"{name}.key", str(number))
         await asyncio.wait_for(last.wait(), 10)
     assert [0, 1] == heard

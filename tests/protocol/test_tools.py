@@ -329,7 +329,9 @@ def test_any_input_is_wrapped_but_never_strict() -> None:
     """An agent that takes anything takes it as `value`; strict mode has no word for anything."""
     assert {"type": "object", "properties": {"value": {}}, "required": ["value"]} == input_schema({})
     assert {"a": [None]} == contract({}).tool_input({"value": {"a": [None]}})
-    with pytest.raises(ValueError, match=r"nlp_a#/properties/value, which accepts any value. Use strict=False"):
+    with pytest.raises(
+        ValueError, match=r"nlp_a#/properties/value, which accepts any value. Use strict=False"
+    ):
         strict_schema({})
 
 

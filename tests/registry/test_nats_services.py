@@ -139,7 +139,7 @@ async def test_services_of_others_stand_beside_ours(serving: AgentMesh, client: 
     """A service made with the official library, and an agent of a second host, are listed together."""
     async with (
         await add_service(client, name=f"{name}-theirs", version="0.1.0", metadata={"agent": f"{name}."}),
-        AgentMesh(node_of(serving).bus.target.url) as other,
+        AgentMesh(node_of(serving).connection.target.url) as other,
     ):
 
         @other.agent(AgentSpec(name=f"{name}.asked", version="1.2.3"))

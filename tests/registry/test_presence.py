@@ -36,12 +36,12 @@ async def test_only_the_last_instance_gives_notice(
 ) -> None:
     """A clean stop of one of two replicas is no death; that of the second is."""
     notices: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).bus.listen(subjects.death(name), notices.put_nowait)
+    await node_of(mesh).connection.subscribe(subjects.death(name), notices.put_nowait)
     first, second = new_mesh(), new_mesh()
     serve(first, name)
     serve(second, name)
     async with first, second:
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.flush()
     notice = DeathNotice.model_validate_json((await notices.get()).body)
     assert (name, "graceful_shutdown", first.instance_id) == (notice.agent, notice.reason, notice.instance_id)
     assert notices.empty()
@@ -138,7 +138,7 @@ async def test_a_call_in_flight_survives_a_restart(tmp_path: Path) -> None:
         await again.start()
 
         async def both_are_back() -> bool:
-            return all(node_of(mesh).bus.reconnects for mesh in (provider, caller))
+            return all(node_of(mesh).connection.reconnects for mesh in (provider, caller))
 
         await until(both_are_back)
         go.set()
@@ -187,11 +187,11 @@ async def test_a_record_of_a_stranger_costs_nobody_the_connection(
     record = {"agents": ["a b", 7, f"{name}.lost"], "answers_pings": True}
     await node.buckets.put(subjects.INSTANCES_BUCKET, stranger, json.dumps(record).encode())
     heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node.bus.listen(subjects.death(f"{name}.lost"), heard.put_nowait)
+    await node.connection.subscribe(subjects.death(f"{name}.lost"), heard.put_nowait)
     assert [f"{name}.lost"] == (await presence.instances(node.buckets))[stranger]["agents"]
     async with asyncio.timeout(10):
         await heard.get()
         while stranger in await presence.instances(node.buckets):
             await asyncio.sleep(0.05)
-    await node.bus.flush()
-    assert 0 == node.bus.reconnects
+    await node.connection.flush()
+    assert 0 == node.connection.reconnects

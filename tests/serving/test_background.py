@@ -21,8 +21,8 @@ SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
 async def listen(mesh: AgentMesh, subject: str) -> asyncio.Queue[Message]:
     """All messages on a subject from now on, as they are on the wire."""
     heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).bus.listen(subject, heard.put_nowait)
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.subscribe(subject, heard.put_nowait)
+    await node_of(mesh).connection.flush()
     return heard
 
 
@@ -77,7 +77,7 @@ async def for_ever() -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop waits only so long for what swallows its cancellation, and for what is on its way."""
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE", 0.1)
-    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
 async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
@@ -384,7 +384,7 @@ async def test_an_event_that_cannot_be_sent(
     await mesh.catalog()
     envelope = json.loads((await frame(heard))[1])
     assert (code, name, True) == (envelope["code"], envelope["agent"], says in envelope["message"])
-    assert node_of(mesh).bus.reconnects == 0
+    assert node_of(mesh).connection.reconnects == 0
 
 
 async def test_it_is_listed(mesh: AgentMesh, name: str) -> None:

@@ -20,7 +20,7 @@ from tests.state.test_kv import restartable
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openagentmesh.transport.connection.LINGER", 0.01)
+    monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
 def gated(mesh: AgentMesh, name: str, condition: Condition) -> None:
@@ -36,8 +36,8 @@ async def events_of(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
     def receive(message: Message) -> None:
         heard.put_nowait("{level} {event}".format_map(json.loads(message.body)))
 
-    await node_of(mesh).bus.listen(subjects.logs(name), receive)
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.subscribe(subjects.logs(name), receive)
+    await node_of(mesh).connection.flush()
     return heard
 
 
@@ -84,15 +84,15 @@ async def test_a_message_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -
     gated(mesh, name, mesh.subject_condition(f"{name}.*", lambda status: status["open"]))
     await mesh.catalog()
     assert not is_open(mesh, name)
-    bus = node_of(mesh).bus
-    await bus.publish(f"{name}.status", b'{"open": true}')
+    connection = node_of(mesh).connection
+    await connection.publish(f"{name}.status", b'{"open": true}')
     await settled(mesh, name, open_=True)
-    await bus.publish(f"{name}.status", b"junk")
-    await bus.publish(f"{name}.status", b"")
-    await bus.publish(f"{name}.status", b"{}")
-    await bus.flush()
+    await connection.publish(f"{name}.status", b"junk")
+    await connection.publish(f"{name}.status", b"")
+    await connection.publish(f"{name}.status", b"{}")
+    await connection.flush()
     assert mesh.instance_id == await mesh.call(name)
-    await bus.publish(f"{name}.status", b'{"open": false}')
+    await connection.publish(f"{name}.status", b'{"open": false}')
     await settled(mesh, name, open_=False)
 
 
@@ -194,11 +194,11 @@ async def test_a_gate_holds_for_everything_an_agent_does(mesh: AgentMesh, name: 
 
     heard = await events_of(mesh, f"{name}.driven")
     await mesh.catalog()
-    await node_of(mesh).bus.publish(f"{name}.in", b"0")
+    await node_of(mesh).connection.publish(f"{name}.in", b"0")
     for number in (1, 2):
         await mesh.kv.put(name, "on")
         await told(heard, "agent_activated")
-        await node_of(mesh).bus.publish(f"{name}.in", str(number).encode())
+        await node_of(mesh).connection.publish(f"{name}.in", str(number).encode())
         async with asyncio.timeout(20):
             assert number == await got.get()
             while set(runs.values()) != {number}:
@@ -207,8 +207,8 @@ async def test_a_gate_holds_for_everything_an_agent_does(mesh: AgentMesh, name: 
         await told(heard, "agent_deactivated")
         async with asyncio.timeout(20):
             assert {"publisher", "watcher"} == {await ended.get(), await ended.get()}
-        await node_of(mesh).bus.publish(f"{name}.in", b"9")
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.publish(f"{name}.in", b"9")
+        await node_of(mesh).connection.flush()
     assert got.empty()
 
 
@@ -329,14 +329,14 @@ async def test_a_new_version_waits_until_the_old_one_is_off(
     gated(mesh, name, mesh.kv_condition(key, lambda text: text == "on"))
     assert mesh.instance_id == await mesh.call(name)
     leaving, go_on = asyncio.Event(), asyncio.Event()
-    leave = node_of(mesh).bus.leave
+    leave = node_of(mesh).connection.drain
 
     async def slowly(*sids: int) -> None:
         leaving.set()
         await go_on.wait()
         await leave(*sids)
 
-    monkeypatch.setattr(node_of(mesh).bus, "leave", slowly)
+    monkeypatch.setattr(node_of(mesh).connection, "drain", slowly)
     await mesh.kv.put(key, "off")
     await asyncio.wait_for(leaving.wait(), 10)
     gated(mesh, name, mesh.kv_condition(key, lambda text: text == "on"))
@@ -378,7 +378,7 @@ async def test_a_publisher_that_is_turned_off_ends_its_events(mesh: AgentMesh, n
     """Its subscribers get the end frame with the count; on again it counts from 0."""
     frames: asyncio.Queue[codec.Reply] = asyncio.Queue()
     receive = lambda message: frames.put_nowait(codec.decode_reply(message.head, message.body))  # noqa: E731
-    await node_of(mesh).bus.listen(subjects.events(name), receive)
+    await node_of(mesh).connection.subscribe(subjects.events(name), receive)
 
     @mesh.agent(AgentSpec(name=name), active_when=mesh.kv_condition(name, lambda text: text == "on"))
     async def publisher() -> AsyncIterator[int]:
@@ -411,7 +411,7 @@ async def test_a_predicate_may_raise_anything(mesh: AgentMesh, name: str, kind: 
     for text, open_ in (("on", True), ("neither", True), ("off", False), ("neither", False), ("on", True)):
         await tell(name, text)
         await settled(mesh, name, open_=open_)
-    assert 0 == node_of(mesh).bus.reconnects
+    assert 0 == node_of(mesh).connection.reconnects
 
 
 @pytest.mark.parametrize("word", ["", "a b", "a..b", ".a", "a.>.b", "x" * 5000, None, 7])

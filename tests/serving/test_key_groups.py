@@ -41,11 +41,11 @@ async def test_a_group_outlives_a_restart(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, on_init: Any, kept: bool
 ) -> None:
     """What is changed as soon as the connection is back is handled at once, and once."""
-    monkeypatch.setattr("openagentmesh.transport.kv._PULL", 60.0)
+    monkeypatch.setattr("openagentmesh.transport.kv._PULL_S", 60.0)
     async with restartable(tmp_path if kept else "") as (mesh, restart):
         got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init))
         await mesh.catalog()
-        stream = node_of(mesh).bus.jetstream()
+        stream = node_of(mesh).connection.jetstream()
         while not any(i.name[:2] == "g-" for i in await stream.consumers_info(f"KV_{CONTEXT_BUCKET}")):
             await asyncio.sleep(0.01)
         await mesh.kv.put("k.a", "1")
@@ -90,6 +90,6 @@ async def test_a_group_waits_as_long_as_its_agents_may_take_now(
             got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", queue_group=name))
             await mesh.kv.put(f"{name}.a", str(grace))
             await take(got)
-            groups = await node_of(mesh).bus.jetstream().consumers_info(f"KV_{CONTEXT_BUCKET}")
+            groups = await node_of(mesh).connection.jetstream().consumers_info(f"KV_{CONTEXT_BUCKET}")
             waits += [group.config.ack_wait or 0 for group in groups if group.name.startswith(name)]
     assert [waits[0] + 10.0] == waits[1:]

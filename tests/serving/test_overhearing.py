@@ -81,7 +81,7 @@ async def test_what_waits_when_it_leaves_is_told(mesh: AgentMesh, name: str) -> 
 @pytest.mark.parametrize("silent", [True, False], ids=["no-output", "output-on-the-servers-own"])
 async def test_a_source_leaves_the_answer_to_others(mesh: AgentMesh, name: str, *, silent: bool) -> None:
     """Whoever asks does not hear a handler that returns nothing, nor one on the server's own subjects."""
-    bus, subject = node_of(mesh).bus, f"{name}.service" if silent else f"$JS.EVENT.{name}"
+    connection, subject = node_of(mesh).connection, f"{name}.service" if silent else f"$JS.EVENT.{name}"
     got = asyncio.Event()
 
     async def quiet(message: MeshMessage[int]) -> None:
@@ -95,13 +95,13 @@ async def test_a_source_leaves_the_answer_to_others(mesh: AgentMesh, name: str, 
     mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(subject)])(handler)
     await mesh.catalog()
     asked: list[Message] = []
-    await bus.listen(subject, asked.append)
+    await connection.subscribe(subject, asked.append)
     replies: asyncio.Queue[Message] = asyncio.Queue()
-    reply = node_of(mesh).inbox.expect(replies.put_nowait)
-    await bus.publish(subject, b"7", reply=reply)
+    reply = node_of(mesh).inbox.register(replies.put_nowait)
+    await connection.publish(subject, b"7", reply=reply)
     await asyncio.wait_for(got.wait(), 10)
-    await bus.flush()
-    await bus.publish(reply, b"the service's")
+    await connection.flush()
+    await connection.publish(reply, b"the service's")
     assert [b"the service's"] == [message.body for message in await take(replies)]
     assert [b"7"] == [message.body for message in asked]
 
@@ -137,7 +137,7 @@ async def test_those_who_hear_of_requests_set_off_nobody(
         while len(got) < len(expected):
             await asyncio.sleep(0.005)
     for _ in range(3):  # what they had told of these would be here by now
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.flush()
         await asyncio.sleep(0.01)
     assert sorted(map(str, expected)) == sorted(map(str, got))
     assert f"{name}.0 failed on what it heard on mesh.{told}.{name}.bad" in caplog.text

@@ -154,7 +154,7 @@ async def test_beyond_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name:
     route = node_of(mesh).router.get(name)
     assert route is not None
     while route.in_flight < 2:  # the second one is on its way through a real server
-        await node_of(mesh).bus.flush()
+        await node_of(mesh).connection.flush()
     with pytest.raises(Overloaded) as caught:
         await mesh.call(name, {"value": 3})
     assert caught.value.details["retry_after_ms"] > 0
@@ -173,7 +173,7 @@ async def test_a_reply_that_is_too_large(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name, {"value": 2_000_000}, timeout=5)
     assert caught.value.details["size"] > caught.value.details["limit"]
     assert "xx" == await mesh.call(name, {"value": 2})
-    assert node_of(mesh).bus.reconnects == 0
+    assert node_of(mesh).connection.reconnects == 0
 
 
 async def test_an_error_that_is_too_large(mesh: AgentMesh, name: str) -> None:
@@ -202,7 +202,7 @@ async def test_details_that_are_no_json(mesh: AgentMesh, name: str) -> None:
 async def test_every_error_is_copied(mesh: AgentMesh, name: str) -> None:
     """`mesh.errors.{name}` gets the envelope with the request's id, as peers expect it."""
     copies: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).bus.listen(subjects.errors(name), copies.put_nowait)
+    await node_of(mesh).connection.subscribe(subjects.errors(name), copies.put_nowait)
 
     @mesh.agent(AgentSpec(name=name))
     async def fail(req: Number) -> str:
@@ -226,7 +226,7 @@ async def test_without_a_reply_subject_there_is_no_reply(mesh: AgentMesh, name: 
         return req
 
     await mesh.catalog()
-    await node_of(mesh).bus.publish(subjects.agent(name), b'{"value": 7}')
+    await node_of(mesh).connection.publish(subjects.agent(name), b'{"value": 7}')
     assert 7 == await handled.get()
 
 
@@ -255,13 +255,13 @@ async def test_a_stranger_cannot_break_the_wire(mesh: AgentMesh, name: str) -> N
         yield req
 
     await mesh.catalog()
-    reply = node.inbox.expect(replies.put_nowait)
+    reply = node.inbox.register(replies.put_nowait)
     for request_id in ("a b", "*", ">", "a..b", "\x00", "é", "x" * 5000):
         head = write_headers({"X-Mesh-Request-Id": request_id, "X-Mesh-Stream": "true"})
-        await node.bus.publish(subjects.agent(name), b"{}", head, reply)
+        await node.connection.publish(subjects.agent(name), b"{}", head, reply)
         error = codec.decode_error((await replies.get()).body)
         assert "invalid_input" == error.code
-    assert node.bus.reconnects == 0
+    assert node.connection.reconnects == 0
 
 
 async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: str) -> None:
@@ -274,7 +274,7 @@ async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: st
         yield req
 
     await mesh.catalog()
-    await node.bus.publish(subjects.agent(name), b"{}", b"", node.inbox.expect(replies.put_nowait))
+    await node.connection.publish(subjects.agent(name), b"{}", b"", node.inbox.register(replies.put_nowait))
     error = codec.decode_error((await replies.get()).body)
     assert f"Agent '{name}' is streaming-only. Use stream() instead" == error.message
     assert isinstance(error, InvocationMismatch)
@@ -377,7 +377,9 @@ async def test_one_error_raised_twice_belongs_to_each_request(mesh: AgentMesh, n
     await mesh.catalog()
     for request_id in ("first", "second"):
         head = write_headers({"X-Mesh-Request-Id": request_id})
-        await node.bus.publish(subjects.agent(name), b"{}", head, node.inbox.expect(replies.put_nowait))
+        await node.connection.publish(
+            subjects.agent(name), b"{}", head, node.inbox.register(replies.put_nowait)
+        )
         assert request_id == json.loads((await replies.get()).body)["request_id"]
 
 

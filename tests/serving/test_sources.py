@@ -73,9 +73,9 @@ async def take(got: asyncio.Queue[Any], count: int = 1) -> list[Any]:
 
 async def errors_of(mesh: AgentMesh, name: str) -> asyncio.Queue[Message]:
     heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).bus.listen(subjects.errors(name), heard.put_nowait)
+    await node_of(mesh).connection.subscribe(subjects.errors(name), heard.put_nowait)
     await mesh.catalog()
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.flush()
     return heard
 
 
@@ -131,8 +131,8 @@ async def test_a_queue_group_shares_and_others_all_get(
             await mesh.publish(name, str(number))
         for got in each:
             assert [str(n) for n in range(40)] == await take(got, 40)
-        await node_of(mesh).bus.flush()
-        await node_of(other).bus.flush()
+        await node_of(mesh).connection.flush()
+        await node_of(other).connection.flush()
         assert 40 == sum(got.qsize() for got in shared)
 
 
@@ -162,7 +162,7 @@ async def test_what_fails_is_told_and_the_next_one_handled(mesh: AgentMesh, name
         handled.put_nowait(message.data.item)
 
     heard, events = await errors_of(mesh, name), asyncio.Queue[Message]()
-    await node_of(mesh).bus.listen(subjects.logs(name), events.put_nowait)
+    await node_of(mesh).connection.subscribe(subjects.logs(name), events.put_nowait)
     for payload in ("no order", Order(item="bad"), b"", Order(item="more"), Order(item="good")):
         await mesh.publish(f"{name}.in", payload)
     assert ["good"] == await take(handled)

@@ -16,14 +16,14 @@ async def test_a_gate_that_could_not_start_is_started_again(
 ) -> None:
     """An agent whose gate could not read its key comes up at the next try, and follows the key then."""
     buckets, failures = node_of(mesh).buckets, [ConnectionFailed("The server is away.")]
-    entry = buckets.entry
+    entry = buckets.get_entry
 
     async def away_once(bucket: str, key: str) -> Any:
         if key == name and failures:
             raise failures.pop()
         return await entry(bucket, key)
 
-    monkeypatch.setattr(buckets, "entry", away_once)
+    monkeypatch.setattr(buckets, "get_entry", away_once)
 
     @mesh.agent(AgentSpec(name=name), active_when=mesh.kv_condition(name, lambda value: value == "on"))
     async def gated() -> str:

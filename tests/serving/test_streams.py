@@ -88,11 +88,11 @@ async def test_a_stock_readers_abandoned_stream_is_noticed(mesh: AgentMesh, name
             stopped.set()
 
     await mesh.catalog()
-    sid = await node.bus.listen(subjects.stream(name), lambda _: first.set())
+    sid = await node.connection.subscribe(subjects.stream(name), lambda _: first.set())
     head = write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
-    await node.bus.publish(subjects.agent(name), b'{"count": 100000000}', head)
+    await node.connection.publish(subjects.agent(name), b'{"count": 100000000}', head)
     await first.wait()
-    await node.bus.quit(sid)
+    await node.connection.unsubscribe(sid)
     async with asyncio.timeout(5):
         assert await stopped.wait()
 
@@ -109,14 +109,14 @@ async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> No
             raise ValueError("late")
 
     await mesh.catalog()
-    await node.bus.listen(subjects.stream(name), frames.put_nowait)
+    await node.connection.subscribe(subjects.stream(name), frames.put_nowait)
     head = write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
     common = {"X-Mesh-Request-Id": name, "X-Mesh-Instance-Id": mesh.instance_id}
     for body, last, last_body in (
         (b'{"count": 1}', {"X-Mesh-Stream-Seq": "1", "X-Mesh-Stream-End": "true"}, False),
         (b'{"count": 1, "size": 2}', {"X-Mesh-Status": "error", "X-Mesh-Stream-End": "true"}, True),
     ):
-        await node.bus.publish(subjects.agent(name), body, head)
+        await node.connection.publish(subjects.agent(name), body, head)
         chunk, end = await frames.get(), await frames.get()
         assert common | {"X-Mesh-Stream-Seq": "0", "X-Mesh-Stream-End": "false"} == read_headers(chunk.head)
         assert b"0" == chunk.body
@@ -203,7 +203,7 @@ async def test_chunks_are_not_flushed_one_by_one(mesh: AgentMesh, name: str) -> 
             yield number
 
     assert [0] == [chunk async for chunk in mesh.stream(name, {"count": 1})]
-    client = node_of(mesh).bus._client
+    client = node_of(mesh).connection._client
     pongs = client._pongs_received
     assert 1000 == len([chunk async for chunk in mesh.stream(name, {"count": 1000})])
     assert client._pongs_received - pongs <= 1  # the keep-alive may fall into it

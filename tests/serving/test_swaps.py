@@ -22,7 +22,7 @@ async def test_a_swap_loses_no_message_of_a_source(mesh: AgentMesh, name: str) -
     for number in range(200):
         if number % 20 == 10:
             declare()
-        await node_of(mesh).bus.publish(f"{name}.in", str(number).encode())
+        await node_of(mesh).connection.publish(f"{name}.in", str(number).encode())
         await asyncio.sleep(0.001)
     await mesh.catalog()
     async with asyncio.timeout(10):

@@ -23,7 +23,7 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.state.kv import KV, Draft
 from openagentmesh.transport.server import EmbeddedServer
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 from pydantic import BaseModel
 
 from tests.serving.test_router import node_of
@@ -54,7 +54,7 @@ async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[
     async def restart(meanwhile: Meanwhile | None = None) -> None:
         nonlocal server
         await server.stop()
-        while node_of(mesh).bus.connected:
+        while node_of(mesh).connection.connected:
             await asyncio.sleep(0.01)
         if meanwhile is not None:
             elsewhere = EmbeddedServer(store=str(store))
@@ -64,7 +64,7 @@ async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[
             await elsewhere.stop()
         server = EmbeddedServer(server.port, str(store))
         await server.start()
-        await node_of(mesh).bus.until_connected()
+        await node_of(mesh).connection.wait_connected()
 
     try:
         async with AgentMesh(server.url) as mesh:
@@ -249,7 +249,7 @@ async def test_what_is_replaced_is_listed_all_the_same(mesh: AgentMesh, url: str
         replacing = asyncio.create_task(replace_all())
         for _ in range(60):
             assert sorted(keys) == sorted(entry.key for entry in await mesh.kv.list(f"{name}."))
-        await end(replacing)
+        await cancel_and_wait(replacing)
 
 
 async def test_bytes_that_are_no_text_are_listed_not_read(mesh: AgentMesh, name: str) -> None:
@@ -269,7 +269,7 @@ async def test_what_cannot_be_a_key_is_refused(mesh: AgentMesh, name: str, key: 
         with pytest.raises(InvalidInput, match="key is"):
             await use(mesh.kv, key)
     await mesh.kv.put(name, "x")
-    assert 0 == node_of(mesh).bus.reconnects
+    assert 0 == node_of(mesh).connection.reconnects
 
 
 @given(key=st.text(max_size=8) | st.text("ab./*>_=- \n\x00é", max_size=8))
@@ -333,7 +333,7 @@ async def test_what_cannot_be_stored_is_refused(
 @pytest.mark.parametrize("over", [-200, -20, 0, 1, 1_000_000])
 async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: int) -> None:
     """Around the server's limit a write succeeds or is `payload_too_large`, headers counted."""
-    value = "x" * (node_of(mesh).bus.max_payload + over)
+    value = "x" * (node_of(mesh).connection.max_payload + over)
     for key, write in ((f"{name}.put", mesh.kv.put), (f"{name}.create", mesh.kv.create)):
         try:
             await write(key, value)
@@ -343,7 +343,7 @@ async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: in
             assert over <= 0
             assert value == await mesh.kv.get(key)
             await mesh.kv.delete(key)
-    assert 0 == node_of(mesh).bus.reconnects
+    assert 0 == node_of(mesh).connection.reconnects
 
 
 async def test_without_a_connection_everything_is_connection_failed(url: str, name: str) -> None:

@@ -37,8 +37,8 @@ KEYS = ["timestamp", "level", "agent", "event", "request_id", "message", "data"]
 
 async def listen(mesh: AgentMesh, subject: str) -> asyncio.Queue[Message]:
     heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).bus.listen(subject, heard.put_nowait)
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.subscribe(subject, heard.put_nowait)
+    await node_of(mesh).connection.flush()
     return heard
 
 
@@ -147,7 +147,7 @@ async def test_a_level_hides_what_is_below_it(name: str) -> None:
             for payload in ("fail", 7):
                 with pytest.raises(MeshError):
                     await mesh.call(name, payload)
-            await node_of(mesh).bus.publish(subjects.logs(name), b"end")
+            await node_of(mesh).connection.publish(subjects.logs(name), b"end")
             events = {}
             while (message := await asyncio.wait_for(heard.get(), 10)).body != b"end":
                 event = json.loads(message.body)
@@ -274,7 +274,7 @@ async def test_reading_wants_a_name_and_a_level_too(mesh: AgentMesh) -> None:
     with pytest.raises(InvalidInput, match="debug, info, warn, error"):
         await anext(mesh.observe.logs(level="loud"))  # type: ignore[arg-type]
     assert "info" == (await mesh.observe.get("nobody")).log_level
-    assert 0 == node_of(mesh).bus.reconnects
+    assert 0 == node_of(mesh).connection.reconnects
 
 
 @pytest.mark.parametrize("everybody", [True, False], ids=["all", "one"])
@@ -287,7 +287,7 @@ async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *
         reading = await begin(mesh, logs)
         for head in (b"", *map(write_headers, ODD_HEADERS)):
             for junk in (b"", b"{", b"[]", b'{"level": "loud"}', b"\xff"):
-                await node_of(mesh).bus.publish(subjects.logs(name), junk, head)
+                await node_of(mesh).connection.publish(subjects.logs(name), junk, head)
         await mesh.call(name, "cost")
         for agent in (f"{name}.other", name):
             with pytest.raises(MeshError):
@@ -304,7 +304,7 @@ async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asynci
     reading = asyncio.ensure_future(anext(logs))
     while not node_of(mesh).events._feeds:
         await asyncio.sleep(0)
-    await node_of(mesh).bus.flush()
+    await node_of(mesh).connection.flush()
     return reading
 
 
@@ -325,7 +325,7 @@ async def test_usage_travels_with_the_answer(mesh: AgentMesh, name: str) -> None
     assert {"input_tokens": 5, "output_tokens": 1, "model": "b", "estimated_cost_usd": 0.75} == usage
     heard = await listen(mesh, subjects.stream(name))
     head = write_headers({subjects.REQUEST_ID: name, subjects.STREAM: "true"})
-    await node.bus.publish(subjects.agent(f"{name}.stream"), b"2", head)
+    await node.connection.publish(subjects.agent(f"{name}.stream"), b"2", head)
     frames = [read_headers((await heard.get()).head) for _ in range(3)]
     assert [None, None, '{"total_tokens": 2}'] == [frame.get("X-Mesh-Usage") for frame in frames]
 

@@ -11,10 +11,10 @@ import pytest
 from openagentmesh import InvalidInput, NotFound, PayloadTooLarge
 from openagentmesh.protocol.objects import CHUNK_SIZE
 from openagentmesh.state.workspace import Workspace
-from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.object_store import Objects
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.object_store import ObjectStore
+from openagentmesh.transport.tasks import cancel_and_wait
 
 CONTENT = bytes(range(256)) * 2_000
 
@@ -23,17 +23,17 @@ MIB = 2**20
 
 @pytest.fixture
 async def workspace(url: str) -> AsyncIterator[Workspace]:
-    bus = Bus(Target(url), "workspace")
-    await bus.connect()
-    inbox = Inbox(bus)
+    connection = Connection(Target(url), "workspace")
+    await connection.connect()
+    inbox = Inbox(connection)
     await inbox.open()
-    objects = Objects(bus, inbox)
+    objects = ObjectStore(connection, inbox)
 
-    async def ready() -> Objects:
+    async def ready() -> ObjectStore:
         return objects
 
     yield Workspace(ready)
-    await bus.close()
+    await connection.close()
 
 
 async def awaited(size: int) -> AsyncGenerator[bytes, None]:
@@ -160,7 +160,7 @@ async def test_what_is_replaced_is_listed_once(workspace: Workspace, name: str) 
     replacing = asyncio.create_task(replace_all())
     for _ in range(40):
         assert keys == sorted(each.key for each in await workspace.list(f"{name}/"))
-    await end(replacing)
+    await cancel_and_wait(replacing)
 
 
 async def test_the_workspace_is_listed_and_watched(workspace: Workspace, name: str) -> None:

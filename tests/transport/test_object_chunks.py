@@ -1,4 +1,4 @@
-"""Objects that are put while the server is lost and a new, empty one comes."""
+"""ObjectStore that are put while the server is lost and a new, empty one comes."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -7,15 +7,15 @@ from contextlib import aclosing
 import pytest
 from openagentmesh import ConnectionFailed, NotFound
 from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, ObjectInfo
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.object_chunks import Upload
-from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.object_store import ObjectStore
 from openagentmesh.transport.server import EmbeddedServer
 
 from tests.registry.test_registry import until
 from tests.transport.test_object_store import chunk_counts, connected, content_of, in_pieces
 
-LOST = "lost what had been sent"
+LOST = "lost its chunks"
 
 
 class Servers:
@@ -24,25 +24,25 @@ class Servers:
     def __init__(self) -> None:
         self.now = EmbeddedServer()
 
-    async def change(self, bus: Bus, objects: Objects) -> None:
+    async def change(self, connection: Connection, objects: ObjectStore) -> None:
         """Another one comes; ends when it has the bucket."""
-        before = bus.reconnects
+        before = connection.reconnects
         await self.now.stop()
         self.now = EmbeddedServer(self.now.port)
         await self.now.start()
 
         async def made() -> bool:
-            return before < bus.reconnects == objects._made
+            return before < connection.reconnects == objects._created
 
         await until(made)
 
 
-async def is_nowhere(bus: Bus, objects: Objects, name: str) -> None:
+async def is_nowhere(connection: Connection, objects: ObjectStore, name: str) -> None:
     """Nobody can take it for stored, and nothing of it is left; putting it again works."""
     assert [] == await objects.entries()
     with pytest.raises(NotFound):
         await content_of(objects, name)
-    assert {} == await chunk_counts(bus.jetstream())
+    assert {} == await chunk_counts(connection.jetstream())
     await objects.put(name, in_pieces(b"again"))
     assert b"again" == await content_of(objects, name)
 
@@ -60,15 +60,15 @@ async def test_a_put_whose_server_is_replaced_half_way_fails(
 
     monkeypatch.setattr("openagentmesh.transport.object_store.Upload", Known)
     await servers.now.start()
-    async with connected(servers.now.url) as (bus, objects), asyncio.timeout(20):
+    async with connected(servers.now.url) as (connection, objects), asyncio.timeout(20):
 
         async def confirmed() -> bool:
-            return uploads[0]._acks.qsize() == uploads[0]._unconfirmed
+            return uploads[0]._acks.qsize() == uploads[0]._unacknowledged
 
         async def pieces() -> AsyncGenerator[bytes, None]:
             yield bytes(10 * CHUNK_SIZE)
             await until(confirmed)
-            await servers.change(bus, objects)
+            await servers.change(connection, objects)
             await objects.put(name, in_pieces(b"theirs"))
             yield bytes(4 * CHUNK_SIZE)
 
@@ -76,7 +76,7 @@ async def test_a_put_whose_server_is_replaced_half_way_fails(
             await objects.put(name, pieces())
         assert b"theirs" == await content_of(objects, name)
         await objects.delete(name)
-        await is_nowhere(bus, objects, name)
+        await is_nowhere(connection, objects, name)
     await servers.now.stop()
 
 
@@ -86,30 +86,30 @@ async def test_a_put_whose_server_is_replaced_at_its_end_fails(
     """A description that alone has reached the new server is taken back."""
     servers = Servers()
     await servers.now.start()
-    async with connected(servers.now.url) as (bus, objects), asyncio.timeout(20):
-        await objects.make()
+    async with connected(servers.now.url) as (connection, objects), asyncio.timeout(20):
+        await objects.create_missing()
         last = objects._last
 
         async def last_before(key: str) -> tuple[ObjectInfo | None, int]:
             found = await last(key)
             monkeypatch.undo()
-            await servers.change(bus, objects)
+            await servers.change(connection, objects)
             return found
 
         monkeypatch.setattr(objects, "_last", last_before)
         with pytest.raises(ConnectionFailed, match=LOST):
             await objects.put(name, in_pieces(bytes(CHUNK_SIZE + 1)))
-        await is_nowhere(bus, objects, name)
+        await is_nowhere(connection, objects, name)
     await servers.now.stop()
 
 
 async def test_listing_and_watching_leave_nothing_on_the_server(url: str, name: str) -> None:
     """The consumer of a list, and that of a watch that is over, are gone at once; the server allows few."""
-    async with connected(url) as (bus, objects):
+    async with connected(url) as (connection, objects):
         await objects.put(name, in_pieces(b"x"))
 
         async def consumers() -> set[str]:
-            return {consumer.name for consumer in await bus.jetstream().consumers_info(STREAM)}
+            return {consumer.name for consumer in await connection.jetstream().consumers_info(STREAM)}
 
         before = await consumers()
 

@@ -1,4 +1,4 @@
-"""Objects: the standard format both ways, nothing lost, nothing left behind, nothing in the way."""
+"""ObjectStore: the standard format both ways, nothing lost, nothing left behind, nothing in the way."""
 
 import asyncio
 import hashlib
@@ -13,36 +13,36 @@ import nats
 import pytest
 from nats.js import JetStreamContext
 from nats.js.errors import ObjectNotFoundError
-from nats.js.object_store import ObjectStore
+from nats.js.object_store import ObjectStore as LibraryStore
 from openagentmesh import ConnectionFailed, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.errors import KVConflict
 from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, Artifact, metadata_subject
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
-from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.object_store import ObjectStore
 from openagentmesh.transport.server import EmbeddedServer
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 10 * CHUNK_SIZE + 7]
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[tuple[Bus, Objects]]:
-    bus = Bus(Target(url), "objects")
-    await bus.connect()
-    inbox = Inbox(bus)
+async def connected(url: str) -> AsyncIterator[tuple[Connection, ObjectStore]]:
+    connection = Connection(Target(url), "objects")
+    await connection.connect()
+    inbox = Inbox(connection)
     await inbox.open()
-    objects = Objects(bus, inbox)
-    bus.restore = objects.restore
+    objects = ObjectStore(connection, inbox)
+    connection.restore = objects.restore
     try:
-        yield bus, objects
+        yield connection, objects
     finally:
-        await bus.close()
+        await connection.close()
 
 
 @pytest.fixture
-async def objects(url: str) -> AsyncIterator[Objects]:
+async def objects(url: str) -> AsyncIterator[ObjectStore]:
     async with connected(url) as (_, found):
         yield found
 
@@ -56,8 +56,8 @@ async def jetstream(url: str) -> AsyncIterator[JetStreamContext]:
 
 
 @pytest.fixture
-async def library(objects: Objects, jetstream: JetStreamContext) -> ObjectStore:
-    await objects.make()
+async def library(objects: ObjectStore, jetstream: JetStreamContext) -> LibraryStore:
+    await objects.create_missing()
     return await jetstream.object_store(ARTIFACTS_BUCKET)
 
 
@@ -66,7 +66,7 @@ async def in_pieces(content: bytes, size: int = 100_000) -> AsyncGenerator[bytes
         yield content[start : start + size]
 
 
-async def content_of(objects: Objects, key: str) -> bytes:
+async def content_of(objects: ObjectStore, key: str) -> bytes:
     return b"".join([piece async for piece in objects.read(key)])
 
 
@@ -79,7 +79,7 @@ async def chunk_counts(jetstream: JetStreamContext) -> dict[str, int]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("key", ["plain", "a folder/Größe 2.pdf", "日本/📦.tar gz", "dots.and*>"])
 async def test_the_library_reads_what_we_put(
-    objects: Objects, library: ObjectStore, name: str, key: str, size: int
+    objects: ObjectStore, library: LibraryStore, name: str, key: str, size: int
 ) -> None:
     """Content, size, digest, number of chunks: as if the library itself had put it."""
     content = os.urandom(size)
@@ -99,7 +99,7 @@ async def test_the_library_reads_what_we_put(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("key", ["plain", "a folder/Größe 2.pdf", "日本/📦.tar gz", "dots.and*>"])
 async def test_we_read_what_the_library_puts(
-    objects: Objects, library: ObjectStore, name: str, key: str, size: int
+    objects: ObjectStore, library: LibraryStore, name: str, key: str, size: int
 ) -> None:
     """Also after both have replaced each other's object; and the library sees what we delete."""
     content = os.urandom(size)
@@ -116,7 +116,7 @@ async def test_we_read_what_the_library_puts(
     assert [] == await objects.entries(name)
 
 
-async def test_what_is_not_there_is_not_found(objects: Objects, name: str) -> None:
+async def test_what_is_not_there_is_not_found(objects: ObjectStore, name: str) -> None:
     """Never put, or deleted already: an error that names the key."""
     for _ in range(2):
         with pytest.raises(NotFound, match=name):
@@ -128,10 +128,10 @@ async def test_what_is_not_there_is_not_found(objects: Objects, name: str) -> No
 
 
 async def test_a_replaced_object_leaves_nothing_behind(
-    objects: Objects, jetstream: JetStreamContext, name: str
+    objects: ObjectStore, jetstream: JetStreamContext, name: str
 ) -> None:
     """The old chunks are purged with the replacement, and the last ones with the deletion."""
-    await objects.make()
+    await objects.create_missing()
     before = await chunk_counts(jetstream)
     for size in (3 * CHUNK_SIZE, CHUNK_SIZE, 2 * CHUNK_SIZE):
         await objects.put(name, in_pieces(bytes(size)))
@@ -142,7 +142,7 @@ async def test_a_replaced_object_leaves_nothing_behind(
 
 
 async def test_a_put_that_fails_changes_nothing(
-    objects: Objects, jetstream: JetStreamContext, name: str
+    objects: ObjectStore, jetstream: JetStreamContext, name: str
 ) -> None:
     """The source's own error comes out, the old object stays, the new chunks go."""
 
@@ -160,7 +160,7 @@ async def test_a_put_that_fails_changes_nothing(
 
 @pytest.mark.parametrize("sent", [0, 1, 5, 20])
 async def test_a_cancelled_put_changes_nothing(
-    objects: Objects, jetstream: JetStreamContext, name: str, sent: int
+    objects: ObjectStore, jetstream: JetStreamContext, name: str, sent: int
 ) -> None:
     """Wherever it stands, and also when it is cancelled again while it cleans up."""
     stuck = asyncio.Event()
@@ -177,15 +177,15 @@ async def test_a_cancelled_put_changes_nothing(
     await stuck.wait()
     putting.cancel()
     await asyncio.sleep(0)
-    await end(putting)
-    await asyncio.gather(*objects._finishing)
+    await cancel_and_wait(putting)
+    await asyncio.gather(*objects._shielded)
     assert putting.cancelled()
     assert b"old" == await content_of(objects, name)
     assert before == await chunk_counts(jetstream)
 
 
 async def test_a_put_cancelled_at_its_very_end_is_whole_or_not_there(
-    objects: Objects, jetstream: JetStreamContext, name: str
+    objects: ObjectStore, jetstream: JetStreamContext, name: str
 ) -> None:
     """Cancelled at each of its steps: old or new, always readable, with no chunk too many."""
     await objects.put(name, in_pieces(b"old"))
@@ -196,8 +196,8 @@ async def test_a_put_cancelled_at_its_very_end_is_whole_or_not_there(
         putting = asyncio.create_task(objects.put(name, in_pieces(new)))
         for _ in range(step):
             await asyncio.sleep(0.0001)
-        await end(putting)
-        await asyncio.gather(*objects._finishing)
+        await cancel_and_wait(putting)
+        await asyncio.gather(*objects._shielded)
         found = await content_of(objects, name)
         assert found in {old, new}
         outcomes.add(found == new)
@@ -207,10 +207,10 @@ async def test_a_put_cancelled_at_its_very_end_is_whole_or_not_there(
 
 
 async def test_of_many_puts_at_once_one_remains(
-    objects: Objects, jetstream: JetStreamContext, name: str
+    objects: ObjectStore, jetstream: JetStreamContext, name: str
 ) -> None:
     """Twenty put one object: it is one of theirs, and the other nineteen leave nothing behind."""
-    await objects.make()
+    await objects.create_missing()
     before = await chunk_counts(jetstream)
     contents = [bytes([number]) * (CHUNK_SIZE + number) for number in range(1, 21)]
     await asyncio.gather(*[objects.put(name, in_pieces(content)) for content in contents])
@@ -219,7 +219,7 @@ async def test_of_many_puts_at_once_one_remains(
 
 
 async def test_a_put_that_is_refused_at_its_end_changes_nothing(
-    objects: Objects, jetstream: JetStreamContext, name: str, monkeypatch: pytest.MonkeyPatch
+    objects: ObjectStore, jetstream: JetStreamContext, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When others are faster again and again, the old object stays and the new chunks go."""
     await objects.put(name, in_pieces(b"old"))
@@ -229,7 +229,7 @@ async def test_a_put_that_is_refused_at_its_end_changes_nothing(
         return None, 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("openagentmesh.transport.object_store._PATIENCE", 0.1)
+        patch.setattr("openagentmesh.transport.object_store._TIMEOUT_S", 0.1)
         patch.setattr(objects, "_last", outdated)
         with pytest.raises(KVConflict, match=name):
             await objects.put(name, in_pieces(b"new"))
@@ -238,7 +238,7 @@ async def test_a_put_that_is_refused_at_its_end_changes_nothing(
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
-async def test_a_reader_of_what_is_replaced_is_told(objects: Objects, name: str, change: str) -> None:
+async def test_a_reader_of_what_is_replaced_is_told(objects: ObjectStore, name: str, change: str) -> None:
     """It gets neither the rest of another object nor a wait without an end."""
     await objects.put(name, in_pieces(bytes(5 * CHUNK_SIZE)))
     async with asyncio.timeout(2), aclosing(objects.read(name)) as pieces:
@@ -251,29 +251,29 @@ async def test_a_reader_of_what_is_replaced_is_told(objects: Objects, name: str,
             await anext(pieces)
 
 
-async def test_spoilt_objects_are_told_from_good_ones(
-    objects: Objects, jetstream: JetStreamContext, name: str
+async def test_damaged_objects_are_told_from_good_ones(
+    objects: ObjectStore, jetstream: JetStreamContext, name: str
 ) -> None:
     """Wrong digest, wrong size, lost chunks: an error after the last piece at the latest."""
     await objects.put(name, in_pieces(bytes(3 * CHUNK_SIZE)))
     subject = metadata_subject(name)
     good = json.loads((await jetstream.get_last_msg(STREAM, subject)).data or b"")
-    for spoilt, message in (
-        ({"digest": "SHA-256=" + "A" * 43 + "="}, "spoilt"),
-        ({"digest": ""}, "spoilt"),
-        ({"size": 3 * CHUNK_SIZE - 1}, "spoilt"),
+    for damaged, message in (
+        ({"digest": "SHA-256=" + "A" * 43 + "="}, "damaged"),
+        ({"digest": ""}, "damaged"),
+        ({"size": 3 * CHUNK_SIZE - 1}, "damaged"),
         ({"size": 3 * CHUNK_SIZE + 1}, "incomplete"),
         ({"nuid": "nothing"}, "incomplete"),
         ({"options": {"link": {"bucket": ARTIFACTS_BUCKET, "name": "other"}}}, "link"),
     ):
-        await jetstream.publish(subject, json.dumps(good | spoilt).encode(), headers={"Nats-Rollup": "sub"})
+        await jetstream.publish(subject, json.dumps(good | damaged).encode(), headers={"Nats-Rollup": "sub"})
         with pytest.raises(MeshError, match=message):
             await content_of(objects, name)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"no json", b"[]", b'{"name": 1}', b'{"name": "x", "nuid": ">"}'])
 async def test_what_is_no_description_is_in_nobodys_way(
-    objects: Objects, jetstream: JetStreamContext, name: str, garbage: bytes
+    objects: ObjectStore, jetstream: JetStreamContext, name: str, garbage: bytes
 ) -> None:
     """It is as if the object were not there; others are listed, and it can be put."""
     await objects.put(f"{name}/good", in_pieces(b"1"))
@@ -298,7 +298,7 @@ async def test_a_bucket_of_any_making_is_read_and_its_limit_explained(name: str)
         content = os.urandom(3 * CHUNK_SIZE)
         await objects.put(name, in_pieces(content))
         before = await chunk_counts(jetstream)
-        with pytest.raises(PayloadTooLarge, match="no room"):
+        with pytest.raises(PayloadTooLarge, match="no space"):
             await objects.put(name, in_pieces(bytes(20 * CHUNK_SIZE)))
         assert content == await content_of(objects, name)
         assert before == await chunk_counts(jetstream)
@@ -311,12 +311,12 @@ async def test_a_bucket_of_any_making_is_read_and_its_limit_explained(name: str)
 
 async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every use fails with what to do about it."""
-    monkeypatch.setattr("openagentmesh.transport.object_store._PATIENCE", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.object_store._TIMEOUT_S", 0.2)
     server = EmbeddedServer()
     server.jetstream = False
     await server.start()
     async with connected(server.url) as (_, objects):
-        for use in (objects.make(), objects.put(name, in_pieces(b"x")), objects.entries()):
+        for use in (objects.create_missing(), objects.put(name, in_pieces(b"x")), objects.entries()):
             with pytest.raises(ConnectionFailed, match="JetStream"):
                 await use
     await server.stop()
@@ -324,13 +324,13 @@ async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: p
 
 async def test_a_closed_connection_is_told_at_once(url: str, name: str) -> None:
     """Also to who watches."""
-    async with connected(url) as (bus, objects):
+    async with connected(url) as (connection, objects):
         await objects.put(name, in_pieces(b"x"))
         async with aclosing(objects.watch(name)) as changes, asyncio.timeout(2):
             await anext(changes)
             waiting = asyncio.ensure_future(anext(changes))
             await asyncio.sleep(0.05)
-            await bus.close()
+            await connection.close()
             with pytest.raises(ConnectionFailed, match="closed"):
                 await waiting
             for use in (
@@ -343,7 +343,9 @@ async def test_a_closed_connection_is_told_at_once(url: str, name: str) -> None:
                     await use
 
 
-async def test_a_watch_tells_every_change_once(objects: Objects, library: ObjectStore, name: str) -> None:
+async def test_a_watch_tells_every_change_once(
+    objects: ObjectStore, library: LibraryStore, name: str
+) -> None:
     """First what is there, then what anybody puts and deletes; other prefixes are left out."""
     await objects.put(f"{name}/deleted", in_pieces(b""))
     await objects.delete(f"{name}/deleted")
@@ -368,7 +370,7 @@ async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path) -> None
     server = EmbeddedServer(store=store)
     await server.start()
     told: asyncio.Queue[Artifact] = asyncio.Queue()
-    async with connected(server.url) as (bus, objects):
+    async with connected(server.url) as (connection, objects):
         await objects.put("before", in_pieces(b"1"))
         await objects.put("replaced", in_pieces(b"1"))
 
@@ -382,14 +384,14 @@ async def test_a_watch_outlives_a_new_server(kept: bool, tmp_path: Path) -> None
             await server.stop()
             again = EmbeddedServer(server.port, store)
             await again.start()
-            await bus.until_connected()
+            await connection.wait_connected()
             await objects.put("replaced", in_pieces(b"12"))
             assert ("replaced", 2) == ((found := await told.get()).key, found.size)
             await objects.delete("replaced")
             assert ("replaced", True) == ((found := await told.get()).key, found.deleted)
             assert (["before"] if kept else []) == [artifact.key for artifact in await objects.entries()]
             assert told.empty()
-        await end(watching)
+        await cancel_and_wait(watching)
     await again.stop()
 
 
@@ -404,7 +406,7 @@ async def test_transfers_outlive_a_short_absence_of_the_server(tmp_path: Path) -
         await pause.wait()
         yield content[4 * CHUNK_SIZE :]
 
-    async with connected(server.url) as (bus, objects), asyncio.timeout(15):
+    async with connected(server.url) as (connection, objects), asyncio.timeout(15):
         await objects.put("read", in_pieces(content))
         putting = asyncio.create_task(objects.put("put", pausing()))
         async with aclosing(objects.read("read")) as pieces:
@@ -412,18 +414,18 @@ async def test_transfers_outlive_a_short_absence_of_the_server(tmp_path: Path) -
             await server.stop()
             again = EmbeddedServer(server.port, str(tmp_path / "store"))
             await again.start()
-            await bus.until_connected()
+            await connection.wait_connected()
             pause.set()
             await putting
             assert content == read + b"".join([piece async for piece in pieces])
         assert content == await content_of(objects, "put")
-        assert [8, 8] == list((await chunk_counts(bus.jetstream())).values())
+        assert [8, 8] == list((await chunk_counts(connection.jetstream())).values())
     await again.stop()
 
 
 async def test_a_put_to_a_server_that_stays_away_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an error that says so."""
-    monkeypatch.setattr("openagentmesh.transport.object_chunks._ACK_TIMEOUT", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.object_chunks._ACK_TIMEOUT_S", 0.2)
     server = EmbeddedServer()
     await server.start()
 
@@ -434,5 +436,5 @@ async def test_a_put_to_a_server_that_stays_away_ends(name: str, monkeypatch: py
 
     async with connected(server.url) as (_, objects), asyncio.timeout(10):
         objects._jetstream._timeout = 0.2
-        with pytest.raises(ConnectionFailed, match="the server is away"):
+        with pytest.raises(ConnectionFailed, match="the server is unreachable"):
             await objects.put(name, leaving())

@@ -26,7 +26,7 @@ class Client:
 
     told: list[Told] = field(default_factory=list)
 
-    def take(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
+    def dispatch(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
         if sid % 2 == 0:
             self.told.append((sid, subject, reply, body, head))
         return sid % 2 == 0

@@ -47,7 +47,7 @@ async def test_a_server_that_dies(scratch: Path) -> None:
     url, pid = embedded.url, embedded.pid
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(15):
-        assert f"nats-server (pid {pid}) died with status 137; starting it again" == await told.get()
+        assert f"nats-server (pid {pid}) died with status 137; restarting" == await told.get()
         assert f"nats-server is back on {url}" == await told.get()
     assert (url, 2, False) == (embedded.url, embedded.starts, refuses(url))
     await embedded.stop()
@@ -95,7 +95,7 @@ def test_no_binary_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
     """A store below a file is named in the error, with the key to change."""
     (tmp_path / "file").touch()
-    with pytest.raises(ConnectionFailed, match=r"file/store' cannot be made.*Set \[server\] store"):
+    with pytest.raises(ConnectionFailed, match=r"file/store' cannot be created.*Set \[server\] store"):
         await EmbeddedServer(store=str(tmp_path / "file" / "store")).start()
 
 
@@ -129,7 +129,7 @@ async def test_a_missing_binary(scratch: Path, monkeypatch: pytest.MonkeyPatch) 
 
 async def test_a_server_that_does_not_stop(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not react is killed, and its throw-away store is removed."""
-    monkeypatch.setattr(server, "_STOP_TIMEOUT", 0.2)
+    monkeypatch.setattr(server, "_STOP_TIMEOUT_S", 0.2)
     embedded = EmbeddedServer()
     await embedded.start()
     os.kill(embedded.pid, signal.SIGSTOP)

@@ -10,7 +10,7 @@ from openagentmesh.cli.output import Json, Url, as_json, note, run, say, say_eac
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.subjects import invalid_key
 from openagentmesh.state.kv import KV
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 
 app = typer.Typer(help="The shared state: texts under keys.", no_args_is_help=True)
 
@@ -87,7 +87,7 @@ def watch(key: Pattern, url: Url = None, *, json_: Json = False) -> None:
 
 
 def _kv(node: Node) -> KV:
-    async def ready() -> Buckets:
+    async def ready() -> KVBuckets:
         return node.buckets
 
     return KV(ready)

@@ -62,6 +62,6 @@ def set_up_logging(how: LogFormat, level: str) -> bool:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter({LogFormat.PRETTY: _Pretty, LogFormat.PLAIN: _Plain, LogFormat.JSON: _Json}[how]())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The library reports each failed attempt to reconnect with a traceback; the bus tells it shorter.
+    # The library reports each failed attempt to reconnect with a traceback; the connection tells it shorter.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
     return how is LogFormat.PRETTY

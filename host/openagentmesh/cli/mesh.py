@@ -40,16 +40,16 @@ from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.subjects import CONTENT_TYPE, in_channel, invalid_pattern, invalid_subject
 from openagentmesh.transport import address
-from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import (
     HOST,
     LOCK_FILE,
     EmbeddedServer,
     ServerFailed,
-    command,
     lock_store,
-    why_not,
+    server_command,
+    start_failure,
 )
 
 app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
@@ -95,7 +95,7 @@ async def _background(port: int, *, json_: bool) -> None:
     lock = lock_store(_STORE)
     _LOG_FILE.write_text("")
     process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
-        [*command(port, str(_STORE)), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
+        [*server_command(port, str(_STORE)), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -135,7 +135,7 @@ def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
     said = _LOG_FILE.read_text()
     if process.poll() is not None:
         fatal = [line for line in said.splitlines() if "[FTL]" in line]
-        raise ServerFailed(why_not(" ".join(fatal), url))
+        raise ServerFailed(start_failure(" ".join(fatal), url))
     if "Server is ready" not in said:
         raise TryAgain
 
@@ -191,14 +191,14 @@ def connect(
     target = Target(url, str(creds.resolve()) if creds else None)
 
     async def main() -> None:
-        bus = Bus(target, "oam")
+        connection = Connection(target, "oam")
         try:
-            await bus.connect()
+            await connection.connect()
         except ConnectionFailed as exc:
             raise advised(exc, "Check the address; .oam-url was not written.") from exc
-        await bus.close()
+        await connection.close()
         path = address.write(Path.cwd(), url, target.creds)
-        note(f"{target.shown} answers; {path.name} written")
+        note(f"{target.display_url} answers; {path.name} written")
 
     run(main(), json_=json_)
 
@@ -251,8 +251,8 @@ def publish(
     async def main() -> None:
         async with connected(url) as node:
             # A text is published as JSON as well: it stands in quotes on the command line, too.
-            await node.bus.publish(subject, codec.encode(given), write_headers(_AS_JSON))
-            await node.bus.flush()
+            await node.connection.publish(subject, codec.encode(given), write_headers(_AS_JSON))
+            await node.connection.flush()
 
     run(main(), json_=json_)
 
@@ -290,8 +290,8 @@ async def _listen(node: Node, subject: str) -> AsyncIterator[Message]:
         while True:
             yield await messages.get()
 
-    await node.bus.listen(subject, receive)
-    await node.bus.flush()
+    await node.connection.subscribe(subject, receive)
+    await node.connection.flush()
     return take()
 
 

@@ -33,7 +33,7 @@ def logs(
         async with connected(url) as node, aclosing(_observe(node).logs(agent, level=level)) as events:
 
             async def begun() -> None:
-                await node.bus.flush()
+                await node.connection.flush()
                 note(f"log events of {agent or 'all agents'}; Ctrl-C stops")
 
             await say_each(events, lambda event: event.model_dump_json() if json_ else _line(event), begun)

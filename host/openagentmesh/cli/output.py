@@ -11,7 +11,7 @@ import typer
 from openagentmesh.mesh.runner import stop_event
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.protocol.subjects import invalid_name
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 Url = Annotated[
     str | None,
@@ -110,7 +110,7 @@ async def say_each(
         if saying.done():
             saying.result()
     finally:
-        await end(stopping, saying)
+        await cancel_and_wait(stopping, saying)
 
 
 def note(text: str) -> None:

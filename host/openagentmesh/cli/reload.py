@@ -31,7 +31,7 @@ def reload(
         async with connected(url) as node:
             records = await instances(node.buckets)
             found = await asyncio.gather(*[_ask(node, key, module) for key in records])
-            where = node.bus.target.shown
+            where = node.connection.target.display_url
         answers = [answer for answer in found if answer]
         if json_:
             say(as_json(answers))

@@ -26,7 +26,7 @@ def status(url: Url = None, *, json_: Json = False) -> None:
         async with connected(url) as node:
             records = await instances(node.buckets)
             hosts = await asyncio.gather(*[_ask(node, key, record) for key, record in records.items()])
-            shown = node.bus.target.shown
+            shown = node.connection.target.display_url
         if json_:
             say(as_json(list(hosts)))
         elif not hosts:

@@ -96,10 +96,12 @@ async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> Non
         if pretty:
             note(_banner(host))
         else:
-            log.info("serving %s on %s", count(len(host.agents), "agent"), host.node.bus.target.shown)
+            log.info(
+                "serving %s on %s", count(len(host.agents), "agent"), host.node.connection.target.display_url
+            )
             if not host.agents:
                 log.warning("%s", _why_none(host))
-        await until_stopped(stop, host.node.bus.closed)
+        await until_stopped(stop, host.node.connection.closed)
     log.info("stopped")
 
 
@@ -148,7 +150,7 @@ def _banner(host: Host) -> str:
     lines = [
         "",
         f"  {_bold('openagentmesh')} · host {_bold(host.name)}",
-        f"  {_bold(host.node.bus.target.shown)} {_dim(kind)}",
+        f"  {_bold(host.node.connection.target.display_url)} {_dim(kind)}",
     ]
     failed = [module for module in host.modules if module.state == "failed"]
     lines += ["", f"  {count(len(agents), 'agent')} from {count(len(host.modules) - len(failed), 'module')}"]
@@ -179,9 +181,9 @@ def _dim(text: str) -> str:
 def _how_to_call(host: Host) -> list[str]:
     if not host.agents:
         return [f"  {_why_none(host)}", ""]
-    url = host.node.bus.target.url
+    url = host.node.connection.target.url
     is_default = url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
-    where = "" if is_default else f" --url {host.node.bus.target.shown}"
+    where = "" if is_default else f" --url {host.node.connection.target.display_url}"
     # Those that can be called come first, and of these the sample that the docs show.
     agent = min(host.agents, key=lambda a: (not a.contract.invocable, a.name != "nlp.summarizer"))
     contract = agent.contract

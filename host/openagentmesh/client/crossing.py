@@ -10,15 +10,17 @@ from openagentmesh.agent.client_middleware import Border, Outgoing
 from openagentmesh.client.pending import Waits
 from openagentmesh.client.requests import Callback, Caller
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 
 
 class BorderCaller(Caller):
     """Calls, streams and sends as a Caller does, each within the middlewares of a border."""
 
-    def __init__(self, bus: Bus, inbox: Inbox, waits: Waits, instance_id: str, border: Border) -> None:
-        super().__init__(bus, inbox, waits, instance_id)
+    def __init__(
+        self, connection: Connection, inbox: Inbox, waits: Waits, instance_id: str, border: Border
+    ) -> None:
+        super().__init__(connection, inbox, waits, instance_id)
         self._border = border
 
     async def call(

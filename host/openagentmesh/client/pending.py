@@ -23,8 +23,8 @@ from openagentmesh.protocol.errors import (
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.registry.directory import Directory
 from openagentmesh.registry.liveness import Peers, died, nobody_is_told
-from openagentmesh.transport.connection import Bus
-from openagentmesh.transport.inbox import RETURNING, Inbox
+from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.inbox import RECOVERY_RETRY_S, Inbox
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
@@ -57,16 +57,16 @@ class Waits:
 
     def __init__(
         self,
-        bus: Bus,
+        connection: Connection,
         inbox: Inbox,
         directory: Directory,
         own: Callable[[str], AgentContract | None],
     ) -> None:
-        self._bus = bus
+        self._connection = connection
         self._inbox = inbox
         self._directory = directory
         self._own = own
-        self._peers = Peers(bus, inbox)
+        self._peers = Peers(connection, inbox)
         self._waiting: set[Waiting] = set()
         # When a name was last seen in the registry.
         self._known: dict[str, float] = {}
@@ -74,7 +74,7 @@ class Waits:
 
     async def open(self) -> None:
         """Listen for deaths, once for all requests."""
-        await self._bus.listen(subjects.DEATHS, self._on_death)
+        await self._connection.subscribe(subjects.DEATHS, self._on_death)
 
     def fail_all(self) -> None:
         """Let nobody wait for an answer that cannot come any more."""
@@ -172,26 +172,26 @@ class Waits:
 
         `reply` is where the host says that it has the request in hand; `late` when time was up.
         """
-        if self._bus.is_closed:
+        if self._connection.is_closed:
             return
         if waiting.control:
-            self._inbox.forget(reply)
+            self._inbox.unregister(reply)
             await self._send_cancel(waiting.control, late)
             return
 
         def receive(message: Message) -> None:
-            self._inbox.forget(reply)
+            self._inbox.unregister(reply)
             if message.reply and codec.decode_reply(message.head, b"").accepted:
                 task = asyncio.create_task(self._send_cancel(message.reply, late))
                 self._cancelling.add(task)
                 task.add_done_callback(self._cancelling.discard)
 
-        self._inbox.redirect(reply, receive)
-        asyncio.get_running_loop().call_later(_ACCEPTS_WITHIN, self._inbox.forget, reply)
+        self._inbox.replace(reply, receive)
+        asyncio.get_running_loop().call_later(_ACCEPTS_WITHIN, self._inbox.unregister, reply)
 
     async def _send_cancel(self, control: str, late: bool) -> None:  # noqa: FBT001 - the cancel's own
         with suppress(MeshError):  # what ended the wait is told, not this
-            await self._bus.publish(control, b"", codec.cancel_headers(timed_out=late))
+            await self._connection.publish(control, b"", codec.cancel_headers(timed_out=late))
 
     def _is_known(self, name: str) -> bool:
         return time.monotonic() - self._known.get(name, -_KNOWN_FOR) < _KNOWN_FOR
@@ -221,8 +221,8 @@ class Waits:
     async def _find(self, name: str) -> AgentContract | None:
         """The contract of an agent, which may be about to be published."""
         contract = self._own(name) or await self._directory.find(name)
-        while contract is None and self._bus.unsettled:
-            await asyncio.sleep(RETURNING)
+        while contract is None and self._connection.is_recovering:
+            await asyncio.sleep(RECOVERY_RETRY_S)
             contract = await self._directory.find(name)
         if contract is None:
             await asyncio.sleep(_SECOND_LOOK)

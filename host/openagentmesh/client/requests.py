@@ -14,10 +14,10 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout
 from openagentmesh.serving.streams import WINDOW, ChunkReader
-from openagentmesh.transport.connection import Bus
-from openagentmesh.transport.inbox import RETURNING, Inbox, fail, settle
+from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.inbox import RECOVERY_RETRY_S, Inbox, set_exception, set_result
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end_within
+from openagentmesh.transport.tasks import cancel_within
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ Callback = Callable[[Any], object]
 
 
 class Caller:
-    """Calls, streams and sends over one bus.
+    """Calls, streams and sends over one connection.
 
     Attributes:
         inside: takes a request for an agent of this very node while nobody else reaches that;
@@ -37,8 +37,8 @@ class Caller:
 
     """
 
-    def __init__(self, bus: Bus, inbox: Inbox, waits: Waits, instance_id: str) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, inbox: Inbox, waits: Waits, instance_id: str) -> None:
+        self._connection = connection
         self._inbox = inbox
         self._waits = waits
         self._instance_id = instance_id
@@ -50,7 +50,7 @@ class Caller:
         self._waits.fail_all()
         if self._sending:
             await asyncio.wait(self._sending, timeout=_CALLBACK_GRACE)
-        if deaf := await end_within(_CALLBACK_GRACE, self._sending):
+        if deaf := await cancel_within(_CALLBACK_GRACE, self._sending):
             log.error("%d callbacks of send do not stop", len(deaf))
 
     async def call(self, name: str, payload: object, timeout: float | None, headers: Headers) -> Any:  # noqa: ANN401 - a JSON value of any shape
@@ -64,8 +64,8 @@ class Caller:
         try:
             async with asyncio.timeout(timeout) as limit:
                 answer = await self._ask(name, body, head, limit)
-                while answer.no_responders and self._bus.unsettled:
-                    await asyncio.sleep(RETURNING)
+                while answer.no_responders and self._connection.is_recovering:
+                    await asyncio.sleep(RECOVERY_RETRY_S)
                     answer = await self._ask(name, body, head, limit)
                 return codec.decode(await self._body(answer, name, "call"))
         except TimeoutError:
@@ -76,23 +76,23 @@ class Caller:
     async def _ask(self, name: str, body: bytes, head: bytes, limit: asyncio.Timeout) -> codec.Reply:
         """One message out, the first answer back; who stops waiting for it stops the handler."""
         found: asyncio.Future[codec.Reply] = asyncio.get_running_loop().create_future()
-        with self._waits.watched(name, "call", lambda exc: fail(found, exc)) as waiting:
+        with self._waits.watched(name, "call", lambda exc: set_exception(found, exc)) as waiting:
 
             def receive(message: Message) -> None:
                 answer = codec.decode_reply(message.head, message.body)
                 if answer.accepted:
                     self._waits.accepted(waiting, answer.instance, message.reply)
                 else:
-                    settle(found, answer)
+                    set_result(found, answer)
 
-            reply = self._inbox.expect(receive)
+            reply = self._inbox.register(receive)
             try:
                 await self._publish(name, body, head, reply)
                 answer = await found
             except BaseException:
                 await self._waits.cancel(waiting, reply, late=limit.expired())
                 raise
-            self._inbox.forget(reply)
+            self._inbox.unregister(reply)
             if not answer.no_responders:
                 self._waits.now_known(name)
             return answer
@@ -125,8 +125,8 @@ class Caller:
         )
         reader = ChunkReader(self._inbox.deliver, name, request_id, timeout, total)
         # Not the chunks' own subject: whoever listens to all of the mesh would hide NATS' 503.
-        reply = self._inbox.expect(reader.receive)
-        sid = await self._bus.listen(subject, reader.receive)
+        reply = self._inbox.register(reader.receive)
+        sid = await self._connection.subscribe(subject, reader.receive)
         late = False
         with self._waits.watched(name, "stream", reader.fail) as waiting:
             reader.on_instance = partial(self._waits.accepted, waiting)
@@ -134,8 +134,8 @@ class Caller:
                 await self._publish(name, body, head, reply)
                 while not reader.ended:
                     frame = await reader.next()
-                    if frame.no_responders and self._bus.unsettled:
-                        await asyncio.sleep(RETURNING)
+                    if frame.no_responders and self._connection.is_recovering:
+                        await asyncio.sleep(RECOVERY_RETRY_S)
                         await self._publish(name, body, head, reply)
                     elif frame.error or frame.no_responders:
                         await self._body(frame, name, "stream")
@@ -150,7 +150,7 @@ class Caller:
                 raise _with_id(exc, name, request_id) from exc.__cause__
             finally:
                 if reader.ended:
-                    self._inbox.forget(reply)
+                    self._inbox.unregister(reply)
                 else:
                     await self._waits.cancel(waiting, reply, late=late)
                 await self._quit(sid)
@@ -197,9 +197,9 @@ class Caller:
     async def _send_off(self, name: str, body: bytes, head: bytes, reply_to: str = "") -> None:
         """Send, and learn from NATS whether anybody is there."""
         while await self._reaches_nobody(name, body, head, reply_to):
-            if not self._bus.unsettled:
+            if not self._connection.is_recovering:
                 raise await self._waits.nobody(name, "send")
-            await asyncio.sleep(RETURNING)
+            await asyncio.sleep(RECOVERY_RETRY_S)
         await self._waits.see_whether_told(name, "send")
 
     async def _reaches_nobody(self, name: str, body: bytes, head: bytes, reply_to: str) -> bool:
@@ -207,25 +207,25 @@ class Caller:
 
         def receive(message: Message) -> None:
             if codec.decode_reply(message.head, b"").no_responders:
-                settle(found, message)
+                set_result(found, message)
 
         async with AsyncExitStack() as stack:
             if reply_to:
-                reply, sid = reply_to, await self._bus.listen(reply_to, receive)
+                reply, sid = reply_to, await self._connection.subscribe(reply_to, receive)
                 stack.push_async_callback(self._quit, sid)
             else:
-                reply = self._inbox.expect(receive)
-                stack.callback(self._inbox.forget, reply)
+                reply = self._inbox.register(receive)
+                stack.callback(self._inbox.unregister, reply)
             await self._publish(name, body, head, reply)
-            if self._bus.connected:
-                await self._bus.flush()  # the 503 comes before it
+            if self._connection.connected:
+                await self._connection.flush()  # the 503 comes before it
         return found.done()
 
     async def _publish(self, name: str, body: bytes, head: bytes, reply: str) -> None:
         """Send a request on its way."""
         subject = subjects.agent(name)
         if not self.inside(name, Message(subject, reply, head, body)):
-            await self._bus.publish(subject, body, head, reply)
+            await self._connection.publish(subject, body, head, reply)
 
     async def _send_for_replies(
         self, replies: "Replies", body: bytes, head: bytes, timeout: float | None
@@ -234,7 +234,7 @@ class Caller:
         subject = subjects.results(replies.request_id)
         reader = ChunkReader(self._inbox.deliver, replies.agent, replies.request_id, timeout)
         async with AsyncExitStack() as stack:
-            sid = await self._bus.listen(subject, reader.receive)
+            sid = await self._connection.subscribe(subject, reader.receive)
             stack.push_async_callback(self._quit, sid)
             stack.enter_context(self._waits.watched(replies.agent, "send", reader.fail))
             publish = partial(self._publish, replies.agent, body, head, subject)
@@ -245,8 +245,8 @@ class Caller:
             task.add_done_callback(self._sending.discard)
 
     async def _quit(self, sid: int) -> None:
-        if not self._bus.is_closed:
-            await self._bus.quit(sid)
+        if not self._connection.is_closed:
+            await self._connection.unsubscribe(sid)
 
     async def _pass_on(
         self,
@@ -261,8 +261,8 @@ class Caller:
             async with listening:
                 while True:
                     frame = await reader.next()
-                    if frame.no_responders and self._bus.unsettled:
-                        await asyncio.sleep(RETURNING)
+                    if frame.no_responders and self._connection.is_recovering:
+                        await asyncio.sleep(RECOVERY_RETRY_S)
                         await publish()
                         continue
                     body = await self._body(frame, name, "send")

@@ -13,8 +13,8 @@ from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
 from openagentmesh.registry.directory import Directory
-from openagentmesh.transport.connection import Bus
-from openagentmesh.transport.inbox import settle
+from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.inbox import set_result
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
@@ -25,17 +25,17 @@ _MOST_BYTES: Final = 64 * 1024 * 1024
 
 
 class Events:
-    """Publishes and subscribes over one bus; `own` gives the contract of an agent served here."""
+    """Publishes and subscribes over one connection; `own` gives the contract of an agent served here."""
 
     def __init__(
         self,
-        bus: Bus,
+        connection: Connection,
         directory: Directory,
         instance_id: str,
         own: Callable[[str], AgentContract | None],
         border: Border,
     ) -> None:
-        self._bus = bus
+        self._connection = connection
         self._directory = directory
         self._instance_id = instance_id
         self._own = own
@@ -53,12 +53,14 @@ class Events:
             raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
         kind, body = codec.encode_message(payload)
         if not self._border:
-            await self._bus.publish(subject, body, codec.publish_headers(self._instance_id, kind, headers))
+            await self._connection.publish(
+                subject, body, codec.publish_headers(self._instance_id, kind, headers)
+            )
             return
         event = Outgoing("publish", subject, body=body, headers=dict(headers or {}))
         async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
             head = codec.publish_headers(self._instance_id, kind, outgoing.headers)
-            await self._bus.publish(subject, outgoing.body, head)
+            await self._connection.publish(subject, outgoing.body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
         """The events of one publisher until it ends; its failure is raised.
@@ -113,14 +115,14 @@ class Events:
 
     @asynccontextmanager
     async def _listening(self, feed: "_Feed") -> AsyncIterator["_Feed"]:
-        sid = await self._bus.listen(feed.subject, feed.receive)
+        sid = await self._connection.subscribe(feed.subject, feed.receive)
         self._feeds.add(feed)
         try:
             yield feed
         finally:
             self._feeds.discard(feed)
-            if not self._bus.is_closed:
-                await self._bus.quit(sid)
+            if not self._connection.is_closed:
+                await self._connection.unsubscribe(sid)
 
 
 def _read(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
@@ -157,13 +159,13 @@ class _Feed:
         self._messages.append(message)
         self._size += len(message.body)
         if self._waiting is not None:
-            settle(self._waiting, None)
+            set_result(self._waiting, None)
 
     def fail(self, error: MeshError) -> None:
         """End the feed with an error, after what has arrived."""
         self._failed = self._failed or error
         if self._waiting is not None:
-            settle(self._waiting, None)
+            set_result(self._waiting, None)
 
     async def next(self, timeout: float | None) -> tuple[str, codec.Reply] | None:
         """The next message that carries something, and its subject; None when there will be no more.

@@ -71,7 +71,7 @@ class Plugins:
 
     @staticmethod
     def named(implementations: Iterable[object]) -> dict[str, object]:
-        """Objects that implement hooks by names for people: of their classes, or modules."""
+        """ObjectStore that implement hooks by names for people: of their classes, or modules."""
         found: dict[str, object] = {}
         for each in implementations:
             name = getattr(each, "__name__", type(each).__name__).rpartition(".")[2].lower()

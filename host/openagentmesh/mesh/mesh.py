@@ -100,10 +100,10 @@ class AgentMesh(Verbs, Reloading):
             self._hosted = True
             loading.node.plugins.check_includes(plugins, loading.origin)
             self._node = loading.node
-            if url not in {address.DEFAULT_URL, loading.node.bus.target.url}:
+            if url not in {address.DEFAULT_URL, loading.node.connection.target.url}:
                 log.warning(
                     "%s asks for %s; it is served on the host's %s",
-                    loading.origin, self._target.shown, loading.node.bus.target.shown,
+                    loading.origin, self._target.display_url, loading.node.connection.target.display_url,
                 )  # fmt: skip
 
     @property
@@ -114,7 +114,7 @@ class AgentMesh(Verbs, Reloading):
     @property
     def url(self) -> str:
         """The address of the NATS server."""
-        return self._node.bus.target.url if self._node else self._target.url
+        return self._node.connection.target.url if self._node else self._target.url
 
     def agent(
         self,
@@ -270,8 +270,8 @@ class AgentMesh(Verbs, Reloading):
         async with self:
             node = await self._ready()
             stop = stop_event()
-            log.info("serving %d agents on %s", len(node.router), node.bus.target.shown)
-            await until_stopped(stop, node.bus.closed)
+            log.info("serving %d agents on %s", len(node.router), node.connection.target.display_url)
+            await until_stopped(stop, node.connection.closed)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""One participant: a bus, the agents it serves, what it knows of the others."""
+"""One participant: a connection, the agents it serves, what it knows of the others."""
 
 import asyncio
 import logging
@@ -30,12 +30,12 @@ from openagentmesh.registry.registry import Registry
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
 from openagentmesh.state.observe import follow_levels
-from openagentmesh.transport.connection import Bus, Target
+from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.object_store import Objects
-from openagentmesh.transport.tasks import end, persistently
+from openagentmesh.transport.object_store import ObjectStore
+from openagentmesh.transport.tasks import cancel_and_wait, retry_forever
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +81,20 @@ class Node:
         border = border or self.plugins.border()
         self.instance_id = instance_id
         self.started_at = time.time()
-        self.bus = Bus(target, f"oam-host-{instance_id}")
-        self.inbox = Inbox(self.bus)
-        self.buckets = Buckets(self.bus, self.inbox)
-        self.objects = Objects(self.bus, self.inbox)
-        self.router = Router(self.bus, self.inbox, self.buckets, instance_id, border)
+        self.connection = Connection(target, f"oam-host-{instance_id}")
+        self.inbox = Inbox(self.connection)
+        self.buckets = KVBuckets(self.connection, self.inbox)
+        self.objects = ObjectStore(self.connection, self.inbox)
+        self.router = Router(self.connection, self.inbox, self.buckets, instance_id, border)
         self.directory = Directory(self.buckets)
-        self.registry = Registry(self.buckets, lambda: self.bus.max_payload)
-        self.presence = Presence(self.bus, self.inbox, self.buckets, instance_id, about or {})
-        self.micro = Micro(self.bus, self.router, instance_id)
-        self.waits = Waits(self.bus, self.inbox, self.directory, self.own)
-        asking = (self.bus, self.inbox, self.waits, instance_id)
+        self.registry = Registry(self.buckets, lambda: self.connection.max_payload)
+        self.presence = Presence(self.connection, self.inbox, self.buckets, instance_id, about or {})
+        self.micro = Micro(self.connection, self.router, instance_id)
+        self.waits = Waits(self.connection, self.inbox, self.directory, self.own)
+        asking = (self.connection, self.inbox, self.waits, instance_id)
         self.caller = BorderCaller(*asking, border) if border else Caller(*asking)
         self.caller.inside = self.router.take_inside
-        self.events = Events(self.bus, self.directory, instance_id, self.own, border)
+        self.events = Events(self.connection, self.directory, instance_id, self.own, border)
         self.describe: Callable[[], dict[str, Any]] = self.description
         # Awaited when nothing runs any more, while the connection is still there.
         self.on_finished: Callable[[], Awaitable[None]] = _do_nothing
@@ -125,14 +125,14 @@ class Node:
             PluginFailed: a plugin cannot start.
 
         """
-        await self.bus.connect()
-        self.bus.restore = self._restore
-        self.bus.on_closed = self._on_closed
+        await self.connection.connect()
+        self.connection.restore = self._restore
+        self.connection.on_closed = self._on_closed
         try:
             await self.inbox.open()
             await self.waits.open()
-            await self.bus.listen(subjects.host(self.instance_id, "*"), self._on_host_request)
-            await self.buckets.make()
+            await self.connection.subscribe(subjects.host(self.instance_id, "*"), self._on_host_request)
+            await self.buckets.create_missing()
             await self._plugins_running.enter_async_context(
                 self.plugins.lifespan(Instance(self.instance_id, self.describe))
             )
@@ -164,7 +164,7 @@ class Node:
             return
         await self.binding.idle()  # one of them may just be opened
         await asyncio.gather(*[route.end(drain_timeout) for route in routes])
-        await persistently(lambda: self._deregister({route.agent.name for route in routes}), "deregistering")
+        await retry_forever(lambda: self._deregister({route.agent.name for route in routes}), "deregistering")
 
     async def _deregister(self, names: set[str]) -> None:
         async with self._registering:
@@ -196,7 +196,7 @@ class Node:
         for name in names:
             if name in wanted and name not in self.refused:
                 await self.router.point(wanted[name])
-        await self.bus.flush()  # from here on they can be called
+        await self.connection.flush()  # from here on they can be called
         async with self._registering:
             agents = {route.agent.name: route.agent for n in names if (route := self.router.get(n))}
             contracts = {n: a.contract for n, a in agents.items() if not self._is_published(a.contract)}
@@ -240,7 +240,7 @@ class Node:
             self._watching_over = asyncio.create_task(self.presence.watch_over(self._clear))
             self._repairing = asyncio.create_task(self._keep_published())
             self._following_levels = asyncio.create_task(
-                persistently(lambda: follow_levels(self.buckets, self.router.events), "following log levels")
+                retry_forever(lambda: follow_levels(self.buckets, self.router.events), "following log levels")
             )
 
     async def _clear(self, agents: set[str]) -> set[str]:
@@ -253,23 +253,23 @@ class Node:
         """Those of these agents, in no record, that peers without records do not serve either."""
         known = [self.own(name) or self.directory.known(name) for name in agents]
         contracts = [contract for contract in known if contract]
-        return agents - await served_by_strangers(self.bus, self.inbox, contracts)
+        return agents - await served_by_strangers(self.connection, self.inbox, contracts)
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
         served = self._watching_over is not None
         await self.binding.stop()
-        await end(self._repairing, self._watching_over)
+        await cancel_and_wait(self._repairing, self._watching_over)
         await self.micro.close()
         try:
-            if self.bus.connected and served:
+            if self.connection.connected and served:
                 await self.router.drain(drain_timeout)
                 lonely = await self._nobodys(await self.presence.withdraw())
                 await self.registry.withdraw([route.agent.name for route in self.router], everywhere=lonely)
                 await self.presence.notify_deaths(lonely, self.instance_id, "graceful_shutdown")
                 for route in self.router:
                     await self.router.events.emit("info", route.agent.name, "agent_deregistered")
-                await self.bus.flush()
+                await self.connection.flush()
         except MeshError as exc:
             log.warning("not deregistered, others will clear up: %s", exc)
         finally:
@@ -277,7 +277,7 @@ class Node:
 
     async def _close(self) -> None:
         await self.binding.stop()
-        await end(self._repairing, self._watching_over, self._following_levels)
+        await cancel_and_wait(self._repairing, self._watching_over, self._following_levels)
         try:
             await self.router.finish(0)
             await self.on_finished()
@@ -288,7 +288,7 @@ class Node:
             await self.caller.close()
             await self.waits.close()
             await self.directory.close()
-            await self.bus.close()
+            await self.connection.close()
 
     def own(self, name: str) -> AgentContract | None:
         """The contract of an agent served here."""
@@ -305,16 +305,18 @@ class Node:
             "refused": self.refused,
             "threads": pool.description(),
             "connection": {
-                "url": self.bus.target.shown,
-                "server": self.bus.server.get("version"),
-                "connected": self.bus.connected,
-                "reconnects": self.bus.reconnects,
-                "history": [{"at": event.at.isoformat(), "what": event.what} for event in self.bus.history],
+                "url": self.connection.target.display_url,
+                "server": self.connection.server.get("version"),
+                "connected": self.connection.connected,
+                "reconnects": self.connection.reconnects,
+                "history": [
+                    {"at": event.at.isoformat(), "what": event.what} for event in self.connection.history
+                ],
             },
         }
 
     def _on_closed(self) -> None:
-        self.buckets.fail_all()
+        self.buckets.fail_pending()
         self.waits.fail_all()
         self.events.fail_all()
 
@@ -338,7 +340,7 @@ class Node:
             await self._torn.wait()
             await asyncio.sleep(_REPAIR_WAIT)  # let the other finish what it removes
             self._torn.clear()  # what is removed from here on needs another repair
-            await persistently(self._publish_again, "publishing again what others removed")
+            await retry_forever(self._publish_again, "publishing again what others removed")
 
     async def _publish_again(self) -> None:
         async with self._registering:  # what is withdrawn meanwhile must not come back
@@ -355,20 +357,20 @@ class Node:
         try:
             control = self.controls.get(verb)
             body = await control(message.body) if control is not None else b"{}"
-            await self.bus.publish(message.reply, body)
+            await self.connection.publish(message.reply, body)
         except MeshError as exc:
             log.warning("a question about this host could not be answered: %s", exc)
         # The question ends here.
         except Exception as exc:
             log.exception("a question about this host could not be answered")
-            await self.bus.publish(
+            await self.connection.publish(
                 message.reply, to_json({"error": f"{type(exc).__name__}: {error_text(exc)}"})
             )
 
     async def _info(self, _body: bytes) -> bytes:
         described = self.describe()
         shown = described["agents"][:_MOST_DESCRIBED]
-        while len(body := to_json(described | {"agents": shown})) > self.bus.max_payload and shown:
+        while len(body := to_json(described | {"agents": shown})) > self.connection.max_payload and shown:
             shown = shown[: len(shown) // 2]
         return body
 

@@ -9,7 +9,7 @@ from openagentmesh.agent.agent import Agent
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.serving.route import Route
 from openagentmesh.serving.router import Router
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Binding:
         self._started = False
         if self._again is not None:
             self._again.cancel()
-        await end(self._task)
+        await cancel_and_wait(self._task)
 
     async def settled(self, names: Collection[str] | None = None) -> None:
         """Wait until everything wanted so far is up, or these; raises what kept them from that."""

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Final, TypeVar
 
 from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,7 +39,7 @@ async def until_stopped(stop: asyncio.Event, closed: asyncio.Event) -> None:
     """
     waits = [asyncio.create_task(event.wait()) for event in (stop, closed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    await end(*waits)
+    await cancel_and_wait(*waits)
     if not stop.is_set():
         raise ConnectionFailed("The connection closed for good.")
 

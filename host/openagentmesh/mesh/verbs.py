@@ -17,8 +17,8 @@ from openagentmesh.protocol.subjects import in_channel
 from openagentmesh.state.kv import KV
 from openagentmesh.state.observe import Observe
 from openagentmesh.state.workspace import Workspace
-from openagentmesh.transport.kv import Buckets
-from openagentmesh.transport.object_store import Objects
+from openagentmesh.transport.kv import KVBuckets
+from openagentmesh.transport.object_store import ObjectStore
 
 
 class Verbs(ABC):
@@ -254,8 +254,8 @@ class Verbs(ABC):
         contracts = await node.directory.discover()
         return [c for c in contracts if channel is None or in_channel(c.name, channel)]
 
-    async def _buckets(self) -> Buckets:
+    async def _buckets(self) -> KVBuckets:
         return (await self._ready()).buckets
 
-    async def _objects(self) -> Objects:
+    async def _objects(self) -> ObjectStore:
         return (await self._ready()).objects

@@ -1,4 +1,4 @@
-"""Objects of the workspace as they are stored: the NATS object store format (ADR-20)."""
+"""ObjectStore of the workspace as they are stored: the NATS object store format (ADR-20)."""
 
 import logging
 from base64 import urlsafe_b64encode

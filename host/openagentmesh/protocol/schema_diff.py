@@ -4,7 +4,7 @@ One side produces values and the other accepts them: callers produce the input, 
 accepts; the new version produces the output, which callers accept. A value that may be produced and is
 not accepted breaks callers.
 
-Objects are read as pydantic means them: without `additionalProperties`, extra keys are neither produced
+ObjectStore are read as pydantic means them: without `additionalProperties`, extra keys are neither produced
 nor rejected. A missing schema produces `{}`, the reply for None, and requires nothing as an input; old
 peers publish no input schema at all. A missing schema on the accepting side accepts anything.
 

@@ -9,9 +9,9 @@ from typing import Final
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry, decode_catalog
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, NotFound
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 from openagentmesh.transport.kv_watch import Entry
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Directory:
     changes, None as its document when it was deleted.
     """
 
-    def __init__(self, buckets: Buckets) -> None:
+    def __init__(self, buckets: KVBuckets) -> None:
         self.changed: Callable[[str, bytes | None], None] = lambda _name, _document: None
         self._buckets = buckets
         self._documents: dict[str, bytes] = {}
@@ -43,7 +43,7 @@ class Directory:
 
     async def close(self) -> None:
         """Follow no more."""
-        await end(self._following)
+        await cancel_and_wait(self._following)
 
     async def catalog(self) -> list[CatalogEntry]:
         """All agents, in the catalog's order, then those it has no room for."""
@@ -111,7 +111,7 @@ class Directory:
                         loading.pop(entry.key, None)
                     self._revision = max(self._revision, entry.revision or 0)
                     self.changed(entry.key, document)
-                elif entry == "begin":
+                elif entry == "reset":
                     loading, self._revision, self._current = {}, 0, False
                 else:
                     self._documents, self._current = loading, True

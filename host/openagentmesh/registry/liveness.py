@@ -9,10 +9,10 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import AgentDied, MeshError, MeshTimeout
 from openagentmesh.protocol.messages import DeathNotice
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 # How often an instance that we wait for is asked whether it lives, in seconds.
 _ASK_EVERY: Final = 1.0
@@ -27,8 +27,8 @@ Fail = Callable[[MeshError], None]
 class Peers:
     """Asks instances whether they live, as long as somebody waits for them."""
 
-    def __init__(self, bus: Bus, inbox: Inbox) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, inbox: Inbox) -> None:
+        self._connection = connection
         self._inbox = inbox
         self._waiting: dict[str, dict[Fail, str]] = {}
         self._silent: dict[str, int] = {}
@@ -49,12 +49,12 @@ class Peers:
 
     async def close(self) -> None:
         """Ask no more."""
-        await end(self._asking)
+        await cancel_and_wait(self._asking)
 
     async def _ask_all(self) -> None:
         while self._waiting:
             await asyncio.sleep(_ASK_EVERY)
-            if self._bus.unsettled:  # it is we who are cut off
+            if self._connection.is_recovering:  # it is we who are cut off
                 self._silent.clear()
                 continue
             await asyncio.gather(*[self._ask(instance_id) for instance_id in self._waiting])
@@ -109,7 +109,9 @@ def _impossible(name: str) -> str:
     return f"{subjects.agent(name).rpartition('.')[0]}.{codec.new_id()}"
 
 
-async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentContract]) -> set[str]:
+async def served_by_strangers(
+    connection: Connection, inbox: Inbox, contracts: Iterable[AgentContract]
+) -> set[str]:
     """Which of these agents somebody listens for, though no record says so: peers of other makes.
 
     They are asked with the wrong verb, which runs nothing: what counts is whether NATS says that
@@ -125,10 +127,10 @@ async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentC
             if codec.decode_reply(message.head, b"").no_responders:
                 nobody.add(subject)
 
-        reply = inbox.expect(receive)
+        reply = inbox.register(receive)
         replies.append(reply)
         head = codec.request_headers(codec.new_id(), "", timeout=None, streaming=streaming)
-        await bus.publish(subject, b"", head, reply)
+        await connection.publish(subject, b"", head, reply)
 
     try:
         for contract in contracts:
@@ -137,8 +139,8 @@ async def served_by_strangers(bus: Bus, inbox: Inbox, contracts: Iterable[AgentC
                 await ask(subject, streaming=not contract.streaming)
                 await ask(impossible, streaming=False)
                 asked.append((contract.name, subject, impossible))
-        await bus.flush()  # the 503s come before it
+        await connection.flush()  # the 503s come before it
     finally:
         for reply in replies:
-            inbox.forget(reply)
+            inbox.unregister(reply)
     return {name for name, subject, impossible in asked if subject not in nobody and impossible in nobody}

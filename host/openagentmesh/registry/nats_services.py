@@ -25,9 +25,9 @@ from pydantic_core import to_json
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.route import Route
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ class Micro:
     """Answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`, for all agents, those of a name, or one.
 
     Args:
-        bus: where the questions come from.
+        connection: where the questions come from.
         routes: the agents that are served.
         instance_id: this instance.
 
     """
 
-    def __init__(self, bus: Bus, routes: Iterable[Route], instance_id: str) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, routes: Iterable[Route], instance_id: str) -> None:
+        self._connection = connection
         self._routes = routes
         self._instance_id = instance_id
         self._sid: int | None = None
@@ -66,15 +66,15 @@ class Micro:
     async def open(self) -> None:
         """Listen to the questions, once however often it is called."""
         if self._sid is None:
-            self._sid = await self._bus.listen(subjects.SERVICES, self._receive)
+            self._sid = await self._connection.subscribe(subjects.SERVICES, self._receive)
 
     async def close(self) -> None:
         """Answer nothing more."""
         sid, self._sid = self._sid, None
-        if sid is not None and not self._bus.is_closed:
-            await self._bus.quit(sid)
+        if sid is not None and not self._connection.is_closed:
+            await self._connection.unsubscribe(sid)
         self._waiting.clear()
-        await end(self._answering)
+        await cancel_and_wait(self._answering)
 
     def _receive(self, message: Message) -> None:
         _, *words = message.subject.split(".")
@@ -95,7 +95,7 @@ class Micro:
         asked = [route for route in self._routes if self._is_asked(route, *about)]
         for number, route in enumerate(asked, 1):
             try:
-                await self._bus.publish(reply, to_json(told(route)))
+                await self._connection.publish(reply, to_json(told(route)))
             except MeshError as exc:
                 log.warning("%s could not be told of to NATS' tools: %s", route.agent.name, exc)
             if not number % _AT_ONCE:

@@ -13,9 +13,9 @@ from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.registry.liveness import is_gone
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Presence:
     """This instance's record, and an eye on the others'.
 
     Args:
-        bus: the connection.
+        connection: the connection.
         inbox: its reply subjects.
         buckets: its KV buckets.
         instance_id: this instance.
@@ -39,9 +39,14 @@ class Presence:
     """
 
     def __init__(
-        self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str, about: dict[str, Any]
+        self,
+        connection: Connection,
+        inbox: Inbox,
+        buckets: KVBuckets,
+        instance_id: str,
+        about: dict[str, Any],
     ) -> None:
-        self._bus = bus
+        self._connection = connection
         self._inbox = inbox
         self._buckets = buckets
         self._instance_id = instance_id
@@ -91,7 +96,7 @@ class Presence:
         now = datetime.now(UTC).isoformat()
         for name in sorted(agents):
             notice = DeathNotice(agent=name, reason=reason, detected_at=now, instance_id=instance_id)
-            await self._bus.publish(subjects.death(name), notice.model_dump_json().encode())
+            await self._connection.publish(subjects.death(name), notice.model_dump_json().encode())
 
     async def watch_over(self, clear: Callable[[set[str]], Awaitable[set[str]]]) -> None:
         """Clear up after instances that died without a word; runs until cancelled.
@@ -104,7 +109,7 @@ class Presence:
         newcomer = True
         while True:
             await asyncio.sleep(HEARTBEAT * random.uniform(0.8, 1.2))  # noqa: S311 - no secret depends on it
-            if not self._bus.connected:
+            if not self._connection.connected:
                 continue
             try:
                 records = await instances(self._buckets)
@@ -141,10 +146,10 @@ class Presence:
         await self.notify_deaths(await clear(lonely), instance_id, "disconnect")
 
 
-async def instances(buckets: Buckets) -> Records:
+async def instances(buckets: KVBuckets) -> Records:
     """All instance records by instance id; what is no record is left out."""
     found = {}
-    for instance_id, value in (await buckets.read(subjects.INSTANCES_BUCKET)).items():
+    for instance_id, value in (await buckets.read_all(subjects.INSTANCES_BUCKET)).items():
         try:
             record = from_json(value)
         except ValueError:

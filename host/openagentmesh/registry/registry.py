@@ -14,7 +14,7 @@ from openagentmesh.protocol.contract import (
 )
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.schema_diff import Change, breaking_changes
-from openagentmesh.transport.kv import ROOM_FOR_HEADERS, Buckets
+from openagentmesh.transport.kv import HEADER_RESERVE, KVBuckets
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Registry:
     """The contracts this node has published, and what keeps them published."""
 
-    def __init__(self, buckets: Buckets, max_payload: Callable[[], int]) -> None:
+    def __init__(self, buckets: KVBuckets, max_payload: Callable[[], int]) -> None:
         self._buckets = buckets
         self._max_payload = max_payload
         self._own: dict[str, bytes] = {}
@@ -50,7 +50,7 @@ class Registry:
         input has to fit both ways.
         """
         ours = {contract.name: contract for contract in contracts}
-        published = await self._buckets.read(subjects.REGISTRY_BUCKET) if ours else {}
+        published = await self._buckets.read_all(subjects.REGISTRY_BUCKET) if ours else {}
         found = {}
         for name, own in ours.items():
             try:
@@ -77,7 +77,7 @@ class Registry:
         """Publish again what is missing, whoever lost it: a new server, or a peer that stopped."""
         if not self._own:
             return
-        found = await self._buckets.read(subjects.REGISTRY_BUCKET)
+        found = await self._buckets.read_all(subjects.REGISTRY_BUCKET)
         missing = {name: own for name, own in self._own.items() if name not in found}
         await self._buckets.put_all(subjects.REGISTRY_BUCKET, missing)
         listed = decode_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
@@ -95,14 +95,14 @@ class Registry:
             after = kept + [entry.model_dump() for entry in added.values()]
             return self._fitting(after) if after != before else None
 
-        await self._buckets.change(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, changed)
+        await self._buckets.update(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, changed)
 
     def _fitting(self, entries: list[dict[str, Any]]) -> bytes:
         """The key's value, without the newest entries where it would outgrow the server's limit.
 
         Those stay in the registry, which our readers read as well.
         """
-        limit = self._max_payload() - ROOM_FOR_HEADERS
+        limit = self._max_payload() - HEADER_RESERVE
         document = encode_catalog(entries)
         kept = len(entries)
         while len(document) > limit:

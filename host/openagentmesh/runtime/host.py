@@ -33,7 +33,7 @@ from openagentmesh.runtime.reload.watcher import watch
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
 from openagentmesh.transport.server import EmbeddedServer
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class Host:
         await node.start(agents, serves=True)
         if self._watch:
             watching = asyncio.create_task(watch(reloader))
-            self._running.push_async_callback(end, watching)
+            self._running.push_async_callback(cancel_and_wait, watching)
 
     def _assembled(self, plugins: Plugins, target: Target) -> Reloader:
         """Make all the parts, without starting any."""

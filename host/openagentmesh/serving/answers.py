@@ -63,7 +63,7 @@ class Answers:
         self, message: Message, request: Request, where: str, error: MeshError, send: Send
     ) -> None:
         """Tell its caller, at `where`, and everybody that it failed."""
-        bus, instance_id, name = self._shared.bus, self._shared.instance_id, self._agent
+        connection, instance_id, name = self._shared.connection, self._shared.instance_id, self._agent
         error = error.for_request(agent=name, request_id=request.request_id)
         body = codec.encode_error(error)
         head = codec.error_headers(request.request_id, instance_id)
@@ -73,7 +73,7 @@ class Answers:
                 frame = request.streaming and subjects.is_token(request.request_id)
                 await send(where, body, codec.error_headers(request.request_id, instance_id, frame=frame))
             if not about_requests:
-                await bus.publish(subjects.errors(name), body, head)
+                await connection.publish(subjects.errors(name), body, head)
         except MeshError as exc:
             log.error("%s: the caller could not be told of %r: %s", name, error, exc)  # noqa: TRY400 - no bug of ours
         if about_requests:

@@ -13,7 +13,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import HandlerError, MeshError, error_text
 from openagentmesh.serving.resources import Shared
 from openagentmesh.serving.streams import EventWriter
-from openagentmesh.transport.tasks import end_within
+from openagentmesh.transport.tasks import cancel_within
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Background:
         if task is None:
             return
         self._stopping, self._for_good = True, for_good
-        if await end_within(_CANCEL_GRACE, [task]):
+        if await cancel_within(_CANCEL_GRACE, [task]):
             log.error("%s does not stop within %gs and is left", self._agent.name, _CANCEL_GRACE)
         if self.state != "done":
             self.state = "stopped"
@@ -130,22 +130,22 @@ class Background:
 
     async def _publish(self, events: Any) -> None:  # noqa: ANN401 - the author's generator
         """One run of a publisher: its events, then the end frame."""
-        shared, bus = self._shared, self._shared.bus
+        shared, connection = self._shared, self._shared.connection
         subject = subjects.events(self._agent.name)
         start = codec.frame_prefix("", shared.instance_id)
-        writer = EventWriter(bus, subject, start, self._agent.dump, shared.border)
+        writer = EventWriter(connection, subject, start, self._agent.dump, shared.border)
         writer.seq = self.seq
         try:
             async with aclosing(events):
                 async for event in events:
                     if self._stopping:  # it swallowed its cancellation, and another one may run already
                         raise asyncio.CancelledError  # noqa: TRY301 - it ends as if it had not
-                    await bus.until_connected()
+                    await connection.wait_connected()
                     await writer.send(event)
         except BaseException as exc:
             stopped = isinstance(exc, asyncio.CancelledError) and self._stopping
             self.seq = writer.seq if stopped and not self._for_good else 0
-            if stopped and self._for_good and bus.connected:
+            if stopped and self._for_good and connection.connected:
                 await writer.end()
             raise
         self.seq = 0
@@ -166,8 +166,10 @@ class Background:
         try:
             if self._agent.contract.streaming:
                 frame = codec.error_headers("", shared.instance_id, frame=True)
-                await shared.bus.publish(subjects.events(name), body, frame)
-            await shared.bus.publish(subjects.errors(name), body, codec.error_headers("", shared.instance_id))
+                await shared.connection.publish(subjects.events(name), body, frame)
+            await shared.connection.publish(
+                subjects.errors(name), body, codec.error_headers("", shared.instance_id)
+            )
         except MeshError as failed:
             log.warning("%s: nobody could be told of its failure: %s", name, failed)
         await shared.events.emit("error", name, "agent_failed", message=self.error, data={"code": error.code})

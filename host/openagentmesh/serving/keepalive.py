@@ -10,7 +10,7 @@ from openagentmesh.agent.call import Call
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.serving.deadline import Deadline
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 
@@ -32,9 +32,9 @@ class Lifeline:
     """
 
     def __init__(
-        self, bus: Bus, inbox: Inbox, head: bytes, reply: str, gone: Callable[[bool], object]
+        self, connection: Connection, inbox: Inbox, head: bytes, reply: str, gone: Callable[[bool], object]
     ) -> None:
-        self._bus = bus
+        self._connection = connection
         self._inbox = inbox
         self._head = head
         self._reply = reply
@@ -48,25 +48,25 @@ class Lifeline:
         """Say and hear nothing more."""
         self._timer.cancel()
         if self._control:
-            self._inbox.forget(self._control)
+            self._inbox.unregister(self._control)
 
     def _beat(self) -> None:
-        self._control = self._control or self._inbox.expect(self._receive)
+        self._control = self._control or self._inbox.register(self._receive)
         self._unheard, self._missed = self._unheard if self._missed else 0, False
         self._sending = asyncio.create_task(self._send())
         self._timer = asyncio.get_running_loop().call_later(_BEAT, self._beat, context=Context())
 
     async def _send(self) -> None:
-        if not self._bus.connected:
+        if not self._connection.connected:
             return  # heard all at once later, the beats would tell nothing
         try:
-            await self._bus.publish(self._reply, b"", self._head, self._control)
+            await self._connection.publish(self._reply, b"", self._head, self._control)
         except MeshError as exc:
             log.debug("a caller could not be told that its request is in hand: %s", exc)
 
     def _receive(self, message: Message) -> None:
         nobody = codec.decode_reply(message.head, b"").no_responders
-        if nobody and self._bus.unsettled:
+        if nobody and self._connection.is_recovering:
             return  # the caller may not be back from the server's absence
         self._unheard, self._missed = self._unheard + 1, True
         if not nobody or self._unheard >= _UNHEARD:

@@ -8,7 +8,7 @@ from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.headers import write_headers
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +18,8 @@ _RANKS: Final = {level: rank for rank, level in enumerate(LOG_LEVELS)}
 class EventLog:
     """Publishes one instance's log events, those of an agent from its level on."""
 
-    def __init__(self, bus: Bus, instance_id: str) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, instance_id: str) -> None:
+        self._connection = connection
         self._head = write_headers({subjects.INSTANCE_ID: instance_id})
         self._levels: dict[str, int] = {}
         self._default = _RANKS[ObserveConfig().log_level]
@@ -64,6 +64,6 @@ class EventLog:
             data=data or {},
         )
         try:
-            await self._bus.publish(subjects.logs(agent), codec.encode(found), self._head)
+            await self._connection.publish(subjects.logs(agent), codec.encode(found), self._head)
         except MeshError as exc:
             log.debug("the event %s of %s could not be published: %s", event, agent, exc)

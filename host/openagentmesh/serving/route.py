@@ -23,7 +23,7 @@ from openagentmesh.serving.stats import Counts
 from openagentmesh.serving.streams import ChunkWriter, NoWriter
 from openagentmesh.serving.triggers import Accept, Gate, KVFeed, SubjectFeed
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end, end_within
+from openagentmesh.transport.tasks import cancel_and_wait, cancel_within
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ class Route:
         if condition is None:
             await self.open()
             return
-        self.gate = Gate(self.agent, condition, shared.bus, shared.buckets, self._activate, self._deactivate)
+        self.gate = Gate(
+            self.agent, condition, shared.connection, shared.buckets, self._activate, self._deactivate
+        )
         await self.gate.start(is_open=self.is_open, before=before)
 
     async def open(self) -> None:
@@ -99,7 +101,7 @@ class Route:
         self.is_open = True
         if agent.contract.invocable and self.sid is None:
             subject, queue = subjects.agent(agent.name), subjects.queue_group(agent.name)
-            self.sid = await shared.bus.listen(subject, self.receive, queue)
+            self.sid = await shared.connection.subscribe(subject, self.receive, queue)
         if agent.handler.shape in {"publisher", "watcher"} and self.background is None:
             self.background = Background(agent, shared, self._next_seq)
             self.background.start()
@@ -173,7 +175,7 @@ class Route:
         return _is_plain(self.agent)
 
     async def _activate(self) -> None:
-        await end(self._draining)  # what it waits for may go on
+        await cancel_and_wait(self._draining)  # what it waits for may go on
         await self.open()
         await self._shared.events.emit("info", self.agent.name, "agent_activated")
 
@@ -196,7 +198,7 @@ class Route:
     async def _leave(self) -> None:
         sid, self.sid = self.sid, None
         if sid is not None:
-            await self._shared.bus.leave(sid)
+            await self._shared.connection.drain(sid)
 
     def receive(self, message: Message) -> None:
         """Take a request off the wire: spawn and return."""
@@ -289,7 +291,7 @@ class Route:
         reply = reply_subject(message, request, agent.handler, overheard=overheard)
         where = error_subject(request, reply, overheard=overheard)
         # Its caller is there: it has just asked, through this very server.
-        await self._answers.failed(message, request, where, error, self._shared.bus.publish)
+        await self._answers.failed(message, request, where, error, self._shared.connection.publish)
 
     async def finish(self, timeout: float, agent: Agent | None = None) -> int:
         """Wait for what is running, or what is on one version; after `timeout` seconds cancel it.
@@ -300,7 +302,7 @@ class Route:
         if not running:
             return 0
         _, late = await asyncio.wait(running, timeout=timeout)
-        if deaf := await end_within(_CANCEL_GRACE, late):
+        if deaf := await cancel_within(_CANCEL_GRACE, late):
             log.error("%s: %d requests do not stop", self.agent.name, len(deaf))
         return len(deaf)
 
@@ -309,7 +311,7 @@ class Route:
             return _NO_LIFELINE
         shared = self._shared
         head = codec.accepted_headers(call.request_id, shared.instance_id)
-        return closing(Lifeline(shared.bus, shared.inbox, head, reply, leaving(call, deadline)))
+        return closing(Lifeline(shared.connection, shared.inbox, head, reply, leaving(call, deadline)))
 
     async def _stream(self, agent: Agent, call: Call, reply: str, deadline: Deadline) -> None:
         shared, request, loop = self._shared, call.request, asyncio.get_running_loop()
@@ -317,7 +319,9 @@ class Route:
         start = codec.frame_prefix(request.request_id, shared.instance_id)
         # What was sent without a reply subject is done for its own sake.
         writer_of = ChunkWriter if subject else NoWriter
-        writer = writer_of(shared.bus, shared.inbox, subject, start, agent.handler.dump, request.credit)
+        writer = writer_of(
+            shared.connection, shared.inbox, subject, start, agent.handler.dump, request.credit
+        )
 
         def put_off() -> None:
             # From here on it is others who take their time.
@@ -345,5 +349,5 @@ def _is_plain(agent: Agent) -> bool:
 
 def _feed(source: Source, route: Route, shared: Shared) -> SubjectFeed | KVFeed:
     if isinstance(source, SubjectSource):
-        return SubjectFeed(source, route.agent.name, route, shared.bus)
+        return SubjectFeed(source, route.agent.name, route, shared.connection)
     return KVFeed(source, lambda: route.agent, shared.buckets, partial(route.take, in_turn=True))

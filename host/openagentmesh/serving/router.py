@@ -8,18 +8,20 @@ from openagentmesh.agent.client_middleware import Border
 from openagentmesh.serving.log_events import EventLog
 from openagentmesh.serving.resources import Shared
 from openagentmesh.serving.route import Route
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 from openagentmesh.transport.nats_client import Message
 
 
 class Router:
     """The routes of one node."""
 
-    def __init__(self, bus: Bus, inbox: Inbox, buckets: Buckets, instance_id: str, border: Border) -> None:
-        self.events = EventLog(bus, instance_id)
-        self._shared = Shared(bus, inbox, buckets, self.events, instance_id, border)
+    def __init__(
+        self, connection: Connection, inbox: Inbox, buckets: KVBuckets, instance_id: str, border: Border
+    ) -> None:
+        self.events = EventLog(connection, instance_id)
+        self._shared = Shared(connection, inbox, buckets, self.events, instance_id, border)
         self._routes: dict[str, Route] = {}
         self._leaving = False
 
@@ -48,7 +50,7 @@ class Router:
     async def drain(self, timeout: float) -> None:
         """Take nothing more from outside, finish what runs; cancel and answer the rest after `timeout` s."""
         self._leaving = True
-        await self._shared.bus.leave(*[route.sid for route in self if route.sid is not None])
+        await self._shared.connection.drain(*[route.sid for route in self if route.sid is not None])
         await self.finish(timeout)
 
     def take_inside(self, name: str, message: Message) -> bool:

@@ -11,7 +11,7 @@ from openagentmesh.agent.client_middleware import EVENT_PATIENCE, Border, Outgoi
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 
@@ -29,16 +29,18 @@ class FrameWriter:
     """Sends the frames of one stream, or of one publisher's run (protocol §7).
 
     Args:
-        bus: the connection.
+        connection: the connection.
         subject: where the frames go.
         start: what their headers begin with, see `codec.frame_prefix`.
         dump: makes a chunk into bytes.
 
     """
 
-    def __init__(self, bus: Bus, subject: str, start: bytes, dump: Callable[[Any], bytes]) -> None:
+    def __init__(
+        self, connection: Connection, subject: str, start: bytes, dump: Callable[[Any], bytes]
+    ) -> None:
         self.seq = 0
-        self._bus = bus
+        self._connection = connection
         self._subject = subject
         self._start = start
         self._dump = dump
@@ -48,12 +50,12 @@ class FrameWriter:
         """Send one chunk."""
         await self._make_way()
         head = codec.frame_headers(self._start, self.seq)
-        await self._bus.publish(self._subject, self._dump(chunk), head, self._reply)
+        await self._connection.publish(self._subject, self._dump(chunk), head, self._reply)
         self.seq += 1
 
     async def end(self, usage: Usage | None = None) -> None:
         """Send the end frame, which carries the count of chunks."""
-        await self._bus.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
+        await self._connection.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
 
     async def _make_way(self) -> None:
         if self.seq % _YIELD_EVERY == 0:
@@ -64,9 +66,9 @@ class EventWriter(FrameWriter):
     """Sends the events of one publisher's run, each across the plugins' border."""
 
     def __init__(
-        self, bus: Bus, subject: str, start: bytes, dump: Callable[[Any], bytes], border: Border
+        self, connection: Connection, subject: str, start: bytes, dump: Callable[[Any], bytes], border: Border
     ) -> None:
-        super().__init__(bus, subject, start, dump)
+        super().__init__(connection, subject, start, dump)
         self._border = border
 
     async def send(self, chunk: object) -> None:
@@ -78,7 +80,7 @@ class EventWriter(FrameWriter):
         event = Outgoing("publish", self._subject, body=self._dump(chunk))
         async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
             head = codec.frame_headers(self._start, self.seq, outgoing.headers)
-            await self._bus.publish(self._subject, outgoing.body, head)
+            await self._connection.publish(self._subject, outgoing.body, head)
             self.seq += 1
 
 
@@ -97,25 +99,25 @@ class ChunkWriter(FrameWriter):
 
     def __init__(  # noqa: PLR0913, PLR0917 - as many as a stream has parts
         self,
-        bus: Bus,
+        connection: Connection,
         inbox: Inbox,
         subject: str,
         start: bytes,
         dump: Callable[[Any], bytes],
         credit: int,
     ) -> None:
-        super().__init__(bus, subject, start, dump)
+        super().__init__(connection, subject, start, dump)
         self.on_wait: Callable[[], object] = lambda: None
         self.on_sent: Callable[[], object] = lambda: None
         self.on_gone: Callable[[bool], object] = lambda _late: None
         self._inbox = inbox
         self._credit = credit if credit > 0 else math.inf
         self._granted = asyncio.Event()
-        self._reply = inbox.expect(self._receive)
+        self._reply = inbox.register(self._receive)
 
     async def send(self, chunk: object) -> None:
         """Send one chunk; waits while the reader has not granted credit for it."""
-        if self._credit <= 0 or self._bus.unsettled:
+        if self._credit <= 0 or self._connection.is_recovering:
             self.on_wait()
             await self._until_welcome()
         self._credit -= 1
@@ -126,25 +128,25 @@ class ChunkWriter(FrameWriter):
         while self._credit <= 0:
             self._granted.clear()
             await self._granted.wait()
-        if self._bus.unsettled:
-            await self._bus.until_settled()  # its reader may not be back yet
+        if self._connection.is_recovering:
+            await self._connection.wait_recovered()  # its reader may not be back yet
 
     async def end(self, usage: Usage | None = None) -> None:
         """Send the end frame, which carries the count of chunks."""
-        if self._bus.unsettled:
-            await self._bus.until_settled()
+        if self._connection.is_recovering:
+            await self._connection.wait_recovered()
         await super().end(usage)
 
     def close(self) -> None:
         """Listen to the reader no more."""
-        self._inbox.forget(self._reply)
+        self._inbox.unregister(self._reply)
 
     def _receive(self, message: Message) -> None:
         credit = codec.decode_credit(message.head)
         if credit:
             self._credit += credit
             self._granted.set()
-        elif not (self._bus.unsettled and codec.decode_reply(message.head, b"").no_responders):
+        elif not (self._connection.is_recovering and codec.decode_reply(message.head, b"").no_responders):
             self.close()
             self.on_gone(codec.is_timeout_cancel(message.head))
 

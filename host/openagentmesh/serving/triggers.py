@@ -21,11 +21,11 @@ from openagentmesh.agent.sources import (
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
-from openagentmesh.transport.connection import Bus
-from openagentmesh.transport.kv import Buckets, Version
-from openagentmesh.transport.kv_watch import Entry
+from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.kv import KVBuckets
+from openagentmesh.transport.kv_watch import Entry, Version
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end, persistently
+from openagentmesh.transport.tasks import cancel_and_wait, retry_forever
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,11 @@ class SubjectFeed:
     Nobody would send them again, so those for which there is no room wait.
     """
 
-    def __init__(self, source: SubjectSource, agent: str, taker: Taker, bus: Bus) -> None:
+    def __init__(self, source: SubjectSource, agent: str, taker: Taker, connection: Connection) -> None:
         self._source = source
         self._own = {subjects.errors(agent), subjects.logs(agent)}
         self._taker = taker
-        self._bus = bus
+        self._connection = connection
         self._sid: int | None = None
         self._waiting: deque[Message] = deque()
         self._bytes = 0
@@ -79,16 +79,18 @@ class SubjectFeed:
         source = self._source
         if self._sid is not None:
             return
-        self._sid = await self._bus.listen(source.subject, self._on_message, source.queue_group or "")
+        self._sid = await self._connection.subscribe(
+            source.subject, self._on_message, source.queue_group or ""
+        )
 
     async def close(self, timeout: float) -> None:
         """Listen no more; what waits then has `timeout` seconds for its turn, and is refused after them."""
         sid, self._sid = self._sid, None
         if sid is not None:
-            await self._bus.leave(sid)
+            await self._connection.drain(sid)
         if self._working_off is not None:
             await asyncio.wait([self._working_off], timeout=timeout)
-            await end(self._working_off)
+            await cancel_and_wait(self._working_off)
         while self._waiting:
             self._taker.turn_away(self._next())
 
@@ -129,7 +131,7 @@ class KVFeed:
     nothing twice.
     """
 
-    def __init__(self, source: KVSource, agent: Callable[[], Agent], buckets: Buckets, take: Take) -> None:
+    def __init__(self, source: KVSource, agent: Callable[[], Agent], buckets: KVBuckets, take: Take) -> None:
         self._source = source
         self._agent = agent
         self._buckets = buckets
@@ -146,7 +148,7 @@ class KVFeed:
         if self._task is None:
             self._closing.clear()
             self._task = asyncio.create_task(
-                persistently(self._follow, f"following the keys {self._source.pattern}")
+                retry_forever(self._follow, f"following the keys {self._source.pattern}")
             )
 
     async def close(self, timeout: float) -> None:
@@ -156,7 +158,7 @@ class KVFeed:
             # What a group shares is then acknowledged as handled.
             await asyncio.wait([self._handling], timeout=timeout)
             await asyncio.wait([self._task], timeout=_LAST_WORD if self._source.queue_group else 0)
-        await end(self._task)
+        await cancel_and_wait(self._task)
         self._task = None
 
     async def _follow(self) -> None:
@@ -179,12 +181,12 @@ class KVFeed:
             return self._buckets.changes(
                 CONTEXT_BUCKET, source.pattern, replay=replay, seen=self._seen, started=self._started
             )
-        return self._buckets.shared_changes(
+        return self._buckets.group_changes(
             CONTEXT_BUCKET,
             source.pattern,
             source.queue_group,
             replay=replay,
-            patience=self._agent().limits.timeout + _GROUP_GRACE,
+            ack_timeout=self._agent().limits.timeout + _GROUP_GRACE,
             started=self._started,
             closing=self._closing,
         )
@@ -201,15 +203,15 @@ class Gate:
         self,
         agent: Agent,
         condition: Condition,
-        bus: Bus,
-        buckets: Buckets,
+        connection: Connection,
+        buckets: KVBuckets,
         open_: Callable[[], Awaitable[None]],
         shut: Callable[[float], Awaitable[None]],
     ) -> None:
         self.is_open = False
         self._condition = condition
         self._agent = agent
-        self._bus = bus
+        self._connection = connection
         self._buckets = buckets
         self._open = open_
         self._shut = shut
@@ -229,17 +231,17 @@ class Gate:
         """
         condition, self.is_open = self._condition, is_open
         if isinstance(condition, KVCondition):
-            entry = await self._buckets.entry(CONTEXT_BUCKET, condition.key)
+            entry = await self._buckets.get_entry(CONTEXT_BUCKET, condition.key)
             self._decide_by_value(None if entry is None else entry.value or b"")
             if entry is not None:  # what is deleted from here on is told
                 self._seen[condition.key] = (entry.revision, entry.created)
-            following = persistently(self._follow_key, f"following the key {condition.key}")
+            following = retry_forever(self._follow_key, f"following the key {condition.key}")
             self._tasks.append(asyncio.create_task(following))
         else:
             if before is not None and before.subject == condition.subject:
                 for message in before._said:  # noqa: SLF001 - one of us
                     self._on_message(message)
-            self._sid = await self._bus.listen(condition.subject, self._on_message)
+            self._sid = await self._connection.subscribe(condition.subject, self._on_message)
         await self._move()
         self._tasks.append(asyncio.create_task(self._keep_moving()))
 
@@ -251,9 +253,9 @@ class Gate:
     async def stop(self) -> None:
         """Follow no more; the agent stays as it is, once a move that is under way is done."""
         if self._sid is not None:
-            await self._bus.quit(self._sid)
+            await self._connection.unsubscribe(self._sid)
         async with self._moving:
-            await end(*self._tasks)
+            await cancel_and_wait(*self._tasks)
 
     async def _follow_key(self) -> None:
         assert isinstance(self._condition, KVCondition)

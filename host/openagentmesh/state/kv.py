@@ -14,7 +14,7 @@ from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, validation_problems
 from openagentmesh.protocol.messages import KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -61,7 +61,7 @@ class KV:
     a value that cannot be one, ConnectionFailed.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[Buckets]]) -> None:
+    def __init__(self, ready: Callable[[], Awaitable[KVBuckets]]) -> None:
         self._ready = ready
 
     async def put(self, key: str, value: str | bytes) -> int:
@@ -86,7 +86,7 @@ class KV:
 
         """
         buckets = await self._checked(key)
-        revision = await buckets.put_if(CONTEXT_BUCKET, key, _encode(key, value), None)
+        revision = await buckets.compare_and_set(CONTEXT_BUCKET, key, _encode(key, value), None)
         if revision is None:
             raise KVKeyExists(f"The key '{key}' exists already", details={"key": key})
         return revision
@@ -206,18 +206,18 @@ class KV:
             return
         draft.attempted_write = True
         buckets = await self._ready()
-        revision = await buckets.put_if(CONTEXT_BUCKET, key, value, entry.revision)
+        revision = await buckets.compare_and_set(CONTEXT_BUCKET, key, value, entry.revision)
         if revision is not None:
             draft.committed, draft.revision = True, revision
 
     async def _read(self, key: str) -> KVEntry[bytes]:
         buckets = await self._checked(key)
-        entry = await buckets.entry(CONTEXT_BUCKET, key)
+        entry = await buckets.get_entry(CONTEXT_BUCKET, key)
         if entry is None:
             raise NotFound(f"There is no key '{key}' in the shared state", details={"key": key})
         return KVEntry(key, entry.value or b"", entry.revision or 0)
 
-    async def _checked(self, key: str, *, pattern: bool = False) -> Buckets:
+    async def _checked(self, key: str, *, pattern: bool = False) -> KVBuckets:
         if why := subjects.invalid_key(key, pattern=pattern):
             raise InvalidInput(f"{key!r} cannot be used: {why}.")
         return await self._ready()

@@ -13,7 +13,7 @@ from openagentmesh.protocol.errors import InvalidInput
 from openagentmesh.protocol.messages import LOG_LEVELS, LogEvent, LogLevel, ObserveConfig
 from openagentmesh.protocol.subjects import GLOBAL_KEY, OBSERVABILITY_BUCKET
 from openagentmesh.serving.log_events import EventLog
-from openagentmesh.transport.kv import Buckets
+from openagentmesh.transport.kv import KVBuckets
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _EVERYWHERE: Final = ">"
 class Observed(Protocol):
     """What is needed of a node."""
 
-    buckets: Buckets
+    buckets: KVBuckets
     events: Events
 
 
@@ -72,7 +72,7 @@ class Observe:
         await self.set(GLOBAL_KEY, log_level=log_level)
 
 
-async def follow_levels(buckets: Buckets, events: EventLog) -> None:
+async def follow_levels(buckets: KVBuckets, events: EventLog) -> None:
     """Keep an instance's levels as they are set on the mesh; runs until cancelled."""
     async with aclosing(buckets.changes(OBSERVABILITY_BUCKET)) as entries:
         async for entry in entries:

@@ -8,7 +8,7 @@ from typing import IO, Final
 
 from openagentmesh.protocol.errors import InvalidInput
 from openagentmesh.protocol.objects import CHUNK_SIZE, Artifact
-from openagentmesh.transport.object_store import Objects, Progress
+from openagentmesh.transport.object_store import ObjectStore, Progress
 
 Data = bytes | bytearray | memoryview | str | IO[bytes] | AsyncIterable[bytes] | Iterable[bytes]
 Artifacts = list[Artifact]
@@ -24,7 +24,7 @@ class Workspace:
     ConnectionFailed.
     """
 
-    def __init__(self, ready: Callable[[], Awaitable[Objects]]) -> None:
+    def __init__(self, ready: Callable[[], Awaitable[ObjectStore]]) -> None:
         self._ready = ready
 
     async def put(self, key: str, data: Data, *, progress: Progress | None = None) -> Artifact:

@@ -1,4 +1,4 @@
-"""Where the server is, when nobody says: OAM_URL, OAM_CREDS and the nearest `.oam-url`."""
+"""The server's address when none is given: OAM_URL, OAM_CREDS and the nearest `.oam-url`."""
 
 import json
 import os
@@ -15,22 +15,22 @@ FILE_NAME: Final = ".oam-url"
 
 @dataclass(slots=True, frozen=True)
 class Address:
-    """A server's url and the credentials file for it, each None when not said."""
+    """A server's url and a credentials file for it; None when not set."""
 
     url: str | None = None
     creds: str | None = None
 
 
 def nearest(start: Path | None = None) -> Address:
-    """What the nearest `.oam-url` says, going up from `start` (the working folder).
+    """The contents of the nearest `.oam-url`, from `start` (the working folder) upwards.
 
     Raises:
         ConnectionFailed: the file cannot be read.
 
     """
     folder = (start or Path.cwd()).resolve()
-    for place in (folder, *folder.parents):
-        path = place / FILE_NAME
+    for parent in (folder, *folder.parents):
+        path = parent / FILE_NAME
         if path.is_file():
             return _read(path)
     return Address()
@@ -50,7 +50,7 @@ def _read(path: Path) -> Address:
             return Address(first or None)
         raise ConnectionFailed(
             f"{path} is neither a url nor TOML with `url` and `creds`: {exc}. "
-            "Write it anew with `oam mesh connect URL`."
+            "Write it again with `oam mesh connect URL`."
         ) from exc
     creds = values.get("creds")
     return Address(
@@ -60,9 +60,9 @@ def _read(path: Path) -> Address:
 
 
 def write(folder: Path, url: str, creds: str | None = None) -> Path:
-    """Leave a `.oam-url` in `folder`, for its owner's eyes: a url may have a password."""
+    """Write `.oam-url` into `folder`, readable by its owner alone: a url may contain a password."""
     path = folder / FILE_NAME
-    # A bare url where that is enough: peers read no more than that.
+    # A bare url where possible: peers read nothing else.
     text = f"url = {json.dumps(url)}\ncreds = {json.dumps(creds)}\n" if creds else f"{url}\n"
     path.touch(mode=0o600)
     path.chmod(0o600)
@@ -71,10 +71,10 @@ def write(folder: Path, url: str, creds: str | None = None) -> Path:
 
 
 def url_or_default(given: str | None = None) -> str:
-    """A url: the given one, else OAM_URL, else the nearest `.oam-url`, else localhost:4222."""
+    """The given url, else OAM_URL, else that of the nearest `.oam-url`, else localhost:4222."""
     return given or os.environ.get("OAM_URL") or nearest().url or DEFAULT_URL
 
 
 def creds_or_none(given: str | None = None) -> str | None:
-    """A credentials file: the given one, else OAM_CREDS, else the nearest `.oam-url`, else None."""
+    """The given credentials file, else OAM_CREDS, else that of the nearest `.oam-url`, else None."""
     return given or os.environ.get("OAM_CREDS") or nearest().creds

@@ -1,4 +1,4 @@
-"""The bus: connect, reconnect, ordered flush, size check, and what happened to it."""
+"""The one NATS connection: connect, reconnect, publish, subscribe, and a history of its events."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from nats.errors import Error as NatsError
 from nats.errors import NoServersError
 from nats.js import JetStreamContext
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import (
@@ -24,28 +24,29 @@ from openagentmesh.protocol.errors import (
     InvalidInput,
     PayloadTooLarge,
 )
-from openagentmesh.transport.nats_client import HardenedClient, Receiver
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.backoff import jittered_backoff
+from openagentmesh.transport.nats_client import MessageCallback, NatsClient
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT: Final = 5.0
-FLUSH_TIMEOUT: Final = 10
-# What may wait for the server while it is away.
+CONNECT_TIMEOUT_S: Final = 5.0
+_FLUSH_TIMEOUT_S: Final = 10
+# Bytes that are buffered while the server is unreachable.
 _PENDING_SIZE: Final = 8 * 1024 * 1024
-_PING_INTERVAL: Final = 15
-_RECONNECT_WAIT: Final = 0.1
+_PING_INTERVAL_S: Final = 15
+_RECONNECT_WAIT_S: Final = 0.1
 # After UNSUB and its PONG, messages still arrive for a moment.
-LINGER: Final = 0.15
-_RESTORE_WAIT_MAX: Final = 5.0
-_HISTORY: Final = 50
-# After a server's restart its clients come back within about this many seconds.
-_OTHERS_RETURN: Final = 2.0
+LINGER_S: Final = 0.15
+_MAX_RESTORE_BACKOFF_S: Final = 5.0
+_MAX_HISTORY: Final = 50
+# After a restart of the server its clients reconnect within about this many seconds.
+_RECOVERY_S: Final = 2.0
 
 
 @dataclass(slots=True, frozen=True)
 class Target:
-    """Where to connect and as whom; file paths are given, not contents."""
+    """A server's url and the files with credentials and TLS material for it."""
 
     url: str
     creds: str | None = None
@@ -54,11 +55,11 @@ class Target:
     tls_ca: str | None = None
 
     @property
-    def shown(self) -> str:
-        """The url without a password or a token, fit for a message."""
+    def display_url(self) -> str:
+        """The url without a password or a token, for messages."""
         try:
             parts = urlsplit(self.url)
-        except ValueError:  # no url at all; connecting will say so
+        except ValueError:  # malformed; connecting reports it
             return "***@" + self.url.rpartition("@")[2] if "@" in self.url else self.url
         return (
             self.url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@", 1)
@@ -68,8 +69,8 @@ class Target:
 
 
 @dataclass(slots=True, frozen=True)
-class Event:
-    """Something that happened to the connection, `at` in UTC."""
+class ConnectionEvent:
+    """An event of the connection; `at` in UTC."""
 
     what: str
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -78,63 +79,66 @@ class Event:
 Restore = Callable[[], Awaitable[None]]
 
 
-class Bus:
-    """The one NATS connection of a node.
+class Connection:
+    """The one NATS connection of a node; reconnects by itself.
 
-    `history` tells the last things that happened to it. `restore` runs in a task of its own
-    after each reconnect; a reconnect in the middle of it starts it anew. `on_lost` is called
-    when the server is lost, `on_closed` when the connection is closed for good.
+    Attributes:
+        history: its last events.
+        reconnects: how often it reconnected.
+        is_recovering: the server was unreachable until a moment ago; other clients may not be back yet.
+        restore: runs in a task after each reconnect, again when the connection is lost meanwhile.
+        on_disconnected: called when the connection is lost.
+        on_closed: called when the connection is closed for good.
+
     """
 
     def __init__(self, target: Target, name: str) -> None:
         self.target = target
         self.name = name
-        self.history: deque[Event] = deque(maxlen=_HISTORY)
+        self.history: deque[ConnectionEvent] = deque(maxlen=_MAX_HISTORY)
         self.reconnects = 0
-        # Whether the server was away until just now, so that others may not be back yet.
-        self.unsettled = False
-        self._settled = asyncio.Event()
-        self._settled.set()
-        self._settling: asyncio.TimerHandle | None = None
-        self._here = asyncio.Event()
+        self.is_recovering = False
         self.restore: Restore | None = None
-        self.on_lost: Callable[[], None] = lambda: None
+        self.on_disconnected: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
-        self._client = HardenedClient()
-        self._client.on_lost = self._on_lost
+        self.closed = asyncio.Event()
+        self._recovered = asyncio.Event()
+        self._recovered.set()
+        self._recovery_timer: asyncio.TimerHandle | None = None
+        self._up = asyncio.Event()
+        self._client = NatsClient()
+        self._client.on_disconnected = self._on_disconnected
         self._restoring: asyncio.Task[None] | None = None
         self._last_error: Exception | None = None
-        self.closed = asyncio.Event()
 
-    async def connect(self, timeout: float = CONNECT_TIMEOUT) -> None:
-        """Connect once; afterwards the connection comes back by itself.
+    async def connect(self, timeout: float = CONNECT_TIMEOUT_S) -> None:
+        """Connect within `timeout` seconds; later reconnects are unbounded.
 
         Raises:
-            ConnectionFailed: nobody answers at the address, or not in `timeout` seconds.
-            ConnectionDenied: the server refuses the credentials.
+            ConnectionFailed: no server answers at the address, or not in time.
+            ConnectionDenied: the server rejects the credentials.
 
         """
         options = self._options()
         try:
             async with asyncio.timeout(timeout):
                 await self._client.connect(self.target.url, **options)
-        # Credentials, certificates and urls pass through libraries that raise what they like.
+        # Credentials, certificates and urls pass through libraries that may raise anything.
         except Exception as exc:
             await self._client.close()
-            raise self._explain(exc, timeout) from exc
-        # The first connect is bounded, every later one is not.
+            raise self._connect_error(exc, timeout) from exc
         self._client.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1}
-        self._here.set()
-        self.history.append(Event(f"connected to {self.target.shown}"))
+        self._up.set()
+        self.history.append(ConnectionEvent(f"connected to {self.target.display_url}"))
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
             "name": self.name,
             "allow_reconnect": False,
             "max_reconnect_attempts": 1,
-            "reconnect_time_wait": _RECONNECT_WAIT,
-            "connect_timeout": CONNECT_TIMEOUT,
-            "ping_interval": _PING_INTERVAL,
+            "reconnect_time_wait": _RECONNECT_WAIT_S,
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "ping_interval": _PING_INTERVAL_S,
             "pending_size": _PENDING_SIZE,
             "error_cb": self._on_error,
             "reconnected_cb": self._on_reconnected,
@@ -163,63 +167,63 @@ class Bus:
             ) from exc
         return context
 
-    def _explain(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
-        # The library ends with "no servers available"; why is what it said before.
+    def _connect_error(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
+        # The library ends with "no servers available"; the cause is the error it reported before.
         cause = self._last_error if isinstance(exc, NoServersError) and self._last_error else exc
         number = getattr(cause, "errno", None)
         reason = str(cause) or type(cause).__name__
         if isinstance(cause, OSError) and number:
             reason = os.strerror(number) if number > 0 else str(cause.strerror)
         if not isinstance(exc, (TimeoutError, OSError, NatsError, ValueError)) and self.target.creds:
-            reason = f"authentication is not possible with these ({reason})"
+            reason = f"authentication failed ({reason})"
         if "authorization" in reason.lower() or "authentication" in reason.lower():
             used = "no credentials"
             if self.target.creds:
                 used = f"credentials '{self.target.creds}'"
             elif "@" in self.target.url:
-                used = "the user and password of the url"
+                used = "the user and password in the url"
             return ConnectionDenied(
-                f"The server at {self.target.shown} refuses {used}: {reason}.",
-                details={"url": self.target.shown, "creds": self.target.creds},
+                f"The server at {self.target.display_url} rejects {used}: {reason}.",
+                details={"url": self.target.display_url, "creds": self.target.creds},
             )
         if isinstance(exc, TimeoutError):
             reason = f"no answer within {timeout:g}s"
         return ConnectionFailed(
-            f"No NATS server can be reached at {self.target.shown}: {reason}.",
-            details={"url": self.target.shown},
+            f"No NATS server is reachable at {self.target.display_url}: {reason}.",
+            details={"url": self.target.display_url},
         )
 
     @property
     def connected(self) -> bool:
-        """Whether the server is there right now."""
+        """Whether the server is connected now."""
         return bool(self._client.is_connected)
 
-    async def until_connected(self) -> None:
-        """Wait until the server is there.
+    async def wait_connected(self) -> None:
+        """Wait until the server is connected.
 
         Raises:
             ConnectionFailed: the connection is closed for good.
 
         """
-        if not self._here.is_set():
-            await self._here.wait()
+        if not self._up.is_set():
+            await self._up.wait()
         if self.is_closed:
-            raise ConnectionFailed(f"The connection to {self.target.shown} is closed.")
+            raise ConnectionFailed(f"The connection to {self.target.display_url} is closed.")
 
     @property
     def is_closed(self) -> bool:
         """Whether the connection is closed for good."""
         return bool(self._client.is_closed)
 
-    async def until_settled(self) -> None:
-        """Wait until the server is there, and others are back from its absence.
+    async def wait_recovered(self) -> None:
+        """Wait until the server is connected and other clients have had time to reconnect.
 
         Raises:
             ConnectionFailed: the connection is closed for good.
 
         """
-        await self._settled.wait()
-        await self.until_connected()
+        await self._recovered.wait()
+        await self.wait_connected()
 
     @property
     def max_payload(self) -> int:
@@ -228,7 +232,7 @@ class Bus:
 
     @property
     def server(self) -> dict[str, Any]:
-        """What the server said of itself when we connected."""
+        """The server's INFO at the last connect."""
         return dict(self._client._server_info)  # noqa: SLF001 - the library has no accessor for it
 
     def jetstream(self, timeout: float = 5.0) -> JetStreamContext:
@@ -236,7 +240,7 @@ class Bus:
         return self._client.jetstream(timeout=timeout)
 
     def check_size(self, head: bytes, body: bytes) -> None:
-        """Refuse what the server would end the connection for.
+        """Check the size of a message; the server would close the connection.
 
         Raises:
             PayloadTooLarge: with `size` and `limit` in its details, in bytes.
@@ -246,12 +250,12 @@ class Bus:
         if size > self.max_payload:
             raise PayloadTooLarge(
                 f"A message of {size} bytes (headers {len(head)}, body {len(body)}) is larger "
-                f"than the server takes ({self.max_payload}). Send less, or share it as a file.",
+                f"than the server's max_payload ({self.max_payload}). Send less, or share it in the workspace.",
                 details={"size": size, "headers": len(head), "body": len(body), "limit": self.max_payload},
             )
 
     async def publish(self, subject: str, body: bytes = b"", head: bytes = b"", reply: str = "") -> None:
-        """Send one message; while the server is away it waits in a bounded buffer.
+        """Publish one message; while the server is unreachable it waits in a bounded buffer.
 
         Raises:
             PayloadTooLarge: headers and body together exceed the server's limit.
@@ -261,71 +265,71 @@ class Bus:
         client, size = self._client, len(head) + len(body)
         if size > client.max_payload:
             self.check_size(head, body)
-        if not client.is_connected and (client.is_closed or size > client.room):
-            state = "closed" if client.is_closed else "away, and the buffer for it is full"
-            raise ConnectionFailed(f"The connection to {self.target.shown} is {state}.")
+        if not client.is_connected and (client.is_closed or size > client.buffer_space):
+            state = "closed" if client.is_closed else "down, and its buffer is full"
+            raise ConnectionFailed(f"The connection to {self.target.display_url} is {state}.")
         if head:
             line = f"HPUB {subject} {reply} {len(head)} {size}\r\n"
         else:
             line = f"PUB {subject} {reply} {len(body)}\r\n"
         await client.write(b"".join((line.encode("utf-8", "surrogateescape"), head, body, b"\r\n")))
 
-    async def listen(self, subject: str, receiver: Receiver, queue: str = "") -> int:
-        """Subscribe; `receiver` runs in the read loop and must return at once.
+    async def subscribe(self, subject: str, callback: MessageCallback, queue: str = "") -> int:
+        """Subscribe; `callback` runs in the read loop and must return at once.
 
-        A `flush` afterwards proves that the server has the subscription.
+        Returns the subscription's id. A `flush` afterwards proves that the server has it.
 
         Raises:
-            InvalidInput: nothing can be subscribed to by this subject.
+            InvalidInput: the subject cannot be subscribed to.
             ConnectionFailed: the connection is closed.
 
         """
-        if why := subjects.invalid_pattern(subject):
-            # The server ends the connection for it, again after each reconnect.
-            raise InvalidInput(f"{subject!r} cannot be listened on: {why}.")
+        if reason := subjects.invalid_pattern(subject):
+            # The server would close the connection, again after each reconnect.
+            raise InvalidInput(f"{subject!r} cannot be subscribed to: {reason}.")
         if self._client.is_closed:
-            raise ConnectionFailed(f"The connection to {self.target.shown} is closed.")
-        return await self._client.listen(subject, receiver, queue)
+            raise ConnectionFailed(f"The connection to {self.target.display_url} is closed.")
+        return await self._client.subscribe_callback(subject, callback, queue)
 
     async def flush(self) -> None:
-        """Wait until the server has seen everything written so far.
+        """Wait until the server has processed everything written so far.
 
         Raises:
             ConnectionFailed: it did not answer in time.
 
         """
         try:
-            await self._client.flush(FLUSH_TIMEOUT)
+            await self._client.flush(_FLUSH_TIMEOUT_S)
         except NatsError as exc:
-            raise ConnectionFailed(f"{self.target.shown} does not answer: {exc}") from exc
+            raise ConnectionFailed(f"{self.target.display_url} does not answer: {exc}") from exc
 
-    async def leave(self, *sids: int) -> None:
-        """End subscriptions without losing what is on its way: unsubscribe, linger, forget."""
+    async def drain(self, *sids: int) -> None:
+        """Unsubscribe without losing messages that are on their way: UNSUB, linger, remove the callbacks."""
         for sid in sids:
-            await self._client.leave(sid)
+            await self._client.send_unsubscribe(sid)
         try:
             if self.connected:
                 try:
                     await self.flush()
                 except ConnectionFailed as exc:
-                    log.warning("leaving without the server's word: %s", exc)
-                await asyncio.sleep(LINGER)  # the server has no event for "the last one is out"
+                    log.warning("unsubscribed without confirmation by the server: %s", exc)
+                await asyncio.sleep(LINGER_S)  # the server does not announce the last message
         finally:
-            self.drop(*sids)
+            self.remove_callbacks(*sids)
 
-    def drop(self, *sids: int) -> None:
-        """Receive nothing more for these subscriptions, which were left before."""
+    def remove_callbacks(self, *sids: int) -> None:
+        """Ignore further messages of these subscriptions."""
         for sid in sids:
-            self._client.forget(sid)
+            self._client.remove_callback(sid)
 
-    async def quit(self, sid: int) -> None:
-        """End a subscription whose last messages nobody waits for."""
-        await self._client.leave(sid)
-        self._client.forget(sid)
+    async def unsubscribe(self, sid: int) -> None:
+        """Unsubscribe and ignore messages that are on their way."""
+        await self._client.send_unsubscribe(sid)
+        self._client.remove_callback(sid)
 
     async def close(self) -> None:
-        """Send what is queued and close; nothing can be sent afterwards."""
-        await end(self._restoring)
+        """Send what is queued and close for good."""
+        await cancel_and_wait(self._restoring)
         await self._client.close()
 
     async def _on_error(self, exc: Exception) -> None:
@@ -333,57 +337,57 @@ class Bus:
         log.debug("connection: %s", exc)
         self._last_error = exc
         if "permissions violation" in str(exc).lower():
-            self.history.append(Event(f"not permitted: {exc}"))
-            log.error("the server does not permit it: %s", exc)
+            self.history.append(ConnectionEvent(f"not permitted: {exc}"))
+            log.error("permission denied by the server: %s", exc)
 
-    def _on_lost(self) -> None:
-        self._unsettle()
-        self._here.clear()
-        self.on_lost()
-        self.history.append(Event(f"lost {self.target.shown}"))
-        log.warning("lost the connection to %s; trying to get it back", self.target.shown)
+    def _on_disconnected(self) -> None:
+        self._begin_recovery()
+        self._up.clear()
+        self.on_disconnected()
+        self.history.append(ConnectionEvent(f"lost {self.target.display_url}"))
+        log.warning("connection lost: %s; reconnecting", self.target.display_url)
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
-        self._unsettle()
-        self._settling = asyncio.get_running_loop().call_later(_OTHERS_RETURN, self._settle)
-        self._here.set()
-        self.history.append(Event(f"reconnected to {self.target.shown}"))
-        log.info("connected to %s again", self.target.shown)
-        # Not awaited here: an error would end the reconnecting, and a wait would hold it up.
+        self._begin_recovery()
+        self._recovery_timer = asyncio.get_running_loop().call_later(_RECOVERY_S, self._end_recovery)
+        self._up.set()
+        self.history.append(ConnectionEvent(f"reconnected to {self.target.display_url}"))
+        log.info("reconnected: %s", self.target.display_url)
+        # Not awaited here: an error would end the library's reconnecting, and a wait would delay it.
         if self._restoring is not None:
             self._restoring.cancel()
         if self.restore is not None:
-            self._restoring = asyncio.create_task(self._restore_at_last(self.restore))
+            self._restoring = asyncio.create_task(self._restore_with_retries(self.restore))
 
-    def _unsettle(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
-        self.unsettled = True
-        self._settled.clear()
+    def _begin_recovery(self) -> None:
+        if self._recovery_timer is not None:
+            self._recovery_timer.cancel()
+        self.is_recovering = True
+        self._recovered.clear()
 
-    def _settle(self) -> None:
-        self.unsettled = False
-        self._settled.set()
+    def _end_recovery(self) -> None:
+        self.is_recovering = False
+        self._recovered.set()
 
-    async def _restore_at_last(self, restore: Restore) -> None:
-        """Try until it is done, or until a new reconnect begins it anew."""
+    async def _restore_with_retries(self, restore: Restore) -> None:
+        """Retry until it succeeds, or until the next reconnect starts it again."""
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(Exception),  # a library's own error must not end it either
-            wait=wait_random_exponential(multiplier=0.1, max=_RESTORE_WAIT_MAX),
-            before_sleep=self._restore_failed,
+            retry=retry_if_exception_type(Exception),  # errors of libraries are retried, too
+            wait=jittered_backoff(0.1, _MAX_RESTORE_BACKOFF_S),
+            before_sleep=self._on_restore_failed,
         ):
             with attempt:
                 await restore()
 
-    def _restore_failed(self, state: RetryCallState) -> None:
+    def _on_restore_failed(self, state: RetryCallState) -> None:
         exc = state.outcome.exception() if state.outcome else None
-        self.history.append(Event(f"not restored yet: {exc}"))
-        log.warning("what was true before the reconnect is not restored yet: %s", exc)
+        self.history.append(ConnectionEvent(f"not restored yet: {exc}"))
+        log.warning("state after the reconnect not restored yet: %s", exc)
 
     async def _on_closed(self) -> None:
         self.closed.set()
-        # Nobody is to wait for it any more.
-        self._here.set()
-        self._settled.set()
+        # Release those who wait; they see that it is closed.
+        self._up.set()
+        self._recovered.set()
         self.on_closed()

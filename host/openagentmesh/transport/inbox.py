@@ -1,94 +1,109 @@
-"""Reply subjects of our own: one inbox subscription, one receiver a request."""
+"""Reply subjects: one inbox subscription, one callback per request."""
 
 import asyncio
 from functools import partial
 from itertools import count
 from typing import Any, Final, TypeVar
 
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, MeshTimeout
-from openagentmesh.transport.connection import Bus
-from openagentmesh.transport.nats_client import Message, Receiver
+from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.nats_client import Message, MessageCallback
 
 T = TypeVar("T")
-# What reached nobody while all return to a restarted server is sent again after this many seconds.
-RETURNING: Final = 0.05
+# A message that had no responders while clients reconnect to a restarted server is sent again after
+# this many seconds.
+RECOVERY_RETRY_S: Final = 0.05
 
 
-def settle(future: asyncio.Future[T], result: T) -> None:
-    """Give a future its result, unless somebody was faster or waits no more."""
+def set_result(future: asyncio.Future[T], result: T) -> None:
+    """Set a future's result, unless it is done."""
     if not future.done():
         future.set_result(result)
 
 
-def fail(future: asyncio.Future[Any], error: MeshError) -> None:
-    """Give a future its error, unless somebody was faster or waits no more."""
+def set_exception(future: asyncio.Future[Any], error: MeshError) -> None:
+    """Set a future's exception, unless it is done."""
     if not future.done():
         future.set_exception(error)
 
 
 class Inbox:
-    """Hands out reply subjects and passes what arrives on one to its receiver."""
+    """Hands out reply subjects and passes each message on one to its callback."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._prefix = f"_INBOX.{new_id()}."
-        self._receivers: dict[str, Receiver] = {}
+        self._callbacks: dict[str, MessageCallback] = {}
         self._numbers = count()
 
     async def open(self) -> None:
-        """Subscribe; no reply can arrive before."""
-        await self._bus.listen(f"{self._prefix}*", self._receive)
+        """Subscribe; no reply arrives before."""
+        await self._connection.subscribe(f"{self._prefix}*", self._dispatch)
 
-    def expect(self, receiver: Receiver) -> str:
-        """A new reply subject; `receiver` is called with each message on it until `forget`."""
+    def register(self, callback: MessageCallback) -> str:
+        """A new reply subject; `callback` is called with each message on it until `unregister`."""
         subject = f"{self._prefix}{next(self._numbers):x}"
-        self._receivers[subject] = receiver
+        self._callbacks[subject] = callback
         return subject
 
-    def redirect(self, subject: str, receiver: Receiver) -> None:
-        """Pass to another receiver what still arrives on a subject that was handed out."""
-        self._receivers[subject] = receiver
+    def replace(self, subject: str, callback: MessageCallback) -> None:
+        """Replace the callback of a reply subject."""
+        self._callbacks[subject] = callback
 
-    def forget(self, subject: str) -> None:
-        """Pass nothing on for this subject any more."""
-        self._receivers.pop(subject, None)
+    def unregister(self, subject: str) -> None:
+        """Ignore further messages on a reply subject."""
+        self._callbacks.pop(subject, None)
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float) -> Message:
-        """Send and wait for the first answer, which may be NATS' 503; `timeout` in seconds.
+        """Publish and wait `timeout` seconds for the first reply, which may be NATS' 503.
 
         Raises:
-            MeshTimeout: nothing came in time.
+            MeshTimeout: no reply arrived in time.
 
         """
-        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        reply = self.expect(lambda message: settle(answer, message))
+        found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        reply = self.register(partial(set_result, found))
         try:
-            await self._bus.publish(subject, body, reply=reply)
+            await self._connection.publish(subject, body, reply=reply)
             async with asyncio.timeout(timeout):
-                return await answer
+                return await found
         except TimeoutError as exc:
             raise MeshTimeout(f"No message on {subject} within {timeout:g}s") from exc
         finally:
-            self.forget(reply)
+            self.unregister(reply)
+
+    async def has_responders(self, subject: str, body: bytes = b"", head: bytes = b"") -> bool:
+        """Publish and flush; False when NATS answers that the subject has no subscription.
+
+        True while the server is unreachable: the message is then buffered.
+        """
+        no_responders = asyncio.Event()
+
+        def receive(message: Message) -> None:
+            if codec.is_no_responders(message.head):
+                no_responders.set()
+
+        reply = self.register(receive)
+        try:
+            await self._connection.publish(subject, body, head, reply)
+            if self._connection.connected:
+                await self._connection.flush()  # a 503 arrives before its PONG
+        finally:
+            self.unregister(reply)
+        return not no_responders.is_set()
 
     async def deliver(self, subject: str, body: bytes, head: bytes) -> None:
-        """Send an answer; again while whoever waits for it may not be back from the server's absence."""
-        while self._bus.unsettled:
-            await self._bus.until_connected()
-            nobody: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-            reply = self.expect(partial(settle, nobody))
-            try:
-                await self._bus.publish(subject, body, head, reply)
-                await self._bus.flush()  # NATS' word that nobody is there comes before it
-            finally:
-                self.forget(reply)
-            if not nobody.done():
+        """Publish an answer; while clients reconnect to a restarted server, until someone receives it."""
+        while self._connection.is_recovering:
+            await self._connection.wait_connected()
+            if await self.has_responders(subject, body, head):
                 return
-            await asyncio.sleep(RETURNING)
-        await self._bus.publish(subject, body, head)
+            await asyncio.sleep(RECOVERY_RETRY_S)
+        await self._connection.publish(subject, body, head)
 
-    def _receive(self, message: Message) -> None:
-        receiver = self._receivers.get(message.subject)
-        if receiver is not None:
-            receiver(message)
+    def _dispatch(self, message: Message) -> None:
+        callback = self._callbacks.get(message.subject)
+        if callback is not None:
+            callback(message)

@@ -1,4 +1,4 @@
-"""The library's errors: tried again, and in words for people."""
+"""JetStream's errors: retried where that helps, and translated to MeshErrors."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,59 +8,57 @@ from typing import Final
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay
 
 from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, error_text
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.backoff import jittered_backoff
+from openagentmesh.transport.connection import Connection
 
-# The server's own error codes: limits of the account, of the server, of the bucket.
-_NO_ROOM: Final = frozenset({10002, 10023, 10047, 10054, 10077})
-# JetStream is off for the account or on the server; None when nobody answers for its API.
+# The server's error codes for limits of the account, of the server, of the bucket.
+_LIMIT_CODES: Final = frozenset({10002, 10023, 10047, 10054, 10077})
+# JetStream is disabled for the account or on the server; None when its API has no responders.
 _NO_JETSTREAM: Final = frozenset({10039, 10076, None})
 
 
 @contextmanager
-def explained(bus: Bus, what: str) -> Iterator[None]:
-    """Turn what the library raises in here into what we raise; `what` begins a sentence.
+def translated_errors(connection: Connection, action: str) -> Iterator[None]:
+    """Raise the library's errors in the block as MeshErrors; `action` begins the message.
 
     Raises:
-        PayloadTooLarge: the server has no room for it.
-        ConnectionFailed: anything else that the library raised.
+        PayloadTooLarge: the server has no space for it.
+        ConnectionFailed: any other error of the library.
 
     """
     try:
         yield
     except MaxPayloadError as exc:
-        raise PayloadTooLarge(f"{what} failed: it is larger than the server takes.") from exc
+        raise PayloadTooLarge(f"{action} failed: it is larger than the server's max_payload.") from exc
     except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
-        if isinstance(exc, APIError) and exc.err_code in _NO_ROOM:
-            raise PayloadTooLarge(f"{what} failed: no room on the server ({exc.description}).") from exc
-        if not bus.connected:
-            why = "the connection is closed" if bus.is_closed else "the server is away"
-            raise ConnectionFailed(f"{what} failed: {why}.") from exc
-        raise ConnectionFailed(f"{what} failed: {_why(exc)}.") from exc
+        if isinstance(exc, APIError) and exc.err_code in _LIMIT_CODES:
+            raise PayloadTooLarge(f"{action} failed: no space on the server ({exc.description}).") from exc
+        if not connection.connected:
+            reason = "the connection is closed" if connection.is_closed else "the server is unreachable"
+            raise ConnectionFailed(f"{action} failed: {reason}.") from exc
+        raise ConnectionFailed(f"{action} failed: {_reason(exc)}.") from exc
 
 
-def retrying(bus: Bus, patience: float, *what: type[Exception]) -> AsyncRetrying:
-    """Try again for `patience` seconds what fails by these errors, unless the connection is closed.
-
-    Full jitter: those who collide once do not collide again.
-    """
+def retrying(connection: Connection, timeout: float, *errors: type[Exception]) -> AsyncRetrying:
+    """Retry on these errors for `timeout` seconds, unless the connection is closed."""
     return AsyncRetrying(
-        retry=retry_if_exception(lambda exc: isinstance(exc, what) and not bus.is_closed),
-        wait=wait_random_exponential(multiplier=0.02, max=1.0),
-        stop=stop_after_delay(patience),
+        retry=retry_if_exception(lambda exc: isinstance(exc, errors) and not connection.is_closed),
+        wait=jittered_backoff(0.02, 1.0),
+        stop=stop_after_delay(timeout),
         reraise=True,
     )
 
 
-def _why(exc: Exception) -> str:
+def _reason(exc: Exception) -> str:
     if isinstance(exc, ServiceUnavailableError) and exc.err_code in _NO_JETSTREAM:
         return "JetStream is off; start the server with `nats-server -js`, or enable it for this account"
     if isinstance(exc, APIError):
-        return f"the server says '{exc.description}' (code {exc.err_code or exc.code})"
+        return f"the server reported '{exc.description}' (code {exc.err_code or exc.code})"
     if isinstance(exc, NoStreamResponseError):
-        return "nobody stores it; the bucket has been deleted, or JetStream has been turned off"
+        return "no stream stores it; the bucket was deleted, or JetStream was turned off"
     if isinstance(exc, TimeoutError):
-        return "no answer in time; the server is too busy, or does not let this user use JetStream"
+        return "no answer in time; the server is overloaded, or this user may not use JetStream"
     return error_text(exc)

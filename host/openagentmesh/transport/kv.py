@@ -1,4 +1,4 @@
-"""KV buckets: made when missing, changed by compare-and-set, watched across reconnects."""
+"""KV buckets: created when missing, changed by compare-and-set, watched across reconnects."""
 
 import asyncio
 import re
@@ -23,106 +23,102 @@ from pydantic_core import from_json
 from openagentmesh.protocol.errors import ConnectionFailed, KVConflict
 from openagentmesh.protocol.headers import write_headers
 from openagentmesh.protocol.subjects import KV_BUCKETS
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.jetstream import latest, latest_revision
-from openagentmesh.transport.jetstream_errors import explained, retrying
-from openagentmesh.transport.kv_watch import Entry, Mark, Newest, end_updates, end_watcher
+from openagentmesh.transport.jetstream import last_message, last_revision
+from openagentmesh.transport.jetstream_errors import retrying, translated_errors
+from openagentmesh.transport.kv_watch import (
+    ChangeFilter,
+    Entry,
+    LatestEntries,
+    Mark,
+    Version,
+    end_iteration,
+    stop_watcher,
+)
 from openagentmesh.transport.nats_client import Message
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
-# When a key was written: revision and time.
-Version = tuple[int | None, object]
-
-# A put's own protocol headers count towards the server's limit as well.
-ROOM_FOR_HEADERS: Final = 1024
-_AT_ONCE: Final = 256
+# Bytes: the protocol headers of a put count towards the server's max_payload as well.
+HEADER_RESERVE: Final = 1024
+_MAX_UNACKNOWLEDGED: Final = 256
 _DELETE: Final = write_headers({"KV-Operation": "DEL"})
-_PATIENCE: Final = 30.0
-_REMOVED: Final = re.compile(rb"KV-Operation: *(DEL|PURGE)\r\n")
-# A pull for changes is renewed this often, in seconds; a restarted server forgets it.
-_PULL: Final = 5.0
-# Where a group stands is forgotten when none of it was there for this long, in seconds.
-_GROUP_KEPT: Final = 7 * 86_400.0
+_TIMEOUT_S: Final = 30.0
+_DELETED_RE: Final = re.compile(rb"KV-Operation: *(DEL|PURGE)\r\n")
+# A restarted server forgets a pull request, so it is repeated this often.
+_PULL_S: Final = 5.0
+# The position of a group is deleted when none of its members was connected for this long.
+_GROUP_EXPIRY_S: Final = 7 * 86_400.0
 
 
-async def _acknowledged(acks: asyncio.Queue[Message]) -> None:
-    """Wait for one acknowledgement of a write."""
-    async with asyncio.timeout(_PATIENCE):
-        message = await acks.get()
-    ack = from_json(message.body) if message.body else {"error": "nobody stores this bucket"}
-    if "error" in ack:
-        raise ConnectionFailed(f"A write to a bucket was refused: {ack['error']}.")
+class KVBuckets:
+    """The KV buckets of the mesh."""
 
-
-class Buckets:
-    """The KV buckets of the mesh over one bus."""
-
-    def __init__(self, bus: Bus, inbox: Inbox) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, inbox: Inbox) -> None:
+        self._connection = connection
         self._inbox = inbox
         self._open: dict[str, KeyValue] = {}
         self._watchers: set[KeyValue.KeyWatcher] = set()
         self._pulls: set[asyncio.Task[list[Msg]]] = set()
-        # Clear from when the server is lost until its buckets are known to be there.
+        # Clear from the loss of the server until its buckets are known to exist.
         self._ready = asyncio.Event()
-        bus.on_lost = self._ready.clear
+        connection.on_disconnected = self._ready.clear
 
-    async def make(self) -> None:
-        """Make the mesh's buckets where they are missing.
+    async def create_missing(self) -> None:
+        """Create the mesh's buckets that do not exist.
 
         Raises:
-            ConnectionFailed: JetStream is not there, or may not be used.
+            ConnectionFailed: JetStream is off, or this user may not use it.
 
         """
-        made = await asyncio.gather(*[self._make(name) for name in KV_BUCKETS])
-        self._open = dict(zip(KV_BUCKETS, made, strict=True))
+        opened = await asyncio.gather(*[self._open_or_create(name) for name in KV_BUCKETS])
+        self._open = dict(zip(KV_BUCKETS, opened, strict=True))
         self._ready.set()
 
-    async def _make(self, bucket: str) -> KeyValue:
-        with explained(self._bus, f"Opening the bucket '{bucket}'"):
+    async def _open_or_create(self, bucket: str) -> KeyValue:
+        with translated_errors(self._connection, f"Opening the bucket '{bucket}'"):
             # Right after a server's start JetStream may not answer yet.
-            async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
+            async for attempt in retrying(self._connection, _TIMEOUT_S, NatsError, TimeoutError):
                 with attempt:
-                    jetstream = self._bus.jetstream()
+                    jetstream = self._connection.jetstream()
                     with suppress(BucketNotFoundError):
                         return await jetstream.key_value(bucket)
                     return await jetstream.create_key_value(KeyValueConfig(bucket=bucket))
         raise AssertionError("unreachable: the last attempt raises")
 
     @asynccontextmanager
-    async def _using(self, what: str) -> AsyncIterator[None]:
-        with explained(self._bus, what):
+    async def _operation(self, action: str) -> AsyncIterator[None]:
+        with translated_errors(self._connection, action):
             if not self._ready.is_set():
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(_TIMEOUT_S):
                     await self._ready.wait()
             yield
 
     async def get(self, bucket: str, key: str) -> bytes | None:
-        """The value of a key, or None."""
-        entry = await self.entry(bucket, key)
+        """The value of a key; None when it does not exist."""
+        entry = await self.get_entry(bucket, key)
         return None if entry is None else entry.value or b""
 
-    async def entry(self, bucket: str, key: str) -> Entry | None:
-        """A key's value with its revision, or None."""
-        async with self._using(f"Reading '{key}' of '{bucket}'"):
-            found = await latest(self._inbox, f"KV_{bucket}", f"$KV.{bucket}.{key}")
-        if found is None or _REMOVED.search(b64decode(found.get("hdrs", ""))):
+    async def get_entry(self, bucket: str, key: str) -> Entry | None:
+        """The value and revision of a key; None when it does not exist."""
+        async with self._operation(f"Reading '{key}' of '{bucket}'"):
+            found = await last_message(self._inbox, f"KV_{bucket}", f"$KV.{bucket}.{key}")
+        if found is None or _DELETED_RE.search(b64decode(found.get("hdrs", ""))):
             return None
         value = b64decode(found.get("data", ""))
         return Entry(bucket, key, value, found["seq"], delta=None, created=None, operation=None)
 
     async def put(self, bucket: str, key: str, value: bytes) -> int:
         """Set a key; returns its revision."""
-        async with self._using(f"Writing '{key}' of '{bucket}'"):
+        async with self._operation(f"Writing '{key}' of '{bucket}'"):
             return await self._open[bucket].put(key, value)
 
-    async def put_if(self, bucket: str, key: str, value: bytes, revision: int | None) -> int | None:
-        """Set a key that still has `revision`, or, with None, is not there; returns its new one.
+    async def compare_and_set(self, bucket: str, key: str, value: bytes, revision: int | None) -> int | None:
+        """Set a key if its revision is `revision`; None creates it. Returns the new revision.
 
-        Returns None when somebody else was faster.
+        Returns None when the revision differs.
         """
-        async with self._using(f"Writing '{key}' of '{bucket}'"):
+        async with self._operation(f"Writing '{key}' of '{bucket}'"):
             store = self._open[bucket]
             with suppress(KeyWrongLastSequenceError):
                 if revision is None:
@@ -131,60 +127,60 @@ class Buckets:
         return None
 
     async def put_all(self, bucket: str, values: Mapping[str, bytes]) -> None:
-        """Set many keys, a bounded number of them under way at once."""
+        """Set many keys, a bounded number at once."""
         await self._write(bucket, values, b"")
 
     async def delete_all(self, bucket: str, keys: Iterable[str]) -> None:
-        """Remove keys; one that is not there is no error."""
+        """Delete keys; one that does not exist is no error."""
         await self._write(bucket, dict.fromkeys(keys, b""), _DELETE)
 
     async def _write(self, bucket: str, values: Mapping[str, bytes], head: bytes) -> None:
-        """Publish all values with one reply subject, and count the stream's acknowledgements.
+        """Publish all values with one reply subject, and count the acknowledgements.
 
-        The library's own way takes four times as long, which 10,000 contracts would feel.
+        The library's own way takes four times as long, which matters for 10,000 contracts.
         """
-        async with self._using(f"Writing to '{bucket}'"):
+        async with self._operation(f"Writing to '{bucket}'"):
             acks: asyncio.Queue[Message] = asyncio.Queue()
-            reply = self._inbox.expect(acks.put_nowait)
+            reply = self._inbox.register(acks.put_nowait)
             try:
                 for number, (key, value) in enumerate(values.items()):
-                    if number >= _AT_ONCE:
-                        await _acknowledged(acks)
-                    await self._bus.publish(f"$KV.{bucket}.{key}", value, head, reply)
-                for _ in range(min(_AT_ONCE, len(values))):
-                    await _acknowledged(acks)
+                    if number >= _MAX_UNACKNOWLEDGED:
+                        await _wait_for_ack(acks)
+                    await self._connection.publish(f"$KV.{bucket}.{key}", value, head, reply)
+                for _ in range(min(_MAX_UNACKNOWLEDGED, len(values))):
+                    await _wait_for_ack(acks)
             finally:
-                self._inbox.forget(reply)
+                self._inbox.unregister(reply)
 
-    async def change(self, bucket: str, key: str, changed: Callable[[bytes | None], bytes | None]) -> None:
-        """Compare-and-set: `changed` maps the old value to the new one, None leaves it."""
-        async with self._using(f"Changing '{key}' of '{bucket}'"):
-            async for attempt in retrying(self._bus, _PATIENCE, KVConflict):
+    async def update(self, bucket: str, key: str, update: Callable[[bytes | None], bytes | None]) -> None:
+        """Change a key by compare-and-set; `update` maps the old value to the new one, or None to keep it."""
+        async with self._operation(f"Changing '{key}' of '{bucket}'"):
+            async for attempt in retrying(self._connection, _TIMEOUT_S, KVConflict):
                 with attempt:
-                    entry = await self.entry(bucket, key)
-                    value = changed(entry.value or b"" if entry else None)
+                    entry = await self.get_entry(bucket, key)
+                    value = update(entry.value or b"" if entry else None)
                     if value is None:
                         return
                     revision = entry.revision if entry else None
-                    if await self.put_if(bucket, key, value, revision) is None:
-                        raise KVConflict(f"Others change '{key}' of '{bucket}' again and again.")
+                    if await self.compare_and_set(bucket, key, value, revision) is None:
+                        raise KVConflict(f"'{key}' of '{bucket}' is changed by others again and again.")
 
-    async def read(self, bucket: str) -> dict[str, bytes]:
-        """All keys and values as they are now."""
+    async def read_all(self, bucket: str) -> dict[str, bytes]:
+        """All keys with their values."""
         return {entry.key: entry.value or b"" for entry in await self.entries(bucket)}
 
     async def entries(self, bucket: str, keys: str = ">") -> list[Entry]:
-        """All keys as they are now, or those of a pattern."""
+        """The entries of all keys that match a pattern."""
         found: dict[str, Entry] = {}
-        revision = partial(latest_revision, self._inbox, f"KV_{bucket}", f"$KV.{bucket}.{keys}")
-        async with self._using(f"Reading all of '{bucket}'"):
+        revision = partial(last_revision, self._inbox, f"KV_{bucket}", f"$KV.{bucket}.{keys}")
+        async with self._operation(f"Reading all of '{bucket}'"):
             watcher = await self._open[bucket].watch(keys)
             try:
-                async with asyncio.timeout(_PATIENCE):
+                async with asyncio.timeout(_TIMEOUT_S):
                     seen, newest = 0, await revision()
                     while seen < newest:
                         entry = await anext(watcher)
-                        if entry is None:  # that was not all: what was replaced meanwhile comes later
+                        if entry is None:  # not the end: keys replaced in the meantime follow
                             continue
                         found.pop(entry.key, None)
                         if not entry.operation:
@@ -193,34 +189,33 @@ class Buckets:
                         if seen >= newest:
                             newest = await revision()
             finally:
-                await end_watcher(watcher, self._bus)
+                await stop_watcher(watcher, self._connection)
         return list(found.values())
 
     async def watch(self, bucket: str, keys: str = ">") -> AsyncGenerator[Entry | Mark, None]:
-        """Follow a bucket's keys for ever, also across reconnects and new servers.
+        """Watch a bucket's keys for ever, also across reconnects and new servers.
 
-        Yields `begin`, all keys as they are, `current`, then changes; from `begin` again
-        after each reconnect, since changes made meanwhile are not told. A `keys` pattern may
-        have wildcards.
+        Yields `reset`, all existing keys, `caught_up`, then changes; from `reset` again after each
+        reconnect, since changes during the outage are not delivered. `keys` may have wildcards.
         """
         while True:
-            async with self._using(f"Watching '{keys}' of '{bucket}'"):
-                async for attempt in retrying(self._bus, _PATIENCE, NatsError, TimeoutError):
+            async with self._operation(f"Watching '{keys}' of '{bucket}'"):
+                async for attempt in retrying(self._connection, _TIMEOUT_S, NatsError, TimeoutError):
                     with attempt:
                         watcher = await self._open[bucket].watch(keys)
             self._watchers.add(watcher)
-            newest = Newest()
-            pumping = asyncio.create_task(newest.take_all(watcher))
+            latest = LatestEntries()
+            reading = asyncio.create_task(latest.read_all(watcher))
             try:
-                yield "begin"
-                while (entry := await newest.next()) is not None:
+                yield "reset"
+                while (entry := await latest.next()) is not None:
                     yield entry
             finally:
                 self._watchers.discard(watcher)
-                await end(pumping)
-                await end_watcher(watcher, self._bus)
+                await cancel_and_wait(reading)
+                await stop_watcher(watcher, self._connection)
 
-    async def changes(  # noqa: C901 - one loop over all that a watch may tell
+    async def changes(
         self,
         bucket: str,
         keys: str = ">",
@@ -229,73 +224,69 @@ class Buckets:
         seen: dict[str, Version] | None = None,
         started: asyncio.Event | None = None,
     ) -> AsyncGenerator[Entry, None]:
-        """Changes of these keys, none twice, also across reconnects; `replay` begins with what is there.
+        """Changes of these keys, each at most once, also across reconnects.
 
-        Of one key's that come faster than they are asked for, only the last is sure to be told.
-        Deletions come too, as entries with an operation; also of keys that are not there any
-        more on a server that lost them. Who goes on later where it left off gives the same
-        `seen` again; `started` is set when all that was there has been told or skipped.
+        Of several changes of one key the last is certain to be yielded. Deletions are entries with an
+        operation; also of keys that a new server does not have.
+
+        Args:
+            bucket: the bucket.
+            keys: a key or a pattern.
+            replay: whether to begin with the existing keys.
+            seen: the versions yielded so far; pass the same dict again to resume.
+            started: set when all existing keys were yielded or skipped.
+
         """
-        seen = {} if seen is None else seen
-        present: set[str] | None = None
+        changes = ChangeFilter({} if seen is None else seen, replay=replay)
         async with aclosing(self.watch(bucket, keys)) as entries:
             async for entry in entries:
-                if entry == "begin":
-                    present = set()
-                elif entry == "current":
-                    for key in seen.keys() - (present or set()):
-                        # What is replaced at this very moment is told after this mark only.
+                if entry == "reset":
+                    changes.reset()
+                elif entry == "caught_up":
+                    for key in changes.missing():
+                        # A key that is replaced at this moment is delivered after the mark.
                         if await self.get(bucket, key) is None:
-                            yield Entry(bucket, key, None, seen.pop(key)[0], None, None, "DEL")
-                    present, replay = None, True  # what is new from here on is new to us
+                            yield changes.deleted(bucket, key)
+                    changes.caught_up()
                     if started is not None:
                         started.set()
-                elif isinstance(entry, Entry) and entry.operation:
-                    if seen.pop(entry.key, None) and replay:
-                        yield entry
-                elif isinstance(entry, Entry):
-                    if present is not None:
-                        present.add(entry.key)
-                    # A new server may count anew, so the revision alone tells nothing.
-                    version = (entry.revision, entry.created)
-                    known, seen[entry.key] = seen.get(entry.key) == version, version
-                    if replay and not known:
-                        yield entry
+                elif isinstance(entry, Entry) and changes.is_change(entry):
+                    yield entry
 
-    async def shared_changes(  # noqa: PLR0913 - what a group agrees on
+    async def group_changes(  # noqa: PLR0913 - what a group agrees on
         self,
         bucket: str,
         keys: str,
         group: str,
         *,
         replay: bool,
-        patience: float,
+        ack_timeout: float,
         started: asyncio.Event,
         closing: asyncio.Event,
     ) -> AsyncGenerator[Entry, None]:
-        """Every change of these keys to one member of a group, at least once, whoever is away.
+        """Every change of these keys to one member of a group, at least once, also while members are away.
 
-        Who took a change is done with it when it asks for the next one; after `patience`
-        seconds another member gets it. `started` is set when changes are kept for the group,
-        and after `closing` no more are taken.
+        A change is acknowledged when the next one is requested; after `ack_timeout` seconds another
+        member gets it. `started` is set when the group's consumer exists; after `closing` no more
+        changes are taken.
         """
         durable = f"{group}-{sha256(keys.encode()).hexdigest()[:12]}"
         config = ConsumerConfig(
             deliver_policy=DeliverPolicy.LAST_PER_SUBJECT if replay else DeliverPolicy.NEW,
-            ack_wait=patience,
-            inactive_threshold=_GROUP_KEPT,
+            ack_wait=ack_timeout,
+            inactive_threshold=_GROUP_EXPIRY_S,
         )
         prefix = f"$KV.{bucket}."
-        async with self._using(f"Following '{keys}' of '{bucket}' as '{group}'"):
-            jetstream, stream = self._bus.jetstream(), f"KV_{bucket}"
+        async with self._operation(f"Following '{keys}' of '{bucket}' as '{group}'"):
+            jetstream, stream = self._connection.jetstream(), f"KV_{bucket}"
             pull = await jetstream.pull_subscribe(prefix + keys, durable, stream, config=config)
-            # A group that is there already keeps where it stands, but not how long it waits.
-            group_now = (await jetstream.consumer_info(stream, durable)).config
-            await jetstream.add_consumer(stream, group_now.evolve(ack_wait=patience))
+            # An existing group keeps its position; its ack_wait is updated.
+            current = (await jetstream.consumer_info(stream, durable)).config
+            await jetstream.add_consumer(stream, current.evolve(ack_wait=ack_timeout))
             started.set()
             try:
                 while not closing.is_set():
-                    message = await self._pulled(pull)
+                    message = await self._pull_one(pull)
                     if message is None:
                         continue
                     sequence, headers = message.metadata.sequence, message.headers or {}
@@ -313,9 +304,9 @@ class Buckets:
                 with suppress(NatsError):  # the connection may be closed already
                     await pull.unsubscribe()
 
-    async def _pulled(self, pull: JetStreamContext.PullSubscription) -> Msg | None:
-        """The next change for a group; None when there was none for a while, or it has to be asked anew."""
-        fetching = asyncio.create_task(pull.fetch(1, timeout=_PULL))
+    async def _pull_one(self, pull: JetStreamContext.PullSubscription) -> Msg | None:
+        """The next change of a group; None when there was none for a while, or the pull was cancelled."""
+        fetching = asyncio.create_task(pull.fetch(1, timeout=_PULL_S))
         self._pulls.add(fetching)
         try:
             await asyncio.wait([fetching])
@@ -324,24 +315,32 @@ class Buckets:
             return None
         finally:
             self._pulls.discard(fetching)
-            await end(fetching)
+            await cancel_and_wait(fetching)
 
     async def restore(self) -> None:
-        """After a reconnect, maybe to a new and empty server: make what is missing, watch anew."""
-        await self.make()
+        """After a reconnect, maybe to an empty server: create missing buckets, restart watches."""
+        await self.create_missing()
         for fetching in self._pulls:
-            fetching.cancel()  # a server that was restarted does not know of it
+            fetching.cancel()  # a restarted server has forgotten it
         for watcher in list(self._watchers):
-            with suppress(NatsError):  # its reader may not have seen yet that it was stopped before
+            with suppress(NatsError):  # it may be stopped already
                 await watcher.stop()
 
-    def fail_all(self) -> None:
-        """Let nobody wait for a server that does not come any more."""
+    def fail_pending(self) -> None:
+        """Release everything that waits, when the connection is closed for good."""
         self._ready.set()
         for watcher in self._watchers:
-            end_updates(watcher)
+            end_iteration(watcher)
 
     async def last_revision(self, bucket: str) -> int:
-        """The revision of the newest change, deletions among them."""
-        async with self._using(f"Asking for the state of '{bucket}'"):
+        """The revision of the latest change, deletions included."""
+        async with self._operation(f"Reading the state of '{bucket}'"):
             return (await self._open[bucket].status()).stream_info.state.last_seq
+
+
+async def _wait_for_ack(acks: asyncio.Queue[Message]) -> None:
+    async with asyncio.timeout(_TIMEOUT_S):
+        message = await acks.get()
+    ack = from_json(message.body) if message.body else {"error": "no stream stores this bucket"}
+    if "error" in ack:
+        raise ConnectionFailed(f"A write to a bucket was rejected: {ack['error']}.")

@@ -1,4 +1,4 @@
-"""Watchers of KV buckets, as the library makes them, with their measured defects cured."""
+"""Watchers of KV buckets: the library's, with their measured defects corrected."""
 
 import asyncio
 import logging
@@ -11,102 +11,144 @@ from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 
 log = logging.getLogger(__name__)
 
 Entry = KeyValue.Entry
-# What a watch yields beside entries: it begins anew, and it has shown all there was.
-Mark = Literal["begin", "current"]
+# What a watch yields beside entries: it starts over; it has yielded all existing keys.
+Mark = Literal["reset", "caught_up"]
+# When a key was written: revision and time. A new server may count from 1 again.
+Version = tuple[int | None, object]
 
 
-async def told(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Entry | Mark, None]:
-    """What a watcher tells, with `current` where it has told all there was.
+async def entries_with_marks(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Entry | Mark, None]:
+    """The entries of a watcher, with `caught_up` after the last existing key.
 
-    The library says so too early when the server has sent everything, but the first of it has
-    not arrived, or its own callback has not taken it.
+    The library announces that too early when the server has sent everything, but the first entry
+    has not arrived or its own callback has not run.
     """
-    left, told_any, subscription = 0, False, watcher._sub  # noqa: SLF001 - only it knows
+    remaining, any_yielded, subscription = 0, False, watcher._sub  # noqa: SLF001 - no public access
     assert subscription is not None
     async for entry in watcher:
         if entry is None:
-            left = 0
-            if not told_any:
-                # Not what has arrived so far: that may be only the first of it.
+            remaining = 0
+            if not any_yielded:
+                # Not the number that arrived so far: that may be the first of them only.
                 delivered = (await subscription.consumer_info()).delivered
-                left = delivered.consumer_seq if delivered else 0
-            if not left:
-                yield "current"
+                remaining = delivered.consumer_seq if delivered else 0
+            if not remaining:
+                yield "caught_up"
         else:
             yield entry
-            told_any = True
-            left -= 1
-            if left == 0:
-                yield "current"
+            any_yielded = True
+            remaining -= 1
+            if remaining == 0:
+                yield "caught_up"
 
 
-class Newest:
-    """What a watcher tells, kept until it is asked for: of each key the newest state.
+class LatestEntries:
+    """Buffers a watcher's entries: the latest of each key.
 
-    The library drops what a slow reader leaves in its queue; here nothing is lost, and no more
-    is kept than there are keys.
+    The library's queue drops entries when its reader is slow; this buffer loses no key and holds at most
+    one entry per key.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str | None, Entry | Mark] = {}
-        self._arrived = asyncio.Event()
+        self._entries: dict[str | None, Entry | Mark] = {}
+        self._changed = asyncio.Event()
         self._ended = False
 
-    async def take_all(self, watcher: KeyValue.KeyWatcher) -> None:
-        """Keep what comes until the watcher ends."""
+    async def read_all(self, watcher: KeyValue.KeyWatcher) -> None:
+        """Buffer entries until the watcher ends."""
         try:
-            async with aclosing(told(watcher)) as entries:
+            async with aclosing(entries_with_marks(watcher)) as entries:
                 async for entry in entries:
                     key = entry.key if isinstance(entry, Entry) else None
-                    if None not in self._kept:  # what was there at first stays before its end
-                        self._kept.pop(key, None)  # the newest comes last
-                    self._kept[key] = entry
-                    self._arrived.set()
+                    if None not in self._entries:  # existing keys stay before the mark
+                        self._entries.pop(key, None)  # the latest comes last
+                    self._entries[key] = entry
+                    self._changed.set()
         except (NatsError, TimeoutError):
-            log.debug("a watch is begun anew", exc_info=True)
+            log.debug("a watch is restarted", exc_info=True)
         finally:
             self._ended = True
-            self._arrived.set()
+            self._changed.set()
 
     async def next(self) -> Entry | Mark | None:
-        """What came first of what is kept; None when there will be no more."""
-        while not self._kept:
+        """The oldest buffered entry; None after the last one."""
+        while not self._entries:
             if self._ended:
                 return None
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._kept.pop(next(iter(self._kept)))
+            self._changed.clear()
+            await self._changed.wait()
+        return self._entries.pop(next(iter(self._entries)))
 
 
-async def end_watcher(watcher: KeyValue.KeyWatcher, bus: Bus) -> None:
-    """Stop a watcher, and what the server keeps for it."""
-    subscription = watcher._sub  # noqa: SLF001 - only it knows
+class ChangeFilter:
+    """Selects the entries of a watch that are changes, also across restarts of the watch.
+
+    Args:
+        seen: the version of each known key; kept up to date.
+        replay: whether keys that exist at the start count as changes.
+
+    """
+
+    def __init__(self, seen: dict[str, Version], *, replay: bool) -> None:
+        self._seen = seen
+        self._replay = replay
+        self._present: set[str] | None = None
+
+    def reset(self) -> None:
+        """The watch starts over: existing keys follow."""
+        self._present = set()
+
+    def missing(self) -> set[str]:
+        """Known keys that the restarted watch has not yielded."""
+        return self._seen.keys() - (self._present or set())
+
+    def caught_up(self) -> None:
+        """All existing keys have been yielded; from now on every entry is new."""
+        self._present, self._replay = None, True
+
+    def deleted(self, bucket: str, key: str) -> Entry:
+        """Forget a missing key; the deletion as an entry."""
+        return Entry(bucket, key, None, self._seen.pop(key)[0], None, None, "DEL")
+
+    def is_change(self, entry: Entry) -> bool:
+        """Whether an entry is a change; remembers its version."""
+        if entry.operation:
+            return self._seen.pop(entry.key, None) is not None and self._replay
+        if self._present is not None:
+            self._present.add(entry.key)
+        version = (entry.revision, entry.created)
+        is_known, self._seen[entry.key] = self._seen.get(entry.key) == version, version
+        return self._replay and not is_known
+
+
+async def stop_watcher(watcher: KeyValue.KeyWatcher, connection: Connection) -> None:
+    """Stop a watcher and delete its consumer."""
+    subscription = watcher._sub  # noqa: SLF001 - no public access
     with suppress(NatsError):  # the connection may be closed already
         await watcher.stop()
     if subscription is not None:
-        await forget_consumer(subscription, bus)
+        await delete_consumer(subscription, connection)
 
 
-async def forget_consumer(subscription: JetStreamContext.PushSubscription, bus: Bus) -> None:
-    """Let the server keep nothing for a subscription that has ended.
+async def delete_consumer(subscription: JetStreamContext.PushSubscription, connection: Connection) -> None:
+    """Delete the server's consumer of a subscription that has ended.
 
-    The library leaves its consumer there, for seconds or for five minutes, and the server
-    allows a thousand of them a bucket.
+    The library leaves it there for seconds or for five minutes, and a bucket allows a thousand.
     """
-    if bus.connected:
-        stream, consumer = subscription._stream, subscription._consumer  # noqa: SLF001 - only it knows
-        with suppress(MeshError):  # the server has it go by itself, later
-            await bus.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}")
+    if connection.connected:
+        stream, consumer = subscription._stream, subscription._consumer  # noqa: SLF001 - no public access
+        with suppress(MeshError):  # the server expires it later
+            await connection.publish(f"$JS.API.CONSUMER.DELETE.{stream}.{consumer}")
 
 
-def end_updates(watcher: KeyValue.KeyWatcher) -> None:
-    """Let whoever reads a watcher see its end, when the connection is closed for good."""
-    updates = watcher._updates  # noqa: SLF001 - only it can end the reading
+def end_iteration(watcher: KeyValue.KeyWatcher) -> None:
+    """End the iteration over a watcher when the connection is closed for good."""
+    updates = watcher._updates  # noqa: SLF001 - no public access
     while updates.full():
         updates.get_nowait()
     updates.put_nowait(watcher.STOP_ITER)

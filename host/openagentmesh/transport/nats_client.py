@@ -1,7 +1,7 @@
-"""The nats-py client with its measured defects cured, and messages dispatched without a queue.
+"""The nats-py client with its measured defects corrected, and messages dispatched without a queue.
 
-Every override here leans on private parts of one nats-py series (see the bound in
-pyproject.toml) and has a test of its own against the real server.
+Every override here depends on private parts of one nats-py series (see the bound in pyproject.toml)
+and has a test of its own against the real server.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
 from openagentmesh.transport.parser import Parser
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
 _PING: Final = b"PING\r\n"
 # "NATS/1.0" and the line breaks around a header block.
-_HEADER_FRAME: Final = 12
+_HEADER_OVERHEAD: Final = 12
 
 
-@dataclass(slots=True)  # one is made a message: frozen would cost a microsecond
+@dataclass(slots=True)  # one per message: frozen would cost a microsecond
 class Message:
-    """One message as it came: `head` is the raw header block, empty when there is none."""
+    """One message as received: `head` is the raw header block, empty without headers."""
 
     subject: str
     reply: str
@@ -35,49 +35,49 @@ class Message:
     body: bytes
 
 
-Receiver = Callable[[Message], None]
+MessageCallback = Callable[[Message], None]
 
 
-class HardenedClient(Client):
-    """A `Client` that stays alive, flushes in order and dispatches at once.
+class NatsClient(Client):
+    """A `Client` that survives errors, flushes in order and dispatches messages at once.
 
     Attributes:
-        on_lost: called when the server is lost, before anything more can be sent.
+        on_disconnected: called when the server is lost, before anything more can be sent.
 
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_lost: Callable[[], None] = lambda: None
-        self._receivers: dict[int, Receiver] = {}
+        self.on_disconnected: Callable[[], None] = lambda: None
+        self._callbacks: dict[int, MessageCallback] = {}
         self._ps = Parser(self)
 
-    async def listen(self, subject: str, receiver: Receiver, queue: str = "") -> int:
-        """Subscribe; `receiver` is called from the read loop and must return at once.
+    async def subscribe_callback(self, subject: str, callback: MessageCallback, queue: str = "") -> int:
+        """Subscribe; `callback` is called from the read loop and must return at once.
 
         Returns the subscription's id. A `flush` afterwards proves that the server has it.
         """
         self._sid += 1
         sid = self._sid
-        # Kept among the subscriptions so that a reconnect replays it, but never started:
-        # its own task and queue would cost a hop a message and 3 KiB an agent.
+        # Kept among the library's subscriptions so that a reconnect replays it, but never started:
+        # its own task and queue would cost a hop per message and 3 KiB per agent.
         self._subs[sid] = Subscription(self, sid, subject, queue=queue)
-        self._receivers[sid] = receiver
+        self._callbacks[sid] = callback
         await self.write(f"SUB {subject} {queue} {sid}\r\n".encode())
         return sid
 
-    async def leave(self, sid: int) -> None:
-        """Tell the server to send no more; what is on its way is still received."""
+    async def send_unsubscribe(self, sid: int) -> None:
+        """Ask the server to send no more; messages that are on their way are still dispatched."""
         if self._subs.pop(sid, None) is not None and not self.is_closed:
             await self.write(f"UNSUB {sid}\r\n".encode())
 
-    def forget(self, sid: int) -> None:
-        """Receive nothing more for this subscription."""
-        self._receivers.pop(sid, None)
+    def remove_callback(self, sid: int) -> None:
+        """Ignore further messages of a subscription."""
+        self._callbacks.pop(sid, None)
 
     async def write(self, command: bytes) -> None:
-        """Queue a protocol line; waits only when more than `pending_size` is queued."""
-        # As the base class does in two coroutines, which every chunk of a stream would feel.
+        """Queue a protocol line; waits only while more than `pending_size` bytes are queued."""
+        # The base class uses two coroutines, which every chunk of a stream would feel.
         self._pending.append(command)
         self._pending_data_size += len(command)
         if self._pending_data_size > self._max_pending_size > 0:
@@ -90,38 +90,38 @@ class HardenedClient(Client):
             await self._flush_pending()
 
     @property
-    def room(self) -> int:
-        """How many bytes more may be queued while the server is away."""
+    def buffer_space(self) -> int:
+        """How many bytes more may be queued while the server is unreachable."""
         return self._max_pending_size - self._pending_data_size
 
     async def close(self) -> None:
-        """Close for good; what waits for a server that is away is dropped."""
+        """Close for good; messages queued for an unreachable server are dropped."""
         if self._flush_queue is None:
-            return  # never connected, nothing to close
+            return  # never connected
         if not self.is_connected:
-            # The base class would write it into a dead socket, and leave its tasks behind.
+            # The base class would write into a dead socket, and leave its tasks behind.
             self._pending.clear()
             self._pending_data_size = 0
         reconnecting = self._reconnection_task
         if reconnecting is not asyncio.current_task():
-            await end(reconnecting)  # the base class cancels it once, which it can swallow
+            await cancel_and_wait(reconnecting)  # the base class cancels it once, which it can swallow
         await super().close()
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        if not self.take(sid, subject, reply, data, headers or b""):
+        if not self.dispatch(sid, subject, reply, data, headers or b""):
             await super()._process_msg(sid, subject, reply, data, headers)
 
-    def take(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
-        """Give a message to its receiver; False when the library has to take it."""
-        receiver = self._receivers.get(sid)
-        if receiver is None:
+    def dispatch(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
+        """Pass a message to its callback; False when it belongs to a subscription of the library."""
+        callback = self._callbacks.get(sid)
+        if callback is None:
             return False
-        # Subjects are bytes to the server; strangers may use any.
+        # Subjects are any bytes to the server.
         name = subject.decode("utf-8", "surrogateescape")
         try:
-            receiver(Message(name, reply.decode("utf-8", "surrogateescape"), head, body))
-        except Exception:  # a message ends here; the read loop must not
-            log.exception("a message on %a could not be taken", name)
+            callback(Message(name, reply.decode("utf-8", "surrogateescape"), head, body))
+        except Exception:  # the message ends here; the read loop must go on
+            log.exception("message on %a could not be processed", name)
         return True
 
     async def _send_publish(
@@ -133,9 +133,9 @@ class HardenedClient(Client):
         headers: dict[str, Any] | None,
     ) -> None:
         # The base class checks the body alone; the server counts the headers too, and
-        # ends the connection.
+        # closes the connection.
         if headers:
-            size = sum(len(k) + len(v.encode()) + 4 for k, v in headers.items()) + _HEADER_FRAME
+            size = sum(len(k) + len(v.encode()) + 4 for k, v in headers.items()) + _HEADER_OVERHEAD
             if size + payload_size > self.max_payload:
                 raise MaxPayloadError
         await super()._send_publish(subject, reply, payload, payload_size, headers)
@@ -147,7 +147,7 @@ class HardenedClient(Client):
         await self._flush_pending()
 
     async def _process_pong(self) -> None:
-        # The base class sets the result of a flush that was cancelled, and dies of it.
+        # The base class sets the result of a cancelled flush; the error ends its read loop.
         if self._pongs and self._pongs[0].done():
             self._pongs.pop(0)
             self._pongs_received += 1
@@ -156,8 +156,8 @@ class HardenedClient(Client):
         await super()._process_pong()
 
     async def _process_err(self, err_msg: str) -> None:
-        # The base class closes for good on most errors. Permissions are the one kind after
-        # which the server keeps the connection.
+        # The base class closes for good on most errors. After a permission error the server keeps
+        # the connection; after any other one a reconnect helps.
         if "permissions violation" in err_msg:
             await super()._process_err(err_msg)
             return
@@ -167,23 +167,23 @@ class HardenedClient(Client):
         await self._process_op_err(error)
 
     async def _process_op_err(self, e: Exception) -> None:
-        # The base class tells of it once the old socket is closed; what is sent meanwhile waits already.
+        # The base class notifies once the old socket is closed; messages are queued from now on.
         if self.is_connected and self.options["allow_reconnect"]:
-            self.on_lost()
+            self.on_disconnected()
         await super()._process_op_err(e)
 
     async def _process_connect_init(self) -> None:
-        # What is no nats-server may answer at the address while that is away; the base class
-        # would end the reconnecting for good.
+        # Something other than a nats-server may answer at the address while that is down; the base
+        # class would stop reconnecting for good.
         try:
             await super()._process_connect_init()
         except (OSError, NatsError, TimeoutError):
             raise
         except Exception as exc:
-            raise NatsError(f"nats: no server answers there: {exc!r}") from exc
+            raise NatsError(f"nats: no NATS server answers: {exc!r}") from exc
 
     async def _read_loop(self) -> None:
-        # The base class only logs an error while parsing, and then reads no more.
+        # The base class logs a parser error and stops reading.
         await super()._read_loop()
         if self.is_connected and asyncio.current_task() is self._reading_task:
             await self._process_op_err(NatsError("nats: the read loop ended"))

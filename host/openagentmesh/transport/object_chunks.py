@@ -1,4 +1,4 @@
-"""An object's chunks: to the server a window of them at once, from it one by one, and purged."""
+"""An object's chunks: uploaded with a window, read one by one, and purged."""
 
 import asyncio
 import logging
@@ -17,16 +17,16 @@ from pydantic_core import from_json
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, ObjectInfo, chunk_subject, digest_text
-from openagentmesh.transport.connection import Bus
+from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 
-# Chunks; on a far server each would cost a round trip. This is a MiB.
+# Unacknowledged chunks, a MiB; one at a time would cost a round trip per chunk.
 _WINDOW: Final = 8
-_ACK_TIMEOUT: Final = 10.0
-# The server's own error code; its other 404s say that the bucket is gone.
+_ACK_TIMEOUT_S: Final = 10.0
+# The server's error code; its other 404s mean that the bucket does not exist.
 _NO_MESSAGE: Final = 10037
 
 
@@ -36,9 +36,9 @@ async def chunked(pieces: AsyncIterable[bytes | bytearray], size: int) -> AsyncG
     async for piece in pieces:
         rest = memoryview(piece)
         while rest:
-            room = size - len(chunk)
-            chunk += rest[:room]
-            rest = rest[room:]
+            missing = size - len(chunk)
+            chunk += rest[:missing]
+            rest = rest[missing:]
             if len(chunk) == size:
                 yield bytes(chunk)
                 chunk.clear()
@@ -47,45 +47,45 @@ async def chunked(pieces: AsyncIterable[bytes | bytearray], size: int) -> AsyncG
 
 
 class Upload:
-    """The chunks of one object on their way: send each, then finish or discard all."""
+    """Uploads the chunks of one object: `send` each, then `finish`, or `discard` all."""
 
-    def __init__(self, bus: Bus, inbox: Inbox, jetstream: JetStreamContext) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection, inbox: Inbox, jetstream: JetStreamContext) -> None:
+        self._connection = connection
         self._inbox = inbox
         self._jetstream = jetstream
-        # The number of the reconnect after which all that was sent is known to be there.
-        self._there = bus.reconnects
+        # The number of the reconnect after which all chunks were known to be stored.
+        self._verified = connection.reconnects
         self._acks: asyncio.Queue[Message] = asyncio.Queue()
-        self._reply = inbox.expect(self._acks.put_nowait)
-        self._unconfirmed = 0
+        self._reply = inbox.register(self._acks.put_nowait)
+        self._unacknowledged = 0
         self._nuid = new_id()
         self._digest = sha256()
         self._chunks = 0
-        self.chunk_size = min(CHUNK_SIZE, bus.max_payload)
+        self.chunk_size = min(CHUNK_SIZE, connection.max_payload)
         self.size = 0
 
     async def send(self, chunk: bytes) -> None:
-        """Send one chunk, once there is room for it in the window.
+        """Send one chunk, once the window allows it.
 
         Raises:
-            NatsError: an earlier one was refused, or nobody stores it.
-            TimeoutError: an earlier one was not acknowledged.
-            ConnectionFailed: the connection is closed, or the server away for too long.
+            NatsError: an earlier chunk was rejected, or no stream stores it.
+            TimeoutError: an earlier chunk was not acknowledged.
+            ConnectionFailed: the connection is closed, or the server was unreachable for too long.
 
         """
-        if self._unconfirmed == _WINDOW:
-            await self._confirmed()
-        await self._bus.publish(chunk_subject(self._nuid), chunk, reply=self._reply)
-        self._unconfirmed += 1
+        if self._unacknowledged == _WINDOW:
+            await self._wait_for_ack()
+        await self._connection.publish(chunk_subject(self._nuid), chunk, reply=self._reply)
+        self._unacknowledged += 1
         self._digest.update(chunk)
         self._chunks += 1
         self.size += len(chunk)
 
     async def finish(self, key: str) -> ObjectInfo:
-        """Wait until every chunk is stored; returns what describes them as the object `key`."""
-        while self._unconfirmed:
-            await self._confirmed()
-        self._inbox.forget(self._reply)
+        """Wait until every chunk is stored; returns the metadata of the object `key`."""
+        while self._unacknowledged:
+            await self._wait_for_ack()
+        self._inbox.unregister(self._reply)
         return ObjectInfo(
             name=key,
             nuid=self._nuid,
@@ -95,40 +95,40 @@ class Upload:
             options={"max_chunk_size": self.chunk_size},
         )
 
-    async def check(self, key: str) -> None:
-        """See that every confirmed chunk is there, if the server was away meanwhile: it may be a new one.
+    async def verify(self, key: str) -> None:
+        """Check that every chunk is stored, if the client reconnected in the meantime: the server may be new.
 
         Raises:
-            ConnectionFailed: some are gone.
+            ConnectionFailed: chunks are missing.
 
         """
-        reconnects = self._bus.reconnects
-        if reconnects == self._there:
+        reconnects = self._connection.reconnects
+        if reconnects == self._verified:
             return
         subject = chunk_subject(self._nuid)
         info = await self._jetstream.stream_info(STREAM, subjects_filter=subject)
         if (info.state.subjects or {}).get(subject, 0) != self._chunks:
             raise ConnectionFailed(
-                f"Writing '{key}' to the workspace failed: the server lost what had been sent. Put it again.",
+                f"Writing '{key}' to the workspace failed: the server lost its chunks. Put it again.",
                 details={"key": key},
             )
-        self._there = reconnects
+        self._verified = reconnects
 
     async def discard(self) -> None:
-        """Remove what was sent, once nothing of it is on its way any more: a purge would overtake it."""
+        """Remove the chunks, once none is on its way any more: it would arrive after the purge."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ACK_TIMEOUT):
-                while self._unconfirmed and self._bus.connected:
+            async with asyncio.timeout(_ACK_TIMEOUT_S):
+                while self._unacknowledged and self._connection.connected:
                     await self._acks.get()
-                    self._unconfirmed -= 1
-        self._inbox.forget(self._reply)
+                    self._unacknowledged -= 1
+        self._inbox.unregister(self._reply)
         if self._chunks:
             await purge(self._jetstream, self._nuid)
 
-    async def _confirmed(self) -> None:
-        async with asyncio.timeout(_ACK_TIMEOUT):
+    async def _wait_for_ack(self) -> None:
+        async with asyncio.timeout(_ACK_TIMEOUT_S):
             message = await self._acks.get()
-        self._unconfirmed -= 1
+        self._unacknowledged -= 1
         if not message.body:
             raise NoStreamResponseError
         ack = from_json(message.body)
@@ -136,8 +136,8 @@ class Upload:
             APIError.from_error(ack["error"])
 
 
-async def stored(jetstream: JetStreamContext, subject: str, sequence: int = 0) -> RawStreamMsg | None:
-    """The last message of a subject, or, with a sequence, its first one there or later."""
+async def stored_message(jetstream: JetStreamContext, subject: str, sequence: int = 0) -> RawStreamMsg | None:
+    """The last message of a subject; with a sequence, the first one at it or later. None for none."""
     try:
         return await jetstream.get_msg(STREAM, sequence, subject, next=bool(sequence))
     except NotFoundError as exc:
@@ -147,16 +147,16 @@ async def stored(jetstream: JetStreamContext, subject: str, sequence: int = 0) -
 
 
 async def next_chunk(jetstream: JetStreamContext, nuid: str, sequence: int) -> RawStreamMsg | None:
-    """The first chunk at `sequence` or later, None when there is none."""
-    # Any replica may answer this, and fast; only the leader knows that there is none.
+    """The first chunk at `sequence` or later; None for none."""
+    # Any replica can answer this quickly; only the leader knows that there is none.
     with suppress(NotFoundError, NoRespondersError):
         return await jetstream.get_msg(STREAM, sequence, chunk_subject(nuid), direct=True, next=True)
-    return await stored(jetstream, chunk_subject(nuid), sequence)
+    return await stored_message(jetstream, chunk_subject(nuid), sequence)
 
 
 async def purge(jetstream: JetStreamContext, nuid: str) -> None:
-    """Remove all chunks of one put; what cannot be removed is in nobody's way."""
+    """Remove all chunks of one put; chunks that remain occupy space and do no other harm."""
     try:
         await jetstream.purge_stream(STREAM, subject=chunk_subject(nuid))
     except (NatsError, TimeoutError) as exc:
-        log.warning("chunks that nobody needs any more stay in the workspace: %s", exc)
+        log.warning("unused chunks remain in the workspace: %s", exc)

@@ -1,23 +1,20 @@
-"""The wire's parser: messages are cut out of what was read in one go; the rest is nats-py's."""
+"""The protocol parser: messages are cut out of the data in one pass; nats-py parses the rest."""
 
-from collections.abc import Callable
 from typing import Final, Protocol
 
 from nats.protocol.parser import AWAITING_CONTROL_LINE
 from nats.protocol.parser import Parser as LibraryParser
 
 _CRLF: Final = b"\r\n"
-# The words of a message's line: its kind, subject, sid, maybe a reply subject, and its sizes.
-_MSG: Final = {4: False, 5: True}
-_HMSG: Final = {5: False, 6: True}
-
-TakeMessage = Callable[[int, bytes, bytes, bytes, bytes], bool]
+# Whether the line of a message has a reply subject, by its number of words.
+_MSG_HAS_REPLY: Final = {4: False, 5: True}
+_HMSG_HAS_REPLY: Final = {5: False, 6: True}
 
 
 class _Client(Protocol):
-    """What takes the messages."""
+    """What receives the messages."""
 
-    def take(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool: ...
+    def dispatch(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool: ...
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
     ) -> None: ...
@@ -26,7 +23,7 @@ class _Client(Protocol):
 class Parser(LibraryParser):
     """Parses what the server sends, messages in a third of the library's time.
 
-    The library matches several patterns a message and moves its buffer twice.
+    The library matches several patterns per message and moves its buffer twice.
     """
 
     def __init__(self, client: _Client) -> None:
@@ -34,15 +31,15 @@ class Parser(LibraryParser):
         super().__init__(client)
 
     def reset(self) -> None:
-        """Begin anew, as on a new connection."""
+        """Reset for a new connection."""
         super().reset()
-        self._enough = 0
+        self._bytes_needed = 0
 
     async def parse(self, data: bytes = b"") -> None:
-        """Take what was read, and pass on every message that is complete.
+        """Dispatch every message that is complete.
 
         Raises:
-            ProtocolError: no server sends this.
+            ProtocolError: the data is not of the NATS protocol.
 
         """
         if self.state != AWAITING_CONTROL_LINE:
@@ -50,22 +47,22 @@ class Parser(LibraryParser):
             return
         if self.buf:
             self.buf.extend(data)
-            if len(self.buf) < self._enough:
+            if len(self.buf) < self._bytes_needed:
                 return
             data = bytes(self.buf)
-        done = await self._messages(data)
-        self.buf = bytearray(data[done:])
-        if self.buf and not self._enough:
+        end = await self._messages(data)
+        self.buf = bytearray(data[end:])
+        if self.buf and not self._bytes_needed:
             await super().parse()
 
     async def _messages(self, data: bytes) -> int:
-        """Pass on the messages that `data` begins with; returns where they end.
+        """Dispatch the messages at the start of `data`; returns where they end.
 
-        `_enough` is then how many bytes the next one takes from there on; 0 when the next is
-        no message, or its first line is not complete.
+        `_bytes_needed` is then the length of the next message; 0 when the next line is not a
+        message, or is incomplete.
         """
-        at, length, take = 0, len(data), self._client.take
-        self._enough = 0
+        at, length, dispatch = 0, len(data), self._client.dispatch
+        self._bytes_needed = 0
         while at < length:
             with_headers = data.startswith(b"HMSG ", at)
             if not with_headers and not data.startswith(b"MSG ", at):
@@ -74,21 +71,21 @@ class Parser(LibraryParser):
             if line_end < 0:
                 break
             words = data[at:line_end].split()
-            has_reply = (_HMSG if with_headers else _MSG).get(len(words))
+            has_reply = (_HMSG_HAS_REPLY if with_headers else _MSG_HAS_REPLY).get(len(words))
             try:
                 sid, size = int(words[2]), int(words[-1])
                 body_at = line_end + 2 + (int(words[-2]) if with_headers else 0)
             except (ValueError, IndexError):
-                break  # the library says what is wrong with it
+                break  # the library reports the error
             if has_reply is None:
                 break
             body_end = line_end + 2 + size
             if body_end + 2 > length:
-                self._enough = body_end + 2 - at
+                self._bytes_needed = body_end + 2 - at
                 break
             subject, reply = words[1], words[3] if has_reply else b""
             head, body = data[line_end + 2 : body_at], data[body_at:body_end]
             at = body_end + 2
-            if not take(sid, subject, reply, body, head):
-                await self._client._process_msg(sid, subject, reply, body, head)  # noqa: SLF001 - the library's own way in
+            if not dispatch(sid, subject, reply, body, head):
+                await self._client._process_msg(sid, subject, reply, body, head)  # noqa: SLF001 - the library's entry
         return at

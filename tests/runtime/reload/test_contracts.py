@@ -51,7 +51,7 @@ async def handler(req: In) -> Out:
 
 async def revision(mesh: AgentMesh, name: str) -> int:
     """How often anybody wrote to the registry until the last write of this agent's key."""
-    entry = await node_of(mesh).buckets.entry(subjects.REGISTRY_BUCKET, name)
+    entry = await node_of(mesh).buckets.get_entry(subjects.REGISTRY_BUCKET, name)
     assert entry is not None
     assert entry.revision is not None
     return entry.revision
@@ -181,15 +181,17 @@ async def test_a_reload_while_the_server_is_away(configure: Configure, name: str
         async with Host(config) as host, AgentMesh(server.url) as caller:
             assert "1.0.0" == (await caller.contract(name)).version
             await server.stop()
-            await until(lambda: not host.node.bus.connected and not node_of(caller).bus.connected)
+            await until(
+                lambda: not host.node.connection.connected and not node_of(caller).connection.connected
+            )
             write(tmp_path / "agents", {"a.py": typed(name, version="2.0.0", word="new")})
             outcome = await host.reload()
             assert outcome is not None
             assert ("", [f"{name} 1.0.0 → 2.0.0"]) == (outcome.error, outcome.agents)
             server = EmbeddedServer(server.port, str(tmp_path / "store"))
             await server.start()
-            await node_of(caller).bus.until_connected()
-            await host.node.bus.until_connected()
+            await node_of(caller).connection.wait_connected()
+            await host.node.connection.wait_connected()
             await let_go(host)
             assert "new" == (await caller.call(name, {"text": ""}))["word"]
             assert "2.0.0" == (await caller.contract(name)).version
@@ -253,7 +255,7 @@ async def test_sources_lose_nothing_over_reloads(  # noqa: PLR0913 - fixtures
         nonlocal sent
         while True:
             if sent - len(heard) < 100:  # more at once would be refused as too many
-                await host.node.bus.publish(f"{name}.in", str(sent).encode())
+                await host.node.connection.publish(f"{name}.in", str(sent).encode())
                 sent += 1
             await asyncio.sleep(0)
 
@@ -262,7 +264,7 @@ async def test_sources_lose_nothing_over_reloads(  # noqa: PLR0913 - fixtures
 
     await mesh.kv.put(name, "on")
     async with Host(configure({"a.py": source(0)})) as host:
-        await host.node.bus.flush()
+        await host.node.connection.flush()
         sending = asyncio.create_task(send())
         for number in range(1, 6):
             await reload(host, tmp_path, source(number))

@@ -167,7 +167,7 @@ async def test_observers_hear_of_reloads(
 ) -> None:
     """A log event of the agent for a reload, and one with the reason for a refused one."""
     async with Host(configure({"a.py": replayable(name, "1")})) as host:
-        await host.node.bus.flush()  # its start is told already
+        await host.node.connection.flush()  # its start is told already
         heard = await listen(mesh, subjects.logs(name))
         await reloaded(host, tmp_path / "agents/a.py", replayable(name, "2"))
         await reloaded(host, tmp_path / "agents/a.py", "raise ValueError('not today')\n")

@@ -17,7 +17,7 @@ from openagentmesh.runtime.loading.loader import Module
 from openagentmesh.runtime.loading.modules import Source, is_written_by_code
 from openagentmesh.runtime.reload.off_loop import TookTooLong
 from openagentmesh.runtime.reload.state import Transfer
-from openagentmesh.transport.kv import ROOM_FOR_HEADERS
+from openagentmesh.transport.kv import HEADER_RESERVE
 
 # In the terminal it is the reload that speaks.
 log = logging.getLogger("openagentmesh.runtime.reload.reloader")
@@ -81,7 +81,7 @@ def check_publishable(serve: Iterable[Agent], limit: int) -> None:
     """Refuse contracts that do not fit into a message: nobody would ever hear of them."""
     for agent in serve:
         size = len(agent.contract.to_registry_json().encode())
-        if size > limit - ROOM_FOR_HEADERS:
+        if size > limit - HEADER_RESERVE:
             raise ReloadRefused(
                 f"{agent.name}: its contract has {size} bytes, and the server takes {limit} in a message. "
                 "Shorten its description or its schemas, or raise the server's max_payload"

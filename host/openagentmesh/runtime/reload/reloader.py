@@ -26,7 +26,7 @@ from openagentmesh.runtime.reload.off_loop import aside
 from openagentmesh.runtime.reload.replay import Replays
 from openagentmesh.runtime.reload.retirement import Retired, Retirements, dispose, forget_hints, left_by_tried
 from openagentmesh.runtime.reload.state import Transfer, move
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class Reloader:
         served = self._node.binding.wanted
         differing = verdict.different(wanted, served, plan.config, self.config, self._node.refused)
         serve = [self._ready(agent, plan.config) for agent in differing]
-        verdict.check_publishable(serve, self._node.bus.max_payload)
+        verdict.check_publishable(serve, self._node.connection.max_payload)
         notes = verdict.compared(serve, served, plan.config.host.contract)
         if self._changes.config_file in plan.causes:
             notes += plan.config.unread(
@@ -381,7 +381,7 @@ class Reloader:
     async def close(self) -> None:
         """Reload nothing more, and wait for what is being let go, as long as a stop may take."""
         self._closed = True
-        await end(self._running)
+        await cancel_and_wait(self._running)
         await self.retirements.finish(self.config.host.drain_timeout)
 
     async def _dispose(self) -> None:

@@ -15,7 +15,7 @@ from openagentmesh.agent.handler import Handler
 from openagentmesh.hooks.specs import Redactor
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import MeshError, error_text
-from openagentmesh.transport.tasks import end_within
+from openagentmesh.transport.tasks import cancel_within
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ async def _run(agent: Agent, asked: _Asked, until: float) -> _Run:
     try:
         await asyncio.wait([running], timeout=until - loop.time())
     finally:
-        deaf = await end_within(_CANCEL_GRACE, [running])
+        deaf = await cancel_within(_CANCEL_GRACE, [running])
     if deaf or running.cancelled():
         return _Run(b"", f"no answer within {_PATIENCE:g}s", _PATIENCE)
     return running.result()

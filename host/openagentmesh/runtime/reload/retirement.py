@@ -25,7 +25,7 @@ from openagentmesh.runtime.loading.loader import Module
 from openagentmesh.runtime.loading.modules import Source
 from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.serving.route import Route
-from openagentmesh.transport.tasks import end, end_within, persistently
+from openagentmesh.transport.tasks import cancel_and_wait, cancel_within, retry_forever
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Retirements:
             await asyncio.wait(self._running)
         if self._running:
             await asyncio.wait(self._running, timeout=timeout)
-        await end(*self._running)
+        await cancel_and_wait(*self._running)
 
     async def dispose(self) -> None:
         """Dispose of what could not be let go of in time."""
@@ -166,7 +166,7 @@ async def dispose(generations: Collection[Generation]) -> None:
         try:
             await asyncio.wait([disposing], timeout=_DISPOSAL)
         finally:
-            deaf = await end_within(_CANCEL_GRACE, [disposing])
+            deaf = await cancel_within(_CANCEL_GRACE, [disposing])
         why = "does not end" if deaf else "" if disposing.cancelled() else disposing.result()
         if deaf or disposing.cancelled():
             why = f"did not end within {_DISPOSAL:g}s"
@@ -192,7 +192,7 @@ async def _failure(agents: list[tuple[Route, Agent]], node: Node) -> str:
     """Why new publishers and watchers, in the place of old ones, failed at once; empty when none did."""
     names = [agent.name for _, agent in agents]
     # What others have to know of the new version may have to wait for the server.
-    await persistently(lambda: node.settled(names), "serving what was reloaded")
+    await retry_forever(lambda: node.settled(names), "serving what was reloaded")
     backgrounds = [
         background
         for route, old in agents

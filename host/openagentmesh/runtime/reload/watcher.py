@@ -22,7 +22,7 @@ from openagentmesh.runtime.loading.files import (
 from openagentmesh.runtime.reload.changes import Places
 from openagentmesh.runtime.reload.checks import Doubtful
 from openagentmesh.runtime.reload.reloader import Reloader
-from openagentmesh.transport.tasks import end
+from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ async def watch(reloader: Reloader) -> None:
         try:
             seen = await _watch_places(reloader, places, seen, bell)
         finally:
-            await end(ringing)
+            await cancel_and_wait(ringing)
 
 
 async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: Bell) -> Scan:
