@@ -1,16 +1,18 @@
 """An agent: name, handler, types and limits in one object."""
 
+import asyncio
 import traceback
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import iscoroutinefunction
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Final
 
-from openagentmesh.agent.call import Call, Endpoint, Middleware
-from openagentmesh.agent.concurrency import Slots
-from openagentmesh.agent.handler import Handler, Types, inspect_handler, where
+from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, ServedCall, set_current_call
+from openagentmesh.agent.concurrency import Limiter
+from openagentmesh.agent.handler import Handler, Kind, TypeCache, inspect_handler, source_location
 from openagentmesh.agent.sources import (
     Condition,
     KVCondition,
@@ -25,23 +27,26 @@ from openagentmesh.protocol.contract import AgentContract, AgentSpec
 from openagentmesh.protocol.errors import InvalidAgent, Overloaded
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 from openagentmesh.transport.kv_watch import Entry
+from openagentmesh.transport.nats_client import Message
 
-# What an overloaded agent tells its callers to wait.
+# How long callers of an overloaded agent should wait.
 _RETRY_AFTER_MS: Final = 250
+
+Redactor = Callable[[bytes], bytes | None]
+"""Removes secrets from a request's body before it is stored; None stores nothing."""
 
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """What one agent may take.
+    """The limits of one agent.
 
     Attributes:
-        concurrency: requests running at once.
-        queue: requests that may wait for their turn; one more is refused as `overloaded`.
+        concurrency: how many requests run at once.
+        queue: how many more may wait; further ones are rejected as `overloaded`.
         timeout: seconds a request may take, waiting included; for a stream, until its next chunk.
-        restart_pause: seconds until a publisher or watcher that failed is started again; twice
-            as long each time that it fails again.
+        restart_pause: seconds before a failed publisher or watcher is restarted, doubled with each
+            failure.
         restart_pause_max: the longest such pause, in seconds.
-
     """
 
     concurrency: int = 128
@@ -50,207 +55,271 @@ class Limits:
     restart_pause: float = 0.5
     restart_pause_max: float = 60.0
 
-    def slots(self) -> Slots:
-        """Room for as many requests as may run and wait."""
-        return Slots(self.concurrency, self.queue)
+    def limiter(self) -> Limiter:
+        """A limiter for these limits."""
+        return Limiter(self.concurrency, self.queue)
 
 
 DEFAULT_LIMITS: Final = Limits()
 
 
 @dataclass(slots=True, frozen=True)
-class Layer:
-    """What one plugin has put around an agent: its endpoint, which leads to those below."""
+class RecordedRequest:
+    """A request that was recorded, without what proved its caller."""
+
+    body: bytes
+    headers: Mapping[str, str]
+    request_id: str = ""
+    identity: Caller | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Agent(ABC):
+    """One version of an agent, as plugins see it.
+
+    Attributes:
+        name: its name.
+        contract: its published form.
+        kind: responder, streamer, trigger, publisher, watcher or driven.
+        source: file and line of its handler.
+        sources: what triggers it besides requests.
+        active_when: when it is active; None for always.
+        limits: its limits.
+        replayable: recorded requests may be handled again by a new version before it serves.
+        redactor: removes secrets from its requests before they are stored; None when no plugin provides one.
+    """
+
+    name: str
+    contract: AgentContract
+    kind: Kind
+    source: str
+    sources: tuple[Source, ...] = ()
+    active_when: Condition | None = None
+    limits: Limits = DEFAULT_LIMITS
+    replayable: bool = False
+    redactor: Redactor | None = None
+
+    @abstractmethod
+    def encode(self, value: object) -> bytes:
+        """A result or a chunk as JSON of the declared type.
+
+        Raises:
+            HandlerError: it has another type and cannot be converted.
+        """
+
+    @abstractmethod
+    async def answer(self, request: RecordedRequest, timeout: float) -> bytes:
+        """Run the handler for a recorded request, without middlewares and limits; returns the reply's body.
+
+        Raises:
+            MeshError: the input is invalid.
+            BaseException: whatever the handler raises.
+        """
+
+
+@dataclass(slots=True, frozen=True)
+class AppliedMiddleware:
+    """The middleware of one plugin around an agent: its endpoint, which calls the next inner one."""
 
     plugin: str
     endpoint: Endpoint
 
 
-@dataclass(slots=True, frozen=True)
-class Agent:
-    """One version of an agent, ready to serve."""
+@dataclass(slots=True, frozen=True, kw_only=True)
+class AgentVersion(Agent):
+    """One version of an agent, ready to serve; `middlewares` are those around it, outermost first."""
 
-    name: str
-    contract: AgentContract
     handler: Handler
     endpoint: Endpoint
-    sources: tuple[Source, ...] = ()
-    active_when: Condition | None = None
-    limits: Limits = DEFAULT_LIMITS
-    replayable: bool = False
-    layers: tuple[Layer, ...] = ()
-
-    @property
-    def source(self) -> str:
-        """File and line of the handler."""
-        return where(self.handler.function)
+    middlewares: tuple[AppliedMiddleware, ...] = ()
 
     @property
     def file(self) -> Path:
         """The handler's file."""
         return Path(self.source.rpartition(":")[0])
 
-    def limited(self, limits: Limits) -> "Agent":
-        """The same agent within other limits."""
+    @property
+    def is_request_only(self) -> bool:
+        """Whether requests are all that triggers it, so that a new version needs nothing but a swap."""
+        return self.contract.invocable and not self.sources and self.active_when is None
+
+    def with_limits(self, limits: Limits) -> "AgentVersion":
+        """The same agent with other limits."""
         return replace(self, limits=limits)
 
-    @property
-    def bare(self) -> "Agent":
-        """The same agent with nothing around its handler."""
-        return replace(self, layers=(), endpoint=self.handler.endpoint())
+    def without_middlewares(self) -> "AgentVersion":
+        """The same agent with no middlewares around its handler."""
+        return replace(self, middlewares=(), endpoint=self.handler.endpoint())
 
-    def within(self, plugin: str, middleware: Middleware) -> "Agent":
+    def with_middleware(self, plugin: str, middleware: Middleware) -> "AgentVersion":
         """The same agent with one more middleware around it.
 
         Raises:
-            TypeError: the middleware gives no endpoint.
-
+            TypeError: the middleware returns no endpoint.
         """
         endpoint = middleware(self.outermost)
         if not callable(endpoint):
-            raise TypeError(f"its middleware gave {endpoint!r}, not an endpoint")
-        return replace(self, layers=(Layer(plugin, _as_function(endpoint)), *self.layers))
+            raise TypeError(f"its middleware returned {endpoint!r}, not an endpoint")
+        return replace(
+            self, middlewares=(AppliedMiddleware(plugin, _as_function(endpoint)), *self.middlewares)
+        )
 
     @property
     def outermost(self) -> Endpoint:
-        """Where a request enters."""
-        return self.layers[0].endpoint if self.layers else self.enter
+        """The endpoint that a request enters."""
+        return self.middlewares[0].endpoint if self.middlewares else self.run
 
-    async def enter(self, call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
-        """The innermost endpoint: wait for a turn, read the input, run the handler.
+    async def run(self, call: Call) -> Any:  # noqa: ANN401 - the handler's result
+        """The endpoint within all middlewares: wait for a slot, decode the input, run the handler.
 
         Raises:
-            Overloaded: too many wait already.
+            Overloaded: too many requests wait already.
             InvocationMismatch: a call of a streamer, or a stream of something else.
-            InvalidInput: the body is not what the handler takes.
-
+            InvalidInput: the body does not match the handler's input type.
         """
-        if call.slots.full and not call.in_turn:
-            raise self.overloaded()
-        async with call.slots:
-            call.read()
+        assert isinstance(call, ServedCall), "a middleware passes on the call that it got"
+        limiter = call.limiter
+        if not call.is_admitted:
+            if limiter.is_full and not call.is_sequential:
+                raise self.overloaded()
+            call.admit()
+        async with limiter:
+            call.input = self._input(call)
             return await self.endpoint(call)
 
     def overloaded(self) -> Overloaded:
-        """What a caller is told for whom there is no room."""
+        """The error for a request above the limits."""
         return Overloaded(
             f"Agent '{self.name}' has {self.limits.concurrency} requests running and "
             f"{self.limits.queue} waiting. Try again later.",
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
 
-    def patience(self, request: Request) -> float:
-        """Seconds that this request may take: the agent's limit or what its caller waits."""
+    def timeout_of(self, request: Request) -> float:
+        """Seconds that a request may take: the agent's limit, or the caller's timeout when that is less."""
         own = self.limits.timeout
         return own if request.timeout is None else min(own, request.timeout)
 
-    def plugin_that_raised(self, exc: BaseException) -> str:
-        """The plugin whose middleware an error comes from; empty when it comes from further in."""
-        found, below = "", list(self.layers)
+    def failed_plugin(self, exc: BaseException) -> str:
+        """The plugin whose middleware raised an error; empty when the error comes from further inside."""
+        found, inner = "", list(self.middlewares)
         for frame, _ in traceback.walk_tb(exc.__traceback__):
-            if frame.f_code is Agent.enter.__code__:
+            if frame.f_code is AgentVersion.run.__code__:
                 return ""
-            # Each that the request has entered has a frame; so two of the same code are told apart, too.
-            if at := [i for i, layer in enumerate(below) if layer.endpoint.__code__ is frame.f_code]:
-                found, below = below[at[0]].plugin, below[at[0] + 1 :]
+            # Each entered middleware has a frame, so that two with the same code are told apart.
+            if at := [i for i, one in enumerate(inner) if one.endpoint.__code__ is frame.f_code]:
+                found, inner = inner[at[0]].plugin, inner[at[0] + 1 :]
         return found
 
-    def accept(self, call: Call) -> None:
-        """Check the verb and read the input.
+    def encode(self, value: object) -> bytes:
+        """As in the base class."""
+        return self.handler.encode(value)
 
-        Raises:
-            InvocationMismatch: a call of a streamer, or a stream of something else.
-            InvalidInput: the body is not what the handler takes.
+    async def answer(self, request: RecordedRequest, timeout: float) -> bytes:
+        """As in the base class."""
+        call = Call(self.name, request.request_id, request.body, request.headers, identity=request.identity)
+        call.deadline = asyncio.get_running_loop().time() + timeout
+        set_current_call(call)
+        call.input = self.handler.decode(self.name, request.body)
+        return self.encode(await self.handler.endpoint()(call))
 
-        """
-        assert call.verb != "source", "a source reads its own"
+    def _input(self, call: ServedCall) -> Any:  # noqa: ANN401 - of the author's type
+        """Check the verb and decode the input."""
+        match call.trigger:
+            case Message() as message:
+                return self._message(call, message)
+            case Entry() as entry:
+                return self._entry(entry)
+        assert call.verb != "source", "a source has a trigger"
         self.contract.check_verb(call.verb)
-        call.input = self.handler.read(self.name, call.request.body)
+        return self.handler.decode(self.name, call.body)
 
-    def accept_message(self, call: Call, subject: str) -> None:
-        """Read a message of a subject source as the input.
+    def _message(self, call: ServedCall, message: Message) -> Any:  # noqa: ANN401 - of the author's type
+        """A message of a subject source as the input."""
+        handler, headers = self.handler, call.headers
+        kind = headers.get(subjects.CONTENT_TYPE)
+        is_json = kind == "application/json" or subjects.STREAM_SEQ in headers  # publishers emit JSON
+        data = (handler.decode if is_json else handler.decode_plain)(self.name, message.body)
+        return MeshMessage(message.subject, data, headers) if handler.envelope else data
 
-        Raises:
-            InvalidInput: its body is not what the handler takes.
-
-        """
-        handler, request = self.handler, call.request
-        kind, headers = request.headers.get(subjects.CONTENT_TYPE), request.headers
-        is_json = kind == "application/json" or subjects.STREAM_SEQ in headers  # as publishers emit
-        data = (handler.read if is_json else handler.read_plain)(self.name, request.body)
-        call.input = MeshMessage(subject, data, call.headers) if handler.envelope else data
-
-    def accept_entry(self, call: Call, entry: Entry) -> None:
-        """Read a change of the shared state as the input; the value of a deletion is None.
-
-        Raises:
-            InvalidInput: its value is not what the handler takes.
-
-        """
-        data = None if entry.operation else self.handler.read_plain(self.name, call.request.body)
-        call.input = KVEntry(entry.key, data, entry.revision or 0) if self.handler.envelope else data
-
-    def dump(self, value: object) -> bytes:
-        """A result or a chunk as JSON of the declared type."""
-        return self.handler.dump(value)
+    def _entry(self, entry: Entry) -> Any:  # noqa: ANN401 - of the author's type
+        """A change of the shared state as the input; the value of a deletion is None."""
+        data = None if entry.operation else self.handler.decode_plain(self.name, entry.value or b"")
+        return KVEntry(entry.key, data, entry.revision or 0) if self.handler.envelope else data
 
 
 def _as_function(endpoint: Endpoint) -> Endpoint:
-    """An endpoint as a coroutine function, whatever it is: while it runs, its frame is on the stack."""
+    """An endpoint as a coroutine function, so that its frame is on the stack while it runs."""
     if isinstance(endpoint, FunctionType) and iscoroutinefunction(endpoint):
         return endpoint
 
-    async def layer(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+    async def call_endpoint(call: Call) -> Any:  # noqa: ANN401 - the handler's result
         return await endpoint(call)
 
-    return layer
+    return call_endpoint
 
 
 def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
     spec: AgentSpec,
     function: Callable[..., Any],
-    types: Types,
+    types: TypeCache,
     *,
     sources: Sequence[Source] = (),
     active_when: Condition | None = None,
     mcp: dict[str, Any] | bool | None = None,
-) -> Agent:
-    """Make an agent of a spec and a function.
+) -> AgentVersion:
+    """An agent from a spec and a function.
 
     Raises:
-        InvalidAgent: the name or the function cannot be used, in words for the author.
-
+        InvalidAgent: the name, the function, a source or the condition is invalid.
     """
-    if why := subjects.invalid_name(spec.name):
-        raise InvalidAgent(
-            f"Agent name {spec.name!r} ({where(function)}) cannot be used: {why}.", agent=spec.name
-        )
     if not spec.description:
         spec = spec.model_copy(update={"description": (function.__doc__ or "").strip()})
-    if not isinstance(sources, list | tuple):
-        raise InvalidAgent(
-            f"sources= of agent '{spec.name}' ({where(function)}) is a list; this is {sources!r}.",
-            agent=spec.name,
-        )
-    if active_when is not None and not isinstance(active_when, KVCondition | SubjectCondition):
-        raise InvalidAgent(
-            f"active_when= of agent '{spec.name}' ({where(function)}) is made by mesh.kv_condition or "
-            f"mesh.subject_condition; this is {active_when!r}.",
-            agent=spec.name,
-        )
+    location = source_location(function)
+    if problem := _problem_of_spec(spec, sources, active_when):
+        raise InvalidAgent(f"Agent {spec.name!r} ({location}) is invalid: {problem}.", agent=spec.name)
     handler = inspect_handler(function, spec.name, types, driven=bool(sources), thread=spec.thread)
+    _check_sources(handler, sources, spec.name)
+    return AgentVersion(
+        name=spec.name,
+        contract=_contract(spec, handler, mcp),
+        kind=handler.kind,
+        source=location,
+        sources=tuple(sources),
+        active_when=active_when,
+        replayable=spec.replayable,
+        handler=handler,
+        endpoint=handler.endpoint(),
+    )
+
+
+def _problem_of_spec(spec: AgentSpec, sources: object, active_when: object) -> str | None:
+    if problem := subjects.invalid_name(spec.name):
+        return problem
+    if not isinstance(sources, list | tuple):
+        return f"sources= must be a list, not {sources!r}"
+    if active_when is not None and not isinstance(active_when, KVCondition | SubjectCondition):
+        return f"active_when= must come from mesh.kv_condition or mesh.subject_condition, not {active_when!r}"
+    return None
+
+
+def _check_sources(handler: Handler, sources: Sequence[Source], agent: str) -> None:
+    wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
     for source in sources:
-        wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
         if not isinstance(source, wanted):
+            where = source_location(handler.function)
             raise InvalidAgent(
-                f"The handler of agent '{spec.name}' ({where(function)}) takes {handler.envelope or 'data'} "
-                f"and cannot be driven by {source!r}.",
-                agent=spec.name,
+                f"The handler of agent '{agent}' ({where}) takes {handler.envelope or 'data'} and cannot be "
+                f"driven by {source!r}.",
+                agent=agent,
             )
-    invocable = handler.shape in {"responder", "streamer", "trigger"}
-    streaming = handler.shape in {"streamer", "publisher"}
+
+
+def _contract(spec: AgentSpec, handler: Handler, mcp: dict[str, Any] | bool | None) -> AgentContract:  # noqa: FBT001 - the published signature
+    invocable = handler.kind in {"responder", "streamer", "trigger"}
+    streaming = handler.kind in {"streamer", "publisher"}
     output = handler.output.schema if handler.output else None
-    contract = AgentContract.declare(
+    return AgentContract.declare(
         spec,
         invocable=invocable,
         streaming=streaming,
@@ -258,8 +327,4 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
         output_schema=None if streaming or not invocable else output,
         chunk_schema=output if streaming else None,
         mcp=mcp,
-    )
-    endpoint = handler.endpoint()
-    return Agent(
-        spec.name, contract, handler, endpoint, tuple(sources), active_when, replayable=spec.replayable
     )

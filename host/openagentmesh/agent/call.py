@@ -1,4 +1,4 @@
-"""What a handler is given and what it may ask about: Call, Endpoint, Middleware, current_call."""
+"""What handlers and middlewares get: Call, Endpoint, Middleware, current_call."""
 
 import asyncio
 import logging
@@ -7,35 +7,36 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
 
-from openagentmesh.agent.concurrency import Slots
+from openagentmesh.agent.concurrency import Limiter
 from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.protocol.messages import Usage
+from openagentmesh.transport.kv_watch import Entry
+from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 
-Ending = Callable[[MeshError | None], object]
+DoneCallback = Callable[[MeshError | None], object]
+# What a source delivered: a message of a subject, or a change of a key.
+Trigger = Message | Entry
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-async def _send_nothing(chunk: object) -> None:
-    raise RuntimeError(f"This request is no stream; {chunk!r} cannot be sent.")
-
-
-def _read_nothing() -> None:
-    return
+async def _not_a_stream(chunk: object) -> None:
+    raise RuntimeError(f"This request is not a stream; {chunk!r} cannot be sent.")
 
 
 class Caller(str):
-    """Who asks, as a text: the proven subject, else the instance id.
+    """The caller's identity as a text: the verified subject, otherwise the instance id.
 
     Attributes:
-        instance_id: what the request says; empty when it says nothing.
-        subject: who it was proven to be, by a plugin; empty when nobody has looked.
-        scopes: what else was proven.
-
+        instance_id: from the request's header; empty when it has none.
+        subject: verified by a plugin; empty when it was not verified.
+        scopes: verified permissions.
     """
 
     __slots__ = ("instance_id", "scopes", "subject")
@@ -45,17 +46,17 @@ class Caller(str):
     scopes: frozenset[str]
 
     def __new__(cls, instance_id: str, subject: str = "", scopes: frozenset[str] = frozenset()) -> Self:
-        """Say who asks."""
-        made = super().__new__(cls, subject or instance_id)
-        made.instance_id, made.subject, made.scopes = instance_id, subject, scopes
-        return made
+        """A caller with this identity."""
+        caller = super().__new__(cls, subject or instance_id)
+        caller.instance_id, caller.subject, caller.scopes = instance_id, subject, scopes
+        return caller
 
     @classmethod
-    def nobody(cls, instance_id: str) -> Self:
-        """Someone who was looked at and proved nothing: an empty text, whatever the request says."""
-        made = str.__new__(cls)
-        made.instance_id, made.subject, made.scopes = instance_id, "", frozenset()
-        return made
+    def anonymous(cls, instance_id: str) -> Self:
+        """A caller that proved no identity: an empty text, whatever its request states."""
+        caller = str.__new__(cls)
+        caller.instance_id, caller.subject, caller.scopes = instance_id, "", frozenset()
+        return caller
 
 
 @dataclass(slots=True)
@@ -64,85 +65,100 @@ class Call:
 
     Attributes:
         agent: the agent's name.
-        request: the request as it came.
-        deadline: when the host stops the handler, in seconds of the event loop's clock;
-            a stream's counts from its last chunk.
-        input: the validated input; None when the agent takes none.
-        send: sends one chunk of a stream; what a streamer yields goes through here.
-        usage: what the handler reported so far; None for nothing.
-        abandoned: nobody waits for an answer any more.
-        over: it is answered, so its deadline is nobody's any more.
-        started: when it came, in seconds of the event loop's clock.
-        patience: seconds it may take; for a stream, from chunk to chunk.
-        verb: what the caller did; `source` for a message or a change that drives the agent.
-        in_turn: one of a series, such as the changes of a key: the next one comes when this one is
-            over, and nobody would bring it again, so it waits where others are refused.
-        subject: the NATS subject that it came on.
-        proven: who asks, once a plugin knows.
-        slots: limits how many handlers run at once, and how many requests wait for that.
-        read: checks the verb and reads the input; called in the innermost endpoint.
-
+        request_id: the caller's id of this request; empty when it sent none.
+        body: the request's body.
+        headers: all headers of the request, the caller's own among them.
+        instance_id: the sending instance, as the request states it.
+        verb: the caller's verb; `source` for a message or a change of a source.
+        subject: the NATS subject it arrived on.
+        deadline: when the host cancels the handler, by the event loop's clock in seconds; for a stream
+            counted from its last chunk.
+        input: the validated input; None when the agent takes none, and before the innermost endpoint.
+        send: sends one chunk of a stream; chunks that a streamer yields are passed to it.
+        usage: what the handler reported so far.
+        identity: the verified caller, set by a plugin.
+        is_sequential: one of a series, such as the changes of a key: the next one is delivered after this
+            one, and it would not be repeated, so it waits where others are rejected.
+        is_abandoned: the caller does not wait for an answer any more.
     """
 
     agent: str
-    request: Request
-    deadline: float
-    input: Any = None
-    send: Callable[[Any], Awaitable[None]] = _send_nothing
-    usage: Usage | None = None
-    abandoned: bool = False
-    over: bool = False
-    started: float = 0.0
-    patience: float = math.inf
+    request_id: str = ""
+    body: bytes = b""
+    headers: Mapping[str, str] = _NO_HEADERS
+    instance_id: str = ""
     verb: Verb | Literal["source"] = "call"
-    in_turn: bool = False
     subject: str = ""
-    proven: Caller | None = None
-    slots: Slots = field(default_factory=Slots)
-    read: Callable[[], None] = _read_nothing
-    _endings: list[Ending] = field(default_factory=list)
+    deadline: float = math.inf
+    input: Any = None
+    send: Callable[[Any], Awaitable[None]] = _not_a_stream
+    usage: Usage | None = None
+    identity: Caller | None = None
+    is_sequential: bool = False
+    is_abandoned: bool = False
+    _done_callbacks: list[DoneCallback] = field(default_factory=list)
 
-    def when_over(self, ending: Ending) -> None:
-        """Have a function called once the request is answered, with the error or with None.
+    def add_done_callback(self, callback: DoneCallback) -> None:
+        """Call a function once the request is answered, with the error or with None.
 
-        Middlewares see what the handler returns or raises; that it did not fit its type, was too
-        large to be sent, or came too late is known after them.
+        Middlewares see what the handler returns or raises; errors after them, such as a result of the wrong
+        type or above the size limit, are seen here.
         """
-        self._endings.append(ending)
-
-    def end(self, error: MeshError | None) -> None:
-        """Tell who wants to know that it is answered, and how."""
-        self.over = True
-        for ending in self._endings:
-            try:
-                ending(error)
-            # A plugin's code may raise anything; the request is answered already.
-            except Exception:
-                log.exception("%s: what was to be called when a request is over failed", self.agent)
-
-    @property
-    def request_id(self) -> str:
-        """The caller's id of this request; empty when it sent none."""
-        return self.request.request_id
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """All headers of the request, the caller's own among them."""
-        return self.request.headers
+        self._done_callbacks.append(callback)
 
     @property
     def caller(self) -> Caller:
-        """Who asks: proven by a plugin, or what the request says of itself."""
-        return self.proven if self.proven is not None else Caller(self.request.caller)
+        """The caller: verified by a plugin, otherwise as the request states it."""
+        return self.identity if self.identity is not None else Caller(self.instance_id)
 
     @property
     def remaining(self) -> float:
         """Seconds until the deadline, at least 0."""
         try:
             now = asyncio.get_running_loop().time()
-        except RuntimeError:  # in a thread of a handler, where the loop's clock is the machine's
+        except RuntimeError:  # in the thread of a handler, where the loop's clock is the monotonic one
             now = monotonic()
         return max(0.0, self.deadline - now)
+
+
+@dataclass(slots=True, kw_only=True)
+class ServedCall(Call):
+    """A Call with what the host needs to serve it.
+
+    Attributes:
+        request: the decoded request.
+        limiter: of the agent's version.
+        trigger: what a source delivered; None for a request.
+        started: when it arrived, by the event loop's clock in seconds.
+        timeout_s: how long it may take; for a stream, from chunk to chunk.
+        is_admitted: the limiter counts it.
+        is_done: it is answered, so its deadline does not apply any more.
+    """
+
+    request: Request
+    limiter: Limiter
+    trigger: Trigger | None = None
+    started: float = 0.0
+    timeout_s: float = math.inf
+    is_admitted: bool = False
+    is_done: bool = False
+
+    def admit(self) -> None:
+        """Let the limiter count it until `finish`."""
+        self.limiter.admit()
+        self.is_admitted = True
+
+    def finish(self, error: MeshError | None) -> None:
+        """Release the limiter and run the callbacks."""
+        self.is_done = True
+        if self.is_admitted:
+            self.limiter.release()
+        for callback in self._done_callbacks:
+            try:
+                callback(error)
+            # A plugin's code may raise anything; the request is answered already.
+            except Exception:
+                log.exception("%s: a done callback failed", self.agent)
 
 
 Endpoint = Callable[[Call], Awaitable[Any]]
@@ -157,37 +173,40 @@ def current_call() -> Call:
     """The request that the running handler answers.
 
     Raises:
-        RuntimeError: no request is being answered here.
-
+        RuntimeError: outside a request.
     """
     try:
         return _current.get()
     except LookupError:
-        raise RuntimeError("current_call() is for handlers: no request is being answered here.") from None
+        raise RuntimeError("current_call() is for handlers: there is no request here.") from None
 
 
 def report_usage(usage: Usage) -> None:
-    """Tell what the running request costs; several reports add up, the last model counts.
+    """Report what the running request costs; reports add up, the last model is kept.
 
-    It travels with the reply, or with the end of the stream, and as a log event.
+    The sum is sent with the reply or with the end of the stream, and as a log event.
 
     Raises:
-        RuntimeError: no request is being answered here.
-
+        RuntimeError: outside a request.
     """
     call = current_call()
     call.usage = usage if call.usage is None else call.usage.plus(usage)
 
 
 def within_deadline(timeout: float | None, *, streaming: bool = False) -> float | None:
-    """`timeout`, or the running request's patience when that is less; in seconds.
+    """`timeout`, or what is left of the running request's time when that is less; in seconds.
 
-    For a request that is `streaming`, `timeout` is from chunk to chunk, and so is the patience
-    of a stream that hands the chunks on.
+    For a `streaming` request, `timeout` is from chunk to chunk, and so is the time of a running stream
+    that forwards the chunks.
     """
     call = _current.get(None)
-    # A task that a handler leaves behind keeps its context, but nobody waits for it.
-    if call is None or call.over:
+    if call is None:
         return timeout
-    left = call.patience if streaming and call.request.streaming else call.remaining
+    left = call.remaining
+    if isinstance(call, ServedCall):
+        # A task that outlives its request keeps the context, but not the deadline.
+        if call.is_done:
+            return timeout
+        if streaming and call.request.streaming:
+            left = call.timeout_s
     return min(left, math.inf if timeout is None else timeout)

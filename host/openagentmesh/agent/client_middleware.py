@@ -1,4 +1,4 @@
-"""What leaves a mesh, and what plugins put around that: Outgoing, ClientMiddleware, Border."""
+"""Middlewares around what a node sends: ClientOperation, ClientMiddleware, ClientMiddlewares."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -16,22 +16,21 @@ from typing import Final, Literal
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError, MeshTimeout, PluginFailed, error_text
 
-# Seconds that middlewares have for an event, which has no timeout of its own.
-EVENT_PATIENCE: Final = 30.0
+# For the middlewares of an event, which has no timeout of its own.
+EVENT_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(slots=True)
-class Outgoing:
-    """One request or event on its way out, or an event that has come in.
+class ClientOperation:
+    """A request or an event on its way out, or a received event.
 
     Attributes:
-        verb: what is done; `publish` is an event that leaves, `receive` one that has come.
-        target: the agent's name, for events the subject.
+        verb: the verb; `publish` is an event on its way out, `receive` a received one.
+        target: the agent's name; for events the subject.
         request_id: the request's id; events have none.
-        body: what is sent.
-        headers: what goes along besides the protocol's own; a middleware may add to them.
-        chunks: how many chunks of a stream have come so far.
-
+        body: the body.
+        headers: headers besides the protocol's own; a middleware may add to them.
+        chunks: how many chunks of a stream have arrived so far.
     """
 
     verb: Literal["call", "stream", "send", "publish", "receive"]
@@ -43,65 +42,67 @@ class Outgoing:
 
     @property
     def subject(self) -> str:
-        """The NATS subject that it goes to, or has come on."""
+        """The NATS subject that it is sent to, or arrived on."""
         return self.target if self.verb in {"publish", "receive"} else subjects.agent(self.target)
 
 
-ClientMiddleware = Callable[[Outgoing], AbstractAsyncContextManager[object]]
-"""Is entered before something leaves, and left when that is over: when the answer is there."""
+ClientMiddleware = Callable[[ClientOperation], AbstractAsyncContextManager[object]]
+"""Is entered before an operation, and exited when that is complete: when the answer has arrived."""
 
 
-class Border:
-    """All that leaves a mesh passes it; `layers` are plugins' names and middlewares, first outermost."""
+class ClientMiddlewares:
+    """All client middlewares of a node, by plugin, the first one outermost."""
 
-    def __init__(self, layers: Sequence[tuple[str, ClientMiddleware]] = ()) -> None:
-        self._layers = layers
+    def __init__(self, middlewares: Sequence[tuple[str, ClientMiddleware]] = ()) -> None:
+        self._middlewares = middlewares
 
     def __bool__(self) -> bool:
-        return bool(self._layers)
+        return bool(self._middlewares)
 
     @asynccontextmanager
-    async def passing(self, outgoing: Outgoing, timeout: float | None = None) -> AsyncIterator[Outgoing]:
-        """The way of one request or event through all middlewares.
+    async def around(
+        self, operation: ClientOperation, timeout: float | None = None
+    ) -> AsyncIterator[ClientOperation]:
+        """Run an operation within all middlewares.
 
-        They have `timeout` seconds together before it, and each as many after it.
+        Together they have `timeout` seconds before it, and each of them as many after it. A middleware may
+        turn an error into another one, but no failure into a success.
 
         Raises:
             MeshTimeout: they take longer.
-            MeshError: a middleware does not let it pass.
+            MeshError: a middleware rejects the operation.
             PluginFailed: a middleware raised anything else.
-
         """
         loop = asyncio.get_running_loop()
-        until = None if timeout is None else loop.time() + timeout
+        deadline = None if timeout is None else loop.time() + timeout
         async with AsyncExitStack() as stack:
-            for plugin, middleware in self._layers:
-                with _named(plugin, "before", outgoing):
-                    layer = middleware(outgoing)
-                    async with asyncio.timeout_at(until):
-                        await layer.__aenter__()
-                stack.push_async_exit(partial(_leave, plugin, layer, outgoing, timeout))
-            yield outgoing
+            for plugin, middleware in self._middlewares:
+                with _attributed(plugin, "before", operation):
+                    entered = middleware(operation)
+                    async with asyncio.timeout_at(deadline):
+                        await entered.__aenter__()
+                stack.push_async_exit(partial(_exit, plugin, entered, operation, timeout))
+            yield operation
 
 
-async def _leave(
+async def _exit(
     plugin: str,
-    layer: AbstractAsyncContextManager[object],
-    outgoing: Outgoing,
+    entered: AbstractAsyncContextManager[object],
+    operation: ClientOperation,
     timeout: float | None,
     *raised: *tuple[type[BaseException] | None, BaseException | None, TracebackType | None],
 ) -> None:
-    """Leave a layer. It may turn an error into another one, but no failure into a success."""
-    with _named(plugin, "after", outgoing, raised[1]):
+    # Returns nothing, so that an error is never suppressed.
+    with _attributed(plugin, "after", operation, raised[1]):
         async with asyncio.timeout(timeout):
-            await layer.__aexit__(*raised)
+            await entered.__aexit__(*raised)
 
 
 @contextmanager
-def _named(
-    plugin: str, when: str, outgoing: Outgoing, passing: BaseException | None = None
+def _attributed(
+    plugin: str, when: str, operation: ClientOperation, passing: BaseException | None = None
 ) -> Iterator[None]:
-    """Whatever a plugin raises is a MeshError that names it, but for what only passes through it."""
+    """Raise a plugin's errors as MeshErrors that name it; `passing` is the operation's own error."""
     try:
         yield
     except MeshError:
@@ -109,10 +110,10 @@ def _named(
     except TimeoutError as exc:
         if exc is passing:
             raise
-        late = f"The plugin '{plugin}' took too long {when} the {outgoing.verb} of {outgoing.target}."
-        raise MeshTimeout(late, details={"plugin": plugin}) from exc
+        message = f"The plugin '{plugin}' took too long {when} the {operation.verb} of {operation.target}."
+        raise MeshTimeout(message, details={"plugin": plugin}) from exc
     except Exception as exc:
         if exc is passing:
             raise
-        why = f"the plugin '{plugin}' failed {when} the {outgoing.verb} of {outgoing.target}"
-        raise PluginFailed(f"{why}: {error_text(exc)}", details={"plugin": plugin}) from exc
+        message = f"the plugin '{plugin}' failed {when} the {operation.verb} of {operation.target}"
+        raise PluginFailed(f"{message}: {error_text(exc)}", details={"plugin": plugin}) from exc

@@ -1,44 +1,56 @@
-"""Turns at an agent: how many requests run at once, and whether one more may wait."""
+"""The limiter of one agent: how many requests run at once, and how many more may wait."""
 
 import asyncio
 from types import TracebackType
 
 
-class Slots:
-    """Lets so many in at once; entered with `async with`, left when that is done.
+class Limiter:
+    """Admits requests up to a capacity, and lets a part of them run at once, in the order of admission.
+
+    A request is admitted, entered with `async with` while its handler runs, and released when it is
+    answered.
 
     Args:
-        running: how many may be in at once.
-        waiting: how many may wait until they are let in; whoever enters has looked at `full` before.
-
+        concurrency: how many may run at once.
+        queue: how many more may wait.
     """
 
-    def __init__(self, running: int = 1, waiting: int = 0) -> None:
-        self._turns = asyncio.Semaphore(running)
-        self._running = running
-        self._most = running + waiting
-        self._there = 0
+    def __init__(self, concurrency: int, queue: int) -> None:
+        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        self._capacity = concurrency + queue
+        self._admitted = 0
+        self._released = asyncio.Event()
 
     @property
-    def full(self) -> bool:
-        """Whether as many are in and wait as may."""
-        return self._there >= self._most
+    def is_full(self) -> bool:
+        """Whether the capacity is used up."""
+        return self._admitted >= self._capacity
 
     @property
     def waiting(self) -> int:
-        """How many wait until they are let in."""
-        return max(0, self._there - self._running)
+        """How many admitted requests wait for a slot."""
+        return max(0, self._admitted - self._concurrency)
+
+    def admit(self) -> None:
+        """Count one request; `is_full` is for the caller to check."""
+        self._admitted += 1
+
+    def release(self) -> None:
+        """Count one request less."""
+        self._admitted -= 1
+        self._released.set()
+
+    async def wait_for_capacity(self) -> None:
+        """Wait until one more request may be admitted."""
+        while self.is_full:
+            self._released.clear()
+            await self._released.wait()
 
     async def __aenter__(self) -> None:
-        self._there += 1
-        try:
-            await self._turns.acquire()
-        except BaseException:
-            self._there -= 1
-            raise
+        await self._slots.acquire()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._there -= 1
-        self._turns.release()
+        self._slots.release()

@@ -1,9 +1,9 @@
-"""An author's function: its shape, and the types of what goes in and comes out (protocol §5)."""
+"""An author's function: its kind, and the types of its input and output (protocol §5)."""
 
 import inspect
 import re
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,33 +18,33 @@ from openagentmesh.agent.threads import pool
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, validation_problems
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 
-Shape = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
-# What a source-driven handler takes around the data: nothing, a KVEntry or a MeshMessage.
+Kind = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driven"]
+# How a source-driven handler takes its data: as it is, in a KVEntry or in a MeshMessage.
 Envelope = Literal["", "entry", "message"]
+Function = Callable[..., Any]
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
-_NOTHING: Final = b"{}"
-# How pydantic's warning begins when an object holds what its class does not declare.
-_MISMATCH: Final = "Pydantic serializer warnings"
+_EMPTY_REPLY: Final = b"{}"
+# The beginning of pydantic's warning about a value that its class does not declare.
+_TYPE_MISMATCH: Final = "Pydantic serializer warnings"
 _ENVELOPES: Final[dict[Any, Envelope]] = {KVEntry: "entry", MeshMessage: "message"}
 
 
-class Type:
-    """One type an author declares: what validates and dumps it, and its JSON Schema."""
+class PayloadType:
+    """A type that an author declares: it validates and encodes values, and has a JSON Schema."""
 
-    def __init__(self, hint: Any) -> None:  # noqa: ANN401 - whatever an author writes
+    def __init__(self, hint: Any) -> None:  # noqa: ANN401 - any annotation
         self.hint = hint
         self.adapter: TypeAdapter[Any] = TypeAdapter(hint)
-        # Again for each: authors' modules put filters of their own before it.
-        warnings.filterwarnings("error", _MISMATCH, UserWarning, re.escape(__name__))
+        # Once per type: authors' modules may insert filters of their own before it.
+        warnings.filterwarnings("error", _TYPE_MISMATCH, UserWarning, re.escape(__name__))
 
-    def dump(self, value: object) -> bytes:
+    def encode(self, value: object) -> bytes:
         """A value of this type as JSON.
 
         Raises:
-            ValueError: it is of another type and cannot be made into it.
-
+            ValueError: it has another type and cannot be converted.
         """
-        adapter = self.adapter  # past its own methods, as `Handler.read`
+        adapter = self.adapter  # not its own methods, which take as long again
         try:
             # With its argument warnings="error" it takes four times as long.
             return adapter.serializer.to_json(adapter.validator.validate_python(value))
@@ -57,82 +57,85 @@ class Type:
         return set(get_args(self.hint) or [self.hint]) - {type(None)} in ({str}, {bytes})
 
     @cached_property
-    def takes_none(self) -> bool:
-        """Whether None is one of its values."""
+    def accepts_none(self) -> bool:
+        """Whether None is a value of this type."""
         try:
             self.adapter.validate_python(None)
-        except Exception:  # noqa: BLE001 - an author's validator may raise anything: that is a no
+        except Exception:  # noqa: BLE001 - an author's validator may raise anything: a no
             return False
         return True
 
     @cached_property
     def schema(self) -> dict[str, Any]:
-        """The type's JSON Schema, as contracts carry it."""
+        """The type's JSON Schema, as contracts contain it."""
         return self.adapter.json_schema(mode="validation")
 
 
-class Types:
-    """The types of one mesh's agents, each made once: making one takes half a millisecond."""
+class TypeCache:
+    """The types of one mesh's agents: creating one takes half a millisecond."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Type] = {}
+        self._types: dict[Any, PayloadType] = {}
 
-    def get(self, hint: Any) -> Type:  # noqa: ANN401 - whatever an author writes
-        """The type for a hint.
+    def get(self, hint: Any) -> PayloadType:  # noqa: ANN401 - any annotation
+        """The type of an annotation.
 
         Raises:
-            PydanticUserError, NameError, TypeError: pydantic cannot use it.
-
+            PydanticUserError, NameError, TypeError: pydantic does not support it.
         """
         try:
-            made = self._made.get(hint)
-        except TypeError:  # it has no hash, such as Annotated with a list in it
-            return Type(hint)
-        if made is None:
-            made = self._made[hint] = Type(hint)
-        return made
+            found = self._types.get(hint)
+        except TypeError:  # it is not hashable, such as Annotated with a list in it
+            return PayloadType(hint)
+        if found is None:
+            found = self._types[hint] = PayloadType(hint)
+        return found
 
 
 @dataclass(slots=True, frozen=True)
 class Handler:
-    """A function with its shape and types.
+    """A function with its kind and types.
 
-    `output` is the type of a streamer's chunks and of a publisher's events, `envelope` what a
-    source-driven handler takes its input in, `blocks` whether it is a `def`, which runs in a thread.
+    Attributes:
+        function: the author's function.
+        kind: how it is called.
+        input: the type of its parameter; None when it has none.
+        output: the type of its result; of a streamer's chunks and a publisher's events.
+        input_optional: its parameter has a default.
+        envelope: how a source-driven handler takes its data.
+        is_blocking: it is a `def`, which runs in a thread.
     """
 
-    function: Callable[..., Any]
-    shape: Shape
-    input: Type | None
-    output: Type | None
+    function: Function
+    kind: Kind
+    input: PayloadType | None
+    output: PayloadType | None
     input_optional: bool
     envelope: Envelope = ""
-    blocks: bool = False
+    is_blocking: bool = False
 
-    def read(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
+    def decode(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
         """A request's body as the handler's input.
 
         Raises:
-            InvalidInput: with pydantic's list of what is wrong under `errors`.
-
+            InvalidInput: with pydantic's list of problems under `errors`.
         """
         if self.input is None or (not body and self.input_optional):
             return None
         try:
             if not body:
                 return self.input.adapter.validate_python(None)
-            # Past the adapter, whose own methods take as long again.
+            # Not the adapter's own method, which takes as long again.
             return self.input.adapter.validator.validate_json(body)
         except ValidationError as exc:
-            errors = _NO_BODY if not body else validation_problems(exc)
-            raise _invalid_input(agent, errors) from exc
+            problems = _EMPTY_BODY if not body else validation_problems(exc)
+            raise _invalid_input(agent, problems) from exc
 
-    def read_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
-        """A stored or published value as the handler's input: texts and bytes stand for themselves.
+    def decode_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
+        """A stored or published value as the handler's input: text and bytes need not be JSON.
 
         Raises:
-            InvalidInput: as `read`.
-
+            InvalidInput: as `decode`.
         """
         if self.input is None:
             return None
@@ -150,36 +153,35 @@ class Handler:
                 }
                 raise _invalid_input(agent, [problem]) from exc
         try:
-            return self.read(agent, body)
+            return self.decode(agent, body)
         except InvalidInput:
-            # No JSON of this type; a text may be one all the same, as `Any` or a word of a Literal.
+            # Not JSON of this type; it may be a valid text, as for `Any` or a Literal.
             try:
                 return self.input.adapter.validate_python(body.decode())
             except ValueError:
                 pass
             raise
 
-    def dump(self, value: object) -> bytes:
-        """What the handler gave back, as the JSON of its declared type.
+    def encode(self, value: object) -> bytes:
+        """The handler's result as JSON of its declared type.
 
         Raises:
-            HandlerError: it is of another type and cannot be made into it.
-
+            HandlerError: it has another type and cannot be converted.
         """
         if value is None:
-            return _NOTHING
+            return _EMPTY_REPLY
         try:
             if self.output is None:
                 return to_json(value, inf_nan_mode="null")
-            # An instance of the declared model passes as it is; anything else is made into one.
-            return self.output.dump(value)
+            # An instance of the declared model is unchanged; anything else is converted.
+            return self.output.encode(value)
         except (PydanticSerializationError, ValueError, RecursionError) as exc:
-            raise HandlerError(f"The handler gave back what it does not declare: {exc}") from exc
+            raise HandlerError(f"The handler returned a value of another type than declared: {exc}") from exc
 
     def endpoint(self) -> Endpoint:
-        """The innermost endpoint: the call's input into the function."""
+        """The innermost endpoint: calls the function with the call's input."""
         function = self.function
-        if self.shape == "streamer":
+        if self.kind == "streamer":
 
             async def stream(call: Call) -> None:
                 async with aclosing(_invoke(function, self, call)) as chunks:
@@ -194,164 +196,181 @@ class Handler:
         async def respond_in_thread(call: Call) -> object:
             return await pool.run(call.agent, partial(_invoke_blocking, function, self, call))
 
-        return respond_in_thread if self.blocks else respond
+        return respond_in_thread if self.is_blocking else respond
 
 
-_NO_BODY: Final[list[dict[str, Any]]] = [
+_EMPTY_BODY: Final[list[dict[str, Any]]] = [
     {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
 ]
 
 
-def _invalid_input(agent: str, errors: list[dict[str, Any]]) -> InvalidInput:
-    return InvalidInput(f"Input failed validation for agent '{agent}'", details={"errors": errors})
+def _invalid_input(agent: str, problems: Sequence[Mapping[str, Any]]) -> InvalidInput:
+    return InvalidInput(f"Input failed validation for agent '{agent}'", details={"errors": problems})
 
 
-def _invoke(function: Callable[..., Any], handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
-    if handler.input is None or (not call.request.body and handler.input_optional and not handler.envelope):
+def _invoke(function: Function, handler: Handler, call: Call) -> Any:  # noqa: ANN401 - coroutine or generator
+    if handler.input is None or (not call.body and handler.input_optional and not handler.envelope):
         return function()
     return function(call.input)
 
 
-def _invoke_blocking(function: Callable[..., Any], handler: Handler, call: Call) -> object:
+def _invoke_blocking(function: Function, handler: Handler, call: Call) -> object:
     result = _invoke(function, handler, call)
     if inspect.iscoroutine(result):
         result.close()
-        raise HandlerError("The handler is a `def` that gave back a coroutine; it must be an `async def`.")
+        raise HandlerError("The handler is a `def` that returned a coroutine; it must be an `async def`.")
     return result
 
 
 def inspect_handler(
-    function: Callable[..., Any], agent: str, types: Types, *, driven: bool = False, thread: bool = False
+    function: Function, agent: str, types: TypeCache, *, driven: bool = False, thread: bool = False
 ) -> Handler:
-    """Take a function's shape and types from its signature.
+    """Derive a handler's kind and types from the function's signature.
 
-    `driven`: it has sources; `thread`: it must run in a thread.
+    Args:
+        function: the author's function.
+        agent: the agent's name, for messages.
+        types: where its types are cached.
+        driven: it has sources.
+        thread: it must run in a thread.
 
     Raises:
-        InvalidAgent: it is no function, is async and must not be or the other way round, takes more
-            than one parameter, or a type is missing, unknown or nothing that pydantic can validate.
-
+        InvalidAgent: it is not a function, is async and must not be or vice versa, takes more than one
+            parameter, or a type is missing, unknown or not supported by pydantic.
     """
-    streaming = inspect.isasyncgenfunction(_plain(function))
-    blocks = not streaming and not inspect.iscoroutinefunction(_plain(function))
-    if thread and not blocks:
-        raise _invalid(agent, function, "an `async def` runs on the event loop; thread=True is for a `def`")
-    if blocks and (why := _never_in_a_thread(_plain(function))):
-        raise _invalid(agent, function, why)
+    is_streaming = inspect.isasyncgenfunction(_unwrapped(function))
+    is_blocking = not is_streaming and not inspect.iscoroutinefunction(_unwrapped(function))
+    if problem := _problem_of_form(function, is_blocking=is_blocking, thread=thread):
+        raise _invalid(agent, function, problem)
     parameter, hints = _parameter(function, agent), _hints(function, agent)
-    takes, envelope = _taken(parameter, hints, agent, function)
-    returns = hints.get("return", type(None))
-    if streaming and get_origin(returns) in _ITERATORS:
-        returns = get_args(returns)[0]
-    shape: Shape
-    if envelope or (driven and parameter is None and returns is type(None)):
-        shape = "driven"
-    elif parameter is not None:
-        shape = "streamer" if streaming else "responder"
-    elif streaming:
-        shape = "publisher"
+    input_hint, envelope = _input_hint(parameter, hints, agent, function)
+    output_hint = hints.get("return", type(None))
+    if is_streaming and get_origin(output_hint) in _ITERATORS:
+        output_hint = get_args(output_hint)[0]
+    returns_nothing = output_hint is type(None)
+    if envelope or (driven and parameter is None and returns_nothing):
+        kind: Kind = "driven"
     else:
-        shape = "watcher" if returns is type(None) else "trigger"
-    if blocks and shape == "watcher":
-        raise _invalid(
-            agent, function, "it takes and returns nothing, so it runs by itself and must be an `async def`"
+        kind = _kind(
+            takes_input=parameter is not None, is_streaming=is_streaming, returns_nothing=returns_nothing
         )
-    if streaming and (driven or envelope):
-        raise _invalid(agent, function, "it has sources and yields; nobody would read that, so let it return")
-    if envelope and not driven:
-        raise _invalid(agent, function, "it takes what comes from a source, but has none: `sources=[...]`")
+    if problem := _problem_of_kind(
+        kind, envelope, is_blocking=is_blocking, is_streaming=is_streaming, driven=driven
+    ):
+        raise _invalid(agent, function, problem)
     return Handler(
         function,
-        shape,
-        None if takes is None else _type(takes, types, agent, function),
-        None if returns is type(None) else _type(returns, types, agent, function),
+        kind,
+        None if input_hint is None else _type(input_hint, types, agent, function),
+        None if returns_nothing else _type(output_hint, types, agent, function),
         input_optional=parameter is not None and parameter.default is not parameter.empty,
         envelope=envelope,
-        blocks=blocks,
+        is_blocking=is_blocking,
     )
 
 
-def _never_in_a_thread(function: Callable[..., Any]) -> str:
-    """Why something that is not async cannot be called in a thread; empty when it can."""
-    if not inspect.isroutine(function):
+def _kind(*, takes_input: bool, is_streaming: bool, returns_nothing: bool) -> Kind:
+    """The kind by protocol §5."""
+    if takes_input:
+        return "streamer" if is_streaming else "responder"
+    if is_streaming:
+        return "publisher"
+    return "watcher" if returns_nothing else "trigger"
+
+
+def _problem_of_form(function: Function, *, is_blocking: bool, thread: bool) -> str:
+    """Why a function cannot be a handler, whatever its types are; empty when it can."""
+    if not is_blocking:
+        return "an `async def` runs on the event loop; thread=True is for a `def`" if thread else ""
+    plain = _unwrapped(function)
+    if not inspect.isroutine(plain):
         return "it must be a function, `async def` or `def`"
-    if inspect.isgeneratorfunction(function):
+    if inspect.isgeneratorfunction(plain):
         return "it is a `def` that yields; only an `async def` may"
-    inner = inspect.unwrap(function)
+    inner = inspect.unwrap(plain)
     if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
         return "it is a `def` around an `async def`; it must be an `async def` itself"
     return ""
 
 
-def _taken(
-    parameter: inspect.Parameter | None, hints: dict[str, Any], agent: str, function: Callable[..., Any]
+def _problem_of_kind(
+    kind: Kind, envelope: Envelope, *, is_blocking: bool, is_streaming: bool, driven: bool
+) -> str:
+    """Why a handler of this kind cannot serve; empty when it can."""
+    if is_blocking and kind == "watcher":
+        return "it takes and returns nothing, so it runs in the background and must be an `async def`"
+    if is_streaming and (driven or envelope):
+        return "it has sources and yields, but what it yields is not sent anywhere; return a result instead"
+    if envelope and not driven:
+        return "it takes what a source delivers, but has none: `sources=[...]`"
+    return ""
+
+
+def _input_hint(
+    parameter: inspect.Parameter | None, hints: dict[str, Any], agent: str, function: Function
 ) -> tuple[Any, Envelope]:
-    """The type of the input, and what it comes in."""
+    """The annotation of the input, without its envelope, and the envelope."""
     if parameter is None:
         return None, ""
     if parameter.name not in hints:
-        why = f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
-        raise _invalid(agent, function, why)
+        problem = f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
+        raise _invalid(agent, function, problem)
     hint = hints[parameter.name]
-    kind = get_origin(hint) or hint
-    if kind not in _ENVELOPES:
+    origin = get_origin(hint) or hint
+    if origin not in _ENVELOPES:
         return hint, ""
-    return (get_args(hint) or (Any,))[0], _ENVELOPES[kind]
+    return (get_args(hint) or (Any,))[0], _ENVELOPES[origin]
 
 
-def where(function: Callable[..., Any]) -> str:
-    """File and line of a function, for messages."""
-    code = getattr(inspect.unwrap(_plain(function)), "__code__", None)
+def source_location(function: Function) -> str:
+    """File and line of a function."""
+    code = getattr(inspect.unwrap(_unwrapped(function)), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+def _unwrapped(function: Function) -> Function:
     while isinstance(function, partial):
         function = function.func
     return function
 
 
-def _parameter(function: Callable[..., Any], agent: str) -> inspect.Parameter | None:
+def _parameter(function: Function, agent: str) -> inspect.Parameter | None:
     parameters = list(inspect.signature(function).parameters.values())
-    needed = [
+    required = [
         p for p in parameters[1:] if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}
     ]
-    if needed:
-        raise _invalid(
-            agent, function, "it takes more than one parameter; put what it needs into one pydantic model"
-        )
+    if required:
+        raise _invalid(agent, function, "it takes more than one parameter; use one pydantic model instead")
     if parameters and parameters[0].kind not in {
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     }:
-        raise _invalid(agent, function, "its parameter must be an ordinary one, as in `req: MyInput`")
+        raise _invalid(agent, function, "its parameter must be positional, as in `req: MyInput`")
     return parameters[0] if parameters else None
 
 
-def _hints(function: Callable[..., Any], agent: str) -> dict[str, Any]:
+def _hints(function: Function, agent: str) -> dict[str, Any]:
     try:
-        return get_type_hints(_plain(function), include_extras=True)
+        return get_type_hints(_unwrapped(function), include_extras=True)
     except NameError as exc:
-        raise _invalid(
-            agent,
-            function,
-            f"the type '{exc.name}' is not known; define or import it at the top of the module",
-        ) from exc
+        problem = f"the type '{exc.name}' is unknown; define or import it at the top of the module"
+        raise _invalid(agent, function, problem) from exc
     except (TypeError, SyntaxError, AttributeError) as exc:
-        raise _invalid(agent, function, f"its types cannot be understood: {exc}") from exc
+        raise _invalid(agent, function, f"its annotations are invalid: {exc}") from exc
 
 
-def _type(hint: Any, types: Types, agent: str, function: Callable[..., Any]) -> Type:  # noqa: ANN401 - as above
+def _type(hint: Any, types: TypeCache, agent: str, function: Function) -> PayloadType:  # noqa: ANN401 - as above
     try:
         found = types.get(hint)
         assert found.schema is not None  # a type without a schema fails here, at its declaration
     except (PydanticUserError, NameError, TypeError) as exc:
-        raise _invalid(agent, function, f"pydantic cannot use the type {hint!r}: {exc}") from exc
+        raise _invalid(agent, function, f"pydantic does not support the type {hint!r}: {exc}") from exc
     return found
 
 
-def _invalid(agent: str, function: Callable[..., Any], why: str) -> InvalidAgent:
-    name = getattr(_plain(function), "__name__", repr(function))
+def _invalid(agent: str, function: Function, problem: str) -> InvalidAgent:
+    name = getattr(_unwrapped(function), "__name__", repr(function))
+    where = source_location(function)
     return InvalidAgent(
-        f"The handler '{name}' of agent '{agent}' ({where(function)}) cannot serve: {why}.", agent=agent
+        f"The handler '{name}' of agent '{agent}' ({where}) cannot serve: {problem}.", agent=agent
     )

@@ -1,4 +1,4 @@
-"""What an agent listens to besides its requests, and when it is on: sources and conditions."""
+"""What triggers an agent besides requests, and what turns it on and off: sources and conditions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from openagentmesh.protocol.errors import InvalidAgent
 class SubjectSource:
     """Every message on a subject, which may have wildcards.
 
-    With a `queue_group` each message goes to one of all the instances in the group, else to
-    each instance.
+    With a `queue_group` each message goes to one of the instances in the group, otherwise to each
+    instance.
     """
 
     subject: str
     queue_group: str | None = None
 
     def __post_init__(self) -> None:
-        _check(subjects.invalid_pattern(self.subject), f"source subject {self.subject!r}")
+        _check(f"source subject {self.subject!r}", subjects.invalid_pattern(self.subject))
         _check_group(self.queue_group)
 
 
@@ -28,10 +28,9 @@ class SubjectSource:
 class KVSource:
     """Changes of the keys of the shared state that match a pattern, in order.
 
-    Of changes of one key that come faster than they are handled, only the last is sure to be told.
-    `on_init` says whether the keys that are there already count as changes. With a
-    `queue_group` each change goes to one of all the instances in the group, also while some
-    are away, else to each instance.
+    Of several quick changes of one key, the last is certain to be delivered. `on_init` decides whether
+    existing keys count as changes. With a `queue_group` each change goes to one of the instances in the
+    group, also while some are away, otherwise to each instance.
     """
 
     pattern: str
@@ -39,10 +38,10 @@ class KVSource:
     on_init: Literal["replay", "skip"] = "replay"
 
     def __post_init__(self) -> None:
-        _check(subjects.invalid_key(self.pattern, pattern=True), f"source pattern {self.pattern!r}")
+        _check(f"source pattern {self.pattern!r}", subjects.invalid_key(self.pattern, pattern=True))
         _check_group(self.queue_group)
         if self.on_init not in {"replay", "skip"}:
-            raise InvalidAgent(f"on_init is 'replay' or 'skip'; this is {self.on_init!r}.")
+            raise InvalidAgent(f"on_init must be 'replay' or 'skip', not {self.on_init!r}.")
 
 
 Source = SubjectSource | KVSource
@@ -50,7 +49,7 @@ Source = SubjectSource | KVSource
 
 @dataclass(slots=True, frozen=True)
 class KVCondition:
-    """Holds while `predicate` of a key's text does; `initial` while there is no such key."""
+    """True while `predicate` of a key's text is; `initial` while the key does not exist."""
 
     key: str
     predicate: Callable[[str], bool]
@@ -58,15 +57,15 @@ class KVCondition:
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        _check(subjects.invalid_key(self.key), f"condition key {self.key!r}")
+        _check(f"condition key {self.key!r}", subjects.invalid_key(self.key))
         _check_condition(self.predicate, self.drain_timeout)
 
 
 @dataclass(slots=True, frozen=True)
 class SubjectCondition:
-    """Holds as `predicate` of the last message on a subject said; `initial` before the first.
+    """The `predicate` of the last message on a subject; `initial` before the first message.
 
-    The predicate is given what `subscribe(subject=...)` would yield.
+    The predicate gets what `subscribe(subject=...)` yields.
     """
 
     subject: str
@@ -75,26 +74,26 @@ class SubjectCondition:
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        _check(subjects.invalid_pattern(self.subject), f"condition subject {self.subject!r}")
+        _check(f"condition subject {self.subject!r}", subjects.invalid_pattern(self.subject))
         _check_condition(self.predicate, self.drain_timeout)
 
 
 Condition = KVCondition | SubjectCondition
-"""When an agent is on: `active_when=` of `@mesh.agent`. `drain_timeout` is in seconds."""
+"""When an agent is active: `active_when=` of `@mesh.agent`. `drain_timeout` is in seconds."""
 
 
 def _check_condition(predicate: object, drain_timeout: object) -> None:
     if not callable(predicate):
-        raise InvalidAgent(f"A condition's predicate is a function; this is {predicate!r}.")
+        raise InvalidAgent(f"A condition's predicate must be a function, not {predicate!r}.")
     if not isinstance(drain_timeout, int | float) or not drain_timeout >= 0:
-        raise InvalidAgent(f"drain_timeout is a number of seconds, 0 or more; this is {drain_timeout!r}.")
+        raise InvalidAgent(f"drain_timeout must be a number of seconds, 0 or more, not {drain_timeout!r}.")
 
 
 def _check_group(group: str | None) -> None:
     if group is not None and not subjects.is_token(group):
-        raise InvalidAgent(f"The queue group {group!r} cannot be used: letters, digits, '_' and '-' only.")
+        raise InvalidAgent(f"The queue group {group!r} is invalid: only letters, digits, '_' and '-'.")
 
 
-def _check(why: str | None, what: str) -> None:
-    if why:
-        raise InvalidAgent(f"The {what} cannot be used: {why}.")
+def _check(what: str, problem: str | None) -> None:
+    if problem:
+        raise InvalidAgent(f"The {what} is invalid: {problem}.")

@@ -1,4 +1,4 @@
-"""Threads for handlers that block: so many at once, and none of them holds up the process' end."""
+"""A bounded thread pool for blocking handlers; its threads never delay the end of the process."""
 
 import asyncio
 import logging
@@ -13,84 +13,85 @@ from time import monotonic
 from typing import Any, Final
 
 from openagentmesh.protocol.errors import Overloaded
+from openagentmesh.protocol.status import ThreadPoolStatus
 
 log = logging.getLogger(__name__)
 
-# An agent may leave this part of the threads running for nobody, then it is given no more of them.
-_MOST_LEFT: Final = 4
+# An agent may abandon this part of the threads; then it gets no more of them.
+_MAX_ABANDONED_PART: Final = 4
 _RETRY_AFTER_MS: Final = 1000
 
 
-class Threads:
-    """Runs functions in threads, at most so many at once; what is more waits for its turn.
+class ThreadPool:
+    """Runs functions in threads; functions above the maximum wait for a thread.
 
-    A thread cannot be stopped. When nobody waits any more for what runs in it, it is *left*: another
-    one takes its place, and it is counted and told of until it ends.
+    A thread cannot be stopped. When nobody awaits its function any more, it is *abandoned*: another thread
+    takes its place, and it is counted and logged until it ends.
 
-    The executor of `concurrent.futures` would not do: the process waits for its threads at the end.
+    `concurrent.futures` does not fit: the interpreter waits for its threads at exit.
 
     Args:
-        most: how many; 0 for four more than there are processors, 32 at most.
-
+        max_threads: the maximum; 0 for four more than there are processors, at most 32.
     """
 
-    def __init__(self, most: int = 0) -> None:
-        self.resize(most)
-        # Of each agent, how many threads run for nobody.
-        self.left: Counter[str] = Counter()
+    def __init__(self, max_threads: int = 0) -> None:
+        self.resize(max_threads)
+        # How many threads each agent has abandoned.
+        self.abandoned: Counter[str] = Counter()
         self._changed = Condition()
         self._waiting: dict[Future[Any], Callable[[], Any]] = {}
         self._threads = 0
         self._idle = 0
 
-    def resize(self, most: int) -> None:
-        """Let so many run from now on; see `most` above."""
-        self.most = most or min(32, (os.cpu_count() or 1) + 4)
+    def resize(self, max_threads: int) -> None:
+        """Change the maximum; 0 as in the constructor."""
+        self.max_threads = max_threads or min(32, (os.cpu_count() or 1) + 4)
 
-    def description(self) -> dict[str, int]:
-        """How they fare, for `oam status`; JSON."""
+    def status(self) -> ThreadPoolStatus:
+        """Its state, for `oam status`."""
         with self._changed:
-            left = self.left.total()
-            busy = self._threads - self._idle - left
-            return {"most": self.most, "busy": busy, "waiting": len(self._waiting), "left": left}
+            abandoned = self.abandoned.total()
+            busy = self._threads - self._idle - abandoned
+            return ThreadPoolStatus(
+                max=self.max_threads, busy=busy, waiting=len(self._waiting), abandoned=abandoned
+            )
 
-    async def run(self, agent: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever it returns
-        """Run a function of an agent in a thread, within the context of who awaits it.
+    async def run(self, agent: str, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - any result
+        """Run a function of an agent in a thread, within the caller's context.
 
         Raises:
-            Overloaded: too many threads that were left run for this agent already.
-
+            Overloaded: the agent has abandoned too many threads already.
         """
-        if self.left[agent] >= max(1, self.most // _MOST_LEFT):
+        if self.abandoned[agent] >= max(1, self.max_threads // _MAX_ABANDONED_PART):
             raise Overloaded(
-                f"Agent '{agent}' has {self.left[agent]} threads that do not end. Try again later.",
+                f"Agent '{agent}' has {self.abandoned[agent]} threads that do not end. Try again later.",
                 details={"retry_after_ms": _RETRY_AFTER_MS},
             )
         done: Future[Any] = Future()
         with self._changed:
             self._waiting[done] = partial(copy_context().run, function)
-            self._serve()
+            self._wake_or_start()
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             with self._changed:
                 self._waiting.pop(done, None)
             if done.running():
-                self._leave(agent, done)
+                self._abandon(agent, done)
             raise
 
-    def _serve(self) -> None:
-        """See to it that what waits is taken by a thread, if there may be one."""
+    def _wake_or_start(self) -> None:
+        """Give what waits a thread, if the maximum allows one."""
         if self._idle >= len(self._waiting):
             self._changed.notify()
-        elif self._threads - self.left.total() < self.most:
+        elif self._threads - self.abandoned.total() < self.max_threads:
             self._threads += 1
             Thread(target=self._work, name="oam-handler", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                if self._threads - self.left.total() > self.most:  # one that was left has come back
+                if self._threads - self.abandoned.total() > self.max_threads:  # an abandoned one came back
                     self._threads -= 1
                     return
                 self._idle += 1
@@ -100,30 +101,30 @@ class Threads:
                 done = next(iter(self._waiting))
                 function = self._waiting.pop(done)
             if done.set_running_or_notify_cancel():
-                _settle(done, function)
-            del done, function  # an idle thread holds nothing of anybody
+                _run(function, done)
+            del done, function  # an idle thread holds no references
 
-    def _leave(self, agent: str, done: "Future[Any]") -> None:
+    def _abandon(self, agent: str, done: "Future[Any]") -> None:
         began = monotonic()
 
-        def come_back(_done: "Future[Any]") -> None:
+        def on_end(_done: "Future[Any]") -> None:
             with self._changed:
-                self.left[agent] -= 1
-                self.left += Counter()  # names without any are dropped
-            log.warning("%s: a thread ended %.1f s after nobody waited for it", agent, monotonic() - began)
+                self.abandoned[agent] -= 1
+                self.abandoned += Counter()  # removes agents with none
+            log.warning("%s: abandoned thread ended after %.1f s", agent, monotonic() - began)
 
         with self._changed:
-            self.left[agent] += 1
+            self.abandoned[agent] += 1
             if self._waiting:
-                self._serve()
-        log.warning("%s: its thread runs on, though nobody waits for it: it cannot be stopped", agent)
-        done.add_done_callback(come_back)
+                self._wake_or_start()
+        log.warning("%s: thread abandoned: its request has ended, and a thread cannot be stopped", agent)
+        done.add_done_callback(on_end)
 
 
-def _settle(done: "Future[Any]", function: Callable[[], Any]) -> None:
+def _run(function: Callable[[], Any], done: "Future[Any]") -> None:
     try:
         result = function()
-    except StopIteration as exc:  # means something else to who awaits it
+    except StopIteration as exc:  # has another meaning where it is awaited
         failure = RuntimeError(f"the handler raised StopIteration: {exc}")
         failure.__cause__ = exc
         done.set_exception(failure)
@@ -133,5 +134,5 @@ def _settle(done: "Future[Any]", function: Callable[[], Any]) -> None:
         done.set_result(result)
 
 
-pool: Final = Threads()
+pool: Final = ThreadPool()
 """The threads of this process."""

@@ -44,7 +44,6 @@ def encode(payload: object) -> bytes:
 
     Raises:
         InvalidInput: the payload has no JSON form.
-
     """
     if payload is None:
         return b""
@@ -65,7 +64,6 @@ def decode(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
 
     Raises:
         MeshError: the body is not JSON.
-
     """
     if not body:
         return None
@@ -132,7 +130,6 @@ def request_headers(  # noqa: PLR0913 - one parameter per header
             for no answer: the reply subject serves for NATS' 503 alone.
         reply_to: the subject of `send(reply_to=…)`.
         extra: the caller's own headers.
-
     """
     headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
     if timeout is not None and timeout != math.inf:
@@ -207,7 +204,6 @@ def encode_message(payload: object) -> tuple[str, bytes]:
 
     Raises:
         InvalidInput: the payload is neither text, bytes nor JSON.
-
     """
     if isinstance(payload, str):
         return "text/plain", _encode_text(payload)
@@ -303,7 +299,6 @@ class Reply:
         end: whether it is the last frame.
         instance: the instance that sent it.
         headers: all headers.
-
     """
 
     body: bytes

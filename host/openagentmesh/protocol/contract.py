@@ -40,7 +40,6 @@ class AgentSpec(BaseModel):
         idempotent: handling a request twice has the same effect as once, so callers may retry.
         replayable: recorded requests may be handled again by a new version before it serves.
         thread: the handler must be a `def`, which runs in a thread.
-
     """
 
     name: str
@@ -131,7 +130,6 @@ class AgentContract(BaseModel):
 
         Raises:
             MeshError: the document is malformed.
-
         """
         try:
             found = from_json(document)
@@ -209,7 +207,6 @@ class AgentContract(BaseModel):
 
         Raises:
             ValueError: the agent is not invocable, or its name cannot be a tool's name.
-
         """
         if not self.invocable:
             mismatch = _mismatch("call", invocable=False, streaming=self.streaming)
@@ -226,7 +223,6 @@ class AgentContract(BaseModel):
 
         Raises:
             ValueError: as `to_tool_schema`; an unknown API; or input that strict mode cannot express.
-
         """
         return tools.openai_tool(self.to_tool_schema(), api=api, strict=strict)
 
@@ -235,7 +231,6 @@ class AgentContract(BaseModel):
 
         Raises:
             ValueError: as `to_tool_schema`.
-
         """
         return self.to_tool_schema()
 
@@ -252,7 +247,6 @@ class AgentContract(BaseModel):
 
         Raises:
             InvocationMismatch: it does not; the message names the verb to use instead.
-
         """
         suffix = _mismatch(verb, invocable=self.invocable, streaming=self.streaming)
         if suffix:

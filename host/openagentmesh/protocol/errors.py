@@ -42,7 +42,6 @@ class MeshError(Exception):
         agent: the agent concerned; empty when there is none.
         request_id: the request that failed; empty when there is none.
         details: facts for programs, JSON.
-
     """
 
     code: str = "mesh_error"
@@ -110,6 +109,13 @@ class PluginFailed(MeshError):
     """A plugin cannot be used, or one of its hooks failed. Raised locally, never sent."""
 
     code = "plugin_failed"
+
+
+class InvalidReply(MeshError):
+    """A reply does not match the type that the caller expects. Raised by the caller, never sent."""
+
+    code = "invalid_reply"
+    hint = "Show the agent's output type: oam agent contract NAME"
 
 
 class HandlerError(MeshError):

@@ -16,7 +16,6 @@ def write_headers(headers: Mapping[str, str]) -> bytes:
 
     Raises:
         InvalidInput: a name or a value contains a line break or is not valid Unicode.
-
     """
     if not headers:
         return b""

@@ -28,7 +28,6 @@ class Artifact:
         modified: when it was put or deleted, by the server's clock; by the local clock right after `put`.
         digest: `SHA-256=` and the digest in URL-safe base64; empty for a deleted object.
         deleted: whether it was deleted.
-
     """
 
     key: str

@@ -83,7 +83,6 @@ class Change:
         old: the old form; empty when the place is new.
         new: the new form; empty when the place was removed. Both are empty when the schemas cannot be
             compared.
-
     """
 
     what: Part

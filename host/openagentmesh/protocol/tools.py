@@ -24,7 +24,6 @@ def tool(agent: str, description: str, input_schema: Schema | None, output_schem
 
     Raises:
         ValueError: the agent's name cannot be a tool's name.
-
     """
     name = agent.replace(".", "_")
     if not _TOOL_NAME.fullmatch(name):
@@ -43,7 +42,6 @@ def openai_tool(neutral: Schema, *, api: str, strict: bool) -> Schema:
 
     Raises:
         ValueError: an unknown API, or input that strict mode cannot express.
-
     """
     if api not in ("chat", "responses"):
         raise ValueError(f"api must be 'chat' or 'responses', not {api!r}")

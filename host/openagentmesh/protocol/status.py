@@ -1,0 +1,183 @@
+"""The status of a node or a host: what `oam status`, metrics and other tools read (protocol §10).
+
+Unknown keys are ignored and missing ones have defaults, so that hosts of other versions can be read.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from openagentmesh.protocol.subjects import is_name
+
+
+class _Status(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class HistoryEvent(_Status):
+    """A past event, `at` in UTC."""
+
+    at: datetime
+    what: str
+
+
+class BackgroundStatus(_Status):
+    """A publisher or watcher: `state` is running, waiting (to be restarted), done or stopped."""
+
+    state: str
+    restarts: int = 0
+    error: str = ""
+    next_start: datetime | None = None
+
+
+class AgentStatus(_Status):
+    """One agent of a node.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        kind: responder, streamer, trigger, publisher, watcher or driven.
+        source: file and line of its handler.
+        in_flight: requests being answered, waiting ones included.
+        waiting: requests that wait for a slot.
+        requests: requests since the node started.
+        errors: those answered by an error.
+        overloaded: those of the errors with the code `overloaded`.
+        seconds: the sum of their durations.
+        last_error: code and message of the last error, shortened.
+        since: when counting began, in seconds since 1970.
+        limits: its limits, by name.
+        active: false while its condition is false.
+        background: of a publisher or watcher.
+    """
+
+    name: str
+    version: str = ""
+    kind: str = ""
+    source: str = ""
+    in_flight: int = 0
+    waiting: int = 0
+    requests: int = 0
+    errors: int = 0
+    overloaded: int = 0
+    seconds: float = 0.0
+    last_error: str = ""
+    since: float = 0.0
+    limits: dict[str, float] = Field(default_factory=dict)
+    active: bool = True
+    background: BackgroundStatus | None = None
+
+
+class ThreadPoolStatus(_Status):
+    """The threads of blocking handlers; abandoned ones run though their requests have ended."""
+
+    max: int = 0
+    busy: int = 0
+    waiting: int = 0
+    abandoned: int = 0
+
+
+class ConnectionStatus(_Status):
+    """The connection: `server` is the version of the NATS server."""
+
+    url: str = ""
+    server: str | None = None
+    connected: bool = False
+    reconnects: int = 0
+    history: list[HistoryEvent] = Field(default_factory=list)
+
+
+class NodeStatus(_Status):
+    """One participant of the mesh.
+
+    Attributes:
+        instance_id: its id on the wire.
+        started_at: in seconds since 1970.
+        agent_count: how many agents it serves.
+        agents: the agents, or as many as fit into one message.
+        refused: agents that are not served because of their contracts, with the reason.
+        threads: of blocking handlers.
+        connection: to the NATS server.
+    """
+
+    instance_id: str = ""
+    started_at: float = 0.0
+    agent_count: int = 0
+    agents: list[AgentStatus] = Field(default_factory=list)
+    refused: dict[str, str] = Field(default_factory=dict)
+    threads: ThreadPoolStatus = ThreadPoolStatus()
+    connection: ConnectionStatus = ConnectionStatus()
+
+
+class ModuleStatus(_Status):
+    """One module of a host: `state` is serving, failed, or outdated: an older version serves."""
+
+    origin: str
+    state: str = "serving"
+    agents: int = 0
+    error: str = ""
+    line: str = ""
+    traceback: str = ""
+
+
+class ReloadStatus(_Status):
+    """One reload, as `ReloadResult` describes it; `text` is the line for a terminal."""
+
+    text: str = ""
+    error: str = ""
+    details: str = ""
+    line: str = ""
+    notes: list[str] = Field(default_factory=list)
+    files: list[str] = Field(default_factory=list)
+    agents: list[str] = Field(default_factory=list)
+    names: list[str] = Field(default_factory=list)
+    took_ms: float = 0.0
+    in_flight: int = 0
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class ServerStatus(_Status):
+    """The embedded NATS server of a host."""
+
+    url: str = ""
+    pid: int = 0
+    starts: int = 0
+    websocket: str = ""
+    history: list[HistoryEvent] = Field(default_factory=list)
+
+
+class HostStatus(NodeStatus):
+    """A host: a node with modules."""
+
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    modules: list[ModuleStatus] = Field(default_factory=list)
+    reloads: list[ReloadStatus] = Field(default_factory=list)
+    embedded_server: ServerStatus | None = None
+
+
+class ReloadReply(_Status):
+    """A host's answer to `oam reload`; without `error` and `reload` nothing has changed."""
+
+    host: str = ""
+    error: str = ""
+    reload: ReloadStatus | None = None
+    not_loaded: list[str] = Field(default_factory=list)
+
+
+class InstanceRecord(_Status):
+    """A record of the bucket `mesh-instances` (protocol §3); peers write `agents` alone."""
+
+    agents: list[str]
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    answers_pings: bool = False
+
+    @field_validator("agents", mode="before")
+    @classmethod
+    def _names_only(cls, agents: Any) -> Any:  # noqa: ANN401 - validated afterwards
+        # Names become parts of subjects and keys, and records may come from anyone.
+        return [name for name in agents if is_name(name)] if isinstance(agents, list) else agents
