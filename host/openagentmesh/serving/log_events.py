@@ -1,4 +1,4 @@
-"""Log events: what happens to agents and their requests, told on the mesh (protocol §9)."""
+"""Log events of agents and requests, published on the mesh (protocol §9)."""
 
 import logging
 from datetime import UTC, datetime
@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 _RANKS: Final = {level: rank for rank, level in enumerate(LOG_LEVELS)}
 
 
-class EventLog:
-    """Publishes one instance's log events, those of an agent from its level on."""
+class LogPublisher:
+    """Publishes one instance's log events, those of each agent from its level on."""
 
     def __init__(self, connection: Connection, instance_id: str) -> None:
         self._connection = connection
@@ -25,23 +25,23 @@ class EventLog:
         self._default = _RANKS[ObserveConfig().log_level]
 
     def set_level(self, key: str, level: LogLevel | None) -> None:
-        """Publish from `level` on for an agent, or for all that have none of their own.
+        """Set the lowest published level of an agent, or of all agents that have none of their own.
 
-        `key` is the agent's name or `global`; None takes its level away.
+        `key` is the agent's name or `global`; None removes its level.
         """
         if level is not None:
             self._levels[key] = _RANKS[level]
         else:
             self._levels.pop(key, None)
 
-    def wants(self, agent: str, level: LogLevel) -> bool:
-        """Whether an event of this level is published for this agent."""
+    def is_enabled(self, agent: str, level: LogLevel) -> bool:
+        """Whether events of this level are published for this agent."""
         levels = self._levels
         if not levels:
             return _RANKS[level] >= self._default
         return _RANKS[level] >= levels.get(agent, levels.get(subjects.GLOBAL_KEY, self._default))
 
-    async def emit(  # noqa: PLR0913 - one parameter a part of the event
+    async def publish(  # noqa: PLR0913 - one parameter per part of the event
         self,
         level: LogLevel,
         agent: str,
@@ -51,8 +51,8 @@ class EventLog:
         message: str = "",
         data: dict[str, object] | None = None,
     ) -> None:
-        """Publish one event, if it is wanted; that it cannot be published is only logged."""
-        if not self.wants(agent, level):
+        """Publish one event, if its level is enabled; a failure is only logged."""
+        if not self.is_enabled(agent, level):
             return
         found = LogEvent.model_construct(
             timestamp=datetime.now(UTC).isoformat(),
@@ -66,4 +66,4 @@ class EventLog:
         try:
             await self._connection.publish(subjects.logs(agent), codec.encode(found), self._head)
         except MeshError as exc:
-            log.debug("the event %s of %s could not be published: %s", event, agent, exc)
+            log.debug("log event %s of %s not published: %s", event, agent, exc)

@@ -1,21 +1,21 @@
-"""What all routes of a node share."""
+"""What all routes of a node use."""
 
 from dataclasses import dataclass
 
-from openagentmesh.agent.client_middleware import Border
-from openagentmesh.serving.log_events import EventLog
+from openagentmesh.agent.client_middleware import ClientMiddlewares
+from openagentmesh.serving.log_events import LogPublisher
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.kv import KVBuckets
 
 
 @dataclass(slots=True, frozen=True)
-class Shared:
-    """What all routes of a node share."""
+class Resources:
+    """What all routes of a node use."""
 
     connection: Connection
     inbox: Inbox
     buckets: KVBuckets
-    events: EventLog
+    logs: LogPublisher
     instance_id: str
-    border: Border
+    middlewares: ClientMiddlewares

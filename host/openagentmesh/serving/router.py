@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Iterator
 
-from openagentmesh.agent.agent import Agent
-from openagentmesh.agent.client_middleware import Border
-from openagentmesh.serving.log_events import EventLog
-from openagentmesh.serving.resources import Shared
+from openagentmesh.agent.agent import AgentVersion
+from openagentmesh.agent.client_middleware import ClientMiddlewares
+from openagentmesh.serving.log_events import LogPublisher
+from openagentmesh.serving.resources import Resources
 from openagentmesh.serving.route import Route
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
@@ -15,15 +15,25 @@ from openagentmesh.transport.nats_client import Message
 
 
 class Router:
-    """The routes of one node."""
+    """The routes of one node.
+
+    Attributes:
+        logs: publishes log events.
+        is_draining: requests from outside are not received any more.
+    """
 
     def __init__(
-        self, connection: Connection, inbox: Inbox, buckets: KVBuckets, instance_id: str, border: Border
+        self,
+        connection: Connection,
+        inbox: Inbox,
+        buckets: KVBuckets,
+        instance_id: str,
+        middlewares: ClientMiddlewares,
     ) -> None:
-        self.events = EventLog(connection, instance_id)
-        self._shared = Shared(connection, inbox, buckets, self.events, instance_id, border)
+        self.logs = LogPublisher(connection, instance_id)
+        self.is_draining = False
+        self._resources = Resources(connection, inbox, buckets, self.logs, instance_id, middlewares)
         self._routes: dict[str, Route] = {}
-        self._leaving = False
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes.values())
@@ -32,49 +42,49 @@ class Router:
         return len(self._routes)
 
     def get(self, name: str) -> Route | None:
-        """The route of an agent, if it is served here."""
+        """The route of an agent; None when it is not served here."""
         return self._routes.get(name)
 
-    async def point(self, agent: Agent) -> None:
-        """Serve an agent under its name from now on, in place of another one if there is."""
+    async def serve(self, agent: AgentVersion) -> None:
+        """Serve an agent, in place of the one of the same name."""
         route = self._routes.get(agent.name)
         if route is None:
-            route = self._routes[agent.name] = Route(agent, self._shared)
+            route = self._routes[agent.name] = Route(agent, self._resources)
         route.swap(agent)
-        await route.follow()
+        await route.synchronize()
 
     def remove(self, name: str) -> Route | None:
-        """Forget the route of an agent; whoever takes it ends it."""
+        """Remove the route of an agent; closing it is up to the caller."""
         return self._routes.pop(name, None)
 
     async def drain(self, timeout: float) -> None:
-        """Take nothing more from outside, finish what runs; cancel and answer the rest after `timeout` s."""
-        self._leaving = True
-        await self._shared.connection.drain(*[route.sid for route in self if route.sid is not None])
+        """Leave the queue groups and finish what runs; after `timeout` seconds cancel and answer it."""
+        self.is_draining = True
+        sids = [route.sid for route in self if route.sid is not None]
+        await self._resources.connection.drain(*sids)
         await self.finish(timeout)
 
-    def take_inside(self, name: str, message: Message) -> bool:
-        """Take a request of this very node, which has left: what still runs here may ask its neighbours.
+    def receive_local(self, name: str, message: Message) -> bool:
+        """While draining, receive a request of this node: running handlers may still call their neighbours.
 
-        Returns whether it was taken.
+        Returns whether it was received.
         """
         route = self._routes.get(name)
-        if not self._leaving or route is None or route.sid is None:
+        if not self.is_draining or route is None or route.sid is None:
             return False
         route.receive(message)
         return True
 
     async def finish(self, timeout: float) -> None:
-        """Finish what runs; cancel and answer the rest after `timeout` seconds."""
+        """Finish what runs; after `timeout` seconds cancel and answer it."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout
-        await self._close(timeout)
-        # Again, for what runs may ask others here.
+        deadline = loop.time() + timeout
+        await asyncio.gather(
+            *[route.stop_triggers(timeout) for route in self if not route.agent.is_request_only]
+        )
+        # Repeatedly, because running handlers may call other agents here.
         while running := [route for route in self if route.in_flight]:
-            left = end - loop.time()
+            left = deadline - loop.time()
             await asyncio.gather(*[route.finish(max(0.0, left)) for route in running])
             if left <= 0:
                 return
-
-    async def _close(self, timeout: float) -> None:
-        await asyncio.gather(*[route.close(timeout) for route in self if not route.is_plain])

@@ -1,4 +1,4 @@
-"""What a route has done: how many requests, how many errors, how long that took."""
+"""Statistics of one route: requests, errors and durations."""
 
 from dataclasses import dataclass, field
 from time import time
@@ -6,26 +6,25 @@ from typing import Final
 
 from openagentmesh.protocol.errors import MeshError, Overloaded
 
-_LONGEST: Final = 500
+_MAX_ERROR: Final = 500
 
 
 @dataclass(slots=True)
-class Counts:
-    """What a route has done since it was made.
+class RouteStats:
+    """What a route has done since it was created.
 
     Attributes:
-        requests: those that were taken.
-        errors: those that were answered by an error.
-        refused: those of the errors that say `overloaded`.
-        seconds: from a request to its answer, all together; of a stream to its end.
-        last_error: the code and the message of the last error, cut.
-        since: when the route was made, in seconds since 1970.
-
+        requests: received requests.
+        errors: those answered by an error.
+        overloaded: those of the errors with the code `overloaded`.
+        seconds: the sum of their durations; a stream's until its end.
+        last_error: code and message of the last error, shortened.
+        since: when the route was created, in seconds since 1970.
     """
 
     requests: int = 0
     errors: int = 0
-    refused: int = 0
+    overloaded: int = 0
     seconds: float = 0.0
     last_error: str = ""
     since: float = field(default_factory=time)
@@ -33,7 +32,7 @@ class Counts:
     def add_error(self, error: MeshError) -> None:
         """Count a request that was answered by an error."""
         self.errors += 1
-        self.refused += error.code == Overloaded.code
-        # Its author's words may hold anything, and be as long as anything.
-        text = f"{error.code}: {error.message}"[:_LONGEST]
+        self.overloaded += error.code == Overloaded.code
+        # Texts of authors may have any content and length.
+        text = f"{error.code}: {error.message}"[:_MAX_ERROR]
         self.last_error = text.encode("utf-8", "replace").decode()

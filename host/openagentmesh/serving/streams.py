@@ -7,22 +7,25 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from openagentmesh.agent.client_middleware import EVENT_PATIENCE, Border, Outgoing
+from openagentmesh.agent.client_middleware import EVENT_TIMEOUT_S, ClientMiddlewares, ClientOperation
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
+from openagentmesh.serving.deadline import RequestDeadline
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 
-# The most chunks that are under way to one reader that grants credit.
+# Chunks that may be on their way to one reader that grants credit.
 WINDOW: Final = 64
-# A slow reader shows in time that it is still there, in seconds.
-_GRANT_WITHIN: Final = 1.0
-# A peer that knows no credit may send this far ahead of its reader.
-_MOST_WAITING: Final = 65_536
-# Without credit nothing makes a producer wait, so it makes way by itself this often.
+# A slow reader grants credit at least this often, so that the host knows that it reads.
+_MAX_GRANT_INTERVAL_S: Final = 1.0
+# How far a peer without credit may be ahead of its reader.
+_MAX_BUFFERED: Final = 65_536
+# Without credit a producer never waits, so it yields to the event loop this often.
 _YIELD_EVERY: Final = 32
+
+Encode = Callable[[Any], bytes]
 
 
 class FrameWriter:
@@ -31,70 +34,76 @@ class FrameWriter:
     Args:
         connection: the connection.
         subject: where the frames go.
-        start: what their headers begin with, see `codec.frame_prefix`.
-        dump: makes a chunk into bytes.
+        prefix: the first lines of their headers, see `codec.frame_prefix`.
+        encode: encodes a chunk.
 
+    Attributes:
+        seq: the number of the next frame.
     """
 
-    def __init__(
-        self, connection: Connection, subject: str, start: bytes, dump: Callable[[Any], bytes]
-    ) -> None:
+    def __init__(self, connection: Connection, subject: str, prefix: bytes, encode: Encode) -> None:
         self.seq = 0
         self._connection = connection
         self._subject = subject
-        self._start = start
-        self._dump = dump
+        self._prefix = prefix
+        self._encode = encode
         self._reply = ""
 
     async def send(self, chunk: object) -> None:
         """Send one chunk."""
-        await self._make_way()
-        head = codec.frame_headers(self._start, self.seq)
-        await self._connection.publish(self._subject, self._dump(chunk), head, self._reply)
+        await self._yield_to_loop()
+        head = codec.frame_headers(self._prefix, self.seq)
+        await self._connection.publish(self._subject, self._encode(chunk), head, self._reply)
         self.seq += 1
 
     async def end(self, usage: Usage | None = None) -> None:
-        """Send the end frame, which carries the count of chunks."""
-        await self._connection.publish(self._subject, b"", codec.end_headers(self._start, self.seq, usage))
+        """Send the end frame, which carries the number of chunks."""
+        head = codec.end_headers(self._prefix, self.seq, usage)
+        await self._connection.publish(self._subject, b"", head)
 
-    async def _make_way(self) -> None:
+    async def _yield_to_loop(self) -> None:
         if self.seq % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
 
 
 class EventWriter(FrameWriter):
-    """Sends the events of one publisher's run, each across the plugins' border."""
+    """Sends the events of one publisher's run, each within the client middlewares."""
 
     def __init__(
-        self, connection: Connection, subject: str, start: bytes, dump: Callable[[Any], bytes], border: Border
+        self,
+        connection: Connection,
+        subject: str,
+        prefix: bytes,
+        encode: Encode,
+        middlewares: ClientMiddlewares,
     ) -> None:
-        super().__init__(connection, subject, start, dump)
-        self._border = border
+        super().__init__(connection, subject, prefix, encode)
+        self._middlewares = middlewares
 
     async def send(self, chunk: object) -> None:
         """Send one event."""
-        if not self._border:
+        if not self._middlewares:
             await super().send(chunk)
             return
-        await self._make_way()
-        event = Outgoing("publish", self._subject, body=self._dump(chunk))
-        async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
-            head = codec.frame_headers(self._start, self.seq, outgoing.headers)
-            await self._connection.publish(self._subject, outgoing.body, head)
+        await self._yield_to_loop()
+        event = ClientOperation("publish", self._subject, body=self._encode(chunk))
+        async with self._middlewares.around(event, EVENT_TIMEOUT_S):
+            head = codec.frame_headers(self._prefix, self.seq, event.headers)
+            await self._connection.publish(self._subject, event.body, head)
             self.seq += 1
 
 
 class ChunkWriter(FrameWriter):
-    """Sends the frames of one stream as far as its reader grants credit (§10).
+    """Sends the frames of one stream, as many as its reader grants credit for (protocol §10).
 
-    Without `credit` there is no window.
-
-    Attributes:
-        on_wait: called when a chunk has to wait for its reader, or for the server.
-        on_sent: called when a chunk has been sent.
-        on_gone: called once, from the read loop, when the reader is there no more; with True when
-            it waited in vain.
-
+    Args:
+        connection: the connection.
+        inbox: for credit and cancel.
+        subject: where the frames go.
+        prefix: the first lines of their headers.
+        encode: encodes a chunk.
+        credit: chunks granted with the request; 0 for no window.
+        deadline: of the request: it is moved with each chunk, and learns that the reader is gone.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - as many as a stream has parts
@@ -102,43 +111,42 @@ class ChunkWriter(FrameWriter):
         connection: Connection,
         inbox: Inbox,
         subject: str,
-        start: bytes,
-        dump: Callable[[Any], bytes],
+        prefix: bytes,
+        encode: Encode,
         credit: int,
+        deadline: RequestDeadline,
     ) -> None:
-        super().__init__(connection, subject, start, dump)
-        self.on_wait: Callable[[], object] = lambda: None
-        self.on_sent: Callable[[], object] = lambda: None
-        self.on_gone: Callable[[bool], object] = lambda _late: None
+        super().__init__(connection, subject, prefix, encode)
+        self._deadline = deadline
         self._inbox = inbox
         self._credit = credit if credit > 0 else math.inf
         self._granted = asyncio.Event()
         self._reply = inbox.register(self._receive)
 
     async def send(self, chunk: object) -> None:
-        """Send one chunk; waits while the reader has not granted credit for it."""
+        """Send one chunk; waits until the reader has granted credit for it."""
         if self._credit <= 0 or self._connection.is_recovering:
-            self.on_wait()
-            await self._until_welcome()
+            self._deadline.reader_slow()
+            await self._wait_for_reader()
         self._credit -= 1
         await super().send(chunk)
-        self.on_sent()
+        self._deadline.chunk_sent()
 
-    async def _until_welcome(self) -> None:
+    async def _wait_for_reader(self) -> None:
         while self._credit <= 0:
             self._granted.clear()
             await self._granted.wait()
         if self._connection.is_recovering:
-            await self._connection.wait_recovered()  # its reader may not be back yet
+            await self._connection.wait_recovered()  # the reader may not have reconnected yet
 
     async def end(self, usage: Usage | None = None) -> None:
-        """Send the end frame, which carries the count of chunks."""
+        """Send the end frame, which carries the number of chunks."""
         if self._connection.is_recovering:
             await self._connection.wait_recovered()
         await super().end(usage)
 
     def close(self) -> None:
-        """Listen to the reader no more."""
+        """Ignore the reader from now on."""
         self._inbox.unregister(self._reply)
 
     def _receive(self, message: Message) -> None:
@@ -146,34 +154,37 @@ class ChunkWriter(FrameWriter):
         if credit:
             self._credit += credit
             self._granted.set()
-        elif not (self._connection.is_recovering and codec.decode_reply(message.head, b"").no_responders):
+        elif not (self._connection.is_recovering and codec.is_no_responders(message.head)):
             self.close()
-            self.on_gone(codec.is_timeout_cancel(message.head))
+            self._deadline.caller_gone(codec.is_timeout_cancel(message.head))
 
 
-class NoWriter(ChunkWriter):
-    """Takes the chunks of a stream that nobody reads."""
+class DiscardingWriter(ChunkWriter):
+    """Discards the chunks of a stream that has no reader."""
 
-    async def send(self, chunk: object) -> None:  # noqa: ARG002 - nobody reads it
-        """Make way for others, as every writer does now and then."""
-        await self._make_way()
+    async def send(self, chunk: object) -> None:  # noqa: ARG002 - discarded
+        """Count one chunk."""
+        await self._yield_to_loop()
         self.seq += 1
-        self.on_sent()
+        self._deadline.chunk_sent()
 
     async def end(self, usage: Usage | None = None) -> None:
-        """There is nobody to tell."""
+        """Send nothing."""
 
 
 class ChunkReader:
-    """Puts the frames of one stream in order for its caller (protocol §7).
+    """Receives the frames of one stream and checks their order (protocol §7).
 
     Args:
-        publish: sends a message.
-        agent: whose stream it is, for messages.
+        publish: publishes a message.
+        agent: the streamer's name, for messages.
         request_id: the request's id, for messages.
         timeout: seconds to wait for the next frame; None for ever.
-        total: seconds from now in which all must have come; None for ever.
+        total: seconds from now in which all frames must arrive; None for ever.
 
+    Attributes:
+        ended: whether the last frame was read.
+        on_instance: called with the instance that sends the stream, and where it receives a cancel.
     """
 
     def __init__(
@@ -190,87 +201,84 @@ class ChunkReader:
         self._publish = publish
         self._agent = agent
         self._request_id = request_id
-        self._last = math.inf if total is None else asyncio.get_running_loop().time() + total
+        self._deadline = math.inf if total is None else asyncio.get_running_loop().time() + total
         self._frames: deque[codec.Reply] = deque()
-        self._arrived = asyncio.Event()
-        self._failed: MeshError | None = None
-        self._expected = 0
+        self._changed = asyncio.Event()
+        self._error: MeshError | None = None
+        self._next_seq = 0
         self._unacknowledged = 0
         self._granted_at = time.monotonic()
         self._reply = ""
 
     @property
-    def is_over(self) -> bool:
-        """Whether the time for all of it has passed."""
-        return self._last < math.inf and asyncio.get_running_loop().time() >= self._last
+    def is_overdue(self) -> bool:
+        """Whether the total time has passed."""
+        return self._deadline < math.inf and asyncio.get_running_loop().time() >= self._deadline
 
     def receive(self, message: Message) -> None:
         """Take one frame; called from the read loop."""
         frame = codec.decode_frame(message.head, message.body)
-        # Whoever sends chunks hears of credit and cancel; till then, whoever accepted it.
+        # Credit and cancel go to the sender of the chunks; before the first one, to the accepting instance.
         if message.reply and message.reply != self._reply and not (frame.accepted and self._reply):
             if not frame.accepted:
                 self._reply = message.reply
             self.on_instance(frame.instance, message.reply)
-        if frame.accepted:
+        if frame.accepted or self._error is not None:  # nothing is read after an error
             return
-        if self._failed is not None:
-            return  # what came before it is still read, nothing after a gap
-        if len(self._frames) >= _MOST_WAITING:
-            self.fail(Overloaded(f"The reader of '{self._agent}' is {_MOST_WAITING} chunks behind."))
+        if len(self._frames) >= _MAX_BUFFERED:
+            self.fail(Overloaded(f"The reader of '{self._agent}' is {_MAX_BUFFERED} chunks behind."))
             return
         self._frames.append(frame)
-        self._arrived.set()
+        self._changed.set()
 
     def fail(self, error: MeshError) -> None:
-        """End the stream with an error, after what has arrived."""
-        self._failed = self._failed or error
-        self._arrived.set()
+        """End the stream with an error, after the frames that have arrived."""
+        self._error = self._error or error
+        self._changed.set()
 
     async def next(self) -> codec.Reply:
         """The next frame: a chunk, the end, an error or NATS' 503.
 
         Raises:
             ChunkSequenceError: a chunk is missing.
-            TimeoutError: it did not come in time.
+            TimeoutError: it did not arrive in time.
             MeshError: the stream failed otherwise.
-
         """
         if not self._frames:
             await self._wait()
-        elif self.is_over:
+        elif self.is_overdue:
             raise TimeoutError
         frame = self._frames.popleft()
         self.ended = frame.end or frame.error
         if frame.seq is not None and not frame.error:
-            if frame.seq != self._expected:
+            if frame.seq != self._next_seq:
                 raise ChunkSequenceError(
-                    f"Agent '{self._agent}' sent chunk {frame.seq}, expected was {self._expected}: "
-                    "something between was lost.",
+                    f"Agent '{self._agent}' sent chunk {frame.seq}, expected {self._next_seq}: "
+                    "chunks were lost.",
                     agent=self._agent,
                     request_id=self._request_id,
-                    details={"expected_seq": self._expected, "got_seq": frame.seq},
+                    details={"expected_seq": self._next_seq, "got_seq": frame.seq},
                 )
-            self._expected += 1
+            self._next_seq += 1
         return frame
 
     async def _wait(self) -> None:
-        left = self._last - asyncio.get_running_loop().time()
+        left = self._deadline - asyncio.get_running_loop().time()
         async with asyncio.timeout(min(left, math.inf if self.timeout is None else self.timeout)):
             while not self._frames:
-                if self._failed is not None:
-                    raise self._failed
-                self._arrived.clear()
-                await self._arrived.wait()
+                if self._error is not None:
+                    raise self._error
+                self._changed.clear()
+                await self._changed.wait()
 
-    def took(self) -> bool:
-        """Count a chunk as taken; tells whether to `grant`: half a window at a time, or every second."""
+    def acknowledge(self) -> bool:
+        """Count a chunk as read; returns whether to `grant`: after half a window, or every second."""
         self._unacknowledged += 1
-        slow = time.monotonic() - self._granted_at > _GRANT_WITHIN
-        return bool(self._reply) and (slow or self._unacknowledged >= WINDOW // 2)
+        is_due = time.monotonic() - self._granted_at > _MAX_GRANT_INTERVAL_S
+        return bool(self._reply) and (is_due or self._unacknowledged >= WINDOW // 2)
 
     async def grant(self) -> None:
-        """Grant the host credit for what was taken."""
+        """Grant the host credit for the chunks that were read."""
         self._granted_at = time.monotonic()
-        granted, self._unacknowledged = self._unacknowledged, 0
-        await self._publish(self._reply, b"", codec.credit_headers(granted))
+        credit, self._unacknowledged = self._unacknowledged, 0
+        await self._publish(self._reply, b"", codec.credit_headers(credit))
