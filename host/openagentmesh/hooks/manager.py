@@ -1,23 +1,23 @@
-"""The plugins of one mesh, in their order: asked one by one, so that whoever fails is named."""
+"""The plugins of one mesh, in their order; called one by one, so that errors name the plugin."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import isasyncgenfunction, iscoroutinefunction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 from pydantic import BaseModel, ValidationError
 
-from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.agent.call import Middleware
-from openagentmesh.agent.client_middleware import Border
-from openagentmesh.hooks import specs as hooks
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.agent.client_middleware import ClientMiddlewares
+from openagentmesh.hooks import specs
+from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.protocol.errors import MeshError, PluginFailed, error_text
 
 if TYPE_CHECKING:
@@ -25,14 +25,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long a plugin may take to stop, in seconds.
-_GRACE = 5.0
+_STOP_TIMEOUT_S: Final = 5.0
 Tables = Mapping[str, dict[str, Any]]
 
 
 @dataclass(slots=True, eq=False)
 class Plugin:
-    """One plugin: its name, and the object that implements hooks; `settings` are those in force."""
+    """One plugin: its name, the object that implements its hooks, and its settings in force."""
 
     name: str
     implementation: object
@@ -43,35 +42,35 @@ class Plugins:
     """Plugins in the order of their middlewares, the first one outermost.
 
     Args:
-        implementations: objects that implement hooks, by their names; a class is called without arguments.
+        implementations: objects that implement hooks, by name; a class is called without arguments.
 
     Raises:
-        PluginFailed: one implements no hook, or one that there is not.
-
+        PluginFailed: one implements no hook, or an unknown one.
     """
 
     def __init__(self, implementations: Mapping[str, object] | None = None) -> None:
-        self._asked_about: set[str] = set()
+        # Agents that hooks were called for, until they are unloaded.
+        self._known_agents: set[str] = set()
         self.all = [
             Plugin(name, self._registered(name, each)) for name, each in (implementations or {}).items()
         ]
 
     @cached_property
     def _manager(self) -> pluggy.PluginManager:
-        # Made for the first plugin only: meshes in a host's modules have none, and making one would
-        # take a fifth of the time of a reload.
-        manager = pluggy.PluginManager(hooks.NAME)
-        manager.add_hookspecs(hooks.Hooks)
+        # Created with the first plugin: meshes in a host's modules have none, and creating it takes
+        # a fifth of the time of a reload.
+        manager = pluggy.PluginManager(specs.NAME)
+        manager.add_hookspecs(specs.Hooks)
         return manager
 
     @classmethod
     def of(cls, implementations: Iterable[object]) -> "Plugins":
-        """Plugins that bring their settings along, as `AgentMesh(plugins=[…])` takes them."""
+        """Plugins with settings of their own, as `AgentMesh(plugins=[…])` takes them."""
         return cls(cls.named(implementations))
 
     @staticmethod
     def named(implementations: Iterable[object]) -> dict[str, object]:
-        """ObjectStore that implement hooks by names for people: of their classes, or modules."""
+        """Objects that implement hooks, by the names of their classes or modules."""
         found: dict[str, object] = {}
         for each in implementations:
             name = getattr(each, "__name__", type(each).__name__).rpartition(".")[2].lower()
@@ -79,119 +78,119 @@ class Plugins:
         return found
 
     def check_includes(self, others: Sequence[object], origin: str) -> None:
-        """Check that what a module brings for itself is in force here anyway.
+        """Check that the plugins that a module passes to its mesh are in force here.
 
         Raises:
-            PluginFailed: it is not, so what it would protect would not be protected.
-
+            PluginFailed: one is not, so what it protects would not be protected.
         """
         missing = self.named(others).keys() - {plugin.name for plugin in self.all}
         if missing:
             name = min(missing)
             raise PluginFailed(
-                f"{origin} brings the plugin '{name}', but in a host only those of mesh.toml are in force. "
-                "Enable it there: [host] plugins.",
+                f"{origin} uses the plugin '{name}', but in a host only the plugins of mesh.toml are in "
+                "force. Enable it there: [host] plugins.",
                 details={"plugin": name},
             )
 
     def _registered(self, name: str, implementation: object) -> object:
         try:
-            made = implementation() if isinstance(implementation, type) else implementation
-            self._manager.register(made, name)
+            created = implementation() if isinstance(implementation, type) else implementation
+            self._manager.register(created, name)
             self._manager.check_pending()
         # A plugin's code may raise anything; the start ends here.
         except Exception as exc:
             raise PluginFailed(
                 f"The plugin '{name}' cannot be used: {error_text(exc)}", details={"plugin": name}
             ) from exc
-        if why := self._why_no_plugin(made):
-            raise PluginFailed(f"The plugin '{name}' {why}.", details={"plugin": name})
-        return made
+        if problem := self._problem_of(created):
+            raise PluginFailed(f"The plugin '{name}' {problem}.", details={"plugin": name})
+        return created
 
-    def _why_no_plugin(self, made: object) -> str:
-        """Why something would not do what it looks like; empty when it would."""
-        if not self._manager.get_hookcallers(made):
+    def _problem_of(self, created: object) -> str:
+        """Why a plugin would not work as it looks; empty when it would."""
+        if not self._manager.get_hookcallers(created):
             return "implements no hook: put @hookimpl above a function named mesh_…"
-        for name in dir(made):
-            hook = getattr(made, name, None) if name.startswith("mesh_") else None
-            options = self._manager.parse_hookimpl_opts(made, name) if callable(hook) else None
-            if callable(hook) and options is None:
-                return f"has {name} without @hookimpl above it, so it would never be asked"
-            if options is not None and (options.get("wrapper") or options.get("hookwrapper")):
-                return f"has {name} as a wrapper, but each plugin is asked for itself: give what it is to do"
-            if iscoroutinefunction(hook) or isasyncgenfunction(hook):
-                return f"has {name} as an `async def`, but hooks are plain functions"
+        names = [name for name in dir(created) if name.startswith("mesh_")]
+        problems = (self._problem_of_hook(created, name) for name in names)
+        return next((problem for problem in problems if problem), "")
+
+    def _problem_of_hook(self, created: object, name: str) -> str:
+        hook = getattr(created, name, None)
+        if not callable(hook):
+            return ""
+        options = self._manager.parse_hookimpl_opts(created, name)
+        if options is None:
+            return f"has {name} without @hookimpl above it, so it would never be called"
+        if options.get("wrapper") or options.get("hookwrapper"):
+            return f"has {name} as a wrapper, but plugins are called one by one: return the result instead"
+        if iscoroutinefunction(hook) or isasyncgenfunction(hook):
+            return f"has {name} as an `async def`, but hooks are plain functions"
         return ""
 
     def hooks_of(self, plugin: Plugin) -> list[str]:
         """The names of the hooks that a plugin implements."""
         return sorted(caller.name for caller in self._manager.get_hookcallers(plugin.implementation) or ())
 
-    def _ask(self, plugin: Plugin, hook: str, **given: object) -> Any:  # noqa: ANN401 - each hook has its own
-        """What one plugin answers to a hook; None when it does not implement it.
+    def _call(self, plugin: Plugin, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - as the hook returns
+        """The result of one plugin's hook; None when it does not implement it.
 
         Raises:
-            PluginFailed: it raised something.
-
+            PluginFailed: the hook raised anything.
         """
         others = [each.implementation for each in self.all if each is not plugin]
         try:
-            found = self._manager.subset_hook_caller(hook, others)(**given)
+            found = self._manager.subset_hook_caller(hook, others)(**arguments)
         except PluginFailed:
             raise
-        # A plugin's code may raise anything; what it was asked for ends here.
+        # A plugin's code may raise anything; the hook ends here.
         except Exception as exc:
-            raise PluginFailed(
-                f"The plugin '{plugin.name}' failed in {hook}: {error_text(exc)}",
-                details={"plugin": plugin.name},
-            ) from exc
+            raise _failed_in(plugin, hook, exc) from exc
         return (found[0] if found else None) if isinstance(found, list) else found
 
     def configure(self, tables: Tables, folder: Path) -> None:
-        """Give each plugin its validated settings; when one refuses, all have those from before.
+        """Apply validated settings to all plugins; when one refuses, restore the previous ones.
 
-        Relative paths in them are within the folder.
+        Relative paths in them start at the folder.
 
         Raises:
-            pydantic.ValidationError: a table does not fit its plugin's model.
-            PluginFailed: a plugin cannot work with its settings.
-
+            pydantic.ValidationError: a table does not match its plugin's model.
+            PluginFailed: a plugin cannot use its settings.
         """
         wanted = [(plugin, self.validated(plugin, tables.get(plugin.name, {}))) for plugin in self.all]
-        before = self.in_force
+        previous = self.current_settings
         try:
             for plugin, settings in wanted:
                 if settings != plugin.settings:
                     self._configure(plugin, settings, folder)
         except BaseException:
-            self.restore(before, folder)
+            self.restore(previous, folder)
             raise
 
     @property
-    def in_force(self) -> list[BaseModel | None]:
+    def current_settings(self) -> list[BaseModel | None]:
         """The settings of all plugins, for `restore`."""
         return [plugin.settings for plugin in self.all]
 
     def restore(self, settings: Iterable[BaseModel | None], folder: Path) -> None:
-        """Give settings back that were in force before; a plugin that fails then is named in the log."""
-        for plugin, before in zip(self.all, settings, strict=True):
-            if plugin.settings is not before:
+        """Apply previous settings again; a plugin that fails then is named in the log."""
+        for plugin, previous in zip(self.all, settings, strict=True):
+            if plugin.settings is not previous:
                 try:
-                    self._configure(plugin, before, folder)
+                    self._configure(plugin, previous, folder)
                 except PluginFailed as exc:
-                    plugin.settings = None  # nobody knows, so it is asked again whatever is wanted next
-                    log.exception("what was in force before is not again: %s", exc.message)
+                    plugin.settings = None  # unknown, so it is configured again with the next settings
+                    log.exception("previous settings not restored: %s", exc.message)
 
     def _configure(self, plugin: Plugin, settings: BaseModel | None, folder: Path) -> None:
-        plugin.settings = settings  # also when it refuses: then it is asked again for those before
+        plugin.settings = settings  # also when it refuses: it is then configured with the previous ones
         if settings is not None:
-            self._ask(plugin, "mesh_configure", settings=settings, folder=folder)
+            self._call(plugin, "mesh_configure", settings=settings, folder=folder)
 
     def validated(self, plugin: Plugin, table: dict[str, Any]) -> BaseModel | None:
-        """A plugin's own table by its model; None when it has no model."""
+        """A plugin's own table, validated by its model; None when it has no model."""
         model = self.settings_model(plugin)
         if model is None and table:
-            raise PluginFailed(f"The plugin '{plugin.name}' takes no settings.")
+            raise PluginFailed(f"The plugin '{plugin.name}' has no settings.")
         return None if model is None else model.model_validate(table)
 
     def settings_model(self, plugin: Plugin) -> type[BaseModel] | None:
@@ -199,129 +198,165 @@ class Plugins:
         return self._model(plugin, "mesh_settings")
 
     def _model(self, plugin: Plugin, hook: str) -> type[BaseModel] | None:
-        model = self._ask(plugin, hook)
+        model = self._call(plugin, hook)
         if model is None or (isinstance(model, type) and issubclass(model, BaseModel)):
             return model
         raise PluginFailed(
-            f"The plugin '{plugin.name}' gives {model!r} in {hook}, where a pydantic model is wanted.",
+            f"The plugin '{plugin.name}' returned {model!r} from {hook}; expected a pydantic model.",
             details={"plugin": plugin.name},
         )
 
-    def around(self, agent: Agent, tables: Tables) -> Agent:
+    def wrap(self, agent: AgentVersion, tables: Tables) -> AgentVersion:
         """An agent within the middlewares of all plugins; `tables` are its own settings of them.
 
         Raises:
-            PluginFailed: a plugin cannot protect or watch this agent, so it must not serve.
-
+            PluginFailed: a plugin cannot be applied to this agent, so it must not serve.
         """
-        self._asked_about.add(agent.name)
-        for plugin in reversed(self.all):
+        self._known_agents.add(agent.name)
+        redactors = (self._call(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
+        agent = replace(agent, redactor=next((each for each in redactors if each is not None), None))
+        for plugin in self._innermost_first:
             settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
-            middleware = self._ask(plugin, "mesh_middleware", agent=agent, settings=settings)
+            middleware = self._call(plugin, "mesh_middleware", agent=agent, settings=settings)
             if middleware is not None:
-                agent = _within(agent, plugin, middleware)
+                agent = _with_middleware(agent, plugin, middleware)
         return agent
+
+    @cached_property
+    def _innermost_first(self) -> list[Plugin]:
+        """The reverse order; with `trylast` a plugin is next to the handler, wherever it is listed."""
+        by_list = list(reversed(self.all))
+        return sorted(by_list, key=lambda plugin: not self._tries_last(plugin))
+
+    def _tries_last(self, plugin: Plugin) -> bool:
+        if "mesh_middleware" not in self.hooks_of(plugin):
+            return False
+        options = self._manager.parse_hookimpl_opts(plugin.implementation, "mesh_middleware")
+        return bool(options and options.get("trylast"))
 
     def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
         """One agent's settings of one plugin.
 
         Raises:
-            PluginFailed: they do not fit the plugin's model, or it takes none.
-
+            PluginFailed: they do not match the plugin's model, or it has none.
         """
         model = self._model(plugin, "mesh_agent_settings")
         where = f'[agents."{agent}".plugins.{plugin.name}]'
         if model is None and table:
-            raise PluginFailed(f"{where}: the plugin '{plugin.name}' takes no settings of agents.")
+            raise PluginFailed(f"{where}: the plugin '{plugin.name}' has no settings of agents.")
         try:
             return None if model is None else model.model_validate(table)
         except ValidationError as exc:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-            raise PluginFailed(f"{where} does not fit: {wrong}") from exc
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+            raise PluginFailed(f"{where} is invalid: {problems}") from exc
 
-    def border(self) -> Border:
-        """What all that leaves passes."""
-        asked = [(plugin.name, self._ask(plugin, "mesh_client_middleware")) for plugin in self.all]
-        return Border([(name, middleware) for name, middleware in asked if middleware is not None])
+    def client_middlewares(self) -> ClientMiddlewares:
+        """The client middlewares of all plugins."""
+        found = [(plugin.name, self._call(plugin, "mesh_client_middleware")) for plugin in self.all]
+        return ClientMiddlewares([(name, middleware) for name, middleware in found if middleware is not None])
 
     @asynccontextmanager
-    async def lifespan(self, instance: hooks.Instance) -> AsyncIterator[None]:
-        """Run what plugins run beside the agents.
+    async def lifespan(self, instance: specs.Instance) -> AsyncIterator[None]:
+        """Run the lifespans of all plugins.
 
         Raises:
-            PluginFailed: one cannot start; those before it are stopped again.
-
+            PluginFailed: one cannot start; those before it are stopped.
         """
-        # No error is thrown into them: whatever ends the mesh, they just end.
+        # Errors are not thrown into them: whatever ends the mesh, they just exit.
         running = AsyncExitStack()
         try:
             for plugin in self.all:
-                lifespan = self._ask(plugin, "mesh_lifespan", instance=instance)
+                lifespan = self._call(plugin, "mesh_lifespan", instance=instance)
                 if lifespan is not None:
-                    await self._begin(running, plugin, lifespan)
+                    await self._enter(running, plugin, lifespan)
             yield
         finally:
             await running.aclose()
 
-    async def _begin(
+    async def _enter(
         self, running: AsyncExitStack, plugin: Plugin, lifespan: AbstractAsyncContextManager[None]
     ) -> None:
         try:
             await lifespan.__aenter__()
         except PluginFailed:
             raise
-        # As `_ask`.
+        # As in `_call`.
         except Exception as exc:
-            why = f"The plugin '{plugin.name}' cannot start: {error_text(exc)}"
-            raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+            message = f"The plugin '{plugin.name}' cannot start: {error_text(exc)}"
+            raise PluginFailed(message, details={"plugin": plugin.name}) from exc
 
         async def leave() -> None:
             try:
-                async with asyncio.timeout(_GRACE):
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
                     await lifespan.__aexit__(None, None, None)
             # The stop goes on, whatever a plugin raises; a task that it has cancelled may be its own.
             except BaseException:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
-                log.exception("the plugin '%s' did not stop as it should", plugin.name)
+                log.exception("plugin '%s' did not stop cleanly", plugin.name)
 
         running.push_async_callback(leave)
 
+    @property
+    def check_candidates(self) -> bool:
+        """Whether a plugin checks new versions."""
+        return any("mesh_check_candidate" in self.hooks_of(plugin) for plugin in self.all)
+
+    async def check_candidate(self, agent: AgentVersion, serving: AgentVersion | None) -> list[str]:
+        """The notes of all plugins on a new version that does not serve yet.
+
+        Raises:
+            MeshError: a plugin refuses it.
+            PluginFailed: a plugin raised anything else.
+        """
+        notes: list[str] = []
+        for plugin in self.all:
+            check = self._call(plugin, "mesh_check_candidate", agent=agent, serving=serving)
+            try:
+                notes += [] if check is None else await check
+            except MeshError:
+                raise
+            # As in `_call`.
+            except Exception as exc:
+                raise _failed_in(plugin, "mesh_check_candidate", exc) from exc
+        return notes
+
     def add_commands(self, app: "Typer") -> None:
-        """Let plugins add commands to `oam`; one that fails is named, and the others still do."""
+        """Let plugins add commands to `oam`; one that fails is named in the log."""
         for plugin in self.all:
             try:
-                self._ask(plugin, "mesh_cli", app=app)
+                self._call(plugin, "mesh_cli", app=app)
             except MeshError as exc:
                 log.warning("%s", exc.message)
 
-    def redactor(self, agent: Agent) -> hooks.Redactor | None:
-        """What takes secrets out of what is kept of an agent's requests."""
-        asked = (self._ask(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
-        return next((redactor for redactor in asked if redactor is not None), None)
+    def notify_unloaded(self, served: Container[str]) -> None:
+        """Notify plugins of agents that are not served, or not any more."""
+        for name in [name for name in self._known_agents if name not in served]:
+            self._known_agents.discard(name)
+            self._notify("mesh_agent_unloaded", name=name)
 
-    def tell_unloaded(self, served: Container[str]) -> None:
-        """Tell of all agents that they were asked about, and that are not served, or not any more."""
-        for name in [name for name in self._asked_about if name not in served]:
-            self._asked_about.discard(name)
-            self._tell("mesh_agent_unloaded", name=name)
+    def notify_reload(self, result: ReloadResult) -> None:
+        """Notify plugins of a reload, completed or refused."""
+        self._notify("mesh_reload_failed" if result.error else "mesh_reloaded", result=result)
 
-    def tell_reload(self, outcome: Outcome) -> None:
-        """Tell of a reload, or of one that was refused."""
-        self._tell("mesh_reload_failed" if outcome.error else "mesh_reloaded", outcome=outcome)
-
-    def _tell(self, hook: str, **given: object) -> None:
+    def _notify(self, hook: str, **arguments: object) -> None:
         for plugin in self.all:
             try:
-                self._ask(plugin, hook, **given)
-            except MeshError as exc:  # what it was told of has happened
+                self._call(plugin, hook, **arguments)
+            except MeshError as exc:  # the event has happened anyway
                 log.exception("%s", exc.message)
 
 
-def _within(agent: Agent, plugin: Plugin, middleware: Middleware) -> Agent:
+def _failed_in(plugin: Plugin, hook: str, exc: Exception) -> PluginFailed:
+    return PluginFailed(
+        f"The plugin '{plugin.name}' failed in {hook}: {error_text(exc)}", details={"plugin": plugin.name}
+    )
+
+
+def _with_middleware(agent: AgentVersion, plugin: Plugin, middleware: Middleware) -> AgentVersion:
     try:
-        return agent.within(plugin.name, middleware)
+        return agent.with_middleware(plugin.name, middleware)
     # A plugin's code may raise anything; the agent does not serve without it.
     except Exception as exc:
-        why = f"The plugin '{plugin.name}' cannot be put around '{agent.name}': {error_text(exc)}"
-        raise PluginFailed(why, details={"plugin": plugin.name}) from exc
+        message = f"The plugin '{plugin.name}' cannot be applied to '{agent.name}': {error_text(exc)}"
+        raise PluginFailed(message, details={"plugin": plugin.name}) from exc

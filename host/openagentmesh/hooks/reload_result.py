@@ -1,26 +1,31 @@
-"""What came of a reload, in words and in JSON."""
+"""The result of a reload, for logs, plugins and `oam reload`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Final
+
+from openagentmesh.protocol.status import ReloadStatus
+
+_MAX_SHOWN: Final = 5
+_MAX_LISTED: Final = 50
+_MAX_TEXT: Final = 2000
 
 
 @dataclass(slots=True)
-class Outcome:
-    """One reload, carried out or refused.
+class ReloadResult:
+    """One reload, completed or refused.
 
     Attributes:
-        files: what had changed, as people call it.
-        agents: what changed of the agents, in words.
+        files: the changed files, relative where possible.
+        agents: the changes of the agents, as text.
         error: why it was refused; empty when it was not.
-        details: the traceback of that, or the excerpt with a caret.
-        line: `file:line` of that.
-        notes: what to know besides: breaking changes, differences of a replay, what was left behind.
+        details: the error's traceback, or the source line with a caret.
+        line: the error's `file:line`.
+        notes: breaking changes, results of plugins' checks, what the old version left behind.
         names: the agents of the modules concerned.
-        took_ms: milliseconds from the first step to the swap, or to the verdict.
+        took_ms: milliseconds from the first step to the swap, or to the refusal.
         in_flight: requests that were running on the old version then.
         at: when, in UTC.
-
     """
 
     files: list[str]
@@ -36,32 +41,31 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """The one line for a terminal."""
-        files = ", ".join(self.files[:_MOST_SHOWN])
-        if len(self.files) > _MOST_SHOWN:
-            files += f" and {len(self.files) - _MOST_SHOWN} more"
+        """The line for a terminal."""
+        files = _listed(self.files)
         if self.error:
-            return f"{files} not reloaded: {self.error}"
-        agents = ", ".join(self.agents[:_MOST_SHOWN])
-        if len(self.agents) > _MOST_SHOWN:
-            agents += f" and {len(self.agents) - _MOST_SHOWN} more"
-        text = f"reloaded {files}" + (f" ({agents})" if agents else "") + f" {self.took_ms:.0f} ms"
+            return f"reload refused: {files}: {self.error}"
+        agents = f" ({_listed(self.agents)})" if self.agents else ""
+        text = f"reloaded {files}{agents} {self.took_ms:.0f} ms"
         return text + (f" · {self.in_flight} in flight on the old version" if self.in_flight else "")
 
-    def description(self) -> dict[str, Any]:
-        """All of it, as far as it fits beside others into one message; JSON."""
-        shortened = {
-            "error": self.error[:_MOST_TEXT],
-            "details": self.details[-_MOST_TEXT:],
-            "text": self.text[:_MOST_TEXT],
-            "notes": [note[:_MOST_TEXT] for note in self.notes[:_MOST_LISTED]],
-            "files": self.files[:_MOST_LISTED],
-            "agents": self.agents[:_MOST_LISTED],
-            "names": self.names[:_MOST_LISTED],
-        }
-        return asdict(self) | shortened | {"at": self.at.isoformat()}
+    def status(self) -> ReloadStatus:
+        """All of it, shortened so that several fit into one message."""
+        return ReloadStatus(
+            text=self.text[:_MAX_TEXT],
+            error=self.error[:_MAX_TEXT],
+            details=self.details[-_MAX_TEXT:],
+            line=self.line,
+            notes=[note[:_MAX_TEXT] for note in self.notes[:_MAX_LISTED]],
+            files=self.files[:_MAX_LISTED],
+            agents=self.agents[:_MAX_LISTED],
+            names=self.names[:_MAX_LISTED],
+            took_ms=self.took_ms,
+            in_flight=self.in_flight,
+            at=self.at,
+        )
 
 
-_MOST_SHOWN = 5
-_MOST_LISTED = 50
-_MOST_TEXT = 2000
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - _MAX_SHOWN} more" if len(items) > _MAX_SHOWN else ""
+    return ", ".join(items[:_MAX_SHOWN]) + more

@@ -1,18 +1,19 @@
 """Every hook that a plugin may implement. Hooks run when something loads, never per call."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pluggy
 from pydantic import BaseModel
 
-from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.agent import Agent, Redactor
 from openagentmesh.agent.call import Middleware
 from openagentmesh.agent.client_middleware import ClientMiddleware
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.reload_result import ReloadResult
+from openagentmesh.protocol.status import NodeStatus
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -21,8 +22,6 @@ NAME: Final = "openagentmesh"
 hookimpl = pluggy.HookimplMarker(NAME)
 _hookspec = pluggy.HookspecMarker(NAME)
 
-Redactor = Callable[[bytes], bytes | None]
-
 
 @dataclass(slots=True, frozen=True)
 class Instance:
@@ -30,68 +29,75 @@ class Instance:
 
     Attributes:
         instance_id: its id on the wire.
-        describe: what it serves and how that fares, as `oam status` shows it; JSON.
-
+        status: returns its state; a HostStatus in a host.
     """
 
     instance_id: str
-    describe: Callable[[], dict[str, Any]]
+    status: Callable[[], NodeStatus]
 
 
 class Hooks:
-    """What plugins are told and asked. An implementation takes as many of the arguments as it needs."""
+    """The hooks. An implementation takes as many of the arguments as it needs."""
 
     @_hookspec
     def mesh_settings(self) -> type[BaseModel] | None:
-        """Give the model of the plugin's own table in mesh.toml, `[plugins.<name>]`."""
+        """Return the model of the plugin's own table in mesh.toml, `[plugins.<name>]`."""
 
     @_hookspec
     def mesh_configure(self, settings: BaseModel, folder: Path) -> None:
-        """Take the settings, validated by the model of `mesh_settings`; raise what is wrong with them.
+        """Apply the settings, validated by the model of `mesh_settings`; raise if they cannot be used.
 
-        Relative paths in them are within `folder`, the one of mesh.toml. Called before anything else
-        is asked, and again when mesh.toml changes while the host runs: then an error refuses the
-        change, and what was in force goes on.
+        Relative paths in them start at `folder`, the one of mesh.toml. Called before any other hook, and
+        again when mesh.toml changes while the host runs: an error then refuses the change, and the settings
+        in force stay.
         """
 
     @_hookspec
     def mesh_agent_settings(self) -> type[BaseModel] | None:
-        """Give the model of the plugin's table of one agent, `[agents."<name>".plugins.<plugin>]`."""
+        """Return the model of the plugin's table of one agent, `[agents."<name>".plugins.<plugin>]`."""
 
     @_hookspec
     def mesh_middleware(self, agent: Agent, settings: BaseModel | None) -> Middleware | None:
-        """Give what is put around an agent, or None; asked once per agent and version.
+        """Return a middleware for an agent, or None; called once per agent and version.
 
-        `settings` are the agent's own of this plugin, None where `mesh_agent_settings` is not
-        implemented. An error refuses the agent's module.
+        `settings` are the agent's own settings of this plugin, None without `mesh_agent_settings`. An error
+        refuses the agent's module.
         """
 
     @_hookspec
     def mesh_client_middleware(self) -> ClientMiddleware | None:
-        """Give what is put around all that leaves: requests, sends, events; asked once per start."""
+        """Return a middleware for requests, sends and events of this node; called once per start."""
 
     @_hookspec
     def mesh_lifespan(self, instance: Instance) -> AbstractAsyncContextManager[None] | None:
-        """Give what is entered before the first agent serves, and left after the last one has finished."""
+        """Return a context that is entered before the first agent serves, and exited after the last one."""
+
+    @_hookspec
+    def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]] | None:
+        """Check a new version of an agent before it serves, or return None.
+
+        Awaited during a reload, while the version `serving` still serves; None when the agent is new.
+        Returns notes for the result of the reload. An error refuses the reload.
+        """
 
     @_hookspec
     def mesh_agent_unloaded(self, name: str) -> None:
-        """Be told that an agent is served no more."""
+        """An agent is not served any more."""
 
     @_hookspec
-    def mesh_reloaded(self, outcome: Outcome) -> None:
-        """Be told that what was saved is served now."""
+    def mesh_reloaded(self, result: ReloadResult) -> None:
+        """A reload is complete: the saved version serves."""
 
     @_hookspec
-    def mesh_reload_failed(self, outcome: Outcome) -> None:
-        """Be told that what was saved is not served, and why."""
+    def mesh_reload_failed(self, result: ReloadResult) -> None:
+        """A reload was refused: the old version still serves."""
 
     @_hookspec(firstresult=True)
     def mesh_redactor(self, agent: Agent) -> Redactor | None:
-        """Give what takes secrets out of the requests to this agent before they are kept for a replay.
+        """Return a function that removes secrets from an agent's requests before plugins store them.
 
-        It is given a request's body and returns what to keep, None for nothing of it. Asked once
-        per agent and version.
+        It gets a request's body and returns what may be stored, None for nothing. Called once per agent and
+        version; other plugins get it as `agent.redactor`.
         """
 
     @_hookspec

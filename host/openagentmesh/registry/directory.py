@@ -1,4 +1,4 @@
-"""What is known of the others: catalog, contract, discover (protocol §3, §4)."""
+"""The agents of the mesh: catalog, contract, discover (protocol §3, §4)."""
 
 import asyncio
 import logging
@@ -15,55 +15,56 @@ from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
-# A copy that is complete and hears nothing for this long, in seconds, is as new as it gets.
-_STANDSTILL: Final = 1.0
+# A complete copy that receives nothing for this long is up to date: purged revisions never arrive.
+_MAX_SILENCE_S: Final = 1.0
 
 
 class Directory:
-    """A live copy of the registry, begun when it is first read.
+    """A live copy of the registry, started when it is first read.
 
-    The catalog's single key gives the order; the registry, one key an agent, gives what the
-    key has no room for. `changed` is called with the name of each agent whose registry key
-    changes, None as its document when it was deleted.
+    The catalog's single key gives the order; the registry, one key per agent, has the agents for which
+    that key has no space.
+
+    Attributes:
+        on_change: called with an agent's name and its document, None when it was deleted.
     """
 
     def __init__(self, buckets: KVBuckets) -> None:
-        self.changed: Callable[[str, bytes | None], None] = lambda _name, _document: None
+        self.on_change: Callable[[str, bytes | None], None] = lambda _name, _document: None
         self._buckets = buckets
         self._documents: dict[str, bytes] = {}
         self._revision = 0
-        self._current = False
-        self._progress = asyncio.Event()
+        self._is_complete = False
+        self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
     def follow(self) -> None:
-        """Begin to follow the registry; more calls do nothing."""
+        """Start to follow the registry, unless it is followed."""
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        """Follow no more."""
+        """Stop following."""
         await cancel_and_wait(self._following)
 
     async def catalog(self) -> list[CatalogEntry]:
-        """All agents, in the catalog's order, then those it has no room for."""
+        """All agents, in the catalog's order, then those for which it has no space."""
         listed = decode_catalog(await self._buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY))
         await self._catch_up()
         names = {entry.name for entry in listed}
-        missing = [self.known(name) for name in self._documents if name not in names]
+        missing = [self.cached(name) for name in self._documents if name not in names]
         return listed + [contract.to_catalog_entry() for contract in missing if contract]
 
     async def discover(self) -> list[AgentContract]:
         """The contracts of all agents, in the catalog's order."""
-        contracts = [self.known(entry.name) for entry in await self.catalog()]
+        contracts = [self.cached(entry.name) for entry in await self.catalog()]
         return [contract for contract in contracts if contract]
 
     async def contract(self, name: str) -> AgentContract:
         """One agent's contract.
 
         Raises:
-            NotFound: no agent has this name.
-
+            NotFound: there is no agent of this name.
         """
         contract = await self.find(name)
         if contract is None:
@@ -71,27 +72,38 @@ class Directory:
         return contract
 
     async def find(self, name: str) -> AgentContract | None:
-        """One agent's contract as it is now, or None."""
+        """One agent's contract, read from the server; None when there is none."""
         if subjects.invalid_name(name):
             return None
         document = await self._buckets.get(subjects.REGISTRY_BUCKET, name)
         return AgentContract.from_document(document) if document else None
 
+    def cached(self, name: str) -> AgentContract | None:
+        """One agent's contract, from the copy; None when there is none."""
+        document = self._documents.get(name)
+        if document is None:
+            return None
+        try:
+            return AgentContract.from_document(document)
+        except MeshError as exc:
+            log.warning("registry key '%s': %s", name, exc)
+            return None
+
     async def _catch_up(self) -> None:
-        """Wait until the copy has everything that was written before now."""
+        """Wait until the copy contains everything that was written before now."""
         self.follow()
         newest = await self._buckets.last_revision(subjects.REGISTRY_BUCKET)
-        while self._revision < newest or not self._current:
-            self._progress.clear()
+        while self._revision < newest or not self._is_complete:
+            self._changed.clear()
             try:
-                async with asyncio.timeout(_STANDSTILL):
-                    await self._progress.wait()
+                async with asyncio.timeout(_MAX_SILENCE_S):
+                    await self._changed.wait()
             except TimeoutError:
-                if self._current:  # a revision that was purged never arrives
+                if self._is_complete:
                     self._revision = max(self._revision, newest)
                     return
                 if self._following is None or self._following.done():
-                    raise ConnectionFailed("The registry cannot be followed; the log says why.") from None
+                    raise ConnectionFailed("The registry cannot be followed; see the log.") from None
 
     async def _follow(self) -> None:
         try:
@@ -110,20 +122,9 @@ class Directory:
                     else:
                         loading.pop(entry.key, None)
                     self._revision = max(self._revision, entry.revision or 0)
-                    self.changed(entry.key, document)
+                    self.on_change(entry.key, document)
                 elif entry == "reset":
-                    loading, self._revision, self._current = {}, 0, False
+                    loading, self._revision, self._is_complete = {}, 0, False
                 else:
-                    self._documents, self._current = loading, True
-                self._progress.set()
-
-    def known(self, name: str) -> AgentContract | None:
-        """One agent's contract as the copy has it now, or None."""
-        document = self._documents.get(name)
-        if document is None:
-            return None
-        try:
-            return AgentContract.from_document(document)
-        except MeshError as exc:
-            log.warning("registry key '%s': %s", name, exc)
-            return None
+                    self._documents, self._is_complete = loading, True
+                self._changed.set()

@@ -1,4 +1,4 @@
-"""An eye on the instances that have our requests in hand (protocol §10)."""
+"""Liveness of instances: which are alive, and which agents someone serves (protocol §10)."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -14,118 +14,119 @@ from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.tasks import cancel_and_wait
 
-# How often an instance that we wait for is asked whether it lives, in seconds.
-_ASK_EVERY: Final = 1.0
-# One that lost its connection for a moment comes back, so NATS must say twice that nobody
-# listens there. One that is only silent may be busy, and is given ten times.
-_NOBODY_COUNTS: Final = 5
-_GIVEN_UP_AT: Final = 10
+# How often an instance with one of our requests is pinged.
+_PING_S: Final = 1.0
+# A disconnected instance may reconnect, so two 503s in a row count as its death. An instance that
+# does not answer may be busy: ten unanswered pings.
+_NO_RESPONDERS_SCORE: Final = 5
+_UNANSWERED_SCORE: Final = 1
+_DEAD_SCORE: Final = 10
 
 Fail = Callable[[MeshError], None]
 
 
-class Peers:
-    """Asks instances whether they live, as long as somebody waits for them."""
+class LivenessMonitor:
+    """Pings instances for as long as requests wait for their answers."""
 
     def __init__(self, connection: Connection, inbox: Inbox) -> None:
         self._connection = connection
         self._inbox = inbox
-        self._waiting: dict[str, dict[Fail, str]] = {}
-        self._silent: dict[str, int] = {}
-        self._asking: asyncio.Task[None] | None = None
+        self._requests: dict[str, dict[Fail, str]] = {}
+        self._scores: dict[str, int] = {}
+        self._pinging: asyncio.Task[None] | None = None
 
-    def wait_for(self, instance_id: str, agent: str, fail: Fail) -> None:
-        """Call `fail` when this instance, which has a request for `agent`, is gone."""
-        self._waiting.setdefault(instance_id, {})[fail] = agent
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask_all())
+    def watch(self, instance_id: str, agent: str, fail: Fail) -> None:
+        """Call `fail` when this instance, which has a request for `agent`, is dead."""
+        self._requests.setdefault(instance_id, {})[fail] = agent
+        if self._pinging is None or self._pinging.done():
+            self._pinging = asyncio.create_task(self._ping_all())
 
-    def forget(self, instance_id: str, fail: Fail) -> None:
-        """Wait for this instance no more."""
-        waiting = self._waiting.get(instance_id, {})
-        waiting.pop(fail, None)
-        if not waiting:
-            self._waiting.pop(instance_id, None)
+    def unwatch(self, instance_id: str, fail: Fail) -> None:
+        """The request is answered."""
+        requests = self._requests.get(instance_id, {})
+        requests.pop(fail, None)
+        if not requests:
+            self._requests.pop(instance_id, None)
 
     async def close(self) -> None:
-        """Ask no more."""
-        await cancel_and_wait(self._asking)
+        """Stop pinging."""
+        await cancel_and_wait(self._pinging)
 
-    async def _ask_all(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(_ASK_EVERY)
-            if self._connection.is_recovering:  # it is we who are cut off
-                self._silent.clear()
+    async def _ping_all(self) -> None:
+        while self._requests:
+            await asyncio.sleep(_PING_S)
+            if self._connection.is_recovering:  # the connection is down, not the instances
+                self._scores.clear()
                 continue
-            await asyncio.gather(*[self._ask(instance_id) for instance_id in self._waiting])
-            self._silent = {key: times for key, times in self._silent.items() if key in self._waiting}
+            await asyncio.gather(*[self._ping(instance_id) for instance_id in self._requests])
+            self._scores = {key: score for key, score in self._scores.items() if key in self._requests}
 
-    async def _ask(self, instance_id: str) -> None:
-        gone = await is_gone(self._inbox, instance_id)
-        counts = 0 if gone is False else self._silent.get(instance_id, 0) + (_NOBODY_COUNTS if gone else 1)
-        self._silent[instance_id] = counts
-        if counts < _GIVEN_UP_AT:
+    async def _ping(self, instance_id: str) -> None:
+        dead = await is_dead(self._inbox, instance_id)
+        score = _NO_RESPONDERS_SCORE if dead else _UNANSWERED_SCORE
+        self._scores[instance_id] = 0 if dead is False else self._scores.get(instance_id, 0) + score
+        if self._scores[instance_id] < _DEAD_SCORE:
             return
-        for fail, agent in self._waiting.pop(instance_id, {}).items():
+        del self._scores[instance_id]
+        for fail, agent in self._requests.pop(instance_id, {}).items():
             notice = DeathNotice(
                 agent=agent,
                 reason="disconnect",
                 detected_at=datetime.now(UTC).isoformat(),
                 instance_id=instance_id,
             )
-            fail(died(notice, f"The instance that answered for agent '{agent}' is gone"))
+            fail(agent_died(notice, f"The instance that answered for agent '{agent}' is gone"))
 
 
-def died(notice: DeathNotice, message: str) -> AgentDied:
-    """The error for those who wait for an agent that is gone."""
+def agent_died(notice: DeathNotice, message: str) -> AgentDied:
+    """The error of requests to an agent that is gone."""
     return AgentDied(message, agent=notice.agent, details=notice.model_dump())
 
 
-async def is_gone(inbox: Inbox, instance_id: str) -> bool | None:
-    """Whether nobody listens where this instance answers; None when it does not answer."""
+async def is_dead(inbox: Inbox, instance_id: str) -> bool | None:
+    """Whether an instance's ping subject has no subscription; None when it does not answer in time."""
     try:
-        message = await inbox.request(subjects.host(instance_id, "ping"), timeout=_ASK_EVERY)
+        message = await inbox.request(subjects.host(instance_id, "ping"), timeout=_PING_S)
     except MeshTimeout:
         return None
     except MeshError:
-        return False  # it is we who are cut off
-    return codec.decode_reply(message.head, message.body).no_responders
+        return False  # the connection is down, not the instance
+    return codec.is_no_responders(message.head)
 
 
-async def nobody_is_told(inbox: Inbox, name: str) -> bool:
-    """Whether NATS says that nobody is there, of a name like this that nobody can have.
+async def reports_no_responders(inbox: Inbox, name: str) -> bool:
+    """Whether NATS answers 503 for a name like this that no agent can have.
 
-    It does not while anyone listens to everything.
+    It does not while a subscription matches every subject.
     """
     try:
-        message = await inbox.request(_impossible(name), timeout=_ASK_EVERY)
+        message = await inbox.request(_unused_subject(name), timeout=_PING_S)
     except MeshError:
         return False
-    return codec.decode_reply(message.head, message.body).no_responders
+    return codec.is_no_responders(message.head)
 
 
-def _impossible(name: str) -> str:
-    """A subject beside an agent's own, for a name that nobody can have."""
+def _unused_subject(name: str) -> str:
+    """A subject beside an agent's own that no agent has."""
     return f"{subjects.agent(name).rpartition('.')[0]}.{codec.new_id()}"
 
 
-async def served_by_strangers(
+async def served_without_record(
     connection: Connection, inbox: Inbox, contracts: Iterable[AgentContract]
 ) -> set[str]:
-    """Which of these agents somebody listens for, though no record says so: peers of other makes.
+    """Which of these agents have a subscription though no record lists them: peers of other makes.
 
-    They are asked with the wrong verb, which runs nothing: what counts is whether NATS says that
-    nobody is there. Where it does not say so of a name that nobody can have, somebody listens to
-    everything, and nothing can be told.
+    Each gets a request with the wrong verb, which runs nothing: only NATS' 503 matters. Where an unused
+    subject beside it gets no 503, a subscription matches everything, and nothing can be concluded.
     """
-    nobody: set[str] = set()
+    unserved: set[str] = set()
     replies: list[str] = []
-    asked = []
+    requested = []
 
-    async def ask(subject: str, *, streaming: bool) -> None:
+    async def request(subject: str, *, streaming: bool) -> None:
         def receive(message: Message) -> None:
-            if codec.decode_reply(message.head, b"").no_responders:
-                nobody.add(subject)
+            if codec.is_no_responders(message.head):
+                unserved.add(subject)
 
         reply = inbox.register(receive)
         replies.append(reply)
@@ -135,12 +136,12 @@ async def served_by_strangers(
     try:
         for contract in contracts:
             if contract.invocable:
-                subject, impossible = subjects.agent(contract.name), _impossible(contract.name)
-                await ask(subject, streaming=not contract.streaming)
-                await ask(impossible, streaming=False)
-                asked.append((contract.name, subject, impossible))
-        await connection.flush()  # the 503s come before it
+                subject, unused = subjects.agent(contract.name), _unused_subject(contract.name)
+                await request(subject, streaming=not contract.streaming)
+                await request(unused, streaming=False)
+                requested.append((contract.name, subject, unused))
+        await connection.flush()  # the 503s arrive before it
     finally:
         for reply in replies:
             inbox.unregister(reply)
-    return {name for name, subject, impossible in asked if subject not in nobody and impossible in nobody}
+    return {name for name, subject, unused in requested if subject not in unserved and unused in unserved}

@@ -1,7 +1,4 @@
-"""Answers to the questions of NATS' own tools: each agent is one of its micro services (protocol §10).
-
-NATS' ADR-32 has the format, and its client the types.
-"""
+"""NATS service discovery: each agent is a service of the `nats micro` tools (protocol §10, NATS ADR-32)."""
 
 import asyncio
 import logging
@@ -31,22 +28,21 @@ from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
-# Questions that wait for an answer: tools ask for each service by its id. Strangers ask for more in vain.
-_MOST_ASKED: Final = 10_000
-# After so many answers others have their turn.
-_AT_ONCE: Final = 50
+# Requests that wait for an answer; tools request each service by its id, and further requests are dropped.
+_MAX_WAITING: Final = 10_000
+# After this many answers the event loop gets a turn.
+_YIELD_EVERY: Final = 50
 _NO_VERSION: Final = "0.0.0"
 _NANOSECONDS: Final = 1_000_000_000
 
 
-class Micro:
+class NatsServices:
     """Answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`, for all agents, those of a name, or one.
 
     Args:
-        connection: where the questions come from.
+        connection: the connection.
         routes: the agents that are served.
         instance_id: this instance.
-
     """
 
     def __init__(self, connection: Connection, routes: Iterable[Route], instance_id: str) -> None:
@@ -54,17 +50,17 @@ class Micro:
         self._routes = routes
         self._instance_id = instance_id
         self._sid: int | None = None
-        # Each with its words, and with where the answers go.
+        # Each with the words of its subject, and its reply subject.
         self._waiting: deque[tuple[list[str], str]] = deque()
         self._answering: asyncio.Task[None] | None = None
-        self._questions: dict[str, Callable[[Route], dict[str, Any]]] = {
+        self._verbs: dict[str, Callable[[Route], dict[str, Any]]] = {
             "PING": self._ping,
             "INFO": self._info,
             "STATS": self._stats,
         }
 
     async def open(self) -> None:
-        """Listen to the questions, once however often it is called."""
+        """Subscribe, once."""
         if self._sid is None:
             self._sid = await self._connection.subscribe(subjects.SERVICES, self._receive)
 
@@ -78,8 +74,8 @@ class Micro:
 
     def _receive(self, message: Message) -> None:
         _, *words = message.subject.split(".")
-        is_one = words[0] in self._questions and len(words) <= len(("verb", "name", "id"))
-        if not is_one or not message.reply or len(self._waiting) >= _MOST_ASKED:
+        is_known = words[0] in self._verbs and len(words) <= len(("verb", "name", "id"))
+        if not is_known or not message.reply or len(self._waiting) >= _MAX_WAITING:
             return
         self._waiting.append((words, message.reply))
         if self._answering is None or self._answering.done():
@@ -87,22 +83,24 @@ class Micro:
 
     async def _answer_all(self) -> None:
         while self._waiting:
-            (verb, *about), reply = self._waiting.popleft()
-            await self._answer(reply, self._questions[verb], about)
+            (verb, *filters), reply = self._waiting.popleft()
+            await self._answer(reply, self._verbs[verb], filters)
             await asyncio.sleep(0)
 
-    async def _answer(self, reply: str, told: Callable[[Route], dict[str, Any]], about: list[str]) -> None:
-        asked = [route for route in self._routes if self._is_asked(route, *about)]
-        for number, route in enumerate(asked, 1):
+    async def _answer(
+        self, reply: str, describe: Callable[[Route], dict[str, Any]], filters: list[str]
+    ) -> None:
+        matching = [route for route in self._routes if self._matches(route, *filters)]
+        for number, route in enumerate(matching, 1):
             try:
-                await self._connection.publish(reply, to_json(told(route)))
+                await self._connection.publish(reply, to_json(describe(route)))
             except MeshError as exc:
-                log.warning("%s could not be told of to NATS' tools: %s", route.agent.name, exc)
-            if not number % _AT_ONCE:
+                log.warning("%s: service discovery not answered: %s", route.agent.name, exc)
+            if not number % _YIELD_EVERY:
                 await asyncio.sleep(0)
 
-    def _is_asked(self, route: Route, name: str = "", id_: str = "") -> bool:
-        """Whether a question is about an agent; without a name, or an id, it is about all."""
+    def _matches(self, route: Route, name: str = "", id_: str = "") -> bool:
+        """Whether a request is about an agent; without a name, or an id, it is about all."""
         agent = route.agent
         return (
             agent.contract.invocable
@@ -111,11 +109,11 @@ class Micro:
         )
 
     def _service_id(self, agent: str) -> str:
-        """An id of its own for each agent of each instance: names that differ in dots share one there."""
+        """An id per agent and instance: names that differ in dots alone have the same service name."""
         return f"{self._instance_id}-{blake2b(agent.encode(), digest_size=4).hexdigest()}"
 
     def _identity(self, route: Route) -> dict[str, Any]:
-        """What every answer says: who; the agent's own name and version are below `metadata`."""
+        """What every answer contains; the agent's own name and version are in `metadata`."""
         contract = route.agent.contract
         is_version = SEMVER_REGEX.fullmatch(contract.version)
         return {
@@ -125,7 +123,7 @@ class Micro:
             "metadata": {
                 "agent": contract.name,
                 "version": contract.version,
-                "kind": route.agent.handler.shape,
+                "kind": route.agent.kind,
                 "instance_id": self._instance_id,
                 "tags": ",".join(contract.tags),
                 "active": "yes" if route.gate is None or route.gate.is_open else "no",
@@ -144,22 +142,22 @@ class Micro:
         return described.to_dict()
 
     def _stats(self, route: Route) -> dict[str, Any]:
-        counts = route.counts
-        took = int(counts.seconds * _NANOSECONDS)
+        stats = route.stats
+        duration = int(stats.seconds * _NANOSECONDS)
         endpoint = EndpointStats(
             **_endpoint(route.agent.name),
-            num_requests=counts.requests,
-            num_errors=counts.errors,
-            processing_time=took,
-            average_processing_time=took // max(1, counts.requests),
-            last_error=counts.last_error,
+            num_requests=stats.requests,
+            num_errors=stats.errors,
+            processing_time=duration,
+            average_processing_time=duration // max(1, stats.requests),
+            last_error=stats.last_error,
         )
-        started = datetime.fromtimestamp(counts.since, UTC)
+        started = datetime.fromtimestamp(stats.since, UTC)
         return ServiceStats(**self._identity(route), started=started, endpoints=[endpoint]).to_dict()
 
 
 def service_name(agent: str) -> str:
-    """An agent's name as NATS allows those of services, which have no dots."""
+    """An agent's name as a service name, which has no dots."""
     name = agent.replace(".", "-")
     assert NAME_REGEX.match(name)
     return name

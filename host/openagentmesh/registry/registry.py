@@ -1,4 +1,4 @@
-"""Publish and withdraw contracts: a key an agent, one change of the catalog for all of them."""
+"""Publish and withdraw contracts: one key per agent, one change of the catalog for all of them."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """The contracts this node has published, and what keeps them published."""
+    """The contracts that this node has published."""
 
     def __init__(self, buckets: KVBuckets, max_payload: Callable[[], int]) -> None:
         self._buckets = buckets
@@ -44,28 +44,21 @@ class Registry:
         await self._change_catalog(entries)
 
     async def conflicts(self, contracts: Iterable[AgentContract]) -> dict[str, list[Change]]:
-        """What callers would notice if these contracts shared requests with the published ones.
+        """The breaking changes between these contracts and the published ones, by agent.
 
-        By agent; without those that go together. Requests made for either go to both, so the
-        input has to fit both ways.
+        Instances that share a queue group get each other's requests, so the input must be compatible both
+        ways.
         """
-        ours = {contract.name: contract for contract in contracts}
-        published = await self._buckets.read_all(subjects.REGISTRY_BUCKET) if ours else {}
+        own = {contract.name: contract for contract in contracts}
+        published = await self._buckets.read_all(subjects.REGISTRY_BUCKET) if own else {}
         found = {}
-        for name, own in ours.items():
-            try:
-                theirs = AgentContract.from_document(published[name]) if name in published else own
-            except MeshError as exc:
-                log.warning("the contract that others published for %s cannot be compared: %s", name, exc)
-                continue
-            changes = breaking_changes(theirs, own)
-            back = [change for change in breaking_changes(own, theirs) if change.what == "input"]
-            if changes := changes + [change for change in back if change not in changes]:
+        for name, contract in own.items():
+            if name in published and (changes := _conflict(contract, published[name])):
                 found[name] = changes
         return found
 
     async def withdraw(self, names: Iterable[str], *, everywhere: Iterable[str]) -> None:
-        """Keep `names` published no more; delete those of `everywhere`, which nobody else serves."""
+        """Keep `names` published no longer; delete those of `everywhere`, which no instance serves."""
         for name in names:
             self._own.pop(name, None)
             self._entries.pop(name, None)
@@ -74,7 +67,7 @@ class Registry:
         await self._change_catalog({}, gone)
 
     async def restore(self) -> None:
-        """Publish again what is missing, whoever lost it: a new server, or a peer that stopped."""
+        """Publish missing contracts again, after the loss of a server or the stop of a peer."""
         if not self._own:
             return
         found = await self._buckets.read_all(subjects.REGISTRY_BUCKET)
@@ -87,20 +80,20 @@ class Registry:
             await self._change_catalog(unlisted)
 
     async def _change_catalog(self, added: dict[str, CatalogEntry], removed: Iterable[str] = ()) -> None:
-        away = set(added) | set(removed)
+        replaced = set(added) | set(removed)
 
-        def changed(old: bytes | None) -> bytes | None:
+        def update(old: bytes | None) -> bytes | None:
             before = catalog_objects(old)
-            kept = [entry for entry in before if entry.get("name") not in away]
+            kept = [entry for entry in before if entry.get("name") not in replaced]
             after = kept + [entry.model_dump() for entry in added.values()]
-            return self._fitting(after) if after != before else None
+            return self._encode_catalog(after) if after != before else None
 
-        await self._buckets.update(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, changed)
+        await self._buckets.update(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, update)
 
-    def _fitting(self, entries: list[dict[str, Any]]) -> bytes:
-        """The key's value, without the newest entries where it would outgrow the server's limit.
+    def _encode_catalog(self, entries: list[dict[str, Any]]) -> bytes:
+        """The value of the catalog's key, without the last entries when it would exceed the size limit.
 
-        Those stay in the registry, which our readers read as well.
+        Those stay in the registry, which our own readers read as well.
         """
         limit = self._max_payload() - HEADER_RESERVE
         document = encode_catalog(entries)
@@ -110,7 +103,18 @@ class Registry:
             document = encode_catalog(entries[:kept])
         if kept < len(entries):
             log.info(
-                "the catalog's key has room for %d of %d agents; the others are in the registry only",
+                "the catalog's key has space for %d of %d agents; the others are in the registry only",
                 kept, len(entries),
             )  # fmt: skip
         return document
+
+
+def _conflict(own: AgentContract, document: bytes) -> list[Change]:
+    try:
+        published = AgentContract.from_document(document)
+    except MeshError as exc:
+        log.warning("the published contract of %s cannot be compared: %s", own.name, exc)
+        return []
+    changes = breaking_changes(published, own)
+    reverse = [change for change in breaking_changes(own, published) if change.what == "input"]
+    return changes + [change for change in reverse if change not in changes]
