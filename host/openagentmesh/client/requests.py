@@ -1,18 +1,20 @@
-"""A caller's side: call, stream and send (protocol §7)."""
+"""Requests to agents: call, stream and send (protocol §7)."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from inspect import isawaitable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from openagentmesh.agent.call import within_deadline
-from openagentmesh.client.pending import Waits
+from openagentmesh.agent.client_middleware import ClientMiddlewares, ClientOperation
+from openagentmesh.client.pending import PendingRequests
+from openagentmesh.client.replies import Callback, ReplyCallbacks
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import Verb
 from openagentmesh.protocol.errors import InvalidInput, MeshError, MeshTimeout
+from openagentmesh.serving.router import Router
 from openagentmesh.serving.streams import WINDOW, ChunkReader
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import RECOVERY_RETRY_S, Inbox, set_exception, set_result
@@ -21,99 +23,140 @@ from openagentmesh.transport.tasks import cancel_within
 
 log = logging.getLogger(__name__)
 
-# How long the callbacks of `send` may take when the mesh is left, in seconds.
-_CALLBACK_GRACE: Final = 1.0
+# How long the callbacks of `send` may take when the mesh is closed.
+_CALLBACK_GRACE_S: Final = 1.0
 
 Headers = Mapping[str, str] | None
-Callback = Callable[[Any], object]
+Decode = Callable[[bytes], Any]
 
 
-class Caller:
-    """Calls, streams and sends over one connection.
+class RequestClient:
+    """Calls, streams and sends, each within the client middlewares.
 
-    Attributes:
-        inside: takes a request for an agent of this very node while nobody else reaches that;
-            tells whether it did.
-
+    Args:
+        connection: the connection.
+        inbox: for replies.
+        pending: monitors requests that wait for an answer.
+        instance_id: this instance.
+        middlewares: the client middlewares of all plugins.
+        router: the agents of this node, which receive requests directly while it drains.
     """
 
-    def __init__(self, connection: Connection, inbox: Inbox, waits: Waits, instance_id: str) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that a request uses
+        self,
+        connection: Connection,
+        inbox: Inbox,
+        pending: PendingRequests,
+        instance_id: str,
+        middlewares: ClientMiddlewares,
+        router: Router,
+    ) -> None:
         self._connection = connection
         self._inbox = inbox
-        self._waits = waits
+        self._pending = pending
         self._instance_id = instance_id
+        self._middlewares = middlewares
+        self._router = router
         self._sending: set[asyncio.Task[None]] = set()
-        self.inside: Callable[[str, Message], bool] = lambda _name, _message: False
 
     async def close(self) -> None:
-        """Let nobody wait any more; callbacks that run may finish within a second."""
-        self._waits.fail_all()
+        """Fail all pending requests; running callbacks may finish within a second."""
+        self._pending.fail_all()
         if self._sending:
-            await asyncio.wait(self._sending, timeout=_CALLBACK_GRACE)
-        if deaf := await cancel_within(_CALLBACK_GRACE, self._sending):
-            log.error("%d callbacks of send do not stop", len(deaf))
+            await asyncio.wait(self._sending, timeout=_CALLBACK_GRACE_S)
+        if still_running := await cancel_within(_CALLBACK_GRACE_S, self._sending):
+            log.error("%d callbacks of send do not stop", len(still_running))
 
-    async def call(self, name: str, payload: object, timeout: float | None, headers: Headers) -> Any:  # noqa: ANN401 - a JSON value of any shape
-        """Send one request and return the first answer, or raise what came instead."""
-        self._waits.check(name, "call")
-        timeout = within_deadline(timeout)
-        body, request_id = codec.encode(payload), _request_id(headers)
+    async def call(
+        self,
+        name: str,
+        payload: object,
+        timeout: float | None,
+        headers: Headers,
+        decode: Decode = codec.decode,
+    ) -> Any:  # noqa: ANN401 - as `decode` returns
+        """Send one request and return the first answer, or raise the error that came instead."""
+        timeout, began = within_deadline(timeout), asyncio.get_running_loop().time()
+        request = _operation("call", name, payload, headers)
+        if not self._middlewares:
+            return await self._call(request, timeout, decode)
+        async with self._middlewares.around(request, timeout):
+            return await self._call(request, _left(timeout, began), decode)
+
+    async def _call(self, request: ClientOperation, timeout: float | None, decode: Decode) -> Any:  # noqa: ANN401 - as `decode` returns
+        self._pending.check(request.target, "call")
         head = codec.request_headers(
-            request_id, self._instance_id, timeout=timeout, accept=codec.ACK, extra=headers
+            request.request_id, self._instance_id, timeout=timeout, accept=codec.ACK, extra=request.headers
         )
         try:
             async with asyncio.timeout(timeout) as limit:
-                answer = await self._ask(name, body, head, limit)
-                while answer.no_responders and self._connection.is_recovering:
+                reply = await self._exchange(request, head, limit)
+                while reply.no_responders and self._connection.is_recovering:
                     await asyncio.sleep(RECOVERY_RETRY_S)
-                    answer = await self._ask(name, body, head, limit)
-                return codec.decode(await self._body(answer, name, "call"))
+                    reply = await self._exchange(request, head, limit)
+                return decode(await self._ok_body(reply, request.target, "call"))
         except TimeoutError:
-            raise _timeout(subjects.agent(name), timeout, name, request_id) from None
+            raise _timeout(request.subject, timeout, request) from None
         except MeshError as exc:
-            raise _with_id(exc, name, request_id) from exc.__cause__
+            raise _located(exc, request) from exc.__cause__
 
-    async def _ask(self, name: str, body: bytes, head: bytes, limit: asyncio.Timeout) -> codec.Reply:
-        """One message out, the first answer back; who stops waiting for it stops the handler."""
-        found: asyncio.Future[codec.Reply] = asyncio.get_running_loop().create_future()
-        with self._waits.watched(name, "call", lambda exc: set_exception(found, exc)) as waiting:
+    async def _exchange(self, request: ClientOperation, head: bytes, limit: asyncio.Timeout) -> codec.Reply:
+        """One request out, the first answer in; a cancelled exchange cancels the handler."""
+        name, found = request.target, asyncio.get_running_loop().create_future()
+        with self._pending.watch(name, "call", partial(set_exception, found)) as pending:
 
             def receive(message: Message) -> None:
-                answer = codec.decode_reply(message.head, message.body)
-                if answer.accepted:
-                    self._waits.accepted(waiting, answer.instance, message.reply)
+                reply = codec.decode_reply(message.head, message.body)
+                if reply.accepted:
+                    self._pending.accepted(pending, reply.instance, message.reply)
                 else:
-                    set_result(found, answer)
+                    set_result(found, reply)
 
-            reply = self._inbox.register(receive)
+            inbox = self._inbox.register(receive)
             try:
-                await self._publish(name, body, head, reply)
-                answer = await found
+                await self._publish(name, request.body, head, inbox)
+                reply: codec.Reply = await found
             except BaseException:
-                await self._waits.cancel(waiting, reply, late=limit.expired())
+                await self._pending.cancel(pending, inbox, timed_out=limit.expired())
                 raise
-            self._inbox.unregister(reply)
-            if not answer.no_responders:
-                self._waits.now_known(name)
-            return answer
+            self._inbox.unregister(inbox)
+            if not reply.no_responders:
+                self._pending.mark_known(name)
+            return reply
 
-    async def stream(
+    def stream(  # noqa: PLR0913, PLR0917 - what `stream` takes
         self,
         name: str,
         payload: object,
         timeout: float | None,
         headers: Headers,
         total: float | None = None,
+        decode: Decode = codec.decode,
     ) -> AsyncGenerator[Any, None]:
-        """Send one request and yield its chunks.
+        """Send one request and yield its chunks: `timeout` seconds for each, `total` for all."""
+        request = _operation("stream", name, payload, headers)
+        stream = self._stream_within_middlewares if self._middlewares else self._stream
+        return stream(request, timeout, total, decode)
 
-        `timeout` seconds from one to the next, and `total` seconds for all.
-        """
-        self._waits.check(name, "stream")
-        timeout = within_deadline(timeout, streaming=True)
-        body, request_id = codec.encode(payload), _request_id(headers)
-        _check_id(request_id)
-        subject = subjects.stream(request_id)
+    async def _stream_within_middlewares(
+        self, request: ClientOperation, timeout: float | None, total: float | None, decode: Decode
+    ) -> AsyncGenerator[Any, None]:
+        began = asyncio.get_running_loop().time()
+        async with (
+            self._middlewares.around(request, timeout),
+            aclosing(self._stream(request, timeout, _left(total, began), decode)) as chunks,
+        ):
+            async for chunk in chunks:
+                request.chunks += 1
+                yield chunk
+
+    async def _stream(
+        self, request: ClientOperation, timeout: float | None, total: float | None, decode: Decode
+    ) -> AsyncGenerator[Any, None]:
+        name, request_id = request.target, request.request_id
+        self._pending.check(name, "stream")
+        _check_token(request_id)
+        timeout, subject = within_deadline(timeout, streaming=True), subjects.stream(request_id)
         head = codec.request_headers(
             request_id,
             self._instance_id,
@@ -121,39 +164,39 @@ class Caller:
             streaming=True,
             credit=WINDOW,
             accept=codec.ACK,
-            extra=headers,
+            extra=request.headers,
         )
         reader = ChunkReader(self._inbox.deliver, name, request_id, timeout, total)
-        # Not the chunks' own subject: whoever listens to all of the mesh would hide NATS' 503.
-        reply = self._inbox.register(reader.receive)
+        # Not the chunks' own subject: a subscription on all of the mesh would hide NATS' 503.
+        inbox = self._inbox.register(reader.receive)
         sid = await self._connection.subscribe(subject, reader.receive)
-        late = False
-        with self._waits.watched(name, "stream", reader.fail) as waiting:
-            reader.on_instance = partial(self._waits.accepted, waiting)
+        timed_out = False
+        with self._pending.watch(name, "stream", reader.fail) as pending:
+            reader.on_instance = partial(self._pending.accepted, pending)
             try:
-                await self._publish(name, body, head, reply)
+                await self._publish(name, request.body, head, inbox)
                 while not reader.ended:
                     frame = await reader.next()
                     if frame.no_responders and self._connection.is_recovering:
                         await asyncio.sleep(RECOVERY_RETRY_S)
-                        await self._publish(name, body, head, reply)
+                        await self._publish(name, request.body, head, inbox)
                     elif frame.error or frame.no_responders:
-                        await self._body(frame, name, "stream")
+                        await self._ok_body(frame, name, "stream")
                     elif not frame.end:
-                        yield codec.decode(frame.body)
-                        if reader.took():
+                        yield decode(frame.body)
+                        if reader.acknowledge():
                             await reader.grant()
             except TimeoutError:
-                late, waited = True, total if reader.is_over else timeout
-                raise _timeout(subject, waited, name, request_id) from None
+                timed_out, waited = True, total if reader.is_overdue else timeout
+                raise _timeout(subject, waited, request) from None
             except MeshError as exc:
-                raise _with_id(exc, name, request_id) from exc.__cause__
+                raise _located(exc, request) from exc.__cause__
             finally:
                 if reader.ended:
-                    self._inbox.unregister(reply)
+                    self._inbox.unregister(inbox)
                 else:
-                    await self._waits.cancel(waiting, reply, late=late)
-                await self._quit(sid)
+                    await self._pending.cancel(pending, inbox, timed_out=timed_out)
+                await self._unsubscribe(sid)
 
     async def send(  # noqa: PLR0913 - what `send` takes
         self,
@@ -166,179 +209,181 @@ class Caller:
         on_error: Callback | None = None,
         reply_to: str = "",
     ) -> None:
-        """Send one request and go on; replies go to `on_reply`, to `reply_to`, or nowhere."""
-        self._waits.check(name, "send")
-        body, request_id = codec.encode(payload), _request_id(headers)
+        """Send one request without waiting; replies go to `on_reply`, to `reply_to`, or nowhere."""
+        replies = None if on_reply is None else ReplyCallbacks(name, on_reply, on_error)
+        request = _operation("send", name, payload, headers)
+        if not self._middlewares:
+            await self._send(request, timeout, replies, reply_to)
+            return
+        async with self._middlewares.around(request, timeout):
+            await self._send(request, timeout, replies, reply_to)
+
+    async def _send(
+        self, request: ClientOperation, timeout: float | None, replies: ReplyCallbacks | None, reply_to: str
+    ) -> None:
+        name, body = request.target, request.body
+        self._pending.check(name, "send")
         head = codec.request_headers(
-            request_id,
+            request.request_id,
             self._instance_id,
-            timeout=timeout if on_reply else None,
-            credit=WINDOW if on_reply else 0,
-            accept="" if on_reply or reply_to else codec.NO_REPLY,
+            timeout=timeout if replies else None,
+            credit=WINDOW if replies else 0,
+            accept="" if replies or reply_to else codec.NO_REPLY,
             reply_to=reply_to,
-            extra=headers,
+            extra=request.headers,
         )
         try:
-            if on_reply is not None:
-                replies = Replies(name, request_id, on_reply, on_error)
-                await self._send_for_replies(replies, body, head, timeout)
+            if replies is not None:
+                await self._send_for_replies(replies, request, head, timeout)
             elif reply_to:
-                if subjects.invalid_subject(reply_to):
-                    raise InvalidInput(f"{reply_to!r} is no subject to reply to: no wildcards, no blanks.")
-                if await self._waits.is_registered(name, "send"):
-                    await self._publish(name, body, head, reply_to)
-                else:
-                    await self._send_off(name, body, head, reply_to)
+                await self._send_with_reply_to(name, body, head, reply_to)
             else:
-                await self._send_off(name, body, head)
+                while not await self._has_responders(name, body, head):
+                    await self._wait_for_recovery(name)
+                await self._pending.check_delivered(name, "send")
         except MeshError as exc:
-            raise _with_id(exc, name, request_id) from exc.__cause__
+            raise _located(exc, request) from exc.__cause__
 
-    async def _send_off(self, name: str, body: bytes, head: bytes, reply_to: str = "") -> None:
-        """Send, and learn from NATS whether anybody is there."""
-        while await self._reaches_nobody(name, body, head, reply_to):
-            if not self._connection.is_recovering:
-                raise await self._waits.nobody(name, "send")
-            await asyncio.sleep(RECOVERY_RETRY_S)
-        await self._waits.see_whether_told(name, "send")
-
-    async def _reaches_nobody(self, name: str, body: bytes, head: bytes, reply_to: str) -> bool:
-        found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    async def _send_with_reply_to(self, name: str, body: bytes, head: bytes, reply_to: str) -> None:
+        """Send with a reply subject of the caller's, and learn from a subscription there about a 503."""
+        if subjects.invalid_subject(reply_to):
+            raise InvalidInput(f"{reply_to!r} is not a subject to reply to: no wildcards, no blanks.")
+        if await self._pending.is_registered(name, "send"):
+            await self._publish(name, body, head, reply_to)
+            return
+        no_responders = asyncio.Event()
 
         def receive(message: Message) -> None:
-            if codec.decode_reply(message.head, b"").no_responders:
-                set_result(found, message)
+            if codec.is_no_responders(message.head):
+                no_responders.set()
 
-        async with AsyncExitStack() as stack:
-            if reply_to:
-                reply, sid = reply_to, await self._connection.subscribe(reply_to, receive)
-                stack.push_async_callback(self._quit, sid)
-            else:
-                reply = self._inbox.register(receive)
-                stack.callback(self._inbox.unregister, reply)
-            await self._publish(name, body, head, reply)
-            if self._connection.connected:
-                await self._connection.flush()  # the 503 comes before it
-        return found.done()
+        sid = await self._connection.subscribe(reply_to, receive)
+        try:
+            while True:
+                await self._publish(name, body, head, reply_to)
+                if self._connection.connected:
+                    await self._connection.flush()  # a 503 arrives before its PONG
+                if not no_responders.is_set():
+                    break
+                await self._wait_for_recovery(name)
+                no_responders.clear()
+        finally:
+            await self._unsubscribe(sid)
+        await self._pending.check_delivered(name, "send")
+
+    async def _has_responders(self, name: str, body: bytes, head: bytes) -> bool:
+        if self._router.is_draining and self._router.receive_local(name, _message(name, "", head, body)):
+            return True
+        return await self._inbox.has_responders(subjects.agent(name), body, head)
+
+    async def _wait_for_recovery(self, name: str) -> None:
+        """Wait a moment while hosts reconnect to a restarted server; raise when they do not."""
+        if not self._connection.is_recovering:
+            raise await self._pending.no_responders(name, "send")
+        await asyncio.sleep(RECOVERY_RETRY_S)
 
     async def _publish(self, name: str, body: bytes, head: bytes, reply: str) -> None:
-        """Send a request on its way."""
-        subject = subjects.agent(name)
-        if not self.inside(name, Message(subject, reply, head, body)):
-            await self._connection.publish(subject, body, head, reply)
+        if self._router.is_draining and self._router.receive_local(name, _message(name, reply, head, body)):
+            return
+        await self._connection.publish(subjects.agent(name), body, head, reply)
 
     async def _send_for_replies(
-        self, replies: "Replies", body: bytes, head: bytes, timeout: float | None
+        self, replies: ReplyCallbacks, request: ClientOperation, head: bytes, timeout: float | None
     ) -> None:
-        _check_id(replies.request_id)
-        subject = subjects.results(replies.request_id)
-        reader = ChunkReader(self._inbox.deliver, replies.agent, replies.request_id, timeout)
+        name, request_id = request.target, request.request_id
+        _check_token(request_id)
+        subject = subjects.results(request_id)
+        reader = ChunkReader(self._inbox.deliver, name, request_id, timeout)
         async with AsyncExitStack() as stack:
             sid = await self._connection.subscribe(subject, reader.receive)
-            stack.push_async_callback(self._quit, sid)
-            stack.enter_context(self._waits.watched(replies.agent, "send", reader.fail))
-            publish = partial(self._publish, replies.agent, body, head, subject)
+            stack.push_async_callback(self._unsubscribe, sid)
+            stack.enter_context(self._pending.watch(name, "send", reader.fail))
+            publish = partial(self._publish, name, request.body, head, subject)
             await publish()
-            # From here on the task listens and waits.
-            task = asyncio.create_task(self._pass_on(replies, reader, publish, stack.pop_all()))
+            # From here on the task owns the subscription.
+            reading = self._read_replies(replies, request, reader, publish, stack.pop_all())
+            task = asyncio.create_task(reading)
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
-    async def _quit(self, sid: int) -> None:
+    async def _unsubscribe(self, sid: int) -> None:
         if not self._connection.is_closed:
             await self._connection.unsubscribe(sid)
 
-    async def _pass_on(
+    async def _read_replies(
         self,
-        replies: "Replies",
+        replies: ReplyCallbacks,
+        request: ClientOperation,
         reader: ChunkReader,
         publish: Callable[[], Awaitable[None]],
-        listening: AsyncExitStack,
+        subscription: AsyncExitStack,
     ) -> None:
-        """Give each reply to its callback, or the error that ended them; `publish` asks again."""
-        name, request_id = replies.agent, replies.request_id
+        """Pass replies, or the error that ended them, to the callbacks; `publish` sends the request again."""
         try:
-            async with listening:
+            async with subscription:
                 while True:
                     frame = await reader.next()
                     if frame.no_responders and self._connection.is_recovering:
                         await asyncio.sleep(RECOVERY_RETRY_S)
                         await publish()
                         continue
-                    body = await self._body(frame, name, "send")
+                    body = await self._ok_body(frame, request.target, "send")
                     if not frame.end:
-                        await replies.give(codec.decode(body))
-                        if reader.took():
+                        await replies.reply(codec.decode(body))
+                        if reader.acknowledge():
                             await reader.grant()
                     if frame.end or frame.seq is None:
                         return
         except TimeoutError:
-            error = _timeout(subjects.results(request_id), reader.timeout, name, request_id)
-            await replies.failed(error)
+            subject = subjects.results(request.request_id)
+            await replies.fail(_timeout(subject, reader.timeout, request))
         except MeshError as exc:
-            await replies.failed(_with_id(exc, name, request_id))
+            await replies.fail(_located(exc, request))
 
-    async def _body(self, answer: codec.Reply, name: str, verb: Verb) -> bytes:
-        """The body of an ok answer; anything else is raised."""
-        if answer.no_responders:
-            raise await self._waits.nobody(name, verb)
-        if answer.error:
-            raise codec.decode_error(answer.body)
-        return answer.body
-
-
-class Replies:
-    """Where the replies to one `send(on_reply=...)` go: functions, or coroutine functions."""
-
-    def __init__(self, agent: str, request_id: str, on_reply: Callback, on_error: Callback | None) -> None:
-        self.agent = agent
-        self.request_id = request_id
-        self._on_reply = on_reply
-        self._on_error = on_error
-
-    async def give(self, value: object) -> None:
-        """One reply, or one chunk."""
-        await self._run(self._on_reply, value)
-
-    async def failed(self, error: MeshError) -> None:
-        """The error that ended them."""
-        if self._on_error is not None:
-            await self._run(self._on_error, error)
-        else:
-            log.warning("what was sent to %s failed: [%s] %s", self.agent, error.code, error)
-
-    async def _run(self, callback: Callback, value: object) -> None:
-        try:
-            result = callback(value)
-            if isawaitable(result):
-                await result
-        # The author's callback ends here, whatever it raises; the next reply still comes.
-        except BaseException as exc:
-            task = asyncio.current_task()
-            if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
-            log.exception("a callback for replies of %s failed", self.agent)
+    async def _ok_body(self, reply: codec.Reply, name: str, verb: Verb) -> bytes:
+        """The body of an ok reply; raises the error of any other."""
+        if reply.no_responders:
+            raise await self._pending.no_responders(name, verb)
+        if reply.error:
+            raise codec.decode_error(reply.body)
+        return reply.body
 
 
-def _request_id(headers: Headers) -> str:
-    return (headers or {}).get(subjects.REQUEST_ID) or codec.new_id()
+def _message(name: str, reply: str, head: bytes, body: bytes) -> Message:
+    return Message(subjects.agent(name), reply, head, body)
 
 
-def _check_id(request_id: str) -> None:
+def _left(seconds: float | None, began: float) -> float | None:
+    """What is left of a time that began by the event loop's clock."""
+    if seconds is None:
+        return None
+    return max(0.0, began + seconds - asyncio.get_running_loop().time())
+
+
+def _operation(
+    verb: Literal["call", "stream", "send"], name: str, payload: object, headers: Headers
+) -> ClientOperation:
+    own = dict(headers or {})
+    request_id = own[subjects.REQUEST_ID] = own.get(subjects.REQUEST_ID) or codec.new_id()
+    return ClientOperation(verb, name, request_id, codec.encode(payload), own)
+
+
+def _check_token(request_id: str) -> None:
     if not subjects.is_token(request_id):
         raise InvalidInput(f"The request id {request_id!r} cannot be part of a subject.")
 
 
-def _timeout(subject: str, timeout: float | None, name: str, request_id: str) -> MeshTimeout:
+def _timeout(subject: str, timeout: float | None, request: ClientOperation) -> MeshTimeout:
     return MeshTimeout(
         f"No message on {subject} within {timeout if timeout is None else round(timeout, 3)}s",
-        agent=name,
-        request_id=request_id,
+        agent=request.target,
+        request_id=request.request_id,
         details={"subject": subject, "timeout": timeout},
     )
 
 
-def _with_id(error: MeshError, name: str, request_id: str) -> MeshError:
-    error.agent = error.agent or name
-    error.request_id = request_id
+def _located(error: MeshError, request: ClientOperation) -> MeshError:
+    """The error with the agent and the id of its request."""
+    error.agent = error.agent or request.target
+    error.request_id = request.request_id
     return error

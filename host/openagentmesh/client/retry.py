@@ -1,84 +1,98 @@
-"""Asking again, for agents that declare that doing a thing twice is as good as once."""
+"""Retries of requests to agents that declare themselves idempotent."""
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
-from openagentmesh.protocol.errors import AgentDied, InvalidInput, MeshError, NotAvailable, Overloaded
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity.stop import stop_base
+
+from openagentmesh.protocol.errors import AgentDied, InvalidInput, NotAvailable, Overloaded
 from openagentmesh.registry.directory import Directory
+from openagentmesh.transport.backoff import Backoff
 
 T = TypeVar("T")
-# What another instance, or the same one a moment later, may well answer.
-_WORTH_IT: Final = (AgentDied, NotAvailable, Overloaded)
-_FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 2.0
+# Errors after which another instance, or the same one a moment later, may answer.
+_RETRYABLE: Final = (AgentDied, NotAvailable, Overloaded)
+_FIRST_PAUSE_S: Final = 0.05
+_MAX_PAUSE_S: Final = 2.0
 
 
-async def check(directory: Directory, name: str) -> None:
-    """See that an agent may be asked again.
+async def check_idempotent(directory: Directory, name: str) -> None:
+    """Check that requests to an agent may be retried.
 
     Raises:
         InvalidInput: it does not declare itself idempotent.
-        NotFound: no agent has this name.
-
+        NotFound: there is no agent of this name.
     """
     if not (await directory.contract(name)).idempotent:
         raise InvalidInput(
-            f"Agent '{name}' does not say that it may be asked twice, so retry= cannot be used. "
-            "Its author says so with AgentSpec(..., idempotent=True).",
+            f"Agent '{name}' is not declared idempotent, so retry= cannot be used. "
+            "Its author declares it with AgentSpec(..., idempotent=True).",
             agent=name,
         )
 
 
-async def call(once: Callable[[float | None], Awaitable[T]], retry: int, timeout: float | None) -> T:
-    """Ask at most `retry` times more, all within `timeout` seconds."""
-    left = _Left(timeout)
-    for attempt in range(retry):
-        try:
-            return await once(left.seconds)
-        except _WORTH_IT as exc:
-            await left.pause(exc, attempt)
-    return await once(left.seconds)
+async def retry_call(once: Callable[[float | None], Awaitable[T]], retries: int, timeout: float | None) -> T:
+    """Call once and at most `retries` times more, all within `timeout` seconds.
+
+    `once` gets the seconds that are left.
+    """
+    budget = _Budget(timeout)
+    async for attempt in budget.retrying(retries):
+        with attempt:
+            return await once(budget.left)
+    raise AssertionError("unreachable: the last attempt raises")
 
 
-async def stream(
-    once: Callable[[float | None], AsyncGenerator[Any, None]], retry: int, total: float | None
+async def retry_stream(
+    once: Callable[[float | None], AsyncGenerator[Any, None]], retries: int, total: float | None
 ) -> AsyncGenerator[Any, None]:
-    """Ask at most `retry` times more, as long as nothing has been yielded, all within `total` seconds."""
-    left, began = _Left(total), False
-    for attempt in range(retry + 1):
-        try:
-            async with aclosing(once(left.seconds)) as chunks:
+    """Stream once and at most `retries` times more before the first chunk, all within `total` seconds."""
+    budget = _Budget(total)
+    async for attempt in budget.retrying(retries):
+        with attempt:
+            async with aclosing(once(budget.left)) as chunks:
                 async for chunk in chunks:
-                    began = True
+                    budget.may_retry = False
                     yield chunk
-        except _WORTH_IT as exc:
-            if began or attempt == retry:
-                raise
-            await left.pause(exc, attempt)
-        else:
-            return
 
 
-class _Left:
-    """What is left of a time to wait."""
+class _Budget:
+    """The time for all attempts together."""
 
     def __init__(self, timeout: float | None) -> None:
-        self._until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        self._backoff = Backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
+        self.may_retry = True
 
     @property
-    def seconds(self) -> float | None:
-        return None if self._until is None else self._until - asyncio.get_running_loop().time()
+    def left(self) -> float | None:
+        return None if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
 
-    async def pause(self, error: MeshError, attempt: int) -> None:
-        """Wait as long as the host asks for and a little more; raise `error` when there is no time."""
-        asked = error.details.get("retry_after_ms")
-        least = asked / 1000 if isinstance(asked, int | float) else 0.0
-        # Full jitter: many callers that were refused together do not come back together.
-        most = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
-        wait = min(least, _LONGEST_PAUSE) + random.uniform(0, most)  # noqa: S311 - no secret depends on it
-        if self.seconds is not None and self.seconds <= wait:
-            raise error
-        await asyncio.sleep(wait)
+    def retrying(self, retries: int) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception(lambda exc: self.may_retry and isinstance(exc, _RETRYABLE)),
+            stop=stop_after_attempt(retries + 1) | _StopWhenOverdue(self),
+            wait=self._pause,
+            reraise=True,
+        )
+
+    def _pause(self, state: RetryCallState) -> float:
+        """At least as long as the host asks for, plus jitter."""
+        error = state.outcome.exception() if state.outcome else None
+        requested = getattr(error, "details", {}).get("retry_after_ms")
+        at_least = requested / 1000 if isinstance(requested, int | float) else 0.0
+        return min(at_least, _MAX_PAUSE_S) + self._backoff.delay(state.attempt_number)
+
+
+class _StopWhenOverdue(stop_base):
+    """Stop when the next pause is longer than the time that is left."""
+
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        left = self._budget.left
+        return left is not None and left <= retry_state.upcoming_sleep

@@ -1,4 +1,4 @@
-"""Events: what publishers emit and anybody publishes (protocol §7)."""
+"""Events: published by publishers and by `publish()`, received by subscriptions (protocol §7)."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
-from openagentmesh.agent.client_middleware import EVENT_PATIENCE, Border, Outgoing
+from openagentmesh.agent.client_middleware import EVENT_TIMEOUT_S, ClientMiddlewares, ClientOperation
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
@@ -19,13 +19,13 @@ from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
 
-# A subscriber may be this many events behind, and this many bytes.
-_MOST_WAITING: Final = 65_536
-_MOST_BYTES: Final = 64 * 1024 * 1024
+# How many events, and bytes, a subscriber may be behind.
+_MAX_BUFFERED: Final = 65_536
+_MAX_BYTES: Final = 64 * 1024 * 1024
 
 
-class Events:
-    """Publishes and subscribes over one connection; `own` gives the contract of an agent served here."""
+class EventClient:
+    """Publishes and subscribes; `own` gives the contract of an agent served here."""
 
     def __init__(
         self,
@@ -33,42 +33,40 @@ class Events:
         directory: Directory,
         instance_id: str,
         own: Callable[[str], AgentContract | None],
-        border: Border,
+        middlewares: ClientMiddlewares,
     ) -> None:
         self._connection = connection
         self._directory = directory
         self._instance_id = instance_id
         self._own = own
-        self._border = border
-        self._feeds: set[_Feed] = set()
+        self._middlewares = middlewares
+        self._subscriptions: set[_Subscription] = set()
 
     def fail_all(self) -> None:
-        """Let nobody wait for events that cannot come any more."""
-        for feed in self._feeds:
-            feed.fail(ConnectionFailed("The connection was closed."))
+        """End all subscriptions: the connection is closed."""
+        for subscription in self._subscriptions:
+            subscription.fail(ConnectionFailed("The connection was closed."))
 
     async def publish(self, subject: str, payload: object, headers: Mapping[str, str] | None) -> None:
-        """Send one message to whoever listens to `subject`."""
-        if why := subjects.invalid_subject(subject):
-            raise ValueError(f"Nothing can be published on {subject!r}: {why}.")
+        """Publish one message."""
+        if reason := subjects.invalid_subject(subject):
+            raise ValueError(f"{subject!r} cannot be published to: {reason}.")
         kind, body = codec.encode_message(payload)
-        if not self._border:
-            await self._connection.publish(
-                subject, body, codec.publish_headers(self._instance_id, kind, headers)
-            )
+        if not self._middlewares:
+            head = codec.publish_headers(self._instance_id, kind, headers)
+            await self._connection.publish(subject, body, head)
             return
-        event = Outgoing("publish", subject, body=body, headers=dict(headers or {}))
-        async with self._border.passing(event, EVENT_PATIENCE) as outgoing:
-            head = codec.publish_headers(self._instance_id, kind, outgoing.headers)
-            await self._connection.publish(subject, outgoing.body, head)
+        event = ClientOperation("publish", subject, body=body, headers=dict(headers or {}))
+        async with self._middlewares.around(event, EVENT_TIMEOUT_S):
+            head = codec.publish_headers(self._instance_id, kind, event.headers)
+            await self._connection.publish(subject, event.body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
-        """The events of one publisher until it ends; its failure is raised.
+        """The events of one publisher until its run ends; its failure is raised.
 
         Raises:
-            NotFound: no agent has this name.
-            InvocationMismatch: it is no publisher.
-
+            NotFound: there is no agent of this name.
+            InvocationMismatch: it is not a publisher.
         """
         contract = self._own(name) or await self._directory.contract(name)
         contract.check_verb("subscribe")
@@ -77,63 +75,64 @@ class Events:
                 yield message
 
     async def of_channel(self, channel: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
-        """The events of all publishers of a channel, whoever of them fails or ends."""
-        if why := subjects.invalid_name(channel):
-            raise ValueError(f"{channel!r} is no channel: {why}.")
-        every = subjects.channel_events(channel)
-        async with self._listening(_Feed(every, endless=True, publishers_only=True)) as feed:
-            while (message := await self._next(feed, timeout)) is not None:
+        """The events of all publishers of a channel; one that fails or ends does not end the others."""
+        if reason := subjects.invalid_name(channel):
+            raise ValueError(f"{channel!r} is not a channel: {reason}.")
+        pattern = subjects.channel_events(channel)
+        async with self._subscribed(
+            _Subscription(pattern, endless=True, publishers_only=True)
+        ) as subscription:
+            while (message := await self._next(subscription, timeout)) is not None:
                 yield message
 
     async def on_subject(
         self, subject: str, timeout: float | None, *, endless: bool = False
     ) -> AsyncGenerator[MeshMessage[Any], None]:
-        """What comes on a subject, until a frame says that it is the last; an error is raised.
+        """The messages of a subject until an end frame; an error frame is raised.
 
-        On a subject with wildcards many emit, and none of them ends it for the others; nobody
-        does with `endless`.
+        On a subject with wildcards, or with `endless`, frames of one publisher do not end the others.
         """
-        many = endless or "*" in subject or ">" in subject
-        async with self._listening(_Feed(subject, endless=many)) as feed:
-            while (message := await self._next(feed, timeout)) is not None:
+        has_many = endless or "*" in subject or ">" in subject
+        async with self._subscribed(_Subscription(subject, endless=has_many)) as subscription:
+            while (message := await self._next(subscription, timeout)) is not None:
                 yield message
 
-    async def _next(self, feed: "_Feed", timeout: float | None) -> MeshMessage[Any] | None:
-        while (taken := await feed.next(timeout)) is not None:
-            subject, frame = taken
-            if not self._border:
-                return _read(subject, frame.headers, frame.body)
-            event = Outgoing("receive", subject, body=frame.body, headers=dict(frame.headers))
+    async def _next(self, subscription: "_Subscription", timeout: float | None) -> MeshMessage[Any] | None:
+        while (received := await subscription.next(timeout)) is not None:
+            subject, frame = received
+            if not self._middlewares:
+                return _message(subject, frame.headers, frame.body)
+            event = ClientOperation("receive", subject, body=frame.body, headers=dict(frame.headers))
             try:
-                async with self._border.passing(event, EVENT_PATIENCE):
-                    pass  # what its receiver does with it is not ours to bracket
-            except MeshError as exc:  # one event that a plugin refuses is no end of the others
-                log.warning("an event on %s was refused: %s", subject, exc)
+                async with self._middlewares.around(event, EVENT_TIMEOUT_S):
+                    pass  # the subscriber's own work is outside of the middlewares
+            except MeshError as exc:  # a rejected event does not end the subscription
+                log.warning("event on %s rejected: %s", subject, exc)
             else:
-                return _read(subject, event.headers, event.body)
+                return _message(subject, event.headers, event.body)
         return None
 
     @asynccontextmanager
-    async def _listening(self, feed: "_Feed") -> AsyncIterator["_Feed"]:
-        sid = await self._connection.subscribe(feed.subject, feed.receive)
-        self._feeds.add(feed)
+    async def _subscribed(self, subscription: "_Subscription") -> AsyncIterator["_Subscription"]:
+        sid = await self._connection.subscribe(subscription.subject, subscription.receive)
+        self._subscriptions.add(subscription)
         try:
-            yield feed
+            yield subscription
         finally:
-            self._feeds.discard(feed)
+            self._subscriptions.discard(subscription)
             if not self._connection.is_closed:
                 await self._connection.unsubscribe(sid)
 
 
-def _read(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
+def _message(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
     return MeshMessage(subject, codec.decode_message(headers, body), headers)
 
 
-class _Feed:
-    """The messages that one subscriber has not taken yet.
+class _Subscription:
+    """The messages that one subscriber has not read yet.
 
-    An `endless` feed goes on whoever of many ends or fails; one of `publishers_only` has their
-    events and nothing else that comes on the same subjects.
+    An `endless` one goes on when one of many publishers fails or ends; with `publishers_only` all other
+    messages on its subjects are ignored.
     """
 
     def __init__(self, subject: str, *, endless: bool = False, publishers_only: bool = False) -> None:
@@ -143,16 +142,16 @@ class _Feed:
         self._messages: deque[Message] = deque()
         self._size = 0
         self._waiting: asyncio.Future[None] | None = None
-        self._failed: MeshError | None = None
+        self._error: MeshError | None = None
         self._ended = False
 
     def receive(self, message: Message) -> None:
-        """Keep one message; called from the read loop."""
-        # Requests to the agents of a channel pass where its events do.
-        unwanted = self._publishers_only and not subjects.publisher_of(message.subject)
-        if unwanted or self._failed is not None:
+        """Buffer one message; called from the read loop."""
+        # Requests to the agents of a channel match its pattern, too.
+        is_ignored = self._publishers_only and not subjects.publisher_of(message.subject)
+        if is_ignored or self._error is not None:
             return
-        if len(self._messages) >= _MOST_WAITING or self._size >= _MOST_BYTES:
+        if len(self._messages) >= _MAX_BUFFERED or self._size >= _MAX_BYTES:
             behind = f"{len(self._messages)} messages of {self._size} bytes behind"
             self.fail(Overloaded(f"The subscriber of {self.subject} is {behind}."))
             return
@@ -162,23 +161,22 @@ class _Feed:
             set_result(self._waiting, None)
 
     def fail(self, error: MeshError) -> None:
-        """End the feed with an error, after what has arrived."""
-        self._failed = self._failed or error
+        """End the subscription with an error, after the messages that have arrived."""
+        self._error = self._error or error
         if self._waiting is not None:
             set_result(self._waiting, None)
 
     async def next(self, timeout: float | None) -> tuple[str, codec.Reply] | None:
-        """The next message that carries something, and its subject; None when there will be no more.
+        """The next message with a body, and its subject; None after the end frame.
 
         Raises:
-            MeshTimeout: there is none within `timeout` seconds.
-            MeshError: the publisher failed, or the feed did.
-
+            MeshTimeout: none arrived within `timeout` seconds.
+            MeshError: the publisher or the subscription failed.
         """
         try:
             async with asyncio.timeout(timeout):
                 while not self._ended:
-                    await self._until_any()
+                    await self._wait()
                     message = self._messages.popleft()
                     self._size -= len(message.body)
                     frame = codec.decode_reply(message.head, message.body)
@@ -198,11 +196,11 @@ class _Feed:
         error = codec.decode_error(frame.body)
         if not self._endless:
             raise error
-        log.info("an error on %s, the others go on: %s", subject, error)
+        log.info("error on %s, other publishers go on: %s", subject, error)
 
-    async def _until_any(self) -> None:
+    async def _wait(self) -> None:
         while not self._messages:
-            if self._failed is not None:
-                raise self._failed
+            if self._error is not None:
+                raise self._error
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting

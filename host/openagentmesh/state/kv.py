@@ -1,7 +1,5 @@
 """The shared state of a mesh: texts, bytes and models under keys, in the bucket `mesh-context`."""
 
-import asyncio
-import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -9,19 +7,20 @@ from inspect import isawaitable
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, validation_problems
 from openagentmesh.protocol.messages import KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
+from openagentmesh.transport.backoff import jittered_backoff
 from openagentmesh.transport.kv import KVBuckets
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Entries = list[KVEntry[T]]
-# The longest wait before an update that somebody else was faster with is tried again, in seconds.
-_LONGEST_PAUSE: Final = 0.5
-_FIRST_PAUSE: Final = 0.01
+_FIRST_PAUSE_S: Final = 0.01
+_MAX_PAUSE_S: Final = 0.5
 
 
 @dataclass(slots=True)
@@ -30,11 +29,10 @@ class Draft(Generic[T]):
 
     Attributes:
         key: the key.
-        value: the value that was read; what it is at the end of the block is written.
+        value: the value that was read, then the value to write.
         revision: the revision that was read, then the one that was written; 0 for no key.
-        committed: whether it was written, or there was nothing to write.
-        attempted_write: whether anything was changed that had to be written.
-
+        committed: whether it was written, or did not need to be.
+        attempted_write: whether the value was changed.
     """
 
     key: str
@@ -45,20 +43,19 @@ class Draft(Generic[T]):
 
 
 @dataclass(slots=True, frozen=True)
-class _Form(Generic[T]):
-    """How values are stored: as text, or as a model's JSON."""
+class _Encoding(Generic[T]):
+    """How values are encoded: as text, or as a model's JSON."""
 
-    load: Callable[[str, bytes], T]
-    dump: Callable[[str, T], bytes]
+    decode: Callable[[str, bytes], T]
+    encode: Callable[[str, T], bytes]
 
 
 class KV:
-    """Texts, bytes and models under keys, the same for everybody on the mesh.
+    """Texts, bytes and models under keys, shared by all participants of the mesh.
 
-    Keys are words of letters, digits and `-_/=`, joined by dots; `watch` and `list` take
-    patterns with `*` and `>`. All methods raise MeshError: NotFound for a key that is not
-    there, KVKeyExists and KVConflict when somebody else was faster, InvalidInput for a key or
-    a value that cannot be one, ConnectionFailed.
+    Keys are words of letters, digits and `-_/=`, joined by dots; `watch` and `list` take patterns with
+    `*` and `>`. All methods raise MeshError: NotFound for a missing key, KVKeyExists and KVConflict for
+    concurrent changes, InvalidInput for an invalid key or value, ConnectionFailed.
     """
 
     def __init__(self, ready: Callable[[], Awaitable[KVBuckets]]) -> None:
@@ -74,16 +71,15 @@ class KV:
         return _text(key, (await self._read(key)).value)
 
     async def delete(self, key: str) -> None:
-        """Remove a key; one that is not there is no error."""
+        """Delete a key; a missing key is no error."""
         buckets = await self._checked(key)
         await buckets.delete_all(CONTEXT_BUCKET, [key])
 
     async def create(self, key: str, value: str | bytes) -> int:
-        """Set a key that is not there yet; returns its revision.
+        """Create a key; returns its revision.
 
         Raises:
-            KVKeyExists: it is there.
-
+            KVKeyExists: it exists.
         """
         buckets = await self._checked(key)
         revision = await buckets.compare_and_set(CONTEXT_BUCKET, key, _encode(key, value), None)
@@ -94,37 +90,36 @@ class KV:
     async def update(
         self, key: str, fn: Callable[[str], str | Awaitable[str]], max_retries: int = 10
     ) -> None:
-        """Replace a text by what `fn` makes of it, again with the new text when others were faster.
+        """Replace a text by `fn` of it, again with the new text after a concurrent change.
 
-        It is tried once at least.
+        It is tried at least once.
 
         Raises:
-            KVConflict: others were faster `max_retries` times.
-
+            KVConflict: others changed the key `max_retries` times.
         """
-        for attempt in range(max(1, max_retries)):
-            if attempt:
-                # Full jitter: many writers that collide once do not collide again.
-                longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1))
-                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - no secret depends on it
-            async with self.try_cas(key) as draft:
-                result = fn(draft.value)
-                draft.value = await result if isawaitable(result) else result
-            if draft.committed:
-                return
-        raise KVConflict(
-            f"Others changed the key '{key}' {max_retries} times before the update was written.",
-            details={"key": key, "tries": max_retries},
-        )
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(KVConflict),
+            wait=jittered_backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S),
+            stop=stop_after_attempt(max(1, max_retries)),
+            reraise=True,
+        ):
+            with attempt:
+                async with self.try_cas(key) as draft:
+                    result = fn(draft.value)
+                    draft.value = await result if isawaitable(result) else result
+                if not draft.committed:
+                    raise KVConflict(
+                        f"The key '{key}' was changed by others {max_retries} times before the update.",
+                        details={"key": key, "tries": max_retries},
+                    )
 
     async def watch(self, key: str) -> AsyncGenerator[str, None]:
         """The text of a key as it is and each time it changes, also across reconnects.
 
-        With a pattern, of all keys that match. Deletions are not told.
+        With a pattern, of all keys that match. Deletions are not yielded.
 
         Raises:
-            InvalidInput: what is stored under a key that matches is no text.
-
+            InvalidInput: the value of a matching key is not text.
         """
         buckets = await self._checked(key, pattern=True)
         async with aclosing(buckets.changes(CONTEXT_BUCKET, key)) as entries:
@@ -141,16 +136,15 @@ class KV:
         ]
 
     def cas(self, key: str) -> AbstractAsyncContextManager[Draft[str]]:
-        """Read a text, and write it at the end of the block unless somebody else did meanwhile.
+        """Read a text, and write it at the end of the block unless it was changed concurrently.
 
         Raises:
-            KVConflict: somebody did.
-
+            KVConflict: it was.
         """
         return self._cas(key, _TEXT)
 
     def try_cas(self, key: str) -> AbstractAsyncContextManager[Draft[str]]:
-        """As `cas`, but `committed` of the draft tells afterwards whether it was written."""
+        """As `cas`, but afterwards `committed` of the draft shows whether it was written."""
         return self._try_cas(key, _TEXT)
 
     async def put_model(self, key: str, model: BaseModel) -> int:
@@ -158,16 +152,15 @@ class KV:
         if not isinstance(model, BaseModel):
             raise InvalidInput(f"The value for the key '{key}' is a {type(model).__name__}, not a model.")
         buckets = await self._checked(key)
-        return await buckets.put(CONTEXT_BUCKET, key, _model(type(model)).dump(key, model))
+        return await buckets.put(CONTEXT_BUCKET, key, _model(type(model)).encode(key, model))
 
     async def get_model(self, key: str, model: type[ModelT]) -> ModelT:
         """The model under a key.
 
         Raises:
-            InvalidInput: what is stored there is no such model.
-
+            InvalidInput: the value is not such a model.
         """
-        return _model(model).load(key, (await self._read(key)).value)
+        return _model(model).decode(key, (await self._read(key)).value)
 
     def cas_model(self, key: str, model: type[ModelT]) -> AbstractAsyncContextManager[Draft[ModelT]]:
         """As `cas`, of a model."""
@@ -179,29 +172,29 @@ class KV:
 
     async def list_models(self, prefix: str, model: type[ModelT]) -> Entries[ModelT]:
         """All keys that begin with `prefix`, with their models."""
-        load = _model(model).load
+        decode = _model(model).decode
         return [
-            KVEntry(entry.key, load(entry.key, entry.value), entry.revision)
+            KVEntry(entry.key, decode(entry.key, entry.value), entry.revision)
             for entry in await self.list(prefix)
         ]
 
     @asynccontextmanager
-    async def _cas(self, key: str, form: _Form[T]) -> AsyncIterator[Draft[T]]:
-        async with self._try_cas(key, form) as draft:
+    async def _cas(self, key: str, encoding: _Encoding[T]) -> AsyncIterator[Draft[T]]:
+        async with self._try_cas(key, encoding) as draft:
             yield draft
         if not draft.committed:
             raise KVConflict(
-                f"Somebody else changed the key '{key}' meanwhile",
+                f"The key '{key}' was changed concurrently",
                 details={"key": key, "revision": draft.revision},
             )
 
     @asynccontextmanager
-    async def _try_cas(self, key: str, form: _Form[T]) -> AsyncIterator[Draft[T]]:
+    async def _try_cas(self, key: str, encoding: _Encoding[T]) -> AsyncIterator[Draft[T]]:
         entry = await self._read(key)
-        draft = Draft(key, form.load(key, entry.value), entry.revision)
+        draft = Draft(key, encoding.decode(key, entry.value), entry.revision)
         yield draft
-        value = form.dump(key, draft.value)
-        if value == form.dump(key, form.load(key, entry.value)):
+        value = encoding.encode(key, draft.value)
+        if value == encoding.encode(key, encoding.decode(key, entry.value)):
             draft.committed = True
             return
         draft.attempted_write = True
@@ -218,13 +211,13 @@ class KV:
         return KVEntry(key, entry.value or b"", entry.revision or 0)
 
     async def _checked(self, key: str, *, pattern: bool = False) -> KVBuckets:
-        if why := subjects.invalid_key(key, pattern=pattern):
-            raise InvalidInput(f"{key!r} cannot be used: {why}.")
+        if reason := subjects.invalid_key(key, pattern=pattern):
+            raise InvalidInput(f"{key!r} is not a valid key: {reason}.")
         return await self._ready()
 
 
 def _pattern(prefix: str) -> str:
-    """The keys among which those with a prefix are: what the server can sort out by whole words."""
+    """The narrowest pattern that matches all keys with a prefix: the server matches whole words."""
     words = prefix.rpartition(".")[0]
     return f"{words}.>" if words and not subjects.invalid_key(words) else ">"
 
@@ -234,11 +227,11 @@ def _encode(key: str, value: object) -> bytes:
         try:
             return value.encode()
         except UnicodeEncodeError as exc:
-            raise InvalidInput(f"The value for the key '{key}' is no UTF-8 text: {exc}.") from exc
+            raise InvalidInput(f"The value for the key '{key}' cannot be encoded as UTF-8: {exc}.") from exc
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     raise InvalidInput(
-        f"The value for the key '{key}' is a {type(value).__name__}. Give a text or bytes, or use put_model."
+        f"The value for the key '{key}' is a {type(value).__name__}. Give text or bytes, or use put_model."
     )
 
 
@@ -246,30 +239,30 @@ def _text(key: str, value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as exc:
-        raise InvalidInput(f"What is stored under '{key}' is no text; read it with list().") from exc
+        raise InvalidInput(f"The value of '{key}' is not text; read it with list().") from exc
 
 
-_TEXT: Final[_Form[str]] = _Form(_text, _encode)
+_TEXT: Final[_Encoding[str]] = _Encoding(_text, _encode)
 
 
-def _model(model: type[ModelT]) -> _Form[ModelT]:
+def _model(model: type[ModelT]) -> _Encoding[ModelT]:
     adapter: TypeAdapter[Any] = TypeAdapter(model)
 
-    def load(key: str, value: bytes) -> ModelT:
+    def decode(key: str, value: bytes) -> ModelT:
         try:
             found: ModelT = adapter.validate_json(value)
         except ValidationError as exc:
             problems = validation_problems(exc)
             raise InvalidInput(
-                f"What is stored under '{key}' is no {model.__name__}: {problems[0]['msg']}",
+                f"The value of '{key}' is not a {model.__name__}: {problems[0]['msg']}",
                 details={"key": key, "errors": problems},
             ) from exc
         return found
 
-    def dump(key: str, value: ModelT) -> bytes:
+    def encode(key: str, value: ModelT) -> bytes:
         try:
             return adapter.dump_json(adapter.validate_python(value), warnings="error")
         except ValueError as exc:
-            raise InvalidInput(f"The value for the key '{key}' is no {model.__name__}: {exc}") from exc
+            raise InvalidInput(f"The value for the key '{key}' is not a {model.__name__}: {exc}") from exc
 
-    return _Form(load, dump)
+    return _Encoding(decode, encode)

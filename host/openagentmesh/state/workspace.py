@@ -12,34 +12,32 @@ from openagentmesh.transport.object_store import ObjectStore, Progress
 
 Data = bytes | bytearray | memoryview | str | IO[bytes] | AsyncIterable[bytes] | Iterable[bytes]
 Artifacts = list[Artifact]
-# In base64 a key is part of a subject, and a line to the server has at most 4096 bytes.
-_LONGEST_KEY: Final = 1024
+# Bytes. In base64 a key is part of a subject, and a protocol line has at most 4096 bytes.
+_MAX_KEY: Final = 1024
 
 
 class Workspace:
-    """Files under names, the same for everybody on the mesh.
+    """Files under keys, shared by all participants of the mesh.
 
-    A key is any text, as in `reports/May 2026.pdf`. All methods raise MeshError: NotFound for a
-    key that is not there, InvalidInput for a key or content that cannot be one, PayloadTooLarge,
-    ConnectionFailed.
+    A key is any text, such as `reports/May 2026.pdf`. All methods raise MeshError: NotFound for a missing
+    key, InvalidInput for an invalid key or content, PayloadTooLarge, ConnectionFailed.
     """
 
     def __init__(self, ready: Callable[[], Awaitable[ObjectStore]]) -> None:
         self._ready = ready
 
     async def put(self, key: str, data: Data, *, progress: Progress | None = None) -> Artifact:
-        """Store content under a key, in place of what was there; all of it or nothing.
+        """Store content under a key, replacing it as a whole or not at all.
 
         Args:
             key: the key.
-            data: bytes; a text, stored as UTF-8; or, never whole in memory, a file opened with
-                "rb", or the pieces of an iterator. A file is read in a thread, from where it
-                stands; an iterator that waits should be an asynchronous one.
-            progress: called with the bytes sent so far, again and again.
+            data: bytes; text, stored as UTF-8; or, never whole in memory, a file opened with "rb", or an
+                iterator of pieces. A file is read in a thread, from its current position; an iterator that
+                waits should be asynchronous.
+            progress: called repeatedly with the bytes sent so far.
 
         Returns:
-            What is stored now.
-
+            The stored object.
         """
         _check(key)
         return await (await self._ready()).put(key, _pieces(key, data), progress)
@@ -49,11 +47,10 @@ class Workspace:
 
         Args:
             key: the key.
-            limit: bytes; PayloadTooLarge when there are more. None: as many as there are.
-            progress: called with the bytes read so far, again and again.
-
+            limit: bytes; PayloadTooLarge when there are more. None for no limit.
+            progress: called repeatedly with the bytes read so far.
         """
-        content = BytesIO()  # gives its bytes away without copying them
+        content = BytesIO()  # returns its bytes without a copy
         async with aclosing(self._read(key, limit, progress)) as pieces:
             async for piece in pieces:
                 content.write(piece)
@@ -62,29 +59,25 @@ class Workspace:
     def read(self, key: str, *, progress: Progress | None = None) -> AsyncGenerator[bytes, None]:
         """The content under a key piece by piece, one in memory at a time.
 
-        It is whole and unspoilt when the loop over it ends without an error: size and digest are
-        checked then, and MeshError is raised for what is not what was put, or was replaced or
-        deleted meanwhile. `progress` is called with the bytes read so far.
+        Size and digest are verified at the end: MeshError is raised when it is damaged, or was replaced or
+        deleted in the meantime. `progress` is called with the bytes read so far.
         """
         return self._read(key, None, progress)
 
     async def delete(self, key: str) -> None:
-        """Remove what is stored under a key."""
+        """Delete a key."""
         _check(key)
         await (await self._ready()).delete(key)
 
     async def list(self, prefix: str = "") -> Artifacts:
-        """What is there under all keys that begin with `prefix`.
-
-        What somebody replaces at this very moment may be left out.
-        """
+        """All keys that begin with `prefix`; one that is replaced at this moment may be left out."""
         _check_prefix(prefix)
         return await (await self._ready()).entries(prefix)
 
     async def watch(self, prefix: str = "") -> AsyncGenerator[Artifact, None]:
-        """What is there under all keys that begin with `prefix`, then each change, for ever.
+        """All keys that begin with `prefix`, then each change once, for ever and across reconnects.
 
-        Deletions are told too, with `deleted`. Goes on across reconnects and tells nothing twice.
+        Deletions are changes with `deleted`.
         """
         _check_prefix(prefix)
         async with aclosing((await self._ready()).watch(prefix)) as changes:
@@ -105,20 +98,20 @@ class Workspace:
 
 
 def _check(key: object) -> None:
-    if not isinstance(key, str) or not 0 < len(_utf8(key)) <= _LONGEST_KEY:
-        raise InvalidInput(f"{key!r} cannot be a key: it is a text of 1 to {_LONGEST_KEY} bytes.")
+    if not isinstance(key, str) or not 0 < len(_utf8(key)) <= _MAX_KEY:
+        raise InvalidInput(f"{key!r} is not a valid key: text of 1 to {_MAX_KEY} bytes is.")
 
 
 def _check_prefix(prefix: object) -> None:
     if not isinstance(prefix, str):
-        raise InvalidInput(f"{prefix!r} cannot be the beginning of a key: it is no text.")
+        raise InvalidInput(f"{prefix!r} is not a valid prefix: text is.")
 
 
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as exc:
-        raise InvalidInput(f"A text for the workspace cannot be stored as UTF-8: {exc}.") from exc
+        raise InvalidInput(f"A text for the workspace cannot be encoded as UTF-8: {exc}.") from exc
 
 
 async def _pieces(key: str, data: Data) -> AsyncGenerator[bytes | bytearray, None]:
@@ -136,9 +129,7 @@ async def _pieces(key: str, data: Data) -> AsyncGenerator[bytes | bytearray, Non
         for piece in data:
             yield _piece(key, piece)
     else:
-        raise InvalidInput(
-            f"What to put under '{key}' is a {type(data).__name__}, not bytes, text or a file."
-        )
+        raise InvalidInput(f"The content for '{key}' is a {type(data).__name__}, not bytes, text or a file.")
 
 
 def _piece(key: str, piece: object) -> bytes | bytearray:
@@ -147,6 +138,6 @@ def _piece(key: str, piece: object) -> bytes | bytearray:
     if isinstance(piece, memoryview):
         return piece.tobytes()
     raise InvalidInput(
-        f"What to put under '{key}' has a {type(piece).__name__} where bytes should be. "
-        'Encode texts, and open files with "rb".'
+        f"The content for '{key}' has a {type(piece).__name__} where bytes are expected. "
+        'Encode text, and open files with "rb".'
     )
