@@ -1,4 +1,4 @@
-"""Run until told to stop: signals, and the fastest event loop there is."""
+"""Run until a signal: signal handlers, and the fastest event loop that is installed."""
 
 import asyncio
 import os
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Coroutine
 from importlib import import_module
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 from openagentmesh.protocol.errors import ConnectionFailed
@@ -13,39 +14,37 @@ from openagentmesh.transport.tasks import cancel_and_wait
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run`, on uvloop where that is installed (`openagentmesh[fast]`)."""
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main)
 
 
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     if find_spec("uvloop") is None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = import_module("uvloop").new_event_loop
     return factory
 
 
-async def until_stopped(stop: asyncio.Event, closed: asyncio.Event) -> None:
+async def wait_for_stop(stop: asyncio.Event, closed: asyncio.Event) -> None:
     """Wait until `stop` is set.
 
     Raises:
-        ConnectionFailed: the connection closed for good before.
-
+        ConnectionFailed: the connection was closed for good before.
     """
-    waits = [asyncio.create_task(event.wait()) for event in (stop, closed)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    await cancel_and_wait(*waits)
+    waiting = [asyncio.create_task(event.wait()) for event in (stop, closed)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    await cancel_and_wait(*waiting)
     if not stop.is_set():
-        raise ConnectionFailed("The connection closed for good.")
+        raise ConnectionFailed("The connection was closed for good.")
 
 
 def stop_event(on_first: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
+    """An event that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -55,6 +54,12 @@ def stop_event(on_first: Callable[[], None] = lambda: None) -> asyncio.Event:
         on_first()
         stop.set()
 
+    def on_signal_in_thread(number: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(on_signal, number)
+
     for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
+        try:
+            loop.add_signal_handler(number, on_signal, number)
+        except NotImplementedError:  # loops on Windows
+            signal.signal(number, on_signal_in_thread)
     return stop
