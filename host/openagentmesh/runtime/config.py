@@ -1,4 +1,4 @@
-"""mesh.toml: read, filled from the environment, validated, frozen."""
+"""mesh.toml: read, expanded from the environment, validated, frozen."""
 
 import difflib
 import os
@@ -12,13 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from openagentmesh.agent.agent import DEFAULT_LIMITS, Limits
-from openagentmesh.mesh.mesh import DRAIN_TIMEOUT
+from openagentmesh.mesh.mesh import DRAIN_TIMEOUT_S
 from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.protocol.errors import MeshError
 
 FILE_NAME: Final = "mesh.toml"
 _BARE_RE: Final = re.compile(r"[A-Za-z0-9_-]+")
-# Where something stands in the file: the names of its tables, its own name, places in lists.
+# The path of a value in the file: the names of its tables, its own name, indexes of lists.
 Loc = tuple[int | str, ...]
 _VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
 
@@ -35,7 +35,7 @@ def _names(value: object) -> object:
     raise PydanticCustomError("names", "input should be true, false or a list of names")
 
 
-# TOML's own booleans are no numbers; texts are, for `${PORT}` is one.
+# A boolean is not a number; text may be one, because `${PORT}` is text.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Concurrency = Annotated[Whole, Field(ge=1, le=100_000)]
 Queue = Annotated[Whole, Field(ge=0, le=1_000_000)]
@@ -43,7 +43,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class ConfigError(MeshError):
-    """mesh.toml cannot be used; the message names file, key, what was expected and what to do."""
+    """mesh.toml is invalid; the message names file, key, what was expected and what to do."""
 
     code = "invalid_config"
 
@@ -63,7 +63,7 @@ class MeshSection(_Section):
 
 
 class ServerSection(_Section):
-    """`[server]`: the embedded server. Port 0 is any free one, an empty store is thrown away."""
+    """`[server]`: the embedded server. Port 0 is any free one, an empty store is temporary."""
 
     port: Annotated[Whole, Field(ge=0, le=65_535)] = 4222
     store: str = ".oam/nats"
@@ -71,14 +71,21 @@ class ServerSection(_Section):
 
 
 class HostSection(_Section):
-    """`[host]`: what is loaded, and how the host stops. `drain_timeout` in seconds.
+    """`[host]`: what is loaded, and how the host stops.
 
-    `contract` says what happens to an agent whose contract does not go together with the one
-    that another live instance serves under the same name, or that a reload would replace.
-    `load_timeout` is how long a module may take to be reloaded, in seconds. `replay` requests
-    of each agent are kept, if it allows that, and run against its next version before it serves;
-    with `replay_strict` a new error refuses it. `threads` is how many handlers that are no
-    `async def` may run at once; 0 for four more than there are processors, 32 at most.
+    Attributes:
+        name: the host's name; the folder's without it.
+        agents: folders, files and dotted modules; `agents/` without it.
+        entry_points: whether installed agents are loaded, or their names.
+        plugins: names or files, the outermost first.
+        strict: refuse to start when a module fails to load.
+        contract: for a contract that is incompatible with the one of another live instance, or with the
+            version that it replaces: warn, refuse or allow.
+        reload: whether saved files are reloaded.
+        threads: how many blocking handlers may run at once; 0 for four more than there are processors, at
+            most 32.
+        load_timeout: seconds in which a module must reload.
+        drain_timeout: seconds that running requests have at a stop.
     """
 
     name: str = ""
@@ -88,15 +95,13 @@ class HostSection(_Section):
     strict: bool = False
     contract: ContractPolicy = "warn"
     reload: bool = True
-    replay: Annotated[Whole, Field(ge=0, le=1000)] = 0
-    replay_strict: bool = False
     threads: Annotated[Whole, Field(ge=0, le=1000)] = 0
     load_timeout: Seconds = 10.0
-    drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT
+    drain_timeout: Annotated[float, Field(ge=0, le=3600)] = DRAIN_TIMEOUT_S
 
 
 class LimitsSection(_Section):
-    """`[limits]`: every agent's defaults; `timeout` and pauses in seconds."""
+    """`[limits]`: the defaults of every agent; `timeout` and pauses in seconds."""
 
     concurrency: Concurrency = DEFAULT_LIMITS.concurrency
     queue: Queue = DEFAULT_LIMITS.queue
@@ -106,7 +111,7 @@ class LimitsSection(_Section):
 
 
 class AgentSection(_Section):
-    """`[agents."name"]`: one agent; what is left out is the default."""
+    """`[agents."name"]`: one agent; missing keys have the defaults of `[limits]`."""
 
     enabled: bool = True
     plugins: dict[str, dict[str, Any]] = {}
@@ -118,7 +123,7 @@ class AgentSection(_Section):
 
 
 class Config(_Section):
-    """A whole mesh.toml. Relative paths in it start at `folder`, the file's own."""
+    """A whole mesh.toml. Relative paths in it start at `folder`, the file's folder."""
 
     folder: Annotated[Path, Field(exclude=True)] = Path()
     mesh: MeshSection = MeshSection()
@@ -136,49 +141,58 @@ class Config(_Section):
         )
         return Limits(**(self.limits.model_dump() | own))
 
-    def options_of(self, name: str) -> dict[str, dict[str, Any]]:
-        """What plugins are told of one agent, by the plugins' names."""
+    def plugin_tables_of(self, name: str) -> dict[str, dict[str, Any]]:
+        """The settings of one agent for plugins, by the plugins' names."""
         return self.agents.get(name, AgentSection()).plugins
 
-    def enabled(self, name: str) -> bool:
-        """Whether an agent is to be served."""
+    def is_enabled(self, name: str) -> bool:
+        """Whether an agent is served."""
         return name not in self.agents or self.agents[name].enabled
 
-    def unread(self, modules: Collection[str], agents: Collection[str]) -> Iterator[str]:
-        """What is said of nobody, given the keys of the modules that there are, and the names of agents."""
+    def unused(self, modules: Collection[str], agents: Collection[str]) -> Iterator[str]:
+        """Warnings about tables that match no loaded agent, enabled plugin or module.
+
+        Args:
+            modules: the keys of all modules.
+            agents: the names of all agents.
+        """
         for name in sorted(self.agents.keys() - set(agents)):
             yield f'mesh.toml has [agents."{name}"], but no loaded module declares that agent'
-        tables: list[Loc] = [("plugins", name) for name in self.plugins]
-        for agent in self.agents:
-            tables += [("agents", agent, "plugins", name) for name in self.options_of(agent)]
         enabled = {plugin_name(entry) for entry in self.host.plugins}
-        for table in tables:
+        for table in self._plugin_tables():
             if str(table[-1]) not in enabled:
                 yield f"mesh.toml has [{_key(table)}], but [host] plugins does not enable it"
         for name in sorted(self.settings.keys() - set(modules)):
-            hint = near(name, modules, "modules")
+            hint = nearest(name, modules, "modules")
             yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
 
+    def _plugin_tables(self) -> Iterator[Loc]:
+        for name in self.plugins:
+            yield "plugins", name
+        for agent in self.agents:
+            for name in self.plugin_tables_of(agent):
+                yield "agents", agent, "plugins", name
+
     def path(self, text: str | None) -> str | None:
-        """A path of this file as an absolute one."""
+        """A path of this file, made absolute."""
         return str(self.folder / Path(text).expanduser()) if text else None
 
 
 def plugin_name(entry: str) -> str:
-    """The name of what stands in `[host] plugins`: of a file it is that without its ending."""
+    """The name of an entry of `[host] plugins`; of a file its name without the suffix."""
     return Path(entry).stem if is_file(entry) else entry
 
 
 def is_file(entry: str) -> bool:
-    """Whether what stands in `[host] plugins` is a file, not the name of an installed one."""
+    """Whether an entry of `[host] plugins` is a file, not the name of an installed plugin."""
     return entry.endswith(".py") or "/" in entry
 
 
-def unfollowed(started: Config, now: Config) -> list[str]:
-    """The keys that a running host does not follow, and that are not as they were at its start."""
+def keys_that_need_restart(started: Config, now: Config) -> list[str]:
+    """The changed keys that a running host does not apply."""
     fixed = [("mesh", key) for key in MeshSection.model_fields]
     fixed += [("server", key) for key in ServerSection.model_fields]
-    fixed += [("host", key) for key in ("name", "plugins", "reload", "replay", "threads")]
+    fixed += [("host", key) for key in ("name", "plugins", "reload", "threads")]
     return [
         f"[{section}] {key}"
         for section, key in fixed
@@ -187,47 +201,49 @@ def unfollowed(started: Config, now: Config) -> list[str]:
 
 
 def load_config(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """Read a mesh.toml; without a path, `mesh.toml` here, or defaults when there is none.
+    """Read a mesh.toml; without a path, `mesh.toml` here, or the defaults when there is none.
 
     Raises:
-        ConfigError: the file is missing, is no TOML, or does not fit.
-
+        ConfigError: the file is missing, is not TOML, or is invalid.
     """
     file = path or Path(FILE_NAME)
     if path is None and not file.exists():
         return Config(folder=Path.cwd())
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"{file} cannot be read: {exc.strerror}. Say where it is with --config.") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{file} is no TOML: {exc}.") from exc
     problems: list[str] = []
-    tables = {key: _filled(value, key, environ, problems) for key, value in tables.items()}
-    told = {problem.partition(":")[0] for problem in problems}
+    tables: dict[str, Any] = {k: _expanded(v, k, environ, problems) for k, v in _read(file).items()}
+    reported = {problem.partition(":")[0] for problem in problems}
     if tables.pop("folder", None) is not None:
         problems.append(_unknown(("folder",)))
     try:
         config = Config(folder=file.resolve().parent, **tables)
     except ValidationError as exc:
-        more = [problem for problem in config_problems(exc) if problem.partition(":")[0] not in told]
+        more = [problem for problem in config_problems(exc) if problem.partition(":")[0] not in reported]
         raise _error(file, problems + more) from exc
-    problems += _pauses(config)
+    problems += _pause_problems(config)
     if problems:
         raise _error(file, problems)
     return config
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{file} cannot be read: {exc.strerror}. Give its path with --config.") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{file} is not TOML: {exc}.") from exc
+
+
 def _error(file: Path, problems: list[str]) -> ConfigError:
-    return ConfigError(f"{file} cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return ConfigError(f"{file} is invalid:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def _filled(value: object, key: str, environ: Mapping[str, str], problems: list[str]) -> object:
-    """`value` with `${NAME}` and `${NAME:-default}` filled in, at any depth."""
+def _expanded(value: object, key: str, environ: Mapping[str, str], problems: list[str]) -> object:
+    """`value` with `${NAME}` and `${NAME:-default}` replaced, at any depth."""
     if isinstance(value, dict):
-        return {k: _filled(v, f"{key}.{k}", environ, problems) for k, v in value.items()}
+        return {k: _expanded(v, f"{key}.{k}", environ, problems) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, f"{key}[{i}]", environ, problems) for i, v in enumerate(value)]
+        return [_expanded(v, f"{key}[{i}]", environ, problems) for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -241,8 +257,8 @@ def _filled(value: object, key: str, environ: Mapping[str, str], problems: list[
     return _VARIABLE_RE.sub(replace, value)
 
 
-def _pauses(config: Config) -> Iterator[str]:
-    """Sections that set a pause which is longer than the longest one, their own or an inherited."""
+def _pause_problems(config: Config) -> Iterator[str]:
+    """Sections whose restart_pause is longer than their restart_pause_max, own or inherited."""
     sections: dict[Loc, LimitsSection | AgentSection] = {("limits",): config.limits}
     sections |= {("agents", name): section for name, section in config.agents.items()}
     for loc, section in sections.items():
@@ -251,23 +267,23 @@ def _pauses(config: Config) -> Iterator[str]:
         if own and limits.restart_pause > limits.restart_pause_max:
             yield (
                 f"{_key((*loc, own[0]))}: restart_pause ({limits.restart_pause:g} s) is longer than "
-                f"restart_pause_max ({limits.restart_pause_max:g} s), the longest it may grow to; "
-                "lower the one or raise the other"
+                f"its maximum, restart_pause_max ({limits.restart_pause_max:g} s); lower the one or raise "
+                "the other"
             )
 
 
 def config_problems(
     exc: ValidationError, within: Loc = (), known: Collection[str] | None = None
 ) -> Iterator[str]:
-    """What is wrong in a file, a line each; or `within` a table that is not ours, with its `known` keys."""
+    """The problems of a file, one line each; or of a plugin's table `within` it, with its `known` keys."""
     for error in exc.errors(include_url=False):
         loc, given = (*within, *error["loc"]), error["input"]
         if error["type"] == "extra_forbidden" and known is not None:
-            yield f"{_key(loc)}: unknown key; {near(str(loc[-1]), known, 'known here')}"
+            yield f"{_key(loc)}: unknown key; {nearest(str(loc[-1]), known, 'known keys')}"
         elif error["type"] == "extra_forbidden":
             yield _unknown(loc, given)
         elif error["type"] in {"model_type", "dict_type"}:
-            yield f"{_key(loc)}: {_no_table(loc)}, found {_shown(given)}"
+            yield f"{_key(loc)}: {_not_a_table(loc)}, found {_shown(given)}"
         else:
             shown = "" if isinstance(given, dict) else f", found {_shown(given)}"
             yield f"{_key(loc)}: {_lowered(error['msg'])}{shown}"
@@ -275,13 +291,13 @@ def config_problems(
 
 def _unknown(loc: Loc, given: object = None) -> str:
     if loc[0] == "agents" and isinstance(given, dict):
-        hint = f"quote the name of an agent: [agents.{_meant(loc, given)}]"
-        return f"{_key(loc)}: a table has no place here; {hint}"
-    return f"{_key(loc)}: unknown key; {near(str(loc[-1]), _known_keys(loc[:-1]), 'known here')}"
+        hint = f"quote the name of an agent: [agents.{_quoted_name(loc, given)}]"
+        return f"{_key(loc)}: unexpected table; {hint}"
+    return f"{_key(loc)}: unknown key; {nearest(str(loc[-1]), _known_keys(loc[:-1]), 'known keys')}"
 
 
-def _meant(loc: Loc, given: dict[str, Any]) -> str:
-    """The agent's name that TOML took for tables within tables, for it was not quoted."""
+def _quoted_name(loc: Loc, given: dict[str, Any]) -> str:
+    """The agent's name that TOML read as nested tables, because it was not quoted."""
     parts = [str(part) for part in loc[1:]]
     while len(given) == 1:
         [(part, inner)] = given.items()
@@ -292,16 +308,16 @@ def _meant(loc: Loc, given: dict[str, Any]) -> str:
     return f'"{".".join(parts)}"'
 
 
-def _no_table(loc: Loc) -> str:
+def _not_a_table(loc: Loc) -> str:
     if loc[0] == "agents" and loc[-1] in LimitsSection.model_fields:
-        return "input should be the table of an agent; what holds for every agent stands in [limits]"
+        return "input should be the table of an agent; limits of all agents belong into [limits]"
     return f"input should be a table, [{_key(loc)}]"
 
 
-def near(name: str, known: Collection[str], title: str) -> str:
-    """The nearest of the known names, else all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"{title}: {', '.join(sorted(known)) or 'none'}"
+def nearest(name: str, known: Collection[str], title: str) -> str:
+    """A hint: the nearest of the known names, else all of them."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{found[0]}'?" if found else f"{title}: {', '.join(sorted(known)) or 'none'}"
 
 
 def _known_keys(loc: Loc) -> list[str]:
@@ -324,7 +340,7 @@ def _key(loc: Loc) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as TOML has it."""
+    """A value as TOML writes it."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 

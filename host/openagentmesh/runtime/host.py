@@ -10,41 +10,42 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
-from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.agent.threads import pool
 from openagentmesh.hooks.manager import Plugins
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import MeshError, NotFound
 from openagentmesh.protocol.messages import LogLevel
+from openagentmesh.protocol.status import HistoryEvent, HostStatus, ReloadReply, ServerStatus
 from openagentmesh.runtime.config import Config
-from openagentmesh.runtime.loading.loader import Loader, Module, shown_line
+from openagentmesh.runtime.loading.loader import Loader, Module, display_line
 from openagentmesh.runtime.loading.origins import find_origins
 from openagentmesh.runtime.loading.plugin_loader import load_plugins
 from openagentmesh.runtime.reload.changes import Changes
 from openagentmesh.runtime.reload.reloader import Reloader
-from openagentmesh.runtime.reload.replay import Replays
-from openagentmesh.runtime.reload.watcher import watch
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
-from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import cancel_and_wait
+
+if TYPE_CHECKING:
+    from openagentmesh.transport.server import EmbeddedServer
 
 log = logging.getLogger(__name__)
 
-# What `oam status` is told has to fit into one message; failed modules come first.
-_MOST_MODULES: Final = 200
-_MOST_TRACEBACK: Final = 2000
-_MOST_RELOADS: Final = 10
+# The status has to fit into one message; failed modules come first.
+_MAX_MODULES_IN_STATUS: Final = 200
+_MAX_RELOADS_IN_STATUS: Final = 10
+_MAX_SERVER_EVENTS: Final = 20
 
 
 class StartFailed(MeshError):
-    """The host was told to be strict, and a module failed to load."""
+    """The host is strict, and a module failed to load."""
 
     code = "start_failed"
 
@@ -55,12 +56,11 @@ class Host:
     Use it as an async context manager, or call `start` and `stop`.
 
     Args:
-        config: what mesh.toml says.
-        config_file: where that is; a change of it is taken over while the host runs.
+        config: the settings.
+        config_file: their file; a change of it is applied while the host runs.
         read_config: reads it again.
-        watch: whether a file is reloaded as soon as it is saved.
-        plugins: objects or modules that implement hooks of `hooks/specs.py`.
-
+        watch: reload files as soon as they are saved.
+        plugins: objects or modules that implement hooks, in addition to those of mesh.toml.
     """
 
     def __init__(
@@ -77,46 +77,41 @@ class Host:
         self._config_file = config_file
         self._read_config = read_config or (lambda: config)
         self._watch = watch
-        self._given = list(plugins)
+        self._given_plugins = list(plugins)
         self.plugins = Plugins()
         self._reloader: Reloader | None = None
         self.server: EmbeddedServer | None = None
         self._node: Node | None = None
-        # What was started, to be stopped in the reverse order, whatever fails meanwhile.
+        # What was started, to be stopped in reverse order.
         self._running = AsyncExitStack()
-        self._server_events: deque[dict[str, str]] = deque(maxlen=20)
+        self._server_events: deque[HistoryEvent] = deque(maxlen=_MAX_SERVER_EVENTS)
 
     @property
     def config(self) -> Config:
-        """What is in force now."""
+        """The settings in force."""
         return self._reloader.config if self._reloader else self._config
 
     @property
     def modules(self) -> list[Module]:
-        """What was loaded, or could not be, in the order of mesh.toml."""
+        """All modules, failed ones included, in the order of mesh.toml."""
         return self._reloader.modules if self._reloader else []
 
     @property
-    def _history(self) -> Iterable[Outcome]:
-        return self._reloader.history if self._reloader else ()
-
-    @property
     def node(self) -> Node:
-        """The one node that all modules share; only while the host runs."""
+        """The node that all modules share; only while the host runs."""
         assert self._node is not None, "the host is not started"
         return self._node
 
     @property
-    def agents(self) -> list[Agent]:
-        """The agents served now."""
+    def agents(self) -> list[AgentVersion]:
+        """The agents that serve now."""
         return [route.agent for route in self.node.router] if self._node else []
 
     async def start(self) -> None:
-        """Start everything; when anything fails, stop what was started.
+        """Start everything; a failure stops what was started.
 
         Raises:
-            MeshError: in words for the person who started it.
-
+            MeshError: with a message for the person who started it.
         """
         try:
             await self._start()
@@ -126,102 +121,112 @@ class Host:
 
     async def _start(self) -> None:
         origins = find_origins(self._config)
-        plugins = load_plugins(self._config, self._given)
-        reloader = self._assembled(plugins, await self._target())
+        plugins = load_plugins(self._config, self._given_plugins)
+        reloader = self._assemble(plugins, await self._target())
         node = self.node
-        node.describe = self.describe
+        node.status = self.status
         node.controls["reload"] = self._on_reload_request
-        reloader.on_outcome = self._tell
+        reloader.on_result = self._publish_result
         self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
         self._running.push_async_callback(reloader.close)
         agents = reloader.load_all(origins)
-        self._report()
-        await node.start(agents, serves=True)
+        self._report_modules()
+        await node.start(agents, is_host=True)
         if self._watch:
-            watching = asyncio.create_task(watch(reloader))
-            self._running.push_async_callback(cancel_and_wait, watching)
+            await self._start_watching(reloader)
 
-    def _assembled(self, plugins: Plugins, target: Target) -> Reloader:
-        """Make all the parts, without starting any."""
+    async def _start_watching(self, reloader: Reloader) -> None:
+        # Only here: without reloads nothing watches.
+        from openagentmesh.runtime.reload.watcher import watch  # noqa: PLC0415
+
+        watching = asyncio.create_task(watch(reloader))
+        self._running.push_async_callback(cancel_and_wait, watching)
+
+    def _assemble(self, plugins: Plugins, target: Target) -> Reloader:
+        """Create all parts, without starting any."""
         config, self.plugins = self._config, plugins
         about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
         pool.resize(config.host.threads)
-        replays = Replays(config.host.replay, plugins.redactor)
 
-        def ready(agent: Agent, config: Config) -> Agent:
-            recorded = replays.recorded(agent.limited(config.limits_of(agent.name)))
-            return plugins.around(recorded, config.options_of(agent.name))
+        def prepare(agent: AgentVersion, config: Config) -> AgentVersion:
+            limited = agent.with_limits(config.limits_of(agent.name))
+            return plugins.wrap(limited, config.plugin_tables_of(agent.name))
 
         node = self._node = Node(
             target,
             new_id(),
             about=about,
-            ready=lambda agent: ready(agent, self.config),
+            prepare=lambda agent: prepare(agent, self.config),
             plugins=plugins,
             contract_policy=config.host.contract,
         )
         loader = Loader(node, config)
         self._running.callback(loader.close)
         changes = Changes(loader.imports, self._config_file, self._read_config)
-        self._reloader = Reloader(loader, node, changes, config, ready, replays)
+        self._reloader = Reloader(loader, node, changes, config, prepare)
         return self._reloader
 
     async def check(self) -> list[str]:
-        """What would fail at a start, in words: plugins, their settings, modules; connects to nothing.
+        """What would fail at a start: plugins, their settings, modules. Connects to nothing.
 
         Raises:
-            ConfigError: mesh.toml cannot be used.
+            ConfigError: mesh.toml is invalid.
             PluginFailed: a plugin cannot be used.
-
         """
         try:
             origins = find_origins(self._config)
-            plugins = load_plugins(self._config, self._given)
-            self._assembled(plugins, Target(address.DEFAULT_URL)).load_all(origins)
-            return [f"{m.origin.shown}: {m.error}\n{m.traceback}" for m in self.modules if m.error]
+            plugins = load_plugins(self._config, self._given_plugins)
+            self._assemble(plugins, Target(address.DEFAULT_URL)).load_all(origins)
+            return [f"{m.origin.display_name}: {m.error}\n{m.traceback}" for m in self.modules if m.error]
         finally:
             await self.stop()
 
-    async def reload(self, module: str = "") -> Outcome | None:
-        """Load what differs from disk, or one module anyway; None when nothing does.
+    async def reload(self, module: str = "", *, finds_references: bool = False) -> ReloadResult | None:
+        """Load what differs from disk, or one module in any case; None when nothing does.
+
+        With `finds_references` the result names what keeps the old version in memory; the search for that
+        blocks the event loop.
 
         Raises:
             NotFound: there is no such module.
-
         """
         assert self._reloader is not None, "the host is not started"
         if module and not self._reloader.knows(module):
             raise NotFound(f"The host '{self.name}' has no module '{module}'.", details={"module": module})
-        return await self._reloader.reload(module)
+        return await self._reloader.reload(module, finds_references=finds_references)
+
+    async def wait_retired(self) -> None:
+        """Wait until all replaced versions are retired."""
+        if self._reloader is not None:
+            await self._reloader.retirements.finish()
 
     async def _on_reload_request(self, body: bytes) -> bytes:
-        """Answer `oam reload`: what came of it, or why there was nothing to do."""
+        """Answer `oam reload`."""
         try:
-            asked = from_json(body) if body else {}
-            outcome = await self.reload(str(asked.get("module") or ""))
+            request = from_json(body) if body else {}
+            module, finds_references = str(request.get("module") or ""), bool(request.get("find_references"))
+            result = await self.reload(module, finds_references=finds_references)
+            if result is not None and finds_references:
+                await self.wait_retired()  # which adds what was found
         except (ValueError, AttributeError) as exc:
-            return to_json({"host": self.name, "error": f"the request is none: {exc}"})
+            return _encoded(ReloadReply(host=self.name, error=f"malformed reload request: {exc}"))
         except NotFound as exc:
-            return to_json({"host": self.name, "error": exc.message})
-        return to_json(
-            {
-                "host": self.name,
-                "outcome": outcome and outcome.description(),
-                "not_loaded": [m.origin.shown for m in self.modules if m.state != "serving"],
-            }
-        )
+            return _encoded(ReloadReply(host=self.name, error=exc.message))
+        not_loaded = [m.origin.display_name for m in self.modules if m.state != "serving"]
+        reload = result.status() if result else None
+        return _encoded(ReloadReply(host=self.name, reload=reload, not_loaded=not_loaded))
 
-    async def _tell(self, outcome: Outcome) -> None:
-        """Tell observers and plugins of a reload, or of one that was refused."""
-        event = "reload_failed" if outcome.error else "agent_reloaded"
-        level: LogLevel = "error" if outcome.error else "info"
-        for name in outcome.names:
-            data: dict[str, object] = {"files": outcome.files, "took_ms": round(outcome.took_ms, 3)}
-            if outcome.line:
-                data["line"] = outcome.line
-            message = outcome.error or outcome.text
-            await self.node.router.events.emit(level, name, event, message=message, data=data)
-        self.plugins.tell_reload(outcome)
+    async def _publish_result(self, result: ReloadResult) -> None:
+        """Publish log events of a reload, completed or refused, and notify plugins."""
+        event = "reload_failed" if result.error else "agent_reloaded"
+        level: LogLevel = "error" if result.error else "info"
+        data: dict[str, Any] = {"files": result.files, "took_ms": round(result.took_ms, 3)}
+        if result.line:
+            data["line"] = result.line
+        for name in result.names:
+            message = result.error or result.text
+            await self.node.router.logs.publish(level, name, event, message=message, data=data)
+        self.plugins.notify_reload(result)
 
     async def stop(self) -> None:
         """Drain, deregister, close the connection, then stop the server."""
@@ -240,6 +245,9 @@ class Host:
         if mesh.url:
             creds = path(mesh.creds) or address.creds_or_none()
             return Target(mesh.url, creds, path(mesh.tls_cert), path(mesh.tls_key), path(mesh.tls_ca))
+        # Only here: with a url no server is started.
+        from openagentmesh.transport.server import EmbeddedServer  # noqa: PLC0415
+
         server = self.config.server
         self.server = EmbeddedServer(
             server.port, path(server.store) or "", websocket=server.websocket, on_event=self._on_server_event
@@ -250,45 +258,47 @@ class Host:
 
     def _on_server_event(self, what: str) -> None:
         log.warning("%s", what)
-        self._server_events.append({"at": datetime.now(UTC).isoformat(), "what": what})
+        self._server_events.append(HistoryEvent(at=datetime.now(UTC), what=what))
 
-    def _report(self) -> None:
+    def _report_modules(self) -> None:
         failed = [module for module in self.modules if module.state == "failed"]
         for module in failed:
-            log.error("%s failed to load: %s\n%s", module.origin.shown, module.error, module.traceback)
+            log.error("%s failed to load: %s\n%s", module.origin.display_name, module.error, module.traceback)
         if failed and self.config.host.strict:
-            listed = "\n".join(f"  {m.origin.shown}: {m.error} ({shown_line(m.line)})" for m in failed)
+            listed = "\n".join(
+                f"  {m.origin.display_name}: {m.error} ({display_line(m.line)})" for m in failed
+            )
             raise StartFailed(f"{len(failed)} of {len(self.modules)} modules failed to load:\n{listed}")
         agents = {agent.name for module in self.modules for agent in module.agents}
-        for warning in self.config.unread({module.origin.key for module in self.modules}, agents):
+        for warning in self.config.unused({module.origin.key for module in self.modules}, agents):
             log.warning("%s", warning)
 
-    def describe(self) -> dict[str, Any]:
-        """What the host does, for `oam status`; JSON."""
+    def status(self) -> HostStatus:
+        """Its state, for `oam status`."""
+        in_order = sorted(self.modules, key=lambda module: module.state)[:_MAX_MODULES_IN_STATUS]
+        reloads = list(self._reloader.history)[-_MAX_RELOADS_IN_STATUS:] if self._reloader else []
+        return HostStatus(
+            **dict(self.node.node_status()),
+            host=self.name,
+            pid=os.getpid(),
+            version=version("openagentmesh"),
+            modules=[module.status() for module in in_order],
+            reloads=[result.status() for result in reloads],
+            embedded_server=self._server_status(),
+        )
+
+    def _server_status(self) -> ServerStatus | None:
         server = self.server
-        return self.node.description() | {
-            "host": self.name,
-            "pid": os.getpid(),
-            "version": version("openagentmesh"),
-            "modules": [
-                {
-                    "origin": module.origin.shown,
-                    "state": module.state,
-                    "agents": len(module.agents),
-                    "error": module.error,
-                    "line": module.line,
-                    "traceback": module.traceback[-_MOST_TRACEBACK:],
-                }
-                for module in sorted(self.modules, key=lambda module: module.state)[:_MOST_MODULES]
-            ],
-            "reloads": [outcome.description() for outcome in list(self._history)[-_MOST_RELOADS:]],
-            "embedded_server": None
-            if server is None
-            else {
-                "url": server.url,
-                "pid": server.pid,
-                "starts": server.starts,
-                "websocket": server.websocket_url,
-                "history": list(self._server_events),
-            },
-        }
+        if server is None:
+            return None
+        return ServerStatus(
+            url=server.url,
+            pid=server.pid,
+            starts=server.starts,
+            websocket=server.websocket_url,
+            history=list(self._server_events),
+        )
+
+
+def _encoded(reply: ReloadReply) -> bytes:
+    return reply.model_dump_json().encode()

@@ -1,4 +1,4 @@
-"""What is on disk now: files, by what identifies their content."""
+"""Files on disk: what identifies their content."""
 
 import os
 import sys
@@ -12,39 +12,39 @@ if sys.platform == "linux":
     import signal
     from fcntl import F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK, fcntl
 
-# What identifies a file's content without reading it. A preserved modification time is told by
-# the change time, an atomic rename by the inode.
+# Identifies a file's content without reading it: inode, size, modification and change time. The change
+# time reveals a preserved modification time, the inode an atomic rename.
 Stamp = tuple[int, int, int, int]
 Digest = bytes | None
-# Files with more bytes than this are not read to find out whether they have changed.
-_LARGE: Final = 1024 * 1024
-_SKIPPED: Final = frozenset({"__pycache__", "node_modules"})
+# Larger files, unless they are Python, are identified by their stamp alone. Bytes.
+_MAX_HASHED: Final = 1024 * 1024
+_IGNORED_FOLDERS: Final = frozenset({"__pycache__", "node_modules"})
 
 
 def stamp(path: Path | str) -> Stamp | None:
-    """What identifies a file's content; None when there is no such file."""
+    """A file's stamp; None when it does not exist."""
     try:
-        return stamp_of(os.stat(path))  # noqa: PTH116 - thousands of files are looked at again and again
+        return stamp_of(os.stat(path))  # noqa: PTH116 - called for thousands of files again and again
     except OSError:
         return None
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
-    """What identifies the content of a file of which this is known."""
+    """The stamp from a `stat` result."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def digest_of(content: bytes) -> bytes:
-    """What identifies some content."""
+    """The digest of some content."""
     return blake2b(content, digest_size=16).digest()
 
 
 def is_being_written(path: str) -> bool | None:
-    """Whether somebody has a file open for writing: Linux refuses a lease; None where nothing tells."""
+    """Whether a process has a file open for writing: Linux then refuses a lease. None where unknown."""
     if sys.platform != "linux":
         return None
-    with suppress(OSError), open(path, "rb") as file:  # noqa: PTH123 - as `stamp`
-        # Who opens it for writing while we have the lease is told to us by a signal: one that does nothing.
+    with suppress(OSError), open(path, "rb") as file:  # noqa: PTH123 - as in `stamp`
+        # Opening it for writing during the lease sends a signal: one that is ignored by default.
         fcntl(file, F_SETSIG, signal.SIGURG)
         try:
             fcntl(file, F_SETLEASE, F_RDLCK)
@@ -55,48 +55,48 @@ def is_being_written(path: str) -> bool | None:
     return None
 
 
-def leads_back(folder: str, above: Iterable[str]) -> bool:
-    """Whether a folder is a link to one that it lies in, so that looking into it would never end.
+def is_cyclic_link(folder: str, parents: Iterable[str]) -> bool:
+    """Whether a folder is a link to one of its parents; scanning it would never end.
 
-    `above` are the real paths of the folders on the way to it.
+    `parents` are the real paths of the folders on the way to it.
     """
-    if not os.path.islink(folder):  # noqa: PTH114 - as `stamp`
+    if not os.path.islink(folder):  # noqa: PTH114 - as in `stamp`
         return False
-    here = os.path.realpath(os.path.dirname(folder))  # noqa: PTH120 - as `stamp`
+    here = os.path.realpath(os.path.dirname(folder))  # noqa: PTH120 - as in `stamp`
     target = f"{os.path.realpath(folder)}{os.sep}"
-    return any(f"{path}{os.sep}".startswith(target) for path in (here, *above))
+    return any(f"{path}{os.sep}".startswith(target) for path in (here, *parents))
 
 
 def file_digest(path: Path) -> Digest:
-    """What identifies a file's content, of large data its stamp; None when it cannot be read."""
+    """The digest of a file's content, of a large file of its stamp; None when it cannot be read."""
     found = stamp(path)
     try:
-        large = found is not None and found[1] > _LARGE and path.suffix != ".py"
-        return digest_of(repr(found).encode()) if large else digest_of(path.read_bytes())
+        is_large = found is not None and found[1] > _MAX_HASHED and path.suffix != ".py"
+        return digest_of(repr(found).encode()) if is_large else digest_of(path.read_bytes())
     except OSError:
         return None
 
 
-class Disk:
-    """Digests of files, read again only when their stamps have changed."""
+class DigestCache:
+    """Digests of files; a file is read again only when its stamp has changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[Stamp, Digest]] = {}
 
     def digest(self, path: Path) -> Digest:
-        """A file's digest; None when there is none, or it cannot be read."""
-        now = stamp(path)
-        if now is None:
+        """A file's digest; None when it does not exist or cannot be read."""
+        current = stamp(path)
+        if current is None:
             self._known.pop(path, None)
             return None
-        if path not in self._known or self._known[path][0] != now:
+        if path not in self._known or self._known[path][0] != current:
             digest = file_digest(path)
-            if digest is None:  # it may be readable again without having changed
+            if digest is None:  # it may become readable without a change
                 return None
-            self._known[path] = now, digest
+            self._known[path] = current, digest
         return self._known[path][1]
 
 
-def is_skipped(name: str) -> bool:
-    """Whether nothing in a folder of this name concerns us."""
-    return name in _SKIPPED or name.startswith(".")
+def is_ignored_folder(name: str) -> bool:
+    """Whether folders of this name contain no source files."""
+    return name in _IGNORED_FOLDERS or name.startswith(".")

@@ -1,94 +1,109 @@
-"""Sources: the files that a host executes as modules, and who of them imported whom."""
+"""Managed modules: the files that a host executes as Python modules, and what each of them imported."""
 
 import builtins
+import importlib
 import importlib.util
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Final
+from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from openagentmesh.mesh.module_context import Generation
 from openagentmesh.runtime.loading.files import Digest, file_digest
 
-# Where nobody edits: the standard library, and what was installed.
+# The standard library and installed packages, which are not edited.
 INSTALLED: Final = tuple({sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")})
-# What is read from here is no input that somebody edits.
+# Files below these are not inputs of a module.
 _NO_DATA: Final = (*INSTALLED, "/proc/", "/sys/", "/dev/")
 
 
 @dataclass(slots=True, eq=False)
-class Folder:
-    """Modules that belong together: a folder of agent files, or an installed package.
+class ModuleRoot:
+    """Modules that belong together: a folder of agent files, or a package that is installed to be edited.
 
-    The files of an agent folder import each other by their bare names, as when one of them is
-    run alone, and have a `package` of their own for a first name, so that those of other
-    folders are kept apart. A package has the name that it has, with dots when it lies in
-    folders without `__init__`, which are not part of it: others have packages there, too.
+    The files of an agent folder import each other by bare names, as when one of them is run alone. They
+    have a package name of their own, so that the files of other folders are kept apart. An installed package
+    keeps its name, with dots when it lies in namespace packages, which are not part of it.
+
+    Attributes:
+        path: the folder.
+        package: the package name.
+        is_folder: whether it is a folder of agent files.
     """
 
     path: Path
     package: str
-    bare: bool
+    is_folder: bool
 
     @property
     def is_package(self) -> bool:
         """Whether it is an installed package of several files."""
-        return not self.bare and self.path.name == self.package.rpartition(".")[2]
+        return not self.is_folder and self.path.name == self.package.rpartition(".")[2]
 
-    def holds(self, full: str) -> bool:
-        """Whether a full name is the package's, or that of something in it."""
+    def contains(self, full: str) -> bool:
+        """Whether a full name is the package's, or that of a module in it."""
         return f"{full}.".startswith(f"{self.package}.")
 
     def has(self, name: str) -> bool:
         """Whether a bare name is one of this folder's modules."""
         if (self.path / f"{name}.py").is_file() or (self.path / name / "__init__.py").is_file():
             return True
-        # A folder without __init__ comes after everything that is installed, as in Python itself.
+        # A folder without __init__ has a lower priority than installed modules, as in Python itself.
         return (self.path / name).is_dir() and importlib.util.find_spec(name) is None
 
 
+class Importer(Protocol):
+    """What executes managed modules."""
+
+    def replaced_modules(self) -> Mapping[str, ModuleType]:
+        """The modules that a running reload replaces, for importers that are not part of it."""
+
+    def finding(self) -> AbstractContextManager[None]:
+        """Let Python find managed modules in the block."""
+
+
 @dataclass(slots=True, weakref_slot=True, eq=False)
-class Source:
-    """One file as it was executed: what was read for it, and what it imported.
+class ManagedModule:
+    """One file as it was executed: its content, what it read, and what it imported.
 
     Attributes:
         name: the module's full name.
         path: the file.
-        folder: where it belongs.
+        root: what it belongs to.
+        importer: what executes it.
         digest: of the file's content; None before it was read.
-        data: the digests of the files that it read while it was executed, None of those it missed.
+        data: the digests of the files that it read while it was executed, None of missing ones.
         imports: the full names of the managed modules that it imported.
         walked: those of them that it reaches as attributes of their packages.
-        sought: bare names that it imported and its folder did not have.
+        missing: bare names that it imported and its folder did not have.
         generation: what it declared.
-        pinned: what it imports once it has been replaced: its modules, as they were then.
-        stopped: its load was given up; it imports nothing more.
-        module: what it was executed as.
-        took: how long that took, in seconds.
-        outside: for who is not part of the load that is going on, the modules that it replaces.
-
+        pinned: once it is replaced, the modules that its code imports: those of its own time.
+        is_abandoned: its load was abandoned; it imports nothing more.
+        module: the Python module.
+        took_s: how long its execution took.
     """
 
     name: str
     path: Path
-    folder: Folder
+    root: ModuleRoot
+    importer: Importer
     digest: Digest = None
     data: dict[Path, Digest] = field(default_factory=dict)
     imports: set[str] = field(default_factory=set)
     walked: set[str] = field(default_factory=set)
-    sought: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
     generation: Generation = field(default_factory=Generation)
     pinned: dict[str, ModuleType] = field(default_factory=dict)
-    stopped: bool = False
+    is_abandoned: bool = False
     module: ModuleType | None = None
-    took: float = 0.0
-    outside: Callable[[], Mapping[str, ModuleType]] = dict
+    took_s: float = 0.0
 
     def import_(
         self,
@@ -98,162 +113,204 @@ class Source:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
-        """The module's own `__import__`: looks in its folder first, and remembers who was imported."""
-        self._end_if_stopped()
+        """The module's own `__import__`: looks in its folder first, and records what was imported."""
+        self._check_abandoned()
         full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
-        self._note(full)
-        before = self.pinned or self.outside()
-        if full in before:
-            return self._of_its_time(full, fromlist, before) if fromlist else self._top(name, level, before)
+            return self._import_unmanaged(name, globals, locals, fromlist, level)
+        self._record(full)
+        older = self.pinned or self.importer.replaced_modules()
+        if full in older:
+            return self._older(full, fromlist, older) if fromlist else self._first(name, older)
+        found = self._import_managed(full, globals, locals, fromlist)
+        if fromlist:
+            self._record_names(found, full, fromlist)
+            return found
+        self._record_walk(name, full)
+        return self._first(name, older)
+
+    def _import_unmanaged(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None,  # noqa: A002 - as above
+        locals: Mapping[str, object] | None,  # noqa: A002
+        fromlist: Sequence[str] | None,
+        level: int,
+    ) -> ModuleType:
+        found = builtins.__import__(name, globals, locals, fromlist or (), level)
+        # `importlib.import_module` has to find this module's siblings, too.
+        is_importlib = found is importlib and not level
+        return _OwnImportlib(self) if is_importlib else found
+
+    def _import_managed(
+        self,
+        full: str,
+        globals: Mapping[str, object] | None,  # noqa: A002 - as above
+        locals: Mapping[str, object] | None,  # noqa: A002
+        fromlist: Sequence[str] | None,
+    ) -> ModuleType:
         try:
-            found = builtins.__import__(full, globals, locals, fromlist or (), 0)
+            with self.importer.finding():
+                return builtins.__import__(full, globals, locals, fromlist or (), 0)
         except ModuleNotFoundError as exc:
-            self._note_missing(exc.name or "")
+            self._record_missing(exc.name or "")
             raise
         finally:
-            self._end_if_stopped()
-        if not fromlist:
-            words = full.split(".")
-            walked = (".".join(words[: -back or None]) for back in range(name.count(".")))
-            self.walked |= {step for step in walked if self.folder.holds(step.rpartition(".")[0])}
-            return self._top(name, level, before)
-        for item in getattr(found, "__all__", ()) if "*" in fromlist else fromlist:
-            if f"{full}.{item}" in sys.modules:
-                self._note(f"{full}.{item}")
-            elif not hasattr(found, item):
-                self._note_missing(f"{full}.{item}")
-        return found
+            self._check_abandoned()
 
-    def import_module(self, name: str, package: str | None) -> ModuleType | None:
-        """What `importlib.import_module` gives this module; None when that is none of ours."""
+    def import_module(self, name: str, package: str | None) -> ModuleType:
+        """This module's own `importlib.import_module`."""
         full = self._absolute(importlib.util.resolve_name(name, package))
-        return self.import_(full, fromlist=("__name__",)) if full else None
+        return self.import_(full, fromlist=("__name__",)) if full else importlib.import_module(name, package)
 
-    def note_read(self, path: object) -> None:
-        """Remember a file that was opened while this one was executed."""
+    def record_read(self, path: object) -> None:
+        """Record a file that was opened while this module was executed."""
         if not isinstance(path, str | PathLike) or str(path).startswith(_NO_DATA):
             return
-        file = Path(os.path.abspath(path))  # noqa: PTH100 - links are to stay what they are
+        file = Path(os.path.abspath(path))  # noqa: PTH100 - links are not resolved
         if file.suffix in {".py", ".pyc"} or str(file) in _written:
             return
         if file.is_file() or not file.exists():
             self.data.setdefault(file, file_digest(file))
             _readers.setdefault(str(file), WeakSet()).add(self)
 
-    def _end_if_stopped(self) -> None:
-        if self.stopped:
-            raise SystemExit(f"loading {self.name} was given up")
+    def _check_abandoned(self) -> None:
+        if self.is_abandoned:
+            raise SystemExit(f"loading {self.name} was abandoned")
 
     def _absolute(self, name: str) -> str | None:
-        """The full name of an absolute import that means one of ours, or what ours lie in."""
-        if self.folder.holds(name) or f"{self.folder.package}.".startswith(f"{name}."):
+        """The full name of an absolute import of a managed module, or of its namespace; None for others."""
+        if self.root.contains(name) or f"{self.root.package}.".startswith(f"{name}."):
             return name
         top = name.partition(".")[0]
-        # A function may import again and again; a file of that name is a reload.
-        if not self.folder.bare or top in self.sought:
+        # A function may import again and again; a new file of that name is a reload.
+        if not self.root.is_folder or top in self.missing:
             return None
-        ours = f"{self.folder.package}.{top}"
-        # What is there already does not depend on the disk: editors take files away for a moment.
-        if ours in self.pinned or ours in sys.modules or self.folder.has(top):
-            return f"{self.folder.package}.{name}"
-        self.sought.add(top)
+        sibling = f"{self.root.package}.{top}"
+        # Loaded modules need no file: editors remove files for a moment.
+        if sibling in self.pinned or sibling in sys.modules or self.root.has(top):
+            return f"{self.root.package}.{name}"
+        self.missing.add(top)
         return None
 
     def _relative(self, name: str, level: int) -> str | None:
-        """The full name of a relative import; None when it leads out of the package."""
+        """The full name of a relative import; None when it leaves the package."""
         is_package = self.path.name == "__init__.py"
         words = self.name.split(".")
         kept = len(words) - level + is_package
         return ".".join([*words[:kept], name]).rstrip(".") if kept > 0 else None
 
-    def _top(self, name: str, level: int, before: Mapping[str, ModuleType]) -> ModuleType:
-        """What `import a.b` binds: the module of the first name."""
-        assert not level, "a relative import names what it wants"
+    def _first(self, name: str, older: Mapping[str, ModuleType]) -> ModuleType:
+        """What `import a.b` binds: the module of the first word."""
         first = self._absolute(name.partition(".")[0])
-        assert first is not None
-        return before.get(first) or sys.modules[first]
+        assert first is not None, "a relative import always has a fromlist"
+        return older.get(first) or sys.modules[first]
 
-    def _of_its_time(
-        self, full: str, fromlist: Sequence[str], before: Mapping[str, ModuleType]
-    ) -> ModuleType:
-        """A module as it was when this one was replaced, though its package may have newer modules now."""
-        found = before[full]
+    def _older(self, full: str, fromlist: Sequence[str], older: Mapping[str, ModuleType]) -> ModuleType:
+        """A module of this module's time, though its package may contain newer modules now."""
+        found = older[full]
         names = [(item, f"{full}.{item}") for item in fromlist]
-        items = {item: before[name] for item, name in names if name in before}
+        items = {item: older[name] for item, name in names if name in older}
         if all(vars(found).get(item) is module for item, module in items.items()):
             return found
         then = ModuleType(full)
         vars(then).update(vars(found) | items)
         return then
 
-    def _note(self, full: str) -> None:
+    def _record(self, full: str) -> None:
         words = full.split(".")
         self.imports |= {".".join(words[: end + 1]) for end in range(len(words))} - {self.name}
 
-    def _note_missing(self, full: str) -> None:
-        """Remember where a module would be that is not there."""
+    def _record_names(self, found: ModuleType, full: str, fromlist: Sequence[str]) -> None:
+        """Record the modules among the names of `from … import …`."""
+        for item in getattr(found, "__all__", ()) if "*" in fromlist else fromlist:
+            if f"{full}.{item}" in sys.modules:
+                self._record(f"{full}.{item}")
+            elif not hasattr(found, item):
+                self._record_missing(f"{full}.{item}")
+
+    def _record_walk(self, name: str, full: str) -> None:
+        """Record the modules that `import a.b.c` reaches as attributes of `a`."""
+        words = full.split(".")
+        steps = (".".join(words[: -back or None]) for back in range(name.count(".")))
+        self.walked |= {step for step in steps if self.root.contains(step.rpartition(".")[0])}
+
+    def _record_missing(self, full: str) -> None:
+        """Record the files that would be a missing module."""
         parent, _, child = full.rpartition(".")
-        if full in sys.modules or not self.folder.holds(full):
+        if full in sys.modules or not self.root.contains(full):
             return
         for place in getattr(sys.modules.get(parent), "__path__", ()):
             self.data |= {Path(place, f"{child}.py"): None, Path(place, child, "__init__.py"): None}
 
 
-def note_written(path: object) -> None:
-    """Take a file that managed code writes for no input of it: each write would be a reload."""
+class _OwnImportlib(ModuleType):
+    """`importlib` for one managed module: `import_module` finds the module's siblings."""
+
+    def __init__(self, managed: ManagedModule) -> None:
+        super().__init__("importlib", importlib.__doc__)
+        self.managed = managed
+
+    def import_module(self, name: str, package: str | None = None) -> ModuleType:
+        return self.managed.import_module(name, package)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute
+        return getattr(importlib, name)
+
+
+def record_written(path: object) -> None:
+    """A file that managed code writes is not one of its inputs: each write would be a reload."""
     if not isinstance(path, str | PathLike):
         return
     file = os.fspath(os.path.abspath(path))  # noqa: PTH100 - as above
     if (file in _readers or file.endswith(".py")) and _is_managed_code_running():
         _written.add(file)
-        for source in _readers.pop(file, ()):
-            source.data.pop(Path(file), None)
+        for managed in _readers.pop(file, ()):
+            managed.data.pop(Path(file), None)
 
 
 def is_written_by_code(path: str) -> bool:
-    """Whether managed code has written a file itself."""
+    """Whether managed code has written a file."""
     return path in _written
 
 
 def _is_managed_code_running() -> bool:
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - nobody else tells
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - no public access
     while frame is not None:
-        if isinstance(getattr(frame.f_builtins.get("__import__"), "__self__", None), Source):
+        if isinstance(getattr(frame.f_builtins.get("__import__"), "__self__", None), ManagedModule):
             return True
         frame = frame.f_back
     return False
 
 
-# Who read which file while executed, and which of these files managed code has written since.
-_readers: dict[str, WeakSet[Source]] = {}
+# Which modules read each file while executed, and which of these files managed code has written since.
+_readers: dict[str, WeakSet[ManagedModule]] = {}
 _written: set[str] = set()
 
 
-def importers(sources: Mapping[str, Source], names: set[str]) -> set[str]:
-    """These modules and all that have to be replaced with them: who imported them, directly or not.
+def importers(modules: Mapping[str, ManagedModule], names: set[str]) -> set[str]:
+    """These modules and all that must be replaced with them: their importers, direct or not.
 
-    A package is, too, when somebody walks from it to one of them: the old package has to keep its
-    old modules for those who still run on it.
+    A package is replaced, too, when a module walks from it to one of them: the old package must keep its old
+    modules for code that still runs.
     """
     found = set(names)
-    walked = {name for source in sources.values() for name in source.walked}
+    walked = {name for module in modules.values() for name in module.walked}
     while more := (
-        {name for name, source in sources.items() if name not in found and source.imports & found}
+        {name for name, module in modules.items() if name not in found and module.imports & found}
         | {name.rpartition(".")[0] for name in walked & found} - found
     ):
         found |= more
     return found
 
 
-def reached(sources: Mapping[str, Source], names: Iterable[str]) -> set[str]:
+def imported_by(modules: Mapping[str, ManagedModule], names: Iterable[str]) -> set[str]:
     """These modules and all that they imported, directly or not."""
-    ahead = list(names)
-    found = set(ahead)
-    while ahead:
-        source = sources.get(ahead.pop())
-        more = source.imports - found if source else set()
+    pending = list(names)
+    found = set(pending)
+    while pending:
+        module = modules.get(pending.pop())
+        more = module.imports - found if module else set()
         found |= more
-        ahead += more
+        pending += more
     return found

@@ -1,4 +1,4 @@
-"""Plugins by their names in mesh.toml: installed ones, and a team's own files."""
+"""Plugins by their names in mesh.toml: installed ones, and files."""
 
 import importlib.util
 import sys
@@ -12,29 +12,28 @@ from pydantic import ValidationError
 
 from openagentmesh.hooks.manager import Plugins
 from openagentmesh.protocol.errors import PluginFailed, error_text
-from openagentmesh.runtime.config import Config, ConfigError, config_problems, is_file, near, plugin_name
+from openagentmesh.runtime.config import Config, ConfigError, config_problems, is_file, nearest, plugin_name
 from openagentmesh.runtime.loading.files import Stamp, stamp
 
 GROUP: Final = "openagentmesh.plugins"
 
 
-def installed() -> dict[str, EntryPoint]:
-    """The plugins that installed packages bring, by name."""
+def installed_plugins() -> dict[str, EntryPoint]:
+    """The plugins of installed packages, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
-    """The plugins that mesh.toml enables, in its order, and then those `given`; all have their settings.
+    """The plugins that mesh.toml enables, in its order, then those `given`; configured.
 
     Raises:
-        PluginFailed: one is not there, cannot be imported or used.
-        ConfigError: its settings do not fit.
-
+        PluginFailed: one does not exist, or cannot be imported or used.
+        ConfigError: its settings are invalid.
     """
     names = [plugin_name(entry) for entry in config.host.plugins]
     others = Plugins.named(given)
     if twice := next((name for name in names if names.count(name) > 1 or name in others), ""):
-        raise PluginFailed(f"[host] plugins: two plugins are called '{twice}'; rename a file.")
+        raise PluginFailed(f"[host] plugins: two plugins are named '{twice}'; rename a file.")
     found = dict(zip(names, [_load(entry, config) for entry in config.host.plugins], strict=True))
     plugins = Plugins(found | others)
     configure(plugins, config)
@@ -42,12 +41,11 @@ def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
 
 
 def configure(plugins: Plugins, config: Config) -> None:
-    """Give plugins the settings that mesh.toml has for them; all of them, or none.
+    """Apply the settings of mesh.toml to all plugins, or to none.
 
     Raises:
         PluginFailed: a plugin refuses its settings.
-        ConfigError: they do not fit its model.
-
+        ConfigError: they do not match its model.
     """
     for plugin in plugins.all:
         try:
@@ -56,22 +54,24 @@ def configure(plugins: Plugins, config: Config) -> None:
             known = getattr(plugins.settings_model(plugin), "model_fields", {})
             problems = config_problems(exc, ("plugins", plugin.name), known)
             listed = "\n".join(f"  {problem}" for problem in problems)
-            raise ConfigError(f"mesh.toml cannot be used:\n{listed}") from exc
+            raise ConfigError(f"mesh.toml is invalid:\n{listed}") from exc
     plugins.configure(config.plugins, config.folder)
 
 
 def _load(entry: str, config: Config) -> object:
-    known: Mapping[str, EntryPoint] = installed()
-    if not is_file(entry) and entry not in known:
+    installed: Mapping[str, EntryPoint] = installed_plugins()
+    if not is_file(entry) and entry not in installed:
         raise PluginFailed(
-            f"[host] plugins: no plugin '{entry}' is installed; {near(entry, known, 'installed')}"
+            f"[host] plugins: the plugin '{entry}' is not installed; {nearest(entry, installed, 'installed')}"
         )
     try:
-        return _from_file(config.folder / Path(entry).expanduser()) if is_file(entry) else known[entry].load()
-    # Code of others may raise anything while it is imported, and exit.
+        if is_file(entry):
+            return _from_file(config.folder / Path(entry).expanduser())
+        return installed[entry].load()
+    # Importing a plugin may raise anything, and exit.
     except (Exception, SystemExit) as exc:
-        missing = isinstance(exc, ModuleNotFoundError) and not is_file(entry)
-        hint = f". Install what it needs: pip install 'openagentmesh[{entry}]'" if missing else ""
+        is_missing = isinstance(exc, ModuleNotFoundError) and not is_file(entry)
+        hint = f". Install its dependencies: pip install 'openagentmesh[{entry}]'" if is_missing else ""
         raise PluginFailed(
             f"[host] plugins: '{entry}' cannot be loaded: {type(exc).__name__}: {error_text(exc)}{hint}",
             details={"plugin": entry},
@@ -79,7 +79,7 @@ def _load(entry: str, config: Config) -> object:
 
 
 def _from_file(path: Path) -> object:
-    """What a file has as `plugin`, else the module itself; the same one until it is saved again."""
+    """A file's attribute `plugin`, else the module itself; the same object until the file changes."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     return _executed(path.resolve(), stamp(path))

@@ -1,136 +1,205 @@
-"""Whether a reload may be carried out: why not, and what is said of it."""
+"""Whether a reload may be carried out: small rules, each with a reason."""
 
 import logging
 import traceback
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from openagentmesh.agent.agent import Agent
-from openagentmesh.hooks.reload_result import Outcome
-from openagentmesh.mesh.node import ContractPolicy
+from openagentmesh.agent.agent import AgentVersion
+from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.protocol.schema_diff import breaking_changes
-from openagentmesh.runtime.config import Config
+from openagentmesh.runtime.config import Config, keys_that_need_restart
 from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
-from openagentmesh.runtime.loading.loader import Module
-from openagentmesh.runtime.loading.modules import Source, is_written_by_code
+from openagentmesh.runtime.loading.loader import Module, find_duplicates
+from openagentmesh.runtime.loading.modules import ManagedModule, is_written_by_code
+from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.runtime.reload.off_loop import TookTooLong
-from openagentmesh.runtime.reload.state import Transfer
 from openagentmesh.transport.kv import HEADER_RESERVE
 
-# In the terminal it is the reload that speaks.
-log = logging.getLogger("openagentmesh.runtime.reload.reloader")
+log = logging.getLogger(__name__)
+
+_PACKAGE: Final = str(Path(__file__).parents[2])
 
 
 class ReloadRefused(MeshError):
-    """A changed module is not taken; the one before it goes on."""
+    """A changed module does not replace the one that serves."""
 
     code = "reload_refused"
 
 
 class LoadFailed(Exception):
-    """A module could not be loaded; it says why."""
+    """A module could not be loaded; the module has the reason. `files` are others that it depended on."""
 
     def __init__(self, module: Module, files: Iterable[Path] = ()) -> None:
         super().__init__(module.error)
         self.module = module
-        # Other files that it failed of.
         self.files = list(files)
 
 
-class Doubtful(Exception):
-    """What is on disk may be half a save: a file is gone or empty, or a module lost all its agents."""
+class UnstableFiles(Exception):
+    """A save may be incomplete: a file is missing, empty or changed again, or a module lost its agents."""
+
+
+@dataclass(slots=True)
+class Serving:
+    """What serves during a reload.
+
+    Attributes:
+        agents: the served agents by name.
+        modules: the modules.
+        config: the settings in force.
+        started: the settings at the host's start.
+        refused: the names of agents that do not serve because of their contracts.
+        max_payload: the server's limit, in bytes.
+    """
+
+    agents: Mapping[str, AgentVersion]
+    modules: list[Module]
+    config: Config
+    started: Config
+    refused: Container[str]
+    max_payload: int
 
 
 @dataclass(slots=True)
 class Candidate:
-    """A new generation, loaded and checked, before it serves."""
+    """A loaded generation that does not serve yet.
 
-    modules: list[Module]
-    agents: dict[Module, list[Agent]]
-    serve: list[Agent]
-    gone: list[str]
-    transfers: list[Transfer]
-    notes: list[str]
-
-
-def check_willing(sources: Mapping[str, Source], names: Iterable[str]) -> None:
-    """Refuse to replace modules that decline it."""
-    for source in [sources[name] for name in names if name in sources]:
-        if source.generation.declined:
-            why = f"{source.path.name} declines to be reloaded: {source.generation.declined}"
-            raise ReloadRefused(f"{why}. Restart the host")
-
-
-def check_settled(executed: Iterable[Source], settled: Mapping[str, Stamp], *, sure: bool) -> None:
-    """Doubt what was read from a file that is not as it had settled: somebody writes it again.
-
-    Where one is `sure`, since it had been quiet for long, and of what modules write themselves to
-    import it, it only has to be what was read.
+    Attributes:
+        plan: what is carried out.
+        serving: what serves now.
+        modules: all modules afterwards.
+        new: those of them that were loaded.
+        agents: the agents of each module.
+        replaced: the old managed modules.
+        is_stable: the files have not changed for long, so that an incomplete save is excluded.
+        has_new_config: mesh.toml has changed.
+        notes: for the result.
     """
-    for source in executed:
-        path = str(source.path)
-        differs = path in settled and stamp(path) != settled[path]
-        may_differ = (sure or is_written_by_code(path)) and file_digest(source.path) == source.digest
-        if differs and not may_differ:
-            raise Doubtful
+
+    plan: Plan
+    serving: Serving
+    modules: list[Module]
+    new: list[Module]
+    agents: dict[Module, list[AgentVersion]]
+    replaced: list[ManagedModule]
+    is_stable: bool
+    has_new_config: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> dict[str, AgentVersion]:
+        """All agents that serve afterwards."""
+        config = self.plan.config
+        return {a.name: a for agents in self.agents.values() for a in agents if config.is_enabled(a.name)}
+
+    @property
+    def changed(self) -> list[AgentVersion]:
+        """The agents that serve now in another form, or not at all."""
+        return [agent for agent in self.wanted.values() if self._differs(agent)]
+
+    def _differs(self, agent: AgentVersion) -> bool:
+        name, before, after = agent.name, self.serving.config, self.plan.config
+        served = self.serving.agents.get(name)
+        if served is None or served.handler is not agent.handler or served.limits != after.limits_of(name):
+            return True
+        if before.plugin_tables_of(name) != after.plugin_tables_of(name) or before.plugins != after.plugins:
+            return True
+        return name in self.serving.refused and before.host.contract != after.host.contract
+
+    @property
+    def removed(self) -> list[str]:
+        """The agents that serve no longer.
+
+        An agent that a file declared while it ran is removed with that file; reloads of others keep it.
+        """
+        declared = {agent.name for module in self.serving.modules for agent in module.agents}
+        files = {module.path for module in self.replaced}
+        wanted = self.wanted
+        gone = {name: agent for name, agent in self.serving.agents.items() if name not in wanted}
+        return [name for name, agent in gone.items() if name in declared or agent.file in files]
 
 
-def check_publishable(serve: Iterable[Agent], limit: int) -> None:
-    """Refuse contracts that do not fit into a message: nobody would ever hear of them."""
-    for agent in serve:
+def check_willing(modules: Mapping[str, ManagedModule], names: Iterable[str]) -> None:
+    """Refuse to replace modules that decline it."""
+    for module in [modules[name] for name in names if name in modules]:
+        if module.generation.declined:
+            reason = f"{module.path.name} declines to be reloaded: {module.generation.declined}"
+            raise ReloadRefused(f"{reason}. Restart the host")
+
+
+def check_scanned(
+    executed: Iterable[ManagedModule], scanned: Mapping[str, Stamp], *, is_stable: bool
+) -> None:
+    """Raise UnstableFiles if a file changed since it was scanned.
+
+    Stable files, and files that modules write themselves to import them, only have to be what was executed.
+    """
+    for module in executed:
+        path = str(module.path)
+        has_changed = path in scanned and stamp(path) != scanned[path]
+        may_change = is_stable or is_written_by_code(path)
+        if has_changed and not (may_change and file_digest(module.path) == module.digest):
+            raise UnstableFiles
+
+
+def check(candidate: Candidate) -> None:
+    """Apply all rules; their notes are added to the candidate.
+
+    Raises:
+        UnstableFiles, LoadFailed, ReloadRefused: as the rules do.
+    """
+    for rule in _RULES:
+        candidate.notes += rule(candidate)
+
+
+def _keeps_agents(candidate: Candidate) -> Iterator[str]:
+    """A module that loses all its agents may be an incomplete save."""
+    before = {module.origin: module for module in candidate.serving.modules}
+    for module in candidate.new:
+        old = before.get(module.origin)
+        lost_all = old is not None and old.agents and not candidate.agents[module]
+        if lost_all and not candidate.is_stable:
+            raise UnstableFiles
+    yield from ()
+
+
+def _has_unique_names(candidate: Candidate) -> Iterator[str]:
+    """A new module takes no name from a module that serves, whatever their order."""
+    in_order = sorted(candidate.modules, key=candidate.new.__contains__)
+    for duplicate in find_duplicates(in_order, candidate.agents):
+        module = duplicate.module
+        if module in candidate.new:
+            module.fail(duplicate.error, line=duplicate.agent.source)
+            raise LoadFailed(module, [duplicate.earlier.file])
+        candidate.agents[module] = []
+    yield from ()
+
+
+def _fits_into_messages(candidate: Candidate) -> Iterator[str]:
+    """A contract above the server's limit could not be published."""
+    limit = candidate.serving.max_payload
+    for agent in candidate.changed:
         size = len(agent.contract.to_registry_json().encode())
         if size > limit - HEADER_RESERVE:
             raise ReloadRefused(
-                f"{agent.name}: its contract has {size} bytes, and the server takes {limit} in a message. "
-                "Shorten its description or its schemas, or raise the server's max_payload"
+                f"{agent.name}: its contract has {size} bytes, and the server's max_payload is {limit}. "
+                "Shorten its description or its schemas, or raise max_payload"
             )
+    yield from ()
 
 
-def different(
-    wanted: Mapping[str, Agent],
-    served: Mapping[str, Agent],
-    now: Config,
-    before: Config,
-    refused: Container[str],
-) -> list[Agent]:
-    """The agents that are not served as they are to be."""
-    return [
-        agent
-        for name, agent in wanted.items()
-        if name not in served
-        or served[name].handler is not agent.handler
-        or served[name].limits != now.limits_of(name)
-        or before.options_of(name) != now.options_of(name)
-        or before.plugins != now.plugins
-        or (name in refused and before.host.contract != now.host.contract)
-    ]
-
-
-def withdrawn(
-    served: Mapping[str, Agent],
-    wanted: Container[str],
-    modules: Iterable[Module],
-    replaced: Iterable[Source],
-) -> list[str]:
-    """The agents that are to be served no more.
-
-    What a file has declared while it ran goes with that file; another one's reload takes nothing away.
-    """
-    declared = {agent.name for module in modules for agent in module.agents}
-    files = {source.path for source in replaced}
-    gone = [name for name in served if name not in wanted]
-    return [name for name in gone if name in declared or served[name].file in files]
-
-
-def compared(serve: list[Agent], served: dict[str, Agent], policy: ContractPolicy) -> list[str]:
-    """What callers would notice of the new contracts; raises it where that is not wanted."""
+def _is_compatible(candidate: Candidate) -> Iterator[str]:
+    """Breaking changes are noted, or refused with `contract = "refuse"`."""
+    policy, served = candidate.plan.config.host.contract, candidate.serving.agents
     if policy == "allow":
-        return []
+        return
     notes = [
         f"{agent.name} breaks callers: {change}"
-        for agent in serve
+        for agent in candidate.changed
         if agent.name in served
         for change in breaking_changes(served[agent.name].contract, agent.contract)
     ]
@@ -139,45 +208,63 @@ def compared(serve: list[Agent], served: dict[str, Agent], policy: ContractPolic
             'callers would break, and [host] contract is "refuse": ' + "; ".join(notes),
             details={"changes": notes},
         )
-    return notes
+    yield from notes
 
 
-def in_words(old: dict[str, Agent], new: list[Agent]) -> list[str]:
-    """What changes of each agent, as people are told."""
-    words = []
+def _uses_all_settings(candidate: Candidate) -> Iterator[str]:
+    """A changed mesh.toml is searched for tables without a match, and for keys that need a restart."""
+    if not candidate.has_new_config:
+        return
+    config = candidate.plan.config
+    agents = [agent.name for found in candidate.agents.values() for agent in found]
+    yield from config.unused({module.origin.key for module in candidate.modules}, agents)
+    if keys := keys_that_need_restart(candidate.serving.started, config):
+        yield f"mesh.toml: {', '.join(keys)} take effect after a restart"
+
+
+_RULES: Final[tuple[Callable[[Candidate], Iterator[str]], ...]] = (
+    _keeps_agents,
+    _has_unique_names,
+    _fits_into_messages,
+    _is_compatible,
+    _uses_all_settings,
+)
+
+
+def describe_changes(old: Mapping[str, AgentVersion], new: Iterable[AgentVersion]) -> list[str]:
+    """What changes of each agent, as text."""
+    texts = []
     for agent in new:
-        before = old.get(agent.name)
-        version = agent.contract.version
+        before, version = old.get(agent.name), agent.contract.version
         if before is None:
-            words.append(f"{agent.name} {version} new")
+            texts.append(f"{agent.name} {version} new")
         elif before.contract.version != version:
-            words.append(f"{agent.name} {before.contract.version} → {version}")
+            texts.append(f"{agent.name} {before.contract.version} → {version}")
         else:
-            words.append(f"{agent.name} {version}")
-    return words
+            texts.append(f"{agent.name} {version}")
+    return texts
 
 
-def why_of(exc: BaseException) -> tuple[str, str, str]:
+def explain(exc: BaseException) -> tuple[str, str, str]:
     """Message, details and `file:line` of a failure, for its author."""
     if isinstance(exc, LoadFailed):
         return exc.module.error, exc.module.traceback, exc.module.line
     if isinstance(exc, TookTooLong):
-        frames = [
-            f for f in exc.stack if not f.filename.startswith(("<frozen", str(Path(__file__).parents[2])))
-        ]
+        frames = [f for f in exc.stack if not f.filename.startswith(("<frozen", _PACKAGE))]
         line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        return "it takes too long to load; do what takes long in a watcher", "".join(exc.stack.format()), line
+        message = "it takes too long to load ([host] load_timeout); do slow work in a watcher"
+        return message, "".join(exc.stack.format()), line
     if isinstance(exc, MeshError):
         return exc.message, "", ""
     return f"{type(exc).__name__}: {error_text(exc)}", "".join(traceback.format_exception(exc)), ""
 
 
-def tell(outcome: Outcome) -> None:
-    """Show a reload in the terminal."""
-    if outcome.error:
-        details = f"\n{outcome.details}" if outcome.details else ""
-        log.error("%s%s", outcome.text, details)
+def log_result(result: ReloadResult) -> None:
+    """Log a reload, completed or refused."""
+    if result.error:
+        details = f"\n{result.details}" if result.details else ""
+        log.error("%s%s", result.text, details)
     else:
-        log.info("%s", outcome.text)
-    for note in outcome.notes:
+        log.info("%s", result.text)
+    for note in result.notes:
         log.warning("%s", note)

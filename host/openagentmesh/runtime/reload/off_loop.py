@@ -1,4 +1,4 @@
-"""Authors' code that must not hold up the event loop: in a thread, for which the loop waits a moment."""
+"""Run authors' code off the event loop: in a thread, for which the loop waits a moment."""
 
 import asyncio
 import ctypes
@@ -11,11 +11,11 @@ from contextvars import copy_context
 from typing import Final, TypeVar
 
 T = TypeVar("T")
-# How long the event loop may stand still for such work, in seconds. On busy cores a thread beside
-# a loop at work waits longer for its turns than most work takes.
-_MOMENT: Final = 0.008
-# Seconds after which the event loop makes way for the thread, and the other way round.
-_SWITCH: Final = 0.0001
+# How long the event loop may block for such work. On busy cores a thread beside a busy loop waits longer
+# for its turns than most work takes.
+_BLOCK_S: Final = 0.008
+# The interval of thread switches while the loop and the thread compete.
+_SWITCH_S: Final = 0.0001
 
 
 class TookTooLong(Exception):
@@ -26,43 +26,42 @@ class TookTooLong(Exception):
         self.stack = stack
 
 
-async def aside(
+async def run_off_loop(
     work: Callable[[], T],
-    limit: float,
+    limit_s: float,
     *,
     is_slow: bool = False,
-    when_late: Callable[[], None] = lambda: None,
+    on_late_end: Callable[[], None] = lambda: None,
 ) -> T:
-    """Run `work` in a thread; the loop goes on meanwhile, after a moment in which quick work is done.
+    """Run `work` in a thread; quick work is done while the loop blocks for a moment.
 
     Args:
-        work: what to do. What it raises is raised, KeyboardInterrupt and SystemExit as RuntimeError:
+        work: the work. What it raises is raised here, KeyboardInterrupt and SystemExit as RuntimeError:
             they would end the event loop.
-        limit: in seconds. After it the thread is told to end, and left.
-        is_slow: it is known to take longer than a moment, so the loop does not wait for it.
-        when_late: called on the loop when a thread that was left has ended at last.
+        limit_s: seconds after which the thread is asked to end, and abandoned.
+        is_slow: it is known to take longer than a moment, so the loop does not block for it.
+        on_late_end: called on the loop when an abandoned thread has ended.
 
     Raises:
         TookTooLong: it did not end within the limit.
-
     """
-    thread, done = _started(work)
+    thread, done = _start(work)
     try:
         if not is_slow:
-            wait([done], _MOMENT)
-        if not done.done() and not await _has_ended(done, limit):
+            wait([done], _BLOCK_S)
+        if not done.done() and not await _ends_within(done, limit_s):
             raise TookTooLong(_stack_of(thread))
         return done.result()
     finally:
         if not done.done():
-            _stop(thread)
-            _call_when_done(done, when_late)
-        del done  # what it raises holds this frame, which would hold it
+            _raise_system_exit(thread)
+            _on_loop_when_done(done, on_late_end)
+        del done  # its exception refers to this frame
 
 
-def _started(work: Callable[[], T]) -> tuple[threading.Thread, "Future[T]"]:
+def _start(work: Callable[[], T]) -> tuple[threading.Thread, "Future[T]"]:
     done: Future[T] = Future()
-    done.set_running_or_notify_cancel()  # nobody can cancel a thread
+    done.set_running_or_notify_cancel()
     context = copy_context()
 
     def run() -> None:
@@ -75,19 +74,19 @@ def _started(work: Callable[[], T]) -> tuple[threading.Thread, "Future[T]"]:
             failure.__cause__ = exc
             done.set_exception(failure)
 
-    thread = threading.Thread(target=run, name="oam-aside", daemon=True)
+    thread = threading.Thread(target=run, name="oam-off-loop", daemon=True)
     thread.start()
     return thread, done
 
 
-async def _has_ended(done: "Future[T]", limit: float) -> bool:
+async def _ends_within(done: "Future[T]", limit_s: float) -> bool:
     ended = asyncio.Event()
-    _call_when_done(done, ended.set)
-    # A busy loop gives the interpreter away every 5 ms only, which each file read would wait for.
+    _on_loop_when_done(done, ended.set)
+    # A busy loop releases the interpreter every 5 ms only, and each file read would wait for that.
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH)
+    sys.setswitchinterval(_SWITCH_S)
     try:
-        async with asyncio.timeout(limit):
+        async with asyncio.timeout(limit_s):
             await ended.wait()
     except TimeoutError:
         return False
@@ -96,8 +95,8 @@ async def _has_ended(done: "Future[T]", limit: float) -> bool:
     return True
 
 
-def _call_when_done(done: "Future[T]", function: Callable[[], None]) -> None:
-    """Call it on this loop, if that is still there then."""
+def _on_loop_when_done(done: "Future[T]", function: Callable[[], None]) -> None:
+    """Call a function on this loop when the work is done, unless the loop is closed by then."""
     loop = asyncio.get_running_loop()
 
     def call(_done: "Future[T]") -> None:
@@ -108,11 +107,11 @@ def _call_when_done(done: "Future[T]", function: Callable[[], None]) -> None:
 
 
 def _stack_of(thread: threading.Thread) -> traceback.StackSummary:
-    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - made for this
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the only access
     return traceback.extract_stack(frame) if frame else traceback.StackSummary()
 
 
-def _stop(thread: threading.Thread) -> None:
+def _raise_system_exit(thread: threading.Thread) -> None:
     """Raise SystemExit in a thread, at its next step in Python."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)

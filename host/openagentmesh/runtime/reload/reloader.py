@@ -1,397 +1,403 @@
-"""The reload transaction: load a new generation beside the old, then swap, then let the old one go."""
+"""The reload transaction: load a new generation beside the old one, swap, retire the old one."""
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Final
 
-from openagentmesh.agent.agent import Agent
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.agent.agent import AgentVersion
+from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.errors import PluginFailed
-from openagentmesh.runtime.config import Config, ConfigError, unfollowed
+from openagentmesh.runtime.config import Config, ConfigError
 from openagentmesh.runtime.loading.files import Stamp
-from openagentmesh.runtime.loading.imports import Stage
-from openagentmesh.runtime.loading.loader import Loader, Module, claimed_twice
-from openagentmesh.runtime.loading.modules import Source
+from openagentmesh.runtime.loading.imports import ImportTransaction
+from openagentmesh.runtime.loading.loader import Loader, Module, Prepare
+from openagentmesh.runtime.loading.modules import ManagedModule
 from openagentmesh.runtime.loading.origins import Origin
 from openagentmesh.runtime.loading.plugin_loader import configure
-from openagentmesh.runtime.reload import checks as verdict
-from openagentmesh.runtime.reload.changes import Changes, Files, Places, Plan, names_of
-from openagentmesh.runtime.reload.checks import Candidate, Doubtful, LoadFailed, ReloadRefused
-from openagentmesh.runtime.reload.off_loop import aside
-from openagentmesh.runtime.reload.replay import Replays
-from openagentmesh.runtime.reload.retirement import Retired, Retirements, dispose, forget_hints, left_by_tried
-from openagentmesh.runtime.reload.state import Transfer, move
+from openagentmesh.runtime.reload import checks
+from openagentmesh.runtime.reload.changes import Changes, Files, Plan, WatchedPaths, names_of
+from openagentmesh.runtime.reload.checks import Candidate, LoadFailed, ReloadRefused, Serving, UnstableFiles
+from openagentmesh.runtime.reload.module_states import load_all, mark_refused, update_failed
+from openagentmesh.runtime.reload.off_loop import run_off_loop
+from openagentmesh.runtime.reload.retirement import (
+    Retirements,
+    RetiringVersion,
+    clear_typing_caches,
+    dispose,
+    leftovers_of_attempt,
+)
+from openagentmesh.runtime.reload.state import StateTransfer, transfer_state
 from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED: Final = 20
-# So many modules are looked at beside the event loop.
-_MANY: Final = 200
-Notes = Iterable[str]
-Ready = Callable[[Agent, Config], Agent]
-# A load that took this many seconds is not waited for the next time.
-_SLOW: Final = 0.008
+_MAX_HISTORY: Final = 20
+# From this number of modules on, changes are searched for off the loop.
+_MANY_MODULES: Final = 200
+# The loop does not block for a module that took this long to load before.
+_SLOW_S: Final = 0.008
 
 
 class Reloader:
-    """Keeps what a node serves like what is on disk.
+    """Keeps what a node serves equal to what is on disk.
 
     Args:
         loader: loads modules.
         node: serves their agents.
-        changes: finds out what differs.
-        config: what mesh.toml says.
-        ready: makes an agent ready to serve: its limits, and what plugins put around it.
-        replays: requests that a new version has to answer before it serves.
+        changes: finds what differs.
+        config: mesh.toml.
+        prepare: adds limits and middlewares to an agent.
 
     Attributes:
         modules: all modules, in the order of their origins.
-        config: what is in force now.
+        config: the settings in force.
         history: the last reloads.
-        on_outcome: called with each reload, and with each that was refused.
-
+        on_result: awaited with each reload, completed or refused.
+        retirements: old versions that are being retired.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - all that a reload touches
-        self,
-        loader: Loader,
-        node: Node,
-        changes: Changes,
-        config: Config,
-        ready: Ready,
-        replays: Replays | None = None,
+    def __init__(
+        self, loader: Loader, node: Node, changes: Changes, config: Config, prepare: Prepare
     ) -> None:
         self.modules: list[Module] = []
         self.config = self._started = config
-        self.history: deque[Outcome] = deque(maxlen=_REMEMBERED)
-        self.on_outcome: Callable[[Outcome], Awaitable[None]] = _tell_nobody
-        self._ready = ready
-        self._replays = replays or Replays(0)
+        self.history: deque[ReloadResult] = deque(maxlen=_MAX_HISTORY)
+        self.on_result: Callable[[ReloadResult], Awaitable[None]] = _do_nothing
+        self.retirements = Retirements(node, self._roll_back)
+        self._prepare = prepare
         self._loader = loader
         self._node = node
         self._changes = changes
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._running: asyncio.Task[Any] | None = None
-        self._closed = False
-        self.retirements = Retirements(node, self._go_back)
-        self._config_error = ""  # that was told last, and is still there
+        self._is_closed = False
+        self._config_error = ""  # the last one that was reported, while it persists
         node.on_finished = self._dispose
 
-    def load_all(self, origins: list[Origin]) -> list[Agent]:
-        """Load everything for the first time; modules that fail say so, the others serve.
-
-        Returns the agents that are to be served, ready for it.
-        """
-        loader = self._loader
-        loader.prepare(self.config, origins)
-        for origin in origins:
-            stage = loader.imports.stage = Stage()
-            module = loader.load(origin, stage)
-            self.modules.append(module)
-            if module.state == "failed":
-                self._changes.tried_first(origin, stage.executed)
-        agents = loader.agents_of(self.modules)
-        for module, why, twice, first in claimed_twice(self.modules, agents):
-            module.fail(why, line=twice.source)
-            agents[module] = []
-            self._changes.tried_first(module.origin, [], [first.file])
-        ready: list[Agent] = []
-        for module in self.modules:
-            enabled = [agent for agent in agents[module] if self.config.enabled(agent.name)]
-            try:
-                ready += [self._ready(agent, self.config) for agent in enabled]
-                module.agents = agents[module]
-            except PluginFailed as exc:
-                module.fail(exc.message)
-                self._changes.tried_first(module.origin, [])
-        return ready
+    def load_all(self, origins: list[Origin]) -> list[AgentVersion]:
+        """Load everything for the first time; returns the agents that serve, prepared."""
+        self.modules, agents = load_all(self._loader, self._changes, origins, self.config, self._prepare)
+        return agents
 
     async def reload(
-        self, only: str = "", *, sure: bool = True, settled: Mapping[str, Stamp] | None = None
-    ) -> Outcome | None:
-        """Load what differs from disk, or `only` one module anyway; None when nothing does.
+        self,
+        name: str = "",
+        *,
+        is_stable: bool = True,
+        scanned: Mapping[str, Stamp] | None = None,
+        finds_references: bool = False,
+    ) -> ReloadResult | None:
+        """Load what differs from disk, or the module `name` in any case; None when nothing does.
 
-        Never raises for what is on disk: a failure is an outcome, and changes nothing else.
+        Never raises for what is on disk: a failure is a result, and changes nothing else.
+
+        Args:
+            name: a module; empty for all changes.
+            is_stable: the files have not changed for long, so that an incomplete save is excluded.
+            scanned: the stamps of the files when they were scanned.
+            finds_references: report what keeps the old version in memory, which blocks the loop.
 
         Raises:
-            Doubtful: what is on disk may be half a save, and nobody is `sure` that it is not; or a
-                file is not as it had `settled` any more.
-
+            UnstableFiles: a save may be incomplete, or a file changed since it was scanned.
         """
-        async with self._turn:
-            if self._closed:
+        async with self._lock:
+            if self._is_closed:
                 return None
             self._running = asyncio.current_task()
             try:
-                outcome = await self._reload(only, settled or {}, sure=sure)
-                if outcome is not None:
-                    await self.on_outcome(outcome)
+                began = perf_counter()
+                plan = await self._find(name)
+                result = None
+                if isinstance(plan, ReloadResult):
+                    result = plan
+                elif plan is not None:
+                    if plan.has_unstable_files and not is_stable:
+                        raise UnstableFiles
+                    result = await self._carry_out(
+                        plan, scanned or {}, began, is_stable=is_stable, finds_references=finds_references
+                    )
+                if result is not None:
+                    await self.on_result(result)
             finally:
                 self._running = None
-            return outcome
+            return result
 
-    async def _reload(self, only: str, settled: Mapping[str, Stamp], *, sure: bool) -> Outcome | None:
-        began = perf_counter()
-        try:
-            plan = await self._find(only)
-            self._config_error = ""
-        except ConfigError as exc:
-            told, self._config_error = self._config_error, exc.message
-            if told != exc.message:
-                return self._told(Outcome(self._shown(self._changes.config_cause()), error=exc.message))
-            # It is told already; what else has changed is reloaded all the same.
-            plan = await self._find(only, lenient=True)
-        self._look_for_restored()
-        if plan is None:
-            return None
-        if plan.is_doubtful and not sure:
-            raise Doubtful
-        return await self._carry_out(plan, settled, began, sure=sure)
+    async def _find(self, name: str) -> Plan | ReloadResult | None:
+        """What to do; a result when mesh.toml is invalid and that was not reported yet."""
+        changes = self._changes
+        if name:
+            plan = await self._search(lambda: changes.find_named(self.modules, self.config, name))
+        else:
+            try:
+                plan = await self._search(lambda: changes.find(self.modules, self.config))
+                self._config_error = ""
+            except ConfigError as exc:
+                previous, self._config_error = self._config_error, exc.message
+                if previous != exc.message:
+                    files = self._display_names(changes.config_cause())
+                    return self._record(ReloadResult(files, error=exc.message))
+                # Reported already; other changes are reloaded.
+                plan = await self._search(lambda: changes.find_with_invalid_config(self.modules, self.config))
+        self.modules = update_failed(self.modules, self._changes)
+        return plan
 
-    async def _find(self, only: str, *, lenient: bool = False) -> Plan | None:
-        """What differs; to look at many files must not hold up the event loop."""
-        find = partial(self._changes.find, self.modules, self.config, only, lenient=lenient)
-        return await asyncio.to_thread(find) if len(self.modules) > _MANY else find()
-
-    def _look_for_restored(self) -> None:
-        """Say of what could not be loaded that it is again what is served, or gone."""
-        paths = {module: module.origin.path for module in self.modules if module.state == "failed"}
-        gone = [module for module, path in paths.items() if path is not None and not path.exists()]
-        self.modules = [module for module in self.modules if module not in gone]
-        outdated = [module for module in self.modules if module.state == "outdated"]
-        differing = self._changes.differing() if outdated else set()
-        refused = {name for attempt in self._changes.attempts for name in attempt.names}
-        for module in outdated:
-            if module.name not in differing | refused:
-                module.state, module.error, module.traceback, module.line = "serving", "", "", ""
-                log.info("%s is again what is being served", module.origin.shown)
+    async def _search(self, find: Callable[[], Plan | None]) -> Plan | None:
+        return await asyncio.to_thread(find) if len(self.modules) > _MANY_MODULES else find()
 
     async def _carry_out(
-        self, plan: Plan, settled: Mapping[str, Stamp], began: float, *, sure: bool
-    ) -> Outcome:
+        self,
+        plan: Plan,
+        scanned: Mapping[str, Stamp],
+        began: float,
+        *,
+        is_stable: bool,
+        finds_references: bool,
+    ) -> ReloadResult:
         """The transaction."""
-        imports, plugins = self._loader.imports, self._node.plugins
-        stage, settings, limit = Stage(), plugins.in_force, plan.config.host.load_timeout
+        transaction = ImportTransaction()
         try:
-            verdict.check_willing(imports.sources, plan.names)
-            self._loader.prepare(plan.config, plan.origins)
-            stage = imports.take_out(plan.names)
-            try:
-                new = await aside(
-                    lambda: self._load(plan.load, stage),
-                    limit,
-                    is_slow=sum(source.took for source in stage.sources.values()) > _SLOW,
-                    when_late=imports.mend,
-                )
-            finally:
-                verdict.check_settled(stage.executed, settled, sure=sure)
-            if plan.config.plugins != self.config.plugins:
-                configure(plugins, plan.config)
-            candidate = self._check(plan, new, stage, sure=sure)
-            with imports.loading(stage):  # they may import more of the new version
-                await move(candidate.transfers, limit)
-                if await self._replay(candidate, strict=plan.config.host.replay_strict):
-                    await move(candidate.transfers, limit)  # without what replays have done to it
-        # Code of others may raise anything.
+            checks.check_willing(self._loader.imports.modules, plan.names)
+            with self._staged(plan) as transaction:
+                new = await self._load(plan, transaction, scanned, is_stable=is_stable)
+                candidate = self._candidate(plan, new, transaction, is_stable=is_stable)
+                checks.check(candidate)
+                serve = [self._prepare(agent, plan.config) for agent in candidate.changed]
+                await self._check_with_state(candidate, transaction, serve)
+        # Authors' code may raise anything.
         except BaseException as exc:
-            imports.put_back(stage)
-            imports.stage = Stage()  # nobody holds what was tried
-            plugins.restore(settings, self.config.folder)
-            plugins.tell_unloaded(self._node.binding.wanted)
-            self._loader.prepare(self.config, [module.origin for module in self.modules])
             task = asyncio.current_task()
-            if isinstance(exc, Doubtful) or (task is not None and task.cancelling()):
+            if isinstance(exc, UnstableFiles) or (task is not None and task.cancelling()):
                 raise
-            return self._refused(plan, stage.executed, exc, began, left_by_tried(stage.executed))
+            return self._refuse(plan, transaction.executed, exc, began)
         # Above this line anything may fail, and nothing has changed.
-        return self._commit(plan, stage, candidate, began)
+        return self._commit(candidate, serve, transaction, began, finds_references=finds_references)
 
-    def _load(self, origins: Iterable[Origin], stage: Stage) -> list[Module]:
-        forget_hints()
+    @contextmanager
+    def _staged(self, plan: Plan) -> Iterator[ImportTransaction]:
+        """Replace modules and settings; an error in the block restores all of them."""
+        plugins, settings = self._node.plugins, self._node.plugins.current_settings
+        self._loader.prepare(plan.config, plan.origins)
+        try:
+            with self._loader.imports.staged(plan.names) as transaction:
+                yield transaction
+        except BaseException:
+            plugins.restore(settings, self.config.folder)
+            plugins.notify_unloaded(self._node.reconciler.wanted)
+            self._loader.prepare(self.config, [module.origin for module in self.modules])
+            raise
+
+    async def _load(
+        self, plan: Plan, transaction: ImportTransaction, scanned: Mapping[str, Stamp], *, is_stable: bool
+    ) -> list[Module]:
+        """Load the modules off the loop, then apply the plugins' settings."""
+        imports = self._loader.imports
+        try:
+            new = await run_off_loop(
+                lambda: self._load_modules(plan.load, transaction),
+                plan.config.host.load_timeout,
+                is_slow=sum(module.took_s for module in transaction.replaced.values()) > _SLOW_S,
+                on_late_end=imports.repair,
+            )
+        finally:
+            checks.check_scanned(transaction.executed, scanned, is_stable=is_stable)
+        if plan.config.plugins != self.config.plugins:
+            configure(self._node.plugins, plan.config)
+        return new
+
+    def _load_modules(self, origins: Iterable[Origin], transaction: ImportTransaction) -> list[Module]:
+        clear_typing_caches()
         modules = []
         for origin in origins:
-            if stage.given_up:
+            if transaction.is_abandoned:
                 raise SystemExit("the load took too long")
-            module = self._loader.load(origin, stage, can_be_left=False)
+            module = self._loader.load(origin, transaction, may_interrupt=False)
             if module.state == "failed":
                 raise LoadFailed(module)
             modules.append(module)
         return modules
 
-    def _check(self, plan: Plan, new: list[Module], stage: Stage, *, sure: bool) -> Candidate:
-        """What is to serve from now on; raises why it must not."""
-        known = {module.origin: module for module in self.modules} | {module.origin: module for module in new}
-        modules = [known[origin] for origin in plan.origins if origin in known]
+    def _candidate(
+        self, plan: Plan, new: list[Module], transaction: ImportTransaction, *, is_stable: bool
+    ) -> Candidate:
         before = {module.origin: module for module in self.modules}
         for module in new:
-            old = before.get(module.origin)
-            if old is not None:
-                module.take_over(old)
-        agents = self._loader.agents_of(modules)
-        for module in new:
-            old = before.get(module.origin)
-            if not sure and old is not None and old.agents and not agents[module]:
-                raise Doubtful
-        # Those that serve come first, wherever they stand: a new one takes nothing from them.
-        for module, why, twice, first in claimed_twice(sorted(modules, key=new.__contains__), agents):
-            if module in new:
-                module.fail(why, line=twice.source)
-                raise LoadFailed(module, [first.file])
-            agents[module] = []
-        wanted = {a.name: a for found in agents.values() for a in found if plan.config.enabled(a.name)}
-        served = self._node.binding.wanted
-        differing = verdict.different(wanted, served, plan.config, self.config, self._node.refused)
-        serve = [self._ready(agent, plan.config) for agent in differing]
-        verdict.check_publishable(serve, self._node.connection.max_payload)
-        notes = verdict.compared(serve, served, plan.config.host.contract)
-        if self._changes.config_file in plan.causes:
-            notes += plan.config.unread(
-                {m.origin.key for m in modules}, [a.name for f in agents.values() for a in f]
-            )
-            if keys := unfollowed(self._started, plan.config):
-                notes.append(f"mesh.toml: the host follows {', '.join(keys)} after a restart only")
-        transfers = [Transfer(source.generation) for source in stage.executed if source.generation.before]
-        gone = verdict.withdrawn(served, wanted, self.modules, stage.sources.values())
-        return Candidate(modules, agents, serve, gone, transfers, notes)
+            if module.origin in before:
+                module.take_over(before[module.origin])
+        known = before | {module.origin: module for module in new}
+        modules = [known[origin] for origin in plan.origins if origin in known]
+        node = self._node
+        wanted, limit = node.reconciler.wanted, node.connection.max_payload
+        serving = Serving(wanted, self.modules, self.config, self._started, node.refused, limit)
+        return Candidate(
+            plan,
+            serving,
+            modules,
+            new,
+            self._loader.agents_of(modules),
+            list(transaction.replaced.values()),
+            is_stable=is_stable,
+            has_new_config=self._changes.config_file in plan.causes,
+        )
 
-    async def _replay(self, candidate: Candidate, *, strict: bool) -> bool:
-        """Note what the new versions do differently; tells whether anything was replayed."""
-        for agent in candidate.serve:
-            before = self._node.binding.wanted.get(agent.name)
-            for difference in await self._replays.differences(agent, before):
-                candidate.notes.append(f"{agent.name}: {difference.text}")
-                if strict and difference.is_new_error:
-                    why = "fails on what the version before it answers"
-                    raise ReloadRefused(f"{agent.name} {why}: {difference.text}")
-        return any(self._replays.kept(agent.name) for agent in candidate.serve)
+    async def _check_with_state(
+        self, candidate: Candidate, transaction: ImportTransaction, serve: list[AgentVersion]
+    ) -> None:
+        """Transfer the kept state, and let plugins check the new versions."""
+        limit, plugins = candidate.plan.config.host.load_timeout, self._node.plugins
+        transfers = [StateTransfer(m.generation) for m in transaction.executed if m.generation.previous]
+        await transfer_state(transfers, limit)
+        if plugins.check_candidates:
+            for agent in serve:
+                serving = candidate.serving.agents.get(agent.name)
+                candidate.notes += await plugins.check_candidate(agent, serving)
+            await transfer_state(transfers, limit)  # without the effects of the checks
 
-    def _commit(self, plan: Plan, stage: Stage, candidate: Candidate, began: float) -> Outcome:
+    def _commit(
+        self,
+        candidate: Candidate,
+        serve: list[AgentVersion],
+        transaction: ImportTransaction,
+        began: float,
+        *,
+        finds_references: bool,
+    ) -> ReloadResult:
         """Let the new generation serve, without a pause in which both or none do."""
-        routes = {name: route for a in candidate.serve if (route := self._node.router.get(name := a.name))}
+        plan, node, removed = candidate.plan, self._node, candidate.removed
+        routes = {agent.name: route for agent in serve if (route := node.router.get(agent.name))}
         old = {name: route.agent for name, route in routes.items()}
-        added = [agent.name for agent in candidate.serve if agent.name not in self._node.binding.wanted]
+        added = [agent.name for agent in serve if agent.name not in node.reconciler.wanted]
         replaced = [module for module in self.modules if module not in candidate.modules]
         self.config, self.modules = plan.config, candidate.modules
         for module in self.modules:
             module.agents = candidate.agents[module]
             if module.origin in plan.load:
                 module.state = "serving"
-        self._node.contract_policy = plan.config.host.contract
-        self._node.binding.replace(candidate.serve)
-        gone = self._node.drop(candidate.gone)
-        self._replays.accept(candidate.serve, candidate.gone)
-        self._changes.done(plan)
-        # From here on nothing but what runs on it holds the old generation.
-        self._loader.imports.stage = Stage()
-        for source in stage.executed:
-            source.generation.before = None
-        # Of what was tried, what serves now.
-        stage.executed = [s for s in stage.executed if self._loader.imports.sources.get(s.name) is s]
-        outcome = Outcome(
-            self._shown(plan.causes),
-            [*verdict.in_words(old, candidate.serve), *[f"{name} withdrawn" for name in candidate.gone]],
+        node.contract_policy = plan.config.host.contract
+        node.reconciler.replace(serve)
+        removed_routes = node.remove(removed)
+        self._changes.complete(plan)
+        self._release(transaction)
+        running = sum(route.running_on(old[name]) for name, route in routes.items())
+        result = ReloadResult(
+            self._display_names(plan.causes),
+            [*checks.describe_changes(old, serve), *[f"{name} withdrawn" for name in removed]],
             notes=candidate.notes,
+            names=sorted({*old, *[agent.name for agent in serve], *removed}),
             took_ms=_ms(began),
-            in_flight=sum(route.running_on(old[name]) for name, route in routes.items())
-            + sum(route.in_flight for route in gone),
+            in_flight=running + sum(route.in_flight for route in removed_routes),
         )
-        outcome.names = sorted({*old, *[agent.name for agent in candidate.serve], *candidate.gone})
         agents = [(routes[name], agent) for name, agent in old.items()]
-        retired = Retired(agents, gone, added, stage, replaced, plan)
-        self.retirements.begin(retired, plan.config.host.drain_timeout, outcome)
-        return self._told(outcome)
+        retiring = RetiringVersion(
+            agents, removed_routes, added, transaction, replaced, plan, finds_references or _is_debugging()
+        )
+        self.retirements.begin(retiring, plan.config.host.drain_timeout, result)
+        return self._record(result)
 
-    async def _go_back(self, retired: Retired, why: str) -> bool:
-        """Let an old version serve again, all of it, unless another reload has replaced the new one."""
-        imports, stage = self._loader.imports, retired.stage
-        async with self._turn:
-            replaced = any(imports.sources.get(s.name) is not s for s in stage.executed)
-            if self._closed or not stage.executed or replaced:  # once back, it goes nowhere else
+    def _release(self, transaction: ImportTransaction) -> None:
+        """Hold the old generation no longer; of what was executed, keep what serves now."""
+        for managed in transaction.executed:
+            managed.generation.previous = None
+        serving = self._loader.imports.modules
+        transaction.executed = [m for m in transaction.executed if serving.get(m.name) is m]
+
+    async def _roll_back(self, retiring: RetiringVersion, reason: str) -> bool:
+        """Let an old version serve again, as a whole, unless a later reload has replaced the new one."""
+        imports, transaction = self._loader.imports, retiring.transaction
+        async with self._lock:
+            is_replaced = any(imports.modules.get(m.name) is not m for m in transaction.executed)
+            if self._is_closed or not transaction.executed or is_replaced:  # rolled back once at most
                 return False
             try:
-                serve = [self._ready(agent.bare, self.config) for agent in retired.old_agents(self.config)]
+                old_agents = retiring.old_agents(self.config)
+                serve = [self._prepare(agent.without_middlewares(), self.config) for agent in old_agents]
             except PluginFailed as failure:
-                log.warning("%s; the old version cannot run again: %s", why, failure.message)
+                log.warning("%s; rollback failed: %s", reason, failure.message)
                 return False
-            executed, stage.executed = stage.executed, []
-            failed = imports.take_out({source.name for source in executed})
-            imports.put_back(stage)
-            imports.stage = Stage()
-            agents = [(route, route.agent) for route, _ in retired.agents]
-            before = {module.origin: module for module in retired.modules}
-            new = [module for module in self.modules if module.name in failed.modules]
-            kept = [module for module in self.modules if module not in new or module.origin in before]
-            self.modules = [before.pop(module.origin, module) for module in kept]
-            self.modules += before.values()
-            self._node.binding.replace(serve)
-            self._replays.accept(serve, retired.added)
-            gone = self._node.drop(retired.added)
-            again = Stage(failed.modules, sources=failed.sources)
-            exc = ReloadRefused(f"{why}, so the old version runs again")
-            outcome = self._refused(retired.plan, executed, exc, perf_counter())
-            drain_timeout = self.config.host.drain_timeout
-            self.retirements.begin(Retired(agents, gone, [], again, [], retired.plan), drain_timeout, outcome)
-            await self.on_outcome(outcome)
+            executed = list(transaction.executed)
+            undone = imports.revert(transaction)
+            self.modules = self._modules_before(retiring, undone)
+            agents = [(route, route.agent) for route, _ in retiring.agents]
+            self._node.reconciler.replace(serve)
+            removed = self._node.remove(retiring.added)
+            error = ReloadRefused(f"{reason}, so the old version runs again")
+            result = self._refuse(retiring.plan, executed, error, perf_counter(), is_clean=True)
+            failed = RetiringVersion(agents, removed, [], undone, [], retiring.plan)
+            self.retirements.begin(failed, self.config.host.drain_timeout, result)
+            await self.on_result(result)
         return True
 
-    def _told(self, outcome: Outcome) -> Outcome:
-        self.history.append(outcome)
-        verdict.tell(outcome)
-        return outcome
+    def _modules_before(self, retiring: RetiringVersion, undone: ImportTransaction) -> list[Module]:
+        """All modules, with the old ones in place of those that were undone."""
+        old = {module.origin: module for module in retiring.modules}
+        kept = [m for m in self.modules if m.name not in undone.modules or m.origin in old]
+        modules = [old.pop(module.origin, module) for module in kept]
+        return [*modules, *old.values()]
 
-    def _refused(
-        self, plan: Plan, executed: Iterable[Source], exc: BaseException, began: float, notes: Notes = ()
-    ) -> Outcome:
-        """Remember and tell that what is on disk is not served, and why."""
-        also = exc.files if isinstance(exc, LoadFailed) else []
-        self._changes.tried(plan.causes, executed, also, plan.names)
-        error, details, line = verdict.why_of(exc)
-        files = self._shown(plan.causes) or ["the configuration"]
-        outcome = Outcome(files, error=error, details=details, line=line, notes=[*notes], took_ms=_ms(began))
+    def _record(self, result: ReloadResult) -> ReloadResult:
+        self.history.append(result)
+        checks.log_result(result)
+        return result
+
+    def _refuse(
+        self,
+        plan: Plan,
+        executed: Iterable[ManagedModule],
+        exc: BaseException,
+        began: float,
+        *,
+        is_clean: bool = False,
+    ) -> ReloadResult:
+        """Remember and report that a version does not serve; one that `is_clean` left nothing behind."""
+        files = exc.files if isinstance(exc, LoadFailed) else []
+        self._changes.add_failure(plan.causes, executed, files, plan.names)
+        error, details, line = checks.explain(exc)
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None
-        for module in self.modules:
-            at_fault = module.origin == failed or (failed is None and module.origin in plan.load)
-            if at_fault or module.name in plan.names:
-                module.error, module.traceback, module.line = error, details, line
-                outcome.names += [agent.name for agent in module.agents]
-                module.state = "failed" if module.state == "failed" else "outdated"
-        for origin in plan.load:
-            if origin not in {module.origin for module in self.modules}:
-                self.modules.append(Module(origin, state="failed", error=error, traceback=details, line=line))
-        return self._told(outcome)
+        result = ReloadResult(
+            self._display_names(plan.causes) or ["the configuration"],
+            error=error,
+            details=details,
+            line=line,
+            notes=[] if is_clean else leftovers_of_attempt(executed),
+            names=mark_refused(self.modules, plan, failed, (error, details, line)),
+            took_ms=_ms(began),
+        )
+        return self._record(result)
 
-    def _shown(self, causes: Files) -> list[str]:
+    def _display_names(self, causes: Files) -> list[str]:
         folder = self.config.folder
         return sorted(str(p.relative_to(folder)) if p.is_relative_to(folder) else str(p) for p in causes)
 
-    def knows(self, module: str) -> bool:
+    def knows(self, name: str) -> bool:
         """Whether there is a module of this name."""
-        return any(module in names_of(each) for each in self.modules)
+        return any(name in names_of(module) for module in self.modules)
 
-    def places(self) -> Places:
-        """Where to look for what may change."""
-        return self._changes.places(self.config)
+    def watched_paths(self) -> WatchedPaths:
+        """Where changes may happen."""
+        return self._changes.watched_paths(self.config)
 
     async def close(self) -> None:
-        """Reload nothing more, and wait for what is being let go, as long as a stop may take."""
-        self._closed = True
+        """Reload nothing more, and wait for retiring versions, as long as a stop may take."""
+        self._is_closed = True
         await cancel_and_wait(self._running)
         await self.retirements.finish(self.config.host.drain_timeout)
 
     async def _dispose(self) -> None:
-        """Dispose of what served to the last, and of what could not be let go of before."""
+        """Dispose of the serving version, and of those that could not be retired in time."""
         await self.retirements.dispose()
-        generations = [source.generation for source in self._loader.imports.sources.values()]
-        await dispose(generations + [module.loose for module in self.modules])
+        generations = [managed.generation for managed in self._loader.imports.modules.values()]
+        await dispose(generations + [module.unmanaged for module in self.modules])
 
 
-async def _tell_nobody(_outcome: Outcome) -> None: ...
+async def _do_nothing(_result: ReloadResult) -> None: ...
+
+
+def _is_debugging() -> bool:
+    return log.isEnabledFor(logging.DEBUG)
 
 
 def _ms(began: float) -> float:

@@ -1,4 +1,4 @@
-"""When to look at the disk: the watcher is a doorbell, a scan of our own is the truth."""
+"""When to look at the disk: the system's watcher is a doorbell, a scan of our own decides."""
 
 import asyncio
 import logging
@@ -14,219 +14,227 @@ from watchfiles import Change, awatch
 from openagentmesh.runtime.loading.files import (
     Stamp,
     is_being_written,
-    is_skipped,
-    leads_back,
+    is_cyclic_link,
+    is_ignored_folder,
     stamp,
     stamp_of,
 )
-from openagentmesh.runtime.reload.changes import Places
-from openagentmesh.runtime.reload.checks import Doubtful
+from openagentmesh.runtime.reload.changes import WatchedPaths
+from openagentmesh.runtime.reload.checks import UnstableFiles
 from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
 Scan = dict[str, Stamp]
-# How often the bell looks, in milliseconds: while somebody edits, and when nobody has for so many seconds.
-_LIVELY: Final = 3
-_CALM: Final = 20
-_SESSION: Final = 600.0
-# Doorbells get lost, so without one we look this often, in seconds; at most this share of the time.
-_SWEEP: Final = 1.0
-_SWEEP_SHARE: Final = 0.001
-# A file that is written in place is done when two looks this far apart see the same.
-_SETTLED: Final = 0.03
-# As long when nobody has it open any more: who writes it in several goes comes back at once.
-_CLOSED: Final = 0.01
-# Several files are done when nothing changed for this long; nobody waits longer than the limit.
-_QUIET: Final = 0.05
-_QUIET_LIMIT: Final = 1.0
-# What may be half a save is one until nothing has changed for this long.
-_DOUBT: Final = 0.25
-_MANY: Final = 500
+# How often the system's watcher looks: during an editing session, and after so many seconds without a change.
+_ACTIVE_STEP_MS: Final = 3
+_IDLE_STEP_MS: Final = 20
+_SESSION_S: Final = 600.0
+# Its events get lost, so without one everything is scanned this often; at most this share of the time.
+_SWEEP_S: Final = 1.0
+_MAX_SWEEP_SHARE: Final = 0.001
+_SCAN_S_PER_FILE: Final = 4e-6
+# A file that is written in place is complete when two scans at this distance are equal.
+_SETTLE_S: Final = 0.03
+# The same when no process has it open for writing.
+_CLOSED_SETTLE_S: Final = 0.01
+# Several files are complete when nothing changed for this long; at most this long is waited.
+_QUIET_S: Final = 0.05
+_MAX_QUIET_S: Final = 1.0
+# What may be an incomplete save counts when nothing has changed for this long.
+_UNSTABLE_S: Final = 0.25
+_MANY_FILES: Final = 500
 
 
-class Bell(asyncio.Event):
+class ChangeSignal(asyncio.Event):
     """Set when something may have changed.
 
     Attributes:
-        rung_at: when something had, last, in seconds of the event loop's clock.
-
+        last_change: when something did, by the event loop's clock in seconds.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.rung_at = -math.inf
+        self.last_change = -math.inf
 
-    def ring(self) -> None:
-        """Tell that something has changed."""
-        self.rung_at = asyncio.get_running_loop().time()
+    def notify(self) -> None:
+        """Something has changed."""
+        self.last_change = asyncio.get_running_loop().time()
         self.set()
 
     @property
-    def step(self) -> int:
-        """How often to look, in milliseconds."""
-        return _LIVELY if asyncio.get_running_loop().time() - self.rung_at < _SESSION else _CALM
+    def step_ms(self) -> int:
+        """How often the system's watcher looks, in milliseconds."""
+        is_active = asyncio.get_running_loop().time() - self.last_change < _SESSION_S
+        return _ACTIVE_STEP_MS if is_active else _IDLE_STEP_MS
 
 
 async def watch(reloader: Reloader) -> None:
-    """Reload what was saved, as soon as it is whole; runs until cancelled."""
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change
-    bell = Bell()
-    seen: Scan = {}  # what was saved since it was loaded is found by the first look
+    """Reload saved files, as soon as they are complete; runs until cancelled."""
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs every change
+    signal = ChangeSignal()
+    seen: Scan = {}  # the first scan finds what was saved since the start
     while True:
-        places = reloader.places()
-        files = {str(file) for file in places.files}
+        paths = reloader.watched_paths()
+        files = {str(file) for file in paths.files}
 
-        def concerns_us(_change: Change, path: str, files: set[str] = files) -> bool:
+        def is_relevant(_change: Change, path: str, files: set[str] = files) -> bool:
             return path in files or path.endswith(".py") or "." not in path.rpartition(os.sep)[2]
 
-        # A second bell for mesh.toml and the like would double the cost of an idle host: the
-        # regular look finds them soon enough, unless there is nothing else to watch.
-        ringing = asyncio.create_task(
-            _ring(places.roots or places.folders, bell, concerns_us, recursive=bool(places.roots))
+        # A second watcher for single files would double the cost of an idle host: the regular scan
+        # finds their changes soon enough, unless there is nothing else to watch.
+        watching = asyncio.create_task(
+            _watch_system(paths.roots or paths.folders, signal, is_relevant, recursive=bool(paths.roots))
         )
         try:
-            seen = await _watch_places(reloader, places, seen, bell)
+            seen = await _watch_paths(reloader, paths, seen, signal)
         finally:
-            await cancel_and_wait(ringing)
+            await cancel_and_wait(watching)
 
 
-async def _watch_places(reloader: Reloader, places: Places, seen: Scan, bell: Bell) -> Scan:
-    """Reload until there are other places to look at; returns what was seen last."""
-    now, roots = places, _identity(places)
-    # A folder that was made anew has no bell yet.
-    while now == places and roots == _identity(places):
-        await _until_rung(bell, places, seen)
+async def _watch_paths(reloader: Reloader, paths: WatchedPaths, seen: Scan, signal: ChangeSignal) -> Scan:
+    """Reload until other paths have to be watched; returns the last scan."""
+    current, inodes = paths, _inodes(paths)
+    # A folder that was created again is not watched by the system yet.
+    while current == paths and inodes == _inodes(paths):
+        await _wait_for_change(signal, paths, seen)
         try:
-            scan = await _scanned(places)
+            scan = await _scan_paths(paths)
             if scan == seen:
                 continue
-            seen = await _reload(reloader, places, await _settled(places, seen, scan), bell)
-            now = reloader.places()
-        # The reload ends here: whatever went wrong in it, it is tried again at the next look.
+            seen = await _reload(reloader, paths, await _settled(paths, seen, scan), signal)
+            current = reloader.watched_paths()
+        # The reload ends here: whatever went wrong, the next scan tries it again.
         except Exception:
             seen = {}
-            log.exception("a reload failed in a way that it should not")
+            log.exception("unexpected error during reload")
     return seen
 
 
-def _identity(places: Places) -> list[int | None]:
-    """What tells folders from others of the same names."""
-    return [found and found[0] for found in map(stamp, sorted(places.roots))]
+def _inodes(paths: WatchedPaths) -> list[int | None]:
+    """Distinguishes folders from later ones of the same names."""
+    return [found and found[0] for found in map(stamp, sorted(paths.roots))]
 
 
-async def _reload(reloader: Reloader, places: Places, seen: Scan, bell: Bell) -> Scan:
-    """Reload what was saved, once it is no half of a save; returns what was seen last."""
-    sure = False
+async def _reload(reloader: Reloader, paths: WatchedPaths, seen: Scan, signal: ChangeSignal) -> Scan:
+    """Reload what was saved, once it is complete; returns the last scan."""
+    is_stable = False
     while True:
         try:
-            await reloader.reload(sure=sure, settled=seen)
-        except Doubtful:
-            scan = await _until_changed(places, seen, bell)
-            sure = scan == seen
-            seen = seen if sure else await _settled(places, seen, scan)
+            await reloader.reload(is_stable=is_stable, scanned=seen)
+        except UnstableFiles:
+            scan = await _wait_while_unstable(paths, seen, signal)
+            is_stable = scan == seen
+            seen = seen if is_stable else await _settled(paths, seen, scan)
         else:
             return seen
 
 
-async def _until_changed(places: Places, seen: Scan, bell: Bell) -> Scan:
-    """Look again for as long as there is doubt, or until something has changed; the last look."""
+async def _wait_while_unstable(paths: WatchedPaths, seen: Scan, signal: ChangeSignal) -> Scan:
+    """Wait until something has changed, or for as long as incomplete saves take; returns the last scan."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(_DOUBT):
-            while (scan := await _scanned(places)) == seen:
-                await bell.wait()
-                bell.clear()
+        async with asyncio.timeout(_UNSTABLE_S):
+            while (scan := await _scan_paths(paths)) == seen:
+                await signal.wait()
+                signal.clear()
             return scan
-    return await _scanned(places)
+    return await _scan_paths(paths)
 
 
-async def _settled(places: Places, before: Scan, now: Scan) -> Scan:
-    """Wait until nobody writes any more: a set of files changed together is one reload."""
+async def _settled(paths: WatchedPaths, before: Scan, after: Scan) -> Scan:
+    """Wait until nothing is written any more: files changed together are one reload."""
     loop = asyncio.get_running_loop()
-    limit = loop.time() + _QUIET_LIMIT
-    while loop.time() < limit:
-        changed = {path for path in before.keys() | now.keys() if before.get(path) != now.get(path)}
-        # A file with a new inode was written elsewhere and moved here whole.
-        whole = all(path in now and path in before and before[path][0] != now[path][0] for path in changed)
-        if len(changed) == 1 and whole and not _is_busy(places, changed):
-            return now
-        await asyncio.sleep(_pause(changed))  # nothing tells that a writer is done
-        again = await _scanned(places)
-        if again == now and not _is_busy(places, changed):
-            return now
-        now = again
-    return now
+    deadline = loop.time() + _MAX_QUIET_S
+    while loop.time() < deadline:
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        if len(changed) == 1 and _is_replaced(before, after, *changed) and not _is_busy(paths, changed):
+            return after
+        await asyncio.sleep(_settle_time(changed))  # no event announces the end of writing
+        again = await _scan_paths(paths)
+        if again == after and not _is_busy(paths, changed):
+            return after
+        after = again
+    return after
 
 
-def _pause(changed: Collection[str]) -> float:
-    """Seconds until files that have changed are looked at again."""
+def _is_replaced(before: Scan, after: Scan, path: str) -> bool:
+    """Whether a file has a new inode: it was written elsewhere and moved here as a whole."""
+    return path in after and path in before and before[path][0] != after[path][0]
+
+
+def _settle_time(changed: Collection[str]) -> float:
+    """Seconds until changed files are scanned again."""
     if len(changed) != 1:
-        return _QUIET
-    return _CLOSED if all(is_being_written(path) is False for path in changed) else _SETTLED
+        return _QUIET_S
+    return _CLOSED_SETTLE_S if all(is_being_written(path) is False for path in changed) else _SETTLE_S
 
 
-async def _until_rung(bell: Bell, places: Places, seen: Scan) -> None:
-    """Wait for the bell, for a change of a single file, or for the time to look at everything."""
+async def _wait_for_change(signal: ChangeSignal, paths: WatchedPaths, seen: Scan) -> None:
+    """Wait for the system's watcher, for a change of a single file, or for the time of a full scan."""
     loop = asyncio.get_running_loop()
-    # A scan takes about 4 us a file, so that many files are looked at less often.
-    sweep = loop.time() + max(_SWEEP, len(seen) * 4e-6 / _SWEEP_SHARE)
+    # The more files, the rarer.
+    sweep = loop.time() + max(_SWEEP_S, len(seen) * _SCAN_S_PER_FILE / _MAX_SWEEP_SHARE)
     while loop.time() < sweep:
         with suppress(TimeoutError):
-            async with asyncio.timeout(_SWEEP):
-                await bell.wait()
-                bell.clear()
+            async with asyncio.timeout(_SWEEP_S):
+                await signal.wait()
+                signal.clear()
                 return
-        if any(stamp(path) != seen.get(path) for path in places.elsewhere):
+        if any(stamp(path) != seen.get(path) for path in paths.other_files):
             return
 
 
-async def _ring(
-    folders: Iterable[Path], bell: Bell, wanted: Callable[[Change, str], bool], *, recursive: bool
+async def _watch_system(
+    folders: Iterable[Path],
+    signal: ChangeSignal,
+    is_relevant: Callable[[Change, str], bool],
+    *,
+    recursive: bool,
 ) -> None:
-    """Ring `bell` whenever something happens in one of these folders."""
+    """Set `signal` whenever something changes in one of these folders."""
     try:
-        while there := {str(folder) for folder in folders if folder.is_dir()}:
-            step = bell.step
+        while present := {str(folder) for folder in folders if folder.is_dir()}:
+            step = signal.step_ms
             changes = awatch(
-                *there,
-                watch_filter=wanted,
+                *present,
+                watch_filter=is_relevant,
                 step=step,
                 debounce=step,
                 recursive=recursive,
                 yield_on_timeout=True,
             )
-            # For what happens before it looks, which it does from its first wait on.
-            asyncio.get_running_loop().call_soon(bell.set)
+            # For changes before it watches, which it does from its first wait on.
+            asyncio.get_running_loop().call_soon(signal.set)
             async with aclosing(changes):
                 async for found in changes:
                     if found:
-                        bell.ring()
-                    # One was deleted, and may be another one now, of which nothing is told.
-                    is_gone = any(path in there for _, path in found)
-                    if is_gone or step != bell.step:
+                        signal.notify()
+                    # A deleted folder may be created again, which is not watched.
+                    is_deleted = any(path in present for _, path in found)
+                    if is_deleted or step != signal.step_ms:
                         break
-    # What the system's watcher raises is its own affair; without it there is still the scan.
+    # The system's watcher may raise anything; the regular scan goes on.
     except Exception as exc:  # noqa: BLE001 - as above
-        log.warning("saved files are noticed within %gs only: the system's watcher failed: %s", _SWEEP, exc)
+        log.warning("the system's file watcher failed: %s; saved files are noticed within %gs", exc, _SWEEP_S)
 
 
-async def _scanned(places: Places) -> Scan:
-    # A few files are looked at in less time than a busy loop takes to let a thread in.
-    return await asyncio.to_thread(_scan, places) if len(places.files) > _MANY else _scan(places)
+async def _scan_paths(paths: WatchedPaths) -> Scan:
+    # A few files are scanned in less time than a busy loop takes to switch to a thread.
+    return await asyncio.to_thread(_scan, paths) if len(paths.files) > _MANY_FILES else _scan(paths)
 
 
-def _scan(places: Places) -> Scan:
+def _scan(paths: WatchedPaths) -> Scan:
     found: Scan = {}
-    for root in places.roots:
+    for root in paths.roots:
         _scan_folder(str(root), found, ())
-    for path in places.elsewhere:
-        if (there := stamp(path)) is not None:
-            found[path] = there
+    for path in paths.other_files:
+        if (current := stamp(path)) is not None:
+            found[path] = current
     return found
 
 
-def _scan_folder(folder: str, found: Scan, above: tuple[str, ...]) -> None:
+def _scan_folder(folder: str, found: Scan, parents: tuple[str, ...]) -> None:
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -235,16 +243,19 @@ def _scan_folder(folder: str, found: Scan, above: tuple[str, ...]) -> None:
         try:
             if entry.name.endswith(".py"):
                 found[entry.path] = stamp_of(entry.stat())
-            elif not is_skipped(entry.name) and entry.is_dir() and not leads_back(entry.path, above):
-                _scan_folder(entry.path, found, (*above, os.path.realpath(entry.path)))
+            elif _is_scanned(entry, parents):
+                _scan_folder(entry.path, found, (*parents, os.path.realpath(entry.path)))
         except OSError:
-            continue  # it went away while we looked
+            continue  # it was deleted meanwhile
 
 
-def _is_busy(places: Places, changed: Iterable[str]) -> bool:
-    """Whether git changes files right now, or somebody still writes one of those that changed."""
-    return any(map(is_being_written, changed)) or any(
-        stamp(folder / ".git" / "index.lock") is not None
-        for root in places.roots
-        for folder in (root, *root.parents)
-    )
+def _is_scanned(entry: os.DirEntry[str], parents: tuple[str, ...]) -> bool:
+    return not is_ignored_folder(entry.name) and entry.is_dir() and not is_cyclic_link(entry.path, parents)
+
+
+def _is_busy(paths: WatchedPaths, changed: Iterable[str]) -> bool:
+    """Whether git changes files now, or a process still writes one of the changed files."""
+    if any(map(is_being_written, changed)):
+        return True
+    folders = {folder for root in paths.roots for folder in (root, *root.parents)}
+    return any(stamp(folder / ".git" / "index.lock") is not None for folder in folders)
