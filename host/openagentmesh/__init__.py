@@ -1,8 +1,13 @@
-"""openagentmesh: agents as typed async functions, found and called by name over NATS."""
+"""openagentmesh: agents as typed async functions, discovered and called by name over NATS.
 
-from openagentmesh.agent.agent import Agent
+Importing the package starts nothing; `Host` is loaded when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from openagentmesh.agent.agent import Agent, RecordedRequest, Redactor
 from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, current_call, report_usage
-from openagentmesh.agent.client_middleware import ClientMiddleware, Outgoing
+from openagentmesh.agent.client_middleware import ClientMiddleware, ClientOperation
 from openagentmesh.agent.sources import (
     Condition,
     KVCondition,
@@ -10,8 +15,8 @@ from openagentmesh.agent.sources import (
     SubjectCondition,
     SubjectSource,
 )
-from openagentmesh.hooks.reload_result import Outcome
-from openagentmesh.hooks.specs import Instance, Redactor, hookimpl
+from openagentmesh.hooks.reload_result import ReloadResult
+from openagentmesh.hooks.specs import Instance, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
 from openagentmesh.protocol.contract import AgentContract, AgentSpec, CatalogEntry
 from openagentmesh.protocol.errors import (
@@ -23,6 +28,7 @@ from openagentmesh.protocol.errors import (
     HandlerError,
     InvalidAgent,
     InvalidInput,
+    InvalidReply,
     InvocationMismatch,
     KVConflict,
     KVKeyExists,
@@ -45,7 +51,10 @@ from openagentmesh.protocol.messages import (
     Usage,
 )
 from openagentmesh.protocol.objects import Artifact
-from openagentmesh.runtime.host import Host
+from openagentmesh.protocol.status import HostStatus, NodeStatus
+
+if TYPE_CHECKING:
+    from openagentmesh.runtime.host import Host
 
 __all__ = [
     "Agent",
@@ -60,6 +69,7 @@ __all__ = [
     "CatalogEntry",
     "ChunkSequenceError",
     "ClientMiddleware",
+    "ClientOperation",
     "Condition",
     "ConnectionDenied",
     "ConnectionFailed",
@@ -67,9 +77,11 @@ __all__ = [
     "Endpoint",
     "HandlerError",
     "Host",
+    "HostStatus",
     "Instance",
     "InvalidAgent",
     "InvalidInput",
+    "InvalidReply",
     "InvocationMismatch",
     "KVCondition",
     "KVConflict",
@@ -81,16 +93,17 @@ __all__ = [
     "MeshMessage",
     "MeshTimeout",
     "Middleware",
+    "NodeStatus",
     "NotAvailable",
     "NotFound",
     "ObserveConfig",
-    "Outcome",
-    "Outgoing",
     "Overloaded",
     "PayloadTooLarge",
     "PermissionDenied",
     "PluginFailed",
+    "RecordedRequest",
     "Redactor",
+    "ReloadResult",
     "SubjectCondition",
     "SubjectSource",
     "Unauthenticated",
@@ -99,3 +112,11 @@ __all__ = [
     "hookimpl",
     "report_usage",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attribute
+    if name == "Host":
+        from openagentmesh.runtime.host import Host  # noqa: PLC0415 - most programs use no host
+
+        return Host
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,5 @@
-"""`oam agent`: call, stream, contract."""
+"""`oam agent`: call, stream, send, subscribe, contract."""
 
-import json
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -12,18 +11,18 @@ from openagentmesh.cli.output import (
     Payload,
     Url,
     agent_name,
-    as_json,
+    print_each,
+    print_line,
     read_payload,
     run,
-    say,
-    say_each,
+    to_json_text,
     usage_error,
 )
 from openagentmesh.protocol.contract import AgentContract
 
 app = typer.Typer(help="Use one agent.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="The agent, as in nlp.summarizer.", callback=agent_name)]
+Name = Annotated[str, typer.Argument(help="The agent, such as nlp.summarizer.", callback=agent_name)]
 Timeout = Annotated[
     float, typer.Option(min=0.001, help="Seconds to wait; for a stream, from chunk to chunk.")
 ]
@@ -38,7 +37,7 @@ def call(
 
     async def main() -> None:
         async with connected(url) as node:
-            say(as_json(await node.caller.call(name, given, timeout, None)))
+            print_line(to_json_text(await node.requests.call(name, given, timeout, None)))
 
     run(main(), json_=json_)
 
@@ -53,33 +52,33 @@ def stream(
     async def main() -> None:
         async with (
             connected(url) as node,
-            aclosing(node.caller.stream(name, given, timeout, None)) as chunks,
+            aclosing(node.requests.stream(name, given, timeout, None)) as chunks,
         ):
             async for chunk in chunks:
-                say(as_json(chunk))
+                print_line(to_json_text(chunk))
 
     run(main(), json_=json_)
 
 
 @app.command()
 def send(name: Name, payload: Payload = None, url: Url = None, *, json_: Json = False) -> None:
-    """Send a request without waiting for what the agent does with it."""
+    """Send a request without waiting for its result."""
     given = read_payload(payload)
 
     async def main() -> None:
         async with connected(url) as node:
-            await node.caller.send(name, given, None, None)
+            await node.requests.send(name, given, None, None)
 
     run(main(), json_=json_)
 
 
 @app.command()
 def subscribe(name: Name, url: Url = None, *, json_: Json = False) -> None:
-    """Print the events of a publisher, one line of JSON each, until it ends or Ctrl-C."""
+    """Print the events of a publisher, one line of JSON each, until its run ends or Ctrl-C."""
 
     async def main() -> None:
         async with connected(url) as node, aclosing(node.events.of_agent(name, None)) as events:
-            await say_each(events, lambda event: as_json(event.data))
+            await print_each(events, lambda event: to_json_text(event.data))
 
     run(main(), json_=json_)
 
@@ -87,19 +86,19 @@ def subscribe(name: Name, url: Url = None, *, json_: Json = False) -> None:
 @app.command()
 def contract(
     name: Name,
-    text: Annotated[bool, typer.Option("--text", help="Print it for people.")] = False,  # noqa: FBT002 - a flag
+    text: Annotated[bool, typer.Option("--text", help="Print it as text.")] = False,  # noqa: FBT002 - a flag
     url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
-    """Print what an agent takes and gives back."""
+    """Print an agent's input and output types."""
     if text and json_:
-        usage_error("--text is for people, --json for programs; give one of them")
+        usage_error("--text and --json are mutually exclusive; give one of them")
 
     async def main() -> None:
         async with connected(url) as node:
             found = await node.directory.contract(name)
-            say(_as_text(found) if text else as_json(json.loads(found.to_registry_json()), indent=2))
+            print_line(_as_text(found) if text else to_json_text(found.to_document(), indent=2))
 
     run(main(), json_=json_)
 
@@ -111,8 +110,8 @@ def _as_text(contract: AgentContract) -> str:
     if contract.tags:
         lines.append(f"tags: {', '.join(contract.tags)}")
     for title, schema in (
-        ("takes", contract.input_schema),
-        ("gives", contract.output_schema),
+        ("input", contract.input_schema),
+        ("output", contract.output_schema),
         ("chunks" if contract.invocable else "events", contract.chunk_schema),
     ):
         if schema is not None:
@@ -127,7 +126,7 @@ def _fields(schema: dict[str, Any]) -> list[str]:
     required = schema.get("required", [])
     return [
         f"  {name}: {_type(field)}"
-        + ("" if name in required else f" = {as_json(field.get('default'))}")
+        + ("" if name in required else f" = {to_json_text(field.get('default'))}")
         + (f"  {field['description']}" if "description" in field else "")
         for name, field in fields.items()
     ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openagentmesh.cli.output import count, fail, note, say
+from openagentmesh.cli.output import count, fail, note, print_line
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import load_config
 from openagentmesh.runtime.host import Host
@@ -15,9 +15,9 @@ from openagentmesh.runtime.host import Host
 def check(
     config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
 ) -> None:
-    """Say what would fail at a start: mesh.toml, plugins and their settings, modules. Connects to nothing.
+    """Report what would fail at a start: mesh.toml, plugins and their settings, modules. Connects to nothing.
 
-    Modules are imported for it, as a start would. The exit code is 1 when anything fails.
+    Modules are imported for that, as at a start. The exit code is 1 when anything fails.
     """
     try:
         host = Host(load_config(config))
@@ -25,8 +25,8 @@ def check(
     except MeshError as exc:
         fail(exc)
     for problem in problems:
-        say(problem)
+        print_line(problem)
     if problems:
         raise typer.Exit(1)
     modules, plugins = count(len(host.modules), "module"), count(len(host.plugins.all), "plugin")
-    note(f"nothing would fail: {modules}, {plugins}")
+    note(f"no problems: {modules}, {plugins}")

@@ -1,11 +1,11 @@
-"""How commands get to the mesh, and what to do when they do not."""
+"""How commands connect to the mesh, and advice when they cannot."""
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from openagentmesh.cli.plugins import border_here
+from openagentmesh.cli.plugins import local_client_middlewares
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
@@ -13,34 +13,34 @@ from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
 
 
-class Misdirected(ConnectionFailed):
-    """Where we were sent there is nothing; the message says by whom, and what to do."""
+class WrongAddress(ConnectionFailed):
+    """A configured address does not work; the message says where it comes from and what to do."""
 
     hint = ""
 
 
-def advised(error: ConnectionFailed, advice: str) -> ConnectionFailed:
-    """An error of an address that nobody answers at, with better advice than its kind has."""
+def with_advice(error: ConnectionFailed, advice: str) -> ConnectionFailed:
+    """An error of an unreachable address with specific advice; other errors are unchanged."""
     if "url" not in error.details:
-        return error  # of something else
-    return Misdirected(f"{error.message} {advice}", details=error.details)
+        return error
+    return WrongAddress(f"{error.message} {advice}", details=error.details)
 
 
 @asynccontextmanager
 async def connected(url: str | None) -> AsyncIterator[Node]:
     """A node for one command, which serves nothing."""
     target = _target(url)
-    node = Node(target, new_id(), border=border_here())
+    node = Node(target, new_id(), middlewares=local_client_middlewares())
     try:
         await node.start()
     except ConnectionFailed as exc:
-        # At the default address a new `oam up` helps, elsewhere it would not be found.
+        # At the default address the advice is to start `oam up`; elsewhere that would not help.
         if url or target.url == address.DEFAULT_URL:
             raise
-        giver = _giver("OAM_URL")
-        remedy = "unset it" if giver == "OAM_URL" else "remove the file"
-        advice = f"{giver} gives this address: start that server again, or {remedy}, or give --url."
-        raise advised(exc, advice) from exc
+        source = _source("OAM_URL")
+        remedy = "unset it" if source == "OAM_URL" else "remove the file"
+        advice = f"The address comes from {source}: start that server, or {remedy}, or give --url."
+        raise with_advice(exc, advice) from exc
     try:
         yield node
     finally:
@@ -48,23 +48,22 @@ async def connected(url: str | None) -> AsyncIterator[Node]:
 
 
 def _target(url: str | None) -> Target:
-    """Where to connect, and with which credentials.
+    """The server and its credentials.
 
     Raises:
-        Misdirected: the credentials file is not there.
-
+        WrongAddress: the credentials file does not exist.
     """
     target = Target(address.url_or_default(url), address.creds_or_none())
     if target.creds and not Path(target.creds).is_file():
-        raise Misdirected(
-            f"The credentials file '{target.creds}' does not exist; {_giver('OAM_CREDS')} names it. "
-            "Correct it there, or take it out when the server wants no credentials."
+        raise WrongAddress(
+            f"The credentials file '{target.creds}' from {_source('OAM_CREDS')} does not exist. "
+            "Correct the path there, or remove it when the server needs no credentials."
         )
     return target
 
 
-def _giver(variable: str) -> str:
-    """The environment variable, or the file, that says what no option said."""
+def _source(variable: str) -> str:
+    """The environment variable, or the file, that an address comes from."""
     if os.environ.get(variable):
         return variable
     here = Path.cwd()

@@ -1,4 +1,4 @@
-"""How a host's events are shown: on a terminal, in a pipe, for programs."""
+"""The format of log records: for a terminal, for a pipe, for programs."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ class LogFormat(StrEnum):
 
 class _Pretty(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")  # noqa: DTZ006 - the reader's own clock
+        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")  # noqa: DTZ006 - local time on purpose
         text = super().format(record)
         return f"{typer.style(clock, dim=True)}  {typer.style(text, fg=_COLOURS.get(record.levelno))}"
 
@@ -54,14 +54,14 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
 
-def set_up_logging(how: LogFormat, level: str) -> bool:
-    """Send all log records to stderr; returns whether a person is looking."""
-    on_terminal = sys.stderr.isatty()
-    if how is LogFormat.AUTO:
-        how = LogFormat.PRETTY if on_terminal else LogFormat.PLAIN
+def configure_logging(log_format: LogFormat, level: str) -> bool:
+    """Send all log records to stderr; returns whether the format is `pretty`."""
+    if log_format is LogFormat.AUTO:
+        log_format = LogFormat.PRETTY if sys.stderr.isatty() else LogFormat.PLAIN
+    formatters = {LogFormat.PRETTY: _Pretty, LogFormat.PLAIN: _Plain, LogFormat.JSON: _Json}
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter({LogFormat.PRETTY: _Pretty, LogFormat.PLAIN: _Plain, LogFormat.JSON: _Json}[how]())
+    handler.setFormatter(formatters[log_format]())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The library reports each failed attempt to reconnect with a traceback; the connection tells it shorter.
+    # The library logs each failed reconnect with a traceback; the connection logs one line.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
-    return how is LogFormat.PRETTY
+    return log_format is LogFormat.PRETTY

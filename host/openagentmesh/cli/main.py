@@ -1,4 +1,4 @@
-"""`oam`: all commands, and the place where errors become words."""
+"""`oam`: all commands."""
 
 import sys
 
@@ -11,7 +11,7 @@ except KeyboardInterrupt:
 
 app = typer.Typer(
     name="oam",
-    help="Keep agents running, find them and call them.",
+    help="Run agents, discover them and call them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,18 +30,18 @@ app.add_typer(observe.app, name="observe")
 def run() -> None:
     """The console script."""
     try:
-        found, why_not = plugins.enabled_here()
+        found, error = plugins.load_local()
         found.add_commands(app)
-        if why_not and not _has_command(sys.argv[1:2]):
-            plugins.note_unusable(why_not)  # the command may be one of theirs
+        if error and not _has_command(sys.argv[1:2]):
+            plugins.note_unusable(error)  # the command may be one of a plugin
         app()
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _has_command(asked: list[str]) -> bool:
+def _has_command(arguments: list[str]) -> bool:
     known = typer.main.get_command(app)
-    return not asked or asked[0].startswith("-") or asked[0] in getattr(known, "commands", ())
+    return not arguments or arguments[0].startswith("-") or arguments[0] in getattr(known, "commands", ())
 
 
 if __name__ == "__main__":

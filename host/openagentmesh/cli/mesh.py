@@ -1,4 +1,4 @@
-"""`oam mesh`: a development server, the catalog, and what goes over the wire."""
+"""`oam mesh`: a development server, the catalog, and messages on subjects."""
 
 import asyncio
 import os
@@ -19,19 +19,19 @@ from tenacity import (
     wait_fixed,
 )
 
-from openagentmesh.cli.connecting import advised, connected
+from openagentmesh.cli.connecting import connected, with_advice
 from openagentmesh.cli.output import (
     Json,
     Payload,
     Url,
     agent_name,
-    as_json,
     fail,
     note,
+    print_each,
+    print_line,
     read_payload,
     run,
-    say,
-    say_each,
+    to_json_text,
 )
 from openagentmesh.mesh.node import Node
 from openagentmesh.mesh.runner import stop_event
@@ -57,10 +57,10 @@ app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
 _STORE: Final = Path(".oam/nats")
 _PID_FILE: Final = _STORE / "server.pid"
 _LOG_FILE: Final = _STORE / "server.log"
-_START_TIMEOUT: Final = 10.0
-_AS_JSON: Final = {CONTENT_TYPE: "application/json"}
-_MOST_BACKLOG: Final = 10_000
-# How an agent is used, by whether it can be called and whether it streams.
+_START_TIMEOUT_S: Final = 10.0
+_JSON_HEADERS: Final = {CONTENT_TYPE: "application/json"}
+_MAX_BACKLOG: Final = 10_000
+# The command for an agent, by invocable and streaming.
 _KINDS: Final = {(True, False): "call", (True, True): "stream", (False, True): "events", (False, False): "-"}
 
 
@@ -81,9 +81,9 @@ async def _foreground(port: int, *, json_: bool) -> None:
     path = address.write(Path.cwd(), server.url)
     try:
         stop = stop_event()
-        note(f"nats-server is running on {server.url}; Ctrl-C stops it")
+        note(f"nats-server is running on {server.url}; stop it with Ctrl-C")
         if json_:
-            say(as_json({"url": server.url, "pid": server.pid}))
+            print_line(to_json_text({"url": server.url, "pid": server.pid}))
         await stop.wait()
     finally:
         path.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ async def _background(port: int, *, json_: bool) -> None:
     url = f"nats://{HOST}:{port}"
     lock = lock_store(_STORE)
     _LOG_FILE.write_text("")
-    process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, and the server outlives us on purpose
+    process = subprocess.Popen(  # noqa: ASYNC220 - returns at once; the server outlives this process
         [*server_command(port, str(_STORE)), "-P", str(_PID_FILE), "-l", str(_LOG_FILE)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -102,7 +102,7 @@ async def _background(port: int, *, json_: bool) -> None:
         start_new_session=True,
         pass_fds=[lock.fileno()],
     )
-    lock.write(f"{process.pid} {url}")  # so that others know whose lock it is
+    lock.write(f"{process.pid} {url}")  # for the message of other servers
     lock.close()
     try:
         await _until_ready(process, url)
@@ -112,15 +112,15 @@ async def _background(port: int, *, json_: bool) -> None:
     address.write(Path.cwd(), url)
     note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
     if json_:
-        say(as_json({"url": url, "pid": process.pid}))
+        print_line(to_json_text({"url": url, "pid": process.pid}))
 
 
 async def _until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    """Wait until the server's log says that it is ready, or why it ended."""
+    """Wait until the server is ready, by its log."""
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(TryAgain),
         wait=wait_fixed(0.02),
-        stop=stop_after_delay(_START_TIMEOUT),
+        stop=stop_after_delay(_START_TIMEOUT_S),
         reraise=True,
     )
     try:
@@ -128,15 +128,17 @@ async def _until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
             with attempt:
                 _check_ready(process, url)
     except TryAgain:
-        raise ServerFailed(f"nats-server is not ready after {_START_TIMEOUT:g}s; see {_LOG_FILE}.") from None
+        raise ServerFailed(
+            f"nats-server is not ready after {_START_TIMEOUT_S:g}s; see {_LOG_FILE}."
+        ) from None
 
 
 def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    said = _LOG_FILE.read_text()
+    output = _LOG_FILE.read_text()
     if process.poll() is not None:
-        fatal = [line for line in said.splitlines() if "[FTL]" in line]
+        fatal = [line for line in output.splitlines() if "[FTL]" in line]
         raise ServerFailed(start_failure(" ".join(fatal), url))
-    if "Server is ready" not in said:
+    if "Server is ready" not in output:
         raise TryAgain
 
 
@@ -144,12 +146,12 @@ def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
 def down(*, json_: Json = False) -> None:
     """Stop the server that `oam mesh up` started here."""
     if not _PID_FILE.is_file():
-        said = "No server was started here with `oam mesh up`; run this in the folder where one was."
-        fail(ServerFailed(said), json_=json_)
+        message = "No server was started here with `oam mesh up`; run this command in its folder."
+        fail(ServerFailed(message), json_=json_)
     lock = _STORE / LOCK_FILE
     pid = lock.read_text().partition(" ")[0] if lock.exists() else ""
     try:
-        # Whoever runs on this store holds its lock; without one, the pid may be anybody's by now.
+        # A running server holds the lock; without one, the pid may belong to another process by now.
         lock_store(_STORE).close()
         pid = ""
     except ServerFailed:
@@ -157,21 +159,21 @@ def down(*, json_: Json = False) -> None:
     if pid:
         os.kill(int(pid), signal.SIGTERM)
         run(_until_free(), json_=json_)
-    note("stopped" if pid else "it was not running any more")
+    note("stopped" if pid else "it was not running")
     if json_:
-        say(as_json({"stopped": bool(pid)}))
+        print_line(to_json_text({"stopped": bool(pid)}))
     _PID_FILE.unlink(missing_ok=True)
     written = Path.cwd() / address.FILE_NAME
     if written.is_file() and written.read_text(encoding="utf-8").startswith(f"nats://{HOST}:"):
-        written.unlink()  # one that `mesh connect` wrote for another server stays
+        written.unlink()  # one that `mesh connect` wrote for another server is kept
 
 
 async def _until_free() -> None:
-    """Wait until the store's lock is free, which is when its server has ended."""
+    """Wait until the store's lock is free: the server has ended."""
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(ServerFailed),
         wait=wait_fixed(0.02),
-        stop=stop_after_delay(_START_TIMEOUT),
+        stop=stop_after_delay(_START_TIMEOUT_S),
         reraise=True,
     ):
         with attempt:
@@ -180,14 +182,14 @@ async def _until_free() -> None:
 
 @app.command()
 def connect(
-    url: Annotated[str, typer.Argument(help="The NATS server, as in nats://mesh.example.com:4222.")],
+    url: Annotated[str, typer.Argument(help="The NATS server, such as nats://mesh.example.com:4222.")],
     creds: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A credentials file for it.")
     ] = None,
     *,
     json_: Json = False,
 ) -> None:
-    """Check a server and remember it in .oam-url for the commands run here and below."""
+    """Check a server and write its address to .oam-url, for commands in this folder and below."""
     target = Target(url, str(creds.resolve()) if creds else None)
 
     async def main() -> None:
@@ -195,7 +197,7 @@ def connect(
         try:
             await connection.connect()
         except ConnectionFailed as exc:
-            raise advised(exc, "Check the address; .oam-url was not written.") from exc
+            raise with_advice(exc, "Check the address; .oam-url was not written.") from exc
         await connection.close()
         path = address.write(Path.cwd(), url, target.creds)
         note(f"{target.display_url} answers; {path.name} written")
@@ -206,7 +208,7 @@ def connect(
 @app.command()
 def catalog(
     channel: Annotated[
-        str | None, typer.Option(help="Only this name and what lies below it.", callback=agent_name)
+        str | None, typer.Option(help="Only this name and the names below it.", callback=agent_name)
     ] = None,
     url: Url = None,
     *,
@@ -222,7 +224,7 @@ def catalog(
                 if channel is None or in_channel(entry.name, channel)
             ]
         if json_:
-            say(as_json([entry.model_dump() for entry in entries]))
+            print_line(to_json_text([entry.model_dump() for entry in entries]))
             return
         if not entries:
             note("no agents" if channel is None else f"no agents in '{channel}'")
@@ -230,7 +232,7 @@ def catalog(
         for entry in entries:
             kind = _KINDS[entry.invocable, entry.streaming]
             about = entry.description.partition("\n")[0]
-            say(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
+            print_line(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
 
     run(main(), json_=json_)
 
@@ -243,15 +245,15 @@ def publish(
     *,
     json_: Json = False,
 ) -> None:
-    """Send one JSON value to everybody who listens to a subject."""
+    """Publish one JSON value on a subject."""
     given = read_payload(payload)
-    if why := invalid_subject(subject):
-        raise typer.BadParameter(f"'{subject}' cannot be published on: {why}")
+    if reason := invalid_subject(subject):
+        raise typer.BadParameter(f"'{subject}' cannot be published to: {reason}")
 
     async def main() -> None:
         async with connected(url) as node:
-            # A text is published as JSON as well: it stands in quotes on the command line, too.
-            await node.connection.publish(subject, codec.encode(given), write_headers(_AS_JSON))
+            # Text is published as JSON, too: it is quoted on the command line.
+            await node.connection.publish(subject, codec.encode(given), write_headers(_JSON_HEADERS))
             await node.connection.flush()
 
     run(main(), json_=json_)
@@ -259,7 +261,7 @@ def publish(
 
 @app.command()
 def listen(
-    subject: Annotated[str, typer.Argument(help="A NATS subject; '>' and '*' match, as in 'mesh.errors.>'.")],
+    subject: Annotated[str, typer.Argument(help="A NATS subject, or a pattern such as 'mesh.errors.>'.")],
     url: Url = None,
     *,
     json_: Json = False,
@@ -269,20 +271,20 @@ def listen(
     async def main() -> None:
         async with connected(url) as node:
             messages = await _listen(node, subject)
-            note(f"listening on {subject}; Ctrl-C stops")
-            await say_each(messages, partial(_line, as_record=json_))
+            note(f"listening on {subject}; stop with Ctrl-C")
+            await print_each(messages, partial(_line, as_record=json_))
 
-    if why := invalid_pattern(subject):
-        raise typer.BadParameter(f"'{subject}' is no subject: {why}")
+    if reason := invalid_pattern(subject):
+        raise typer.BadParameter(f"'{subject}' is not a subject: {reason}")
     run(main(), json_=json_)
 
 
 async def _listen(node: Node, subject: str) -> AsyncIterator[Message]:
-    """The messages on a subject from now on."""
-    messages: asyncio.Queue[Message] = asyncio.Queue(_MOST_BACKLOG)
+    """The messages of a subject from now on."""
+    messages: asyncio.Queue[Message] = asyncio.Queue(_MAX_BACKLOG)
 
     def receive(message: Message) -> None:
-        # A terminal slower than the mesh loses lines; it must not take all memory.
+        # Lines above the limit are lost when the terminal is slower than the mesh.
         with suppress(asyncio.QueueFull):
             messages.put_nowait(message)
 
@@ -300,4 +302,6 @@ def _line(message: Message, *, as_record: bool) -> str:
     if not as_record:
         return f"{message.subject}  {body}"
     headers = read_headers(message.head) if message.head else {}
-    return as_json({"subject": message.subject, "reply": message.reply, "headers": headers, "body": body})
+    return to_json_text(
+        {"subject": message.subject, "reply": message.reply, "headers": headers, "body": body}
+    )

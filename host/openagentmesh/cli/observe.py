@@ -1,4 +1,4 @@
-"""`oam observe`: what agents tell of their work, and how much of it."""
+"""`oam observe`: log events of agents, and the levels from which they are published."""
 
 from contextlib import aclosing
 from typing import Annotated
@@ -6,16 +6,24 @@ from typing import Annotated
 import typer
 
 from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import Json, Url, agent_name, as_json, note, run, say, say_each, usage_error
+from openagentmesh.cli.output import (
+    Json,
+    Url,
+    agent_name,
+    note,
+    print_each,
+    print_line,
+    run,
+    to_json_text,
+    usage_error,
+)
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.messages import LogEvent, LogLevel
 from openagentmesh.state.observe import Observe
 
 app = typer.Typer(help="Log events of agents.", no_args_is_help=True)
 
-Agent = Annotated[
-    str | None, typer.Argument(help="One agent; all of them when left out.", callback=agent_name)
-]
+Agent = Annotated[str | None, typer.Argument(help="One agent; all of them without it.", callback=agent_name)]
 _COLORS = {"debug": typer.colors.BLUE, "warn": typer.colors.YELLOW, "error": typer.colors.RED}
 
 
@@ -27,46 +35,50 @@ def logs(
     *,
     json_: Json = False,
 ) -> None:
-    """Print log events as they happen, until Ctrl-C."""
+    """Print log events as they are published, until Ctrl-C."""
 
     async def main() -> None:
         async with connected(url) as node, aclosing(_observe(node).logs(agent, level=level)) as events:
 
-            async def begun() -> None:
+            async def on_begin() -> None:
                 await node.connection.flush()
-                note(f"log events of {agent or 'all agents'}; Ctrl-C stops")
+                note(f"log events of {agent or 'all agents'}; stop with Ctrl-C")
 
-            await say_each(events, lambda event: event.model_dump_json() if json_ else _line(event), begun)
+            await print_each(
+                events, lambda event: event.model_dump_json() if json_ else _line(event), on_begin
+            )
 
     run(main(), json_=json_)
 
 
 @app.command()
 def config(agent: Agent = None, url: Url = None, *, json_: Json = False) -> None:
-    """Print from which level on an agent tells its log events."""
+    """Print the lowest level of log events that an agent publishes."""
 
     async def main() -> None:
         async with connected(url) as node:
             found = await _observe(node).get(agent)
-        say(as_json(found.model_dump()) if json_ else f"{agent or 'all agents'}: {found.log_level}")
+        print_line(
+            to_json_text(found.model_dump()) if json_ else f"{agent or 'all agents'}: {found.log_level}"
+        )
 
     run(main(), json_=json_)
 
 
 @app.command("set")
 def set_(
-    log_level: Annotated[LogLevel, typer.Option("--log-level", help="Tell from this level on.")],
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="The lowest published level.")],
     agent: Agent = None,
     everywhere: Annotated[  # noqa: FBT002 - a flag
-        bool, typer.Option("--global", help="For all agents that have no level of their own.")
+        bool, typer.Option("--global", help="For all agents without a level of their own.")
     ] = False,
     url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
-    """Set from which level on an agent tells its log events, at once and wherever it runs."""
+    """Set the lowest level of log events that an agent publishes, on all its instances and at once."""
     if (agent is None) != everywhere:
-        usage_error("Name one agent, or give --global.")
+        usage_error("Give one agent, or --global.")
 
     async def main() -> None:
         async with connected(url) as node:
@@ -76,7 +88,7 @@ def set_(
                 await _observe(node).set(agent, log_level=log_level)
             note(f"{agent or 'all agents'}: {log_level}")
             if json_:
-                say(as_json({"log_level": log_level}))
+                print_line(to_json_text({"log_level": log_level}))
 
     run(main(), json_=json_)
 
@@ -90,6 +102,6 @@ def _observe(node: Node) -> Observe:
 
 def _line(event: LogEvent) -> str:
     level = typer.style(f"{event.level:<5}", fg=_COLORS.get(event.level))
-    data = f"  {as_json(event.data)}" if event.data else ""
+    data = f"  {to_json_text(event.data)}" if event.data else ""
     message = f"  {event.message}" if event.message else ""
     return f"{event.timestamp[11:23]}  {level}  {event.agent}  {event.event}{message}{data}"

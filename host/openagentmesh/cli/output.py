@@ -1,4 +1,4 @@
-"""What commands share: options, and how results and errors are shown."""
+"""What commands share: options, and the output of results and errors."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ import typer
 
 from openagentmesh.mesh.runner import stop_event
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
+from openagentmesh.protocol.json_schema import Schema, resolved
 from openagentmesh.protocol.subjects import invalid_name
 from openagentmesh.transport.tasks import cancel_and_wait
 
@@ -19,59 +20,59 @@ Url = Annotated[
         "--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, also for errors.")]
 
 Payload = Annotated[
-    str | None, typer.Argument(metavar="JSON", help="The input as JSON; read from stdin when left out.")
+    str | None, typer.Argument(metavar="JSON", help="The input as JSON; read from stdin without it.")
 ]
 
 T = TypeVar("T")
-_MOST_DETAILS: Final = 2000
+_MAX_DETAILS: Final = 2000
 
 
 def run(main: Coroutine[Any, Any, None], *, json_: bool = False) -> None:
-    """Run one command; an error of the mesh is told in a line, and the exit code is 1."""
+    """Run one command; a MeshError is printed, and the exit code is 1."""
     try:
         asyncio.run(main)
     except MeshError as exc:
         fail(exc, json_=json_)
     except BrokenPipeError:
-        # The reader of our output has gone; there is nobody to tell.
+        # The reader of the output is gone.
         sys.stderr.close()
         raise typer.Exit(1) from None
 
 
 def fail(error: MeshError, *, json_: bool = False) -> NoReturn:
-    """Show an error, as its envelope with `json_`, and end with exit code 1."""
+    """Print an error, as its envelope with `json_`, and exit with code 1."""
     if json_:
-        typer.echo(as_json(error.to_dict()), err=True)
+        typer.echo(to_json_text(error.to_dict()), err=True)
         raise typer.Exit(1)
     typer.echo(f"Error [{error.code}] {error.message}", err=True)
     if error.details:
-        typer.echo(f"  {as_json(error.details)[:_MOST_DETAILS]}", err=True)
+        typer.echo(f"  {to_json_text(error.details)[:_MAX_DETAILS]}", err=True)
     if hint := _hint(error):
         typer.echo(f"  {hint}", err=True)
     raise typer.Exit(1)
 
 
 def _hint(error: MeshError) -> str:
-    """What helps with errors of this kind; nothing where it would lead nowhere."""
-    if "key" in error.details:  # the hint is about agents
+    """The hint of the error's class; empty where it does not apply."""
+    if "key" in error.details:  # the hint is for agents
         return ""
-    if isinstance(error, ConnectionFailed) and "url" not in error.details:  # it is about addresses
+    if isinstance(error, ConnectionFailed) and "url" not in error.details:  # the hint is for addresses
         return ""
     if "NAME" in error.hint and not error.agent:
         return ""
     return error.hint.replace("NAME", error.agent)
 
 
-def as_json(value: object, *, indent: int | None = None) -> str:
+def to_json_text(value: object, *, indent: int | None = None) -> str:
     """A value as JSON, readable in any language."""
     return json.dumps(value, ensure_ascii=False, indent=indent, default=_as_text)
 
 
 def _as_text(value: object) -> str:
-    """What was published as no JSON, as text."""
+    """A value that is not JSON, as text."""
     return bytes(value).decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else str(value)
 
 
@@ -80,8 +81,8 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def say(text: str) -> None:
-    """Print a line of data at once, also into a pipe."""
+def print_line(text: str) -> None:
+    """Print a line of data and flush it, also into a pipe."""
     typer.echo(text)
     sys.stdout.flush()
 
@@ -89,44 +90,44 @@ def say(text: str) -> None:
 async def _nothing() -> None: ...
 
 
-async def say_each(
-    items: AsyncIterable[T], line: Callable[[T], str], begun: Callable[[], Awaitable[None]] = _nothing
+async def print_each(
+    items: AsyncIterable[T], line: Callable[[T], str], on_begin: Callable[[], Awaitable[None]] = _nothing
 ) -> None:
-    """Print a line for each item as it comes, until there are no more or Ctrl-C.
+    """Print a line for each item as it arrives, until the last one or Ctrl-C.
 
-    `begun` runs when the first item has been asked for, and so whatever listens for it does.
+    `on_begin` is awaited once the first item has been requested, so that its subscription exists.
     """
 
-    async def say_all() -> None:
+    async def print_all() -> None:
         async for item in items:
-            say(line(item))
+            print_line(line(item))
 
-    saying = asyncio.create_task(say_all())
+    printing = asyncio.create_task(print_all())
     stopping = asyncio.create_task(stop_event().wait())
     try:
-        await asyncio.sleep(0)  # `saying` runs up to where it waits
-        await begun()
-        await asyncio.wait([saying, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if saying.done():
-            saying.result()
+        await asyncio.sleep(0)  # `printing` runs up to its first wait
+        await on_begin()
+        await asyncio.wait([printing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if printing.done():
+            printing.result()
     finally:
-        await cancel_and_wait(stopping, saying)
+        await cancel_and_wait(stopping, printing)
 
 
 def note(text: str) -> None:
-    """Print a line that is no data."""
+    """Print a line to stderr."""
     typer.echo(text, err=True)
 
 
 def usage_error(text: str) -> NoReturn:
-    """End with exit code 2."""
+    """Exit with code 2."""
     raise typer.BadParameter(text)
 
 
 def agent_name(name: str | None) -> str | None:
-    """See that an argument can name an agent, before anything is sent."""
-    if name is not None and (why := invalid_name(name)):
-        usage_error(f"{name!r} names nothing: {why}.")
+    """Check that an argument is a valid name, before anything is sent."""
+    if name is not None and (reason := invalid_name(name)):
+        usage_error(f"{name!r} is not a valid name: {reason}.")
     return name
 
 
@@ -140,32 +141,28 @@ def read_payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any
         return json.loads(text, parse_constant=_no_constant)
     except ValueError as exc:
         usage_error(
-            f"the input is no JSON ({exc}): {text[:80]!r}. A text needs quotes of its own: '\"hello\"'"
+            f"the input is not JSON ({exc}): {text[:80]!r}. Text needs quotes of its own: '\"hello\"'"
         )
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def example_input(schema: dict[str, Any] | None) -> object:
-    """A small input that fits a JSON Schema well enough to be shown as an example."""
+    """A small example input for a JSON Schema."""
     if schema is None:
         return None
-    shape = _resolved(schema, schema)
+    shape = resolved(schema, schema)
     if "properties" not in shape:
-        return _EXAMPLES.get(str(shape.get("type")), lambda: "hello")()
-    wanted = shape.get("required") or list(shape["properties"])[:1]
-    return {
-        name: _EXAMPLES.get(str(_resolved(shape["properties"][name], schema).get("type")), lambda: "hello")()
-        for name in wanted
-    }
+        return _example(shape)
+    properties = shape["properties"]
+    wanted = shape.get("required") or list(properties)[:1]
+    return {name: _example(resolved(properties[name], schema)) for name in wanted}
 
 
-def _resolved(shape: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    reference = str(shape.get("$ref", ""))
-    found: dict[str, Any] = root.get("$defs", {}).get(reference.rpartition("/")[2], shape)
-    return found
+def _example(schema: Schema) -> object:
+    return _EXAMPLES.get(str(schema.get("type")), lambda: "hello")()
 
 
 _EXAMPLES: Final[dict[str, Callable[[], object]]] = {

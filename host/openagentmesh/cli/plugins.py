@@ -1,4 +1,4 @@
-"""`oam plugins`: what is installed and enabled; and the plugins that commands themselves use."""
+"""`oam plugins`: installed and enabled plugins; and the plugins that commands themselves use."""
 
 import json
 from functools import cache
@@ -7,19 +7,19 @@ from typing import Any
 
 import typer
 
-from openagentmesh.agent.client_middleware import Border
-from openagentmesh.cli.output import Json, as_json, fail, note, say
+from openagentmesh.agent.client_middleware import ClientMiddlewares
+from openagentmesh.cli.output import Json, fail, note, print_line, to_json_text
 from openagentmesh.hooks.manager import Plugin, Plugins
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import FILE_NAME, load_config, plugin_name
-from openagentmesh.runtime.loading.plugin_loader import installed, load_plugins
+from openagentmesh.runtime.loading.plugin_loader import installed_plugins, load_plugins
 
 
 @cache
-def enabled_here() -> tuple[Plugins, str]:
-    """The plugins that the working folder's mesh.toml enables; none, and why, when they cannot be used.
+def load_local() -> tuple[Plugins, str]:
+    """The plugins of the working folder's mesh.toml, and the error when they cannot be used.
 
-    Commands carry what these plugins add to requests, such as a token.
+    Commands send what these plugins add to requests, such as a token.
     """
     if not Path(FILE_NAME).exists():
         return Plugins(), ""
@@ -29,45 +29,45 @@ def enabled_here() -> tuple[Plugins, str]:
         return Plugins(), exc.message
 
 
-def border_here() -> Border:
-    """What requests of commands pass; a note when the plugins cannot be used."""
-    found, why_not = enabled_here()
-    if why_not:
-        note_unusable(why_not)
-    return found.border()
+def local_client_middlewares() -> ClientMiddlewares:
+    """The client middlewares of these plugins; a note on stderr when they cannot be used."""
+    found, error = load_local()
+    if error:
+        note_unusable(error)
+    return found.client_middlewares()
 
 
-def note_unusable(why: str) -> None:
-    """Tell why the plugins of the working folder's mesh.toml cannot be used."""
-    note(f"the plugins of {FILE_NAME} are not used: {why}")
+def note_unusable(error: str) -> None:
+    """Print why the plugins of the working folder's mesh.toml are not used."""
+    note(f"the plugins of {FILE_NAME} are not used: {error}")
 
 
 def plugins(config: Path | None = None, *, json_: Json = False) -> None:
-    """Show all plugins: installed or a file, enabled in which order, the hooks they use, their settings."""
+    """List all plugins: installed or a file, their order, hooks and settings."""
     try:
         read = load_config(config)
         found = load_plugins(read)
     except MeshError as exc:
         fail(exc, json_=json_)
     order = {plugin_name(entry): entry for entry in read.host.plugins}
-    rows = [_described(found, plugin, order[plugin.name]) for plugin in found.all]
-    rows += [{"name": name, "enabled": False} for name in sorted(installed().keys() - order.keys())]
+    rows = [_row(found, plugin, order[plugin.name]) for plugin in found.all]
+    rows += [{"name": name, "enabled": False} for name in sorted(installed_plugins().keys() - order.keys())]
     if json_:
-        say(as_json(rows))
+        print_line(to_json_text(rows))
         return
     if not rows:
         note("no plugins are installed, and none are enabled")
     for number, row in enumerate(rows, 1):
         if not row["enabled"]:
-            say(f"   {row['name']}  {typer.style('installed, not enabled', dim=True)}")
+            print_line(f"   {row['name']}  {typer.style('installed, not enabled', dim=True)}")
             continue
-        say(f"{number:>2} {typer.style(row['name'], bold=True)}  {', '.join(row['hooks'])}")
+        print_line(f"{number:>2} {typer.style(row['name'], bold=True)}  {', '.join(row['hooks'])}")
         if row["settings"]:
-            say(f"   {' ' * len(row['name'])}  {as_json(row['settings'])}")
+            print_line(f"   {' ' * len(row['name'])}  {to_json_text(row['settings'])}")
 
 
-def _described(found: Plugins, plugin: Plugin, entry: str) -> dict[str, Any]:
-    # By way of pydantic's own JSON, which writes "no limit" as null.
+def _row(found: Plugins, plugin: Plugin, entry: str) -> dict[str, Any]:
+    # Pydantic's own JSON writes infinity, which means no limit, as null.
     settings = json.loads(plugin.settings.model_dump_json()) if plugin.settings else {}
     return {
         "name": plugin.name,

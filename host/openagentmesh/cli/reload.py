@@ -1,79 +1,88 @@
-"""`oam reload`: load now what has changed on disk, or one module anyway."""
+"""`oam reload`: load what has changed on disk, or one module in any case."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Final
 
 import typer
-from pydantic_core import from_json, to_json
+from pydantic import ValidationError
+from pydantic_core import to_json
 
 from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import Json, Url, as_json, note, run, say
+from openagentmesh.cli.output import Json, Url, note, print_line, run, to_json_text
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError, MeshTimeout, NotFound
-from openagentmesh.registry.presence import instances
+from openagentmesh.protocol.status import ReloadReply
+from openagentmesh.registry.presence import read_records
 
-# A module may take long to load, and a migration as well; in seconds.
-_PATIENCE = 60.0
+# A module may take long to load, and so may a migration.
+_TIMEOUT_S: Final = 60.0
 
 
 def reload(
     module: Annotated[
-        str, typer.Argument(help="A module, as `oam status` names it; else whatever differs from disk.")
+        str, typer.Argument(help="A module, by its name in `oam status`; without it everything that changed.")
     ] = "",
+    find_references: Annotated[  # noqa: FBT002 - a flag
+        bool,
+        typer.Option(
+            "--find-references", help="Report what keeps the old version in memory; agents pause meanwhile."
+        ),
+    ] = False,
     url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
-    """Let all hosts load what has changed on disk, as they do by themselves where they watch it."""
+    """Let all hosts load what has changed on disk, as they do on their own while they watch it."""
 
     async def main() -> None:
         async with connected(url) as node:
-            records = await instances(node.buckets)
-            found = await asyncio.gather(*[_ask(node, key, module) for key in records])
-            where = node.connection.target.display_url
-        answers = [answer for answer in found if answer]
+            records = await read_records(node.buckets)
+            body = to_json({"module": module, "find_references": find_references})
+            found = await asyncio.gather(*[_request(node, key, body) for key in records])
+            server = node.connection.target.display_url
+        replies = [reply for reply in found if reply]
         if json_:
-            say(as_json(answers))
+            print_line(to_json_text([reply.model_dump(mode="json") for reply in replies]))
         else:
-            for answer in answers:
-                _show(answer)
-        if not answers:
-            raise NotFound(f"No host answers on {where}. Start one with `oam up`.")
-        if refused := _refusals(answers):
-            raise MeshError("reload_refused", "; ".join(refused))
+            for reply in replies:
+                _print(reply)
+        if not replies:
+            raise NotFound(f"No host answers on {server}. Start one with `oam up`.")
+        if refusals := _refusals(replies):
+            raise MeshError("reload_refused", "; ".join(refusals))
 
     run(main(), json_=json_)
 
 
-def _refusals(answers: list[dict[str, Any]]) -> list[str]:
-    """Why something was not loaded; a module that one host does not have is another one's."""
-    outcomes = [answer.get("outcome") or {} for answer in answers]
-    unknown = [answer["error"] for answer in answers if "error" in answer]
-    refused = [outcome["text"] for outcome in outcomes if outcome.get("error")]
-    return refused or (unknown if len(unknown) == len(answers) else [])
+def _refusals(replies: list[ReloadReply]) -> list[str]:
+    """Why something was not loaded; a module that one host does not have may be another one's."""
+    errors = [reply.error for reply in replies if reply.error]
+    refused = [reply.reload.text for reply in replies if reply.reload and reply.reload.error]
+    return refused or (errors if len(errors) == len(replies) else [])
 
 
-async def _ask(node: Node, instance_id: str, module: str) -> dict[str, Any]:
-    """What one host did; empty for an instance that is no host, or is gone."""
-    body = to_json({"module": module})
+async def _request(node: Node, instance_id: str, body: bytes) -> ReloadReply | None:
+    """The reply of one host; None for an instance that is not a host, or is gone."""
     try:
-        message = await node.inbox.request(subjects.host(instance_id, "reload"), body, timeout=_PATIENCE)
+        message = await node.inbox.request(subjects.host(instance_id, "reload"), body, timeout=_TIMEOUT_S)
+        if codec.is_no_responders(message.head) or message.body == b"{}":
+            return None
+        return ReloadReply.model_validate_json(message.body)
     except MeshTimeout:
-        return {}
-    answer = codec.decode_reply(message.head, message.body)
-    found: dict[str, Any] = {} if answer.no_responders else from_json(answer.body)
-    return found
+        return None
+    except ValidationError as exc:
+        return ReloadReply(host=instance_id[:8], error=f"malformed reply: {exc.errors()[0]['msg']}")
 
 
-def _show(answer: dict[str, Any]) -> None:
-    outcome = answer.get("outcome")
-    if outcome is None:
-        text = answer.get("error") or "nothing has changed"
-        if waiting := answer.get("not_loaded"):
-            text += f"; not loaded: {', '.join(waiting)}"
-        note(f"{answer['host']}: {text}")
+def _print(reply: ReloadReply) -> None:
+    result = reply.reload
+    if result is None:
+        text = reply.error or "nothing has changed"
+        if reply.not_loaded:
+            text += f"; not loaded: {', '.join(reply.not_loaded)}"
+        note(f"{reply.host}: {text}")
         return
-    say(f"{answer['host']}: {outcome['text']}")
-    for line in [*outcome["details"].splitlines(), *outcome["notes"]]:
-        say(f"  {line}")
+    print_line(f"{reply.host}: {result.text}")
+    for line in [*result.details.splitlines(), *result.notes]:
+        print_line(f"  {line}")

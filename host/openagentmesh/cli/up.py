@@ -6,17 +6,16 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from openagentmesh.cli.connecting import advised
-from openagentmesh.cli.logs import LogFormat, set_up_logging
-from openagentmesh.cli.output import as_json, count, example_input, fail, note
-from openagentmesh.mesh.runner import run, stop_event, until_stopped
+from openagentmesh.cli.connecting import with_advice
+from openagentmesh.cli.logs import LogFormat, configure_logging
+from openagentmesh.cli.output import count, example_input, fail, note, to_json_text
+from openagentmesh.mesh.runner import run, stop_event, wait_for_stop
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.runtime.config import FILE_NAME, Config, ConfigError, load_config
 from openagentmesh.runtime.host import Host
@@ -24,10 +23,11 @@ from openagentmesh.runtime.loading.origins import DEFAULT_FOLDER
 
 log = logging.getLogger("openagentmesh.up")
 
-_MOST_SHOWN = 20
+_MAX_AGENTS_SHOWN: Final = 20
+_LOCAL_URLS: Final = {"nats://127.0.0.1:4222", "nats://localhost:4222"}
 
 
-def up(  # noqa: PLR0913, PLR0917 - one parameter an option
+def up(  # noqa: PLR0913, PLR0917 - one parameter per option
     config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="The embedded server's port; 0 for any free one.")
@@ -35,102 +35,91 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter an option
     url: Annotated[str | None, typer.Option(help="Use this NATS server instead of an embedded one.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a module fails to load.")] = False,  # noqa: FBT002 - a flag
     reload: Annotated[
-        bool | None, typer.Option(help="Reload a file as soon as it is saved; else as mesh.toml says.")
+        bool | None, typer.Option(help="Reload files as soon as they are saved; else as in mesh.toml.")
     ] = None,
-    replay: Annotated[
-        int | None,
-        typer.Option(min=0, max=1000, help="Run the last N requests of replayable agents before a reload."),
-    ] = None,
-    replay_strict: Annotated[  # noqa: FBT002 - a flag
-        bool, typer.Option("--replay-strict", help="Refuse a reload in which one of these fails newly.")
-    ] = False,
-    log_format: Annotated[LogFormat, typer.Option(help="How events are shown.")] = LogFormat.AUTO,
+    log_format: Annotated[LogFormat, typer.Option(help="The format of log records.")] = LogFormat.AUTO,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the agents of mesh.toml: one process, one connection, until Ctrl-C."""
     if log_level.upper() not in logging.getLevelNamesMapping():
-        raise typer.BadParameter(f"'{log_level}' is no level; take debug, info, warning or error")
-    pretty = set_up_logging(log_format, log_level)
+        raise typer.BadParameter(f"'{log_level}' is not a level; give debug, info, warning or error")
+    is_pretty = configure_logging(log_format, log_level)
     try:
-        options: dict[str, object] = {"reload": reload, "replay": replay}
-        options |= {"strict": strict or None, "replay_strict": replay_strict or None}
-        read = partial(_configured, config, port, url, options)
-        run(_serve(read, (config or Path(FILE_NAME)).resolve(), pretty=pretty))
+        read = partial(_read_config, config, port, url, {"reload": reload, "strict": strict or None})
+        run(_serve(read, (config or Path(FILE_NAME)).resolve(), is_pretty=is_pretty))
     except ConnectionFailed as exc:
-        giver = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
-        advice = f"{giver} gives this address; correct it, or leave it out for a server of our own."
-        fail(advised(exc, advice))
+        source = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
+        advice = f"The address comes from {source}; correct it, or remove it to start an embedded server."
+        fail(with_advice(exc, advice))
     except MeshError as exc:
         fail(exc)
 
 
-def _configured(path: Path | None, port: int | None, url: str | None, host: dict[str, object]) -> Config:
-    """mesh.toml, with what the command line says instead."""
+def _read_config(path: Path | None, port: int | None, url: str | None, host: dict[str, object]) -> Config:
+    """mesh.toml, with the options of the command line."""
     config = load_config(path)
     if url is not None:
         config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": url})})
     if port is not None:
         if config.mesh.url:
             raise ConfigError(
-                f"--port is for the embedded server, but [mesh] url or --url says {config.mesh.url}. "
-                "Leave one of them out."
+                f"--port is for the embedded server, but [mesh] url or --url is {config.mesh.url}. "
+                "Remove one of them."
             )
         config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    said = {key: value for key, value in host.items() if value is not None}
-    return config.model_copy(update={"host": config.host.model_copy(update=said)})
+    given = {key: value for key, value in host.items() if value is not None}
+    return config.model_copy(update={"host": config.host.model_copy(update=given)})
 
 
-async def _serve(read: Callable[[], Config], file: Path, *, pretty: bool) -> None:
-    config = read()
-    host = Host(config, config_file=file, read_config=read, watch=config.host.reload)
-    hangup = _Hangup(host)
-    # While modules are loaded the loop does not run: Ctrl-C has to reach a module that hangs.
+async def _serve(read_config: Callable[[], Config], file: Path, *, is_pretty: bool) -> None:
+    config = read_config()
+    host = Host(config, config_file=file, read_config=read_config, watch=config.host.reload)
+    # The loop does not run while modules are loaded: Ctrl-C must reach a module that hangs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
-    gc.freeze()  # what is here now stays; each reload then looks at what came since alone
+    gc.freeze()  # what exists now stays; collections examine later objects alone
     async with host:
-        # Before anything is said: who reads it may send a signal at once.
-        stop = stop_event(lambda: _say_stopping(host))
-        with suppress(NotImplementedError, AttributeError):  # there is no SIGHUP on Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.start, stop)
-        if pretty:
+        # Before any output: its reader may send a signal at once.
+        stop = stop_event(lambda: _log_stopping(host))
+        _handle_hangup(host, stop)
+        if is_pretty:
             note(_banner(host))
         else:
-            log.info(
-                "serving %s on %s", count(len(host.agents), "agent"), host.node.connection.target.display_url
-            )
+            url = host.node.connection.target.display_url
+            log.info("serving %s on %s", count(len(host.agents), "agent"), url)
             if not host.agents:
-                log.warning("%s", _why_none(host))
-        await until_stopped(stop, host.node.connection.closed)
+                log.warning("%s", _advice_without_agents(host))
+        await wait_for_stop(stop, host.node.connection.closed)
     log.info("stopped")
 
 
-class _Hangup:
-    """What SIGHUP does: reload by hand; or stop, when it says that the terminal is gone."""
+def _handle_hangup(host: Host, stop: asyncio.Event) -> None:
+    """On SIGHUP reload what has changed, or stop when the controlling terminal is gone."""
+    if not hasattr(signal, "SIGHUP"):
+        return  # Windows
+    # A process that nohup started outlives its terminal.
+    needs_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    tasks: set[asyncio.Task[None]] = set()
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._tasks: set[asyncio.Task[None]] = set()
-        # Whom nohup started is to outlive the terminal.
-        self._needs_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-
-    def start(self, stop: asyncio.Event) -> None:
-        """Reload what has changed, in a task; or set `stop`."""
-        if self._needs_terminal and not _has_terminal():
+    def on_hangup() -> None:
+        if needs_terminal and not _has_terminal():
             log.info("stopping: the terminal was closed")
             stop.set()
             return
-        task = asyncio.create_task(self._reload())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = asyncio.create_task(_reload(host))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
-    async def _reload(self) -> None:
-        if await self._host.reload() is None:
-            log.info("nothing has changed on disk")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+
+
+async def _reload(host: Host) -> None:
+    if await host.reload() is None:
+        log.info("nothing has changed on disk")
 
 
 def _has_terminal() -> bool:
-    """Whether a terminal controls this process."""
+    """Whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:
@@ -138,7 +127,7 @@ def _has_terminal() -> bool:
     return True
 
 
-def _say_stopping(host: Host) -> None:
+def _log_stopping(host: Host) -> None:
     running = sum(route.in_flight for route in host.node.router)
     what = f"finishing {count(running, 'request')}" if running else "nothing is running"
     log.info("stopping: %s; Ctrl-C again stops at once", what)
@@ -146,28 +135,36 @@ def _say_stopping(host: Host) -> None:
 
 def _banner(host: Host) -> str:
     config, agents = host.config, host.agents
-    kind = f"embedded, store {config.server.store or 'thrown away'}" if host.server else "remote"
+    server = f"embedded, store {config.server.store or 'temporary'}" if host.server else "remote"
+    failed = [module for module in host.modules if module.state == "failed"]
     lines = [
         "",
         f"  {_bold('openagentmesh')} · host {_bold(host.name)}",
-        f"  {_bold(host.node.connection.target.display_url)} {_dim(kind)}",
+        f"  {_bold(host.node.connection.target.display_url)} {_dim(server)}",
+        "",
+        f"  {count(len(agents), 'agent')} from {count(len(host.modules) - len(failed), 'module')}",
+        *_agent_lines(host),
     ]
-    failed = [module for module in host.modules if module.state == "failed"]
-    lines += ["", f"  {count(len(agents), 'agent')} from {count(len(host.modules) - len(failed), 'module')}"]
-    width = max((len(agent.name) for agent in agents[:_MOST_SHOWN]), default=0)
-    for agent in agents[:_MOST_SHOWN]:
-        about = agent.contract.description.partition("\n")[0][:60]
-        lines.append(f"    {agent.name:<{width}}  {_dim(agent.contract.version)}  {about}")
-    if len(agents) > _MOST_SHOWN:
-        lines.append(_dim(f"    and {len(agents) - _MOST_SHOWN} more: oam mesh catalog"))
-    wrong = [f"    {m.origin.shown} failed: {m.error}" for m in failed]
-    wrong += [f"    {name} is refused: {why}" for name, why in host.node.refused.items()]
-    lines += [typer.style(line, fg=typer.colors.RED) for line in wrong]
-    lines += ["", *_how_to_call(host)]
+    problems = [f"    {m.origin.display_name} failed: {m.error}" for m in failed]
+    problems += [f"    {name} refused: {reason}" for name, reason in host.node.refused.items()]
+    lines += [typer.style(line, fg=typer.colors.RED) for line in problems]
+    lines += ["", *_call_lines(host)]
     if config.host.reload:
-        lines.append(f"  {_dim('A file that is saved is reloaded at once.')}")
-    lines += [f"  {_dim('Ctrl-C finishes what runs, then stops.')}", ""]
+        lines.append(f"  {_dim('Saved files are reloaded at once.')}")
+    lines += [f"  {_dim('Ctrl-C finishes running requests, then stops.')}", ""]
     return "\n".join(lines)
+
+
+def _agent_lines(host: Host) -> list[str]:
+    shown = host.agents[:_MAX_AGENTS_SHOWN]
+    width = max((len(agent.name) for agent in shown), default=0)
+    lines = []
+    for agent in shown:
+        description = agent.contract.description.partition("\n")[0][:60]
+        lines.append(f"    {agent.name:<{width}}  {_dim(agent.contract.version)}  {description}")
+    if len(host.agents) > len(shown):
+        lines.append(_dim(f"    and {len(host.agents) - len(shown)} more: oam mesh catalog"))
+    return lines
 
 
 def _bold(text: str) -> str:
@@ -178,36 +175,36 @@ def _dim(text: str) -> str:
     return typer.style(text, dim=True)
 
 
-def _how_to_call(host: Host) -> list[str]:
+def _call_lines(host: Host) -> list[str]:
+    """How to use an agent from another terminal."""
     if not host.agents:
-        return [f"  {_why_none(host)}", ""]
-    url = host.node.connection.target.url
-    is_default = url in {"nats://127.0.0.1:4222", "nats://localhost:4222"}
-    where = "" if is_default else f" --url {host.node.connection.target.display_url}"
-    # Those that can be called come first, and of these the sample that the docs show.
+        return [f"  {_advice_without_agents(host)}", ""]
+    target = host.node.connection.target
+    option = "" if target.url in _LOCAL_URLS else f" --url {target.display_url}"
+    # Invocable agents first, and of these the sample that the docs show.
     agent = min(host.agents, key=lambda a: (not a.contract.invocable, a.name != "nlp.summarizer"))
     contract = agent.contract
     if not contract.invocable:
-        return ["  See how they fare from another terminal:", f"    oam status{where}", ""]
+        return ["  Monitor them from another terminal:", f"    oam status{option}", ""]
     verb = "stream" if contract.streaming else "call"
-    given = example_input(contract.input_schema)
-    payload = "" if given is None else f" '{as_json(given)}'"
-    return ["  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{where}", ""]
+    example = example_input(contract.input_schema)
+    payload = "" if example is None else f" '{to_json_text(example)}'"
+    return ["  Call one from another terminal:", f"    oam agent {verb} {agent.name}{payload}{option}", ""]
 
 
-def _why_none(host: Host) -> str:
+def _advice_without_agents(host: Host) -> str:
     """What to do when no agent is served."""
     declared = {agent.name for module in host.modules for agent in module.agents}
     if declared & host.node.refused.keys():
         return (
-            "Make the refused agents go together with those that run, stop those, "
-            'or set [host] contract = "warn"; then start again.'
+            "Make the refused agents compatible with the running ones, stop those, "
+            'or set [host] contract = "warn"; then restart.'
         )
     if declared:
-        return "mesh.toml disables every agent; set enabled = true for one and start again."
+        return "mesh.toml disables every agent; set enabled = true for one, then restart."
     if any(module.state == "failed" for module in host.modules):
-        return "Mend what failed and start again."
+        return "Fix the errors above, then restart."
     if host.modules:
-        return "The modules declare no agent: put @mesh.agent(…) above a function and start again."
+        return "The modules declare no agent: put @mesh.agent(…) above a function, then restart."
     folder = next(iter(host.config.host.agents or []), DEFAULT_FOLDER)
-    return f"Put a Python file with an agent into {folder.rstrip('/')}/ and start again."
+    return f"Put a Python file with an agent into {folder.rstrip('/')}/, then restart."

@@ -26,7 +26,6 @@ def nearest(start: Path | None = None) -> Address:
 
     Raises:
         ConnectionFailed: the file cannot be read.
-
     """
     folder = (start or Path.cwd()).resolve()
     for parent in (folder, *folder.parents):

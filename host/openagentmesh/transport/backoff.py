@@ -8,19 +8,38 @@ from tenacity import RetryCallState
 # A generator of our own: programs that seed the global one get the same numbers with and without us.
 _random = Random()  # noqa: S311 - jitter is not a secret
 jitter = _random.uniform
+_MAX_DOUBLINGS = 60
 
 
-def jittered_backoff(
-    first: float, longest: float, *, at_least: float = 0.0
-) -> Callable[[RetryCallState], float]:
-    """A `wait` of tenacity, in seconds: random up to `first`, doubled with each attempt up to `longest`.
+class Backoff:
+    """Delays in seconds: random up to `first`, doubled each time up to `longest`.
 
-    Full jitter by default: clients that collide once do not collide again. With `at_least`, that share of
-    the current maximum is always waited.
+    Full jitter by default: clients that collide once do not collide again. At least the part `at_least`
+    of the current maximum is waited.
     """
 
-    def wait(state: RetryCallState) -> float:
-        limit = min(longest, first * 2.0 ** min(state.attempt_number - 1, 60))
-        return jitter(at_least * limit, limit)
+    def __init__(self, first: float, longest: float, *, at_least: float = 0.0) -> None:
+        self._first = first
+        self._longest = longest
+        self._at_least = at_least
+        self._attempts = 0
 
-    return wait
+    def next(self) -> float:
+        """The next delay."""
+        self._attempts += 1
+        return self.delay(self._attempts)
+
+    def reset(self) -> None:
+        """Begin with `first` again."""
+        self._attempts = 0
+
+    def delay(self, attempt: int) -> float:
+        """The delay after attempt number `attempt`, which counts from 1."""
+        limit = min(self._longest, self._first * 2.0 ** min(attempt - 1, _MAX_DOUBLINGS))
+        return jitter(self._at_least * limit, limit)
+
+
+def jittered_backoff(first: float, longest: float) -> Callable[[RetryCallState], float]:
+    """The same delays as a `wait` of tenacity."""
+    backoff = Backoff(first, longest)
+    return lambda state: backoff.delay(state.attempt_number)

@@ -89,7 +89,6 @@ class Connection:
         restore: runs in a task after each reconnect, again when the connection is lost meanwhile.
         on_disconnected: called when the connection is lost.
         on_closed: called when the connection is closed for good.
-
     """
 
     def __init__(self, target: Target, name: str) -> None:
@@ -117,7 +116,6 @@ class Connection:
         Raises:
             ConnectionFailed: no server answers at the address, or not in time.
             ConnectionDenied: the server rejects the credentials.
-
         """
         options = self._options()
         try:
@@ -203,7 +201,6 @@ class Connection:
 
         Raises:
             ConnectionFailed: the connection is closed for good.
-
         """
         if not self._up.is_set():
             await self._up.wait()
@@ -220,7 +217,6 @@ class Connection:
 
         Raises:
             ConnectionFailed: the connection is closed for good.
-
         """
         await self._recovered.wait()
         await self.wait_connected()
@@ -244,13 +240,12 @@ class Connection:
 
         Raises:
             PayloadTooLarge: with `size` and `limit` in its details, in bytes.
-
         """
         size = len(head) + len(body)
         if size > self.max_payload:
             raise PayloadTooLarge(
                 f"A message of {size} bytes (headers {len(head)}, body {len(body)}) is larger "
-                f"than the server's max_payload ({self.max_payload}). Send less, or share it in the workspace.",
+                f"than the server's max_payload ({self.max_payload}). Send less, or use the workspace.",
                 details={"size": size, "headers": len(head), "body": len(body), "limit": self.max_payload},
             )
 
@@ -260,7 +255,6 @@ class Connection:
         Raises:
             PayloadTooLarge: headers and body together exceed the server's limit.
             ConnectionFailed: the connection is closed, or the buffer is full.
-
         """
         client, size = self._client, len(head) + len(body)
         if size > client.max_payload:
@@ -282,7 +276,6 @@ class Connection:
         Raises:
             InvalidInput: the subject cannot be subscribed to.
             ConnectionFailed: the connection is closed.
-
         """
         if reason := subjects.invalid_pattern(subject):
             # The server would close the connection, again after each reconnect.
@@ -296,7 +289,6 @@ class Connection:
 
         Raises:
             ConnectionFailed: it did not answer in time.
-
         """
         try:
             await self._client.flush(_FLUSH_TIMEOUT_S)

@@ -61,7 +61,6 @@ class Inbox:
 
         Raises:
             MeshTimeout: no reply arrived in time.
-
         """
         found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         reply = self.register(partial(set_result, found))

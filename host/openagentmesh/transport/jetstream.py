@@ -18,7 +18,6 @@ async def last_message(inbox: Inbox, stream: str, subject: str) -> dict[str, Any
     Raises:
         NoStreamResponseError, APIError: there is no such stream, or no JetStream.
         MeshTimeout: the server does not answer.
-
     """
     body = to_json({"last_by_subj": subject})
     reply = await inbox.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout=_REQUEST_TIMEOUT_S)

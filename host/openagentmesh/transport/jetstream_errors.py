@@ -27,7 +27,6 @@ def translated_errors(connection: Connection, action: str) -> Iterator[None]:
     Raises:
         PayloadTooLarge: the server has no space for it.
         ConnectionFailed: any other error of the library.
-
     """
     try:
         yield

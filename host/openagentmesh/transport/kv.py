@@ -69,7 +69,6 @@ class KVBuckets:
 
         Raises:
             ConnectionFailed: JetStream is off, or this user may not use it.
-
         """
         opened = await asyncio.gather(*[self._open_or_create(name) for name in KV_BUCKETS])
         self._open = dict(zip(KV_BUCKETS, opened, strict=True))
@@ -235,7 +234,6 @@ class KVBuckets:
             replay: whether to begin with the existing keys.
             seen: the versions yielded so far; pass the same dict again to resume.
             started: set when all existing keys were yielded or skipped.
-
         """
         changes = ChangeFilter({} if seen is None else seen, replay=replay)
         async with aclosing(self.watch(bucket, keys)) as entries:

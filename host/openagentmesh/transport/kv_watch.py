@@ -91,7 +91,6 @@ class ChangeFilter:
     Args:
         seen: the version of each known key; kept up to date.
         replay: whether keys that exist at the start count as changes.
-
     """
 
     def __init__(self, seen: dict[str, Version], *, replay: bool) -> None:

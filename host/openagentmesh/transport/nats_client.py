@@ -43,7 +43,6 @@ class NatsClient(Client):
 
     Attributes:
         on_disconnected: called when the server is lost, before anything more can be sent.
-
     """
 
     def __init__(self) -> None:

