@@ -1,4 +1,4 @@
-"""Metrics: what agents do and how they fare, for Prometheus, at `/metrics`."""
+"""Metrics for Prometheus at `/metrics`: requests, durations, errors, reloads and the event loop's lag."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from functools import partial
 from time import perf_counter
 from typing import Annotated, Any, Final
 
-from openagentmesh import Agent, Call, Endpoint, Instance, MeshError, Middleware, hookimpl
+from openagentmesh import Agent, Call, Endpoint, Instance, MeshError, Middleware, NodeStatus, hookimpl
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -19,15 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 log = logging.getLogger(__name__)
 
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-# How often the event loop's lag is measured, in seconds.
-_BEAT: Final = 0.5
-# Of so many measurements the worst is shown: a minute's, so that no scrape misses one.
-_BEATS: Final = 120
-# More kinds of errors of one agent than this are counted together, for agents name their own.
-_MOST_CODES: Final = 50
-_LONGEST_CODE: Final = 64
-# How long a scrape waits for the event loop, in seconds.
-_PATIENCE: Final = 2.0
+# How often the event loop's lag is measured.
+_LAG_PERIOD_S: Final = 0.5
+# The worst of so many measurements is shown: those of a minute, so that no scrape misses one.
+_LAG_COUNT: Final = 120
+# Agents choose their error codes: further ones of an agent are counted together.
+_MAX_CODES: Final = 50
+_MAX_CODE: Final = 64
+# How long a scrape waits for the event loop.
+_SCRAPE_TIMEOUT_S: Final = 2.0
 
 
 class Settings(BaseModel):
@@ -40,14 +40,13 @@ class Settings(BaseModel):
 
 
 class Metrics:
-    """The plugin: counts what passes, and serves the counts over HTTP while the mesh is up.
+    """The plugin: counts requests, and serves the counts over HTTP while the mesh is connected.
 
     Args:
-        settings: for `AgentMesh(plugins=[Metrics(Settings(...))])`; a host gives those of mesh.toml.
+        settings: for `AgentMesh(plugins=[Metrics(Settings(...))])`; a host passes those of mesh.toml.
 
     Attributes:
         port: where `/metrics` is served; 0 while it is not.
-
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -56,7 +55,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         labels = ["agent", "verb"]
         self._requests = Counter("oam_requests", "Requests answered.", labels, registry=registry)
-        about = "From a request to its answer."
+        about = "The duration of requests."
         self._seconds = Histogram("oam_request_seconds", about, labels, buckets=_BUCKETS, registry=registry)
         self._errors = Counter(
             "oam_errors", "Requests answered by an error.", ["agent", "code"], registry=registry
@@ -79,14 +78,14 @@ class Metrics:
 
     @hookimpl
     def mesh_configure(self, settings: Settings) -> None:
-        """Take the settings; while it serves, it stays where it is."""
+        """Apply the settings; host and port cannot change while it serves."""
         if self.port and settings != self._settings:
             raise ValueError("another host or port for /metrics needs a restart")
         self._settings = settings
 
     @hookimpl
     def mesh_middleware(self, agent: Agent) -> Middleware:
-        """What counts one agent's requests; the series of what it is made for is there from the start."""
+        """The middleware of one agent; the series of its verbs exist from the start."""
         name, streams = agent.name, agent.contract.streaming
         series = self._series.setdefault(name, {})
         if agent.contract.invocable:
@@ -97,22 +96,22 @@ class Metrics:
         self._codes.setdefault(name, set())
 
         def middleware(endpoint: Endpoint) -> Endpoint:
-            async def counted(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
+            async def counted(call: Call) -> Any:  # noqa: ANN401 - the handler's result
                 requests, seconds = series.get(call.verb) or self._series_of(name, call.verb, series)
                 if chunks is not None:
                     send = call.send
 
-                    async def counting(chunk: object) -> None:
+                    async def send_counted(chunk: object) -> None:
                         await send(chunk)
                         chunks.inc()
 
-                    call.send = counting
-                call.when_over(partial(self._count_error, call, streams))
-                began = perf_counter()
+                    call.send = send_counted
+                call.add_done_callback(partial(self._count_error, call, streams))
+                started = perf_counter()
                 try:
                     return await endpoint(call)
                 finally:
-                    seconds.observe(perf_counter() - began)
+                    seconds.observe(perf_counter() - started)
                     requests.inc()
 
             return counted
@@ -122,17 +121,17 @@ class Metrics:
     def _series_of(
         self, name: str, verb: str, series: dict[str, tuple[Counter, Histogram]]
     ) -> tuple[Counter, Histogram]:
-        series[verb] = made = self._requests.labels(name, verb), self._seconds.labels(name, verb)
-        return made
+        series[verb] = found = self._requests.labels(name, verb), self._seconds.labels(name, verb)
+        return found
 
     def _count_error(self, call: Call, streams: bool, error: MeshError | None) -> None:  # noqa: FBT001 - bound to it
-        codes = self._codes.get(call.agent)  # an agent that is gone has no series any more
-        # Who stops to read a stream makes no error.
-        if error is None or codes is None or (streams and call.abandoned):
+        codes = self._codes.get(call.agent)  # a removed agent has no series any more
+        # A caller that stops reading a stream is no error.
+        if error is None or codes is None or (streams and call.is_abandoned):
             return
-        # Its author's word, or a peer's, may hold anything, and be as long as anything.
-        code = error.code[:_LONGEST_CODE].encode("utf-8", "replace").decode()
-        if code in codes or len(codes) < _MOST_CODES:
+        # Authors and peers choose codes, of any length and content.
+        code = error.code[:_MAX_CODE].encode("utf-8", "replace").decode()
+        if code in codes or len(codes) < _MAX_CODES:
             codes.add(code)
             self._errors.labels(call.agent, code).inc()
         else:
@@ -140,7 +139,7 @@ class Metrics:
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
-        """Forget the series of an agent."""
+        """Remove the series of an agent."""
         for verb in self._series.pop(name, ()):
             self._requests.remove(name, verb)
             self._seconds.remove(name, verb)
@@ -155,7 +154,7 @@ class Metrics:
 
     @hookimpl
     def mesh_reload_failed(self) -> None:
-        """Count a reload that was refused."""
+        """Count a refused reload."""
         self._reloads.labels("refused").inc()
 
     @hookimpl
@@ -165,76 +164,76 @@ class Metrics:
 
         Raises:
             OSError: the port is taken.
-
         """
-        described = Described(instance, asyncio.get_running_loop())
-        self.registry.register(described)
-        where = self._settings
+        status = StatusCollector(instance, asyncio.get_running_loop())
+        self.registry.register(status)
+        settings = self._settings
         try:
-            server, thread = start_http_server(where.port, where.host, self.registry)
+            server, thread = start_http_server(settings.port, settings.host, self.registry)
         except OSError as exc:
-            self.registry.unregister(described)
-            raise OSError(f"/metrics cannot be served at {where.host}:{where.port}: {exc.strerror}") from exc
+            self.registry.unregister(status)
+            address = f"{settings.host}:{settings.port}"
+            raise OSError(f"/metrics cannot be served at {address}: {exc.strerror}") from exc
         self.port = server.server_port
-        beating = asyncio.create_task(self._beat())
+        measuring = asyncio.create_task(self._measure_lag())
         try:
             yield
         finally:
-            beating.cancel()
+            measuring.cancel()
             await asyncio.to_thread(server.shutdown)
             server.server_close()
             await asyncio.to_thread(thread.join)
-            self.registry.unregister(described)
+            self.registry.unregister(status)
             self.port = 0
 
-    async def _beat(self) -> None:
+    async def _measure_lag(self) -> None:
         loop = asyncio.get_running_loop()
-        lags: deque[float] = deque(maxlen=_BEATS)
+        lags: deque[float] = deque(maxlen=_LAG_COUNT)
         while True:
-            began = loop.time()
-            await asyncio.sleep(_BEAT)
-            lags.append(max(0.0, loop.time() - began - _BEAT))
+            started = loop.time()
+            await asyncio.sleep(_LAG_PERIOD_S)
+            lags.append(max(0.0, loop.time() - started - _LAG_PERIOD_S))
             self._lag.set(max(lags))
 
 
-class Described(Collector):
-    """What the host counts itself: looked at on its event loop, told in the server's thread."""
+class StatusCollector(Collector):
+    """The node's own counts: read on its event loop, served in the server's thread."""
 
     def __init__(self, instance: Instance, loop: asyncio.AbstractEventLoop) -> None:
         self._instance = instance
         self._loop = loop
-        self._seen: dict[str, Any] = {}
+        self._status = NodeStatus()
 
-    async def _look(self) -> None:
-        self._seen = self._instance.describe()
+    async def _read(self) -> None:
+        self._status = self._instance.status()
 
-    def _see(self) -> None:
-        """See how everything is now; while the loop is blocked, how it was."""
-        looking = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
-        if not wait([looking], _PATIENCE).done:
-            looking.cancel()
-        elif exc := looking.exception():
-            log.error("metrics: what is told of the host is from before", exc_info=exc)
+    def _update(self) -> None:
+        """Read the status; while the loop is blocked, the last one stays."""
+        reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
+        if not wait([reading], _SCRAPE_TIMEOUT_S).done:
+            reading.cancel()
+        elif exc := reading.exception():
+            log.error("metrics: reading the status failed, the last one is served", exc_info=exc)
 
     def collect(self) -> Iterator[Metric]:
-        """Give what the host counts."""
-        self._see()
-        agents = self._seen.get("agents", [])
-        in_flight = GaugeMetricFamily("oam_in_flight", "Requests under way.", labels=["agent"])
-        waiting = GaugeMetricFamily("oam_waiting", "Requests that wait for their turn.", labels=["agent"])
-        refused = CounterMetricFamily("oam_overloaded", "Requests answered by overloaded.", labels=["agent"])
-        restarts = CounterMetricFamily("oam_restarts", "Restarts of what runs by itself.", labels=["agent"])
-        for agent in agents:
-            name = [agent["name"]]
-            in_flight.add_metric(name, agent["in_flight"])
-            waiting.add_metric(name, agent["waiting"])
-            refused.add_metric(name, agent["refused"])
-            if background := agent["background"]:
-                restarts.add_metric(name, background["restarts"])
-        yield from (in_flight, waiting, refused, restarts)
-        connection = self._seen.get("connection", {})
-        connected = GaugeMetricFamily("oam_connected", "1 while there is a connection to NATS.")
-        connected.add_metric([], connection.get("connected", 0))
-        reconnects = CounterMetricFamily("oam_reconnects", "How often it came back.")
-        reconnects.add_metric([], connection.get("reconnects", 0))
+        """The metrics of the node's status."""
+        self._update()
+        in_flight = GaugeMetricFamily("oam_in_flight", "Requests in flight.", labels=["agent"])
+        waiting = GaugeMetricFamily("oam_waiting", "Requests that wait for a slot.", labels=["agent"])
+        overloaded = CounterMetricFamily("oam_overloaded", "Requests above the limits.", labels=["agent"])
+        restarts = CounterMetricFamily(
+            "oam_restarts", "Restarts of publishers and watchers.", labels=["agent"]
+        )
+        for agent in self._status.agents:
+            name = [agent.name]
+            in_flight.add_metric(name, agent.in_flight)
+            waiting.add_metric(name, agent.waiting)
+            overloaded.add_metric(name, agent.overloaded)
+            if agent.background:
+                restarts.add_metric(name, agent.background.restarts)
+        yield from (in_flight, waiting, overloaded, restarts)
+        connected = GaugeMetricFamily("oam_connected", "1 while connected to NATS.")
+        connected.add_metric([], self._status.connection.connected)
+        reconnects = CounterMetricFamily("oam_reconnects", "How often the connection was restored.")
+        reconnects.add_metric([], self._status.connection.reconnects)
         yield from (connected, reconnects)

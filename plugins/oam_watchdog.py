@@ -1,7 +1,7 @@
-"""Watchdog: says which agent blocks the event loop, where it stands, and for how long.
+"""Watchdog: reports which agent blocks the event loop, for how long, and where in its code.
 
-A thread asks the loop for a sign of life again and again, and looks at the stack of the loop's thread
-when none comes. Calls pass through nothing of this.
+A thread asks the loop for a sign of life at intervals; without an answer it reads the stack of the loop's
+thread. Requests do not pass through the plugin.
 """
 
 import asyncio
@@ -22,21 +22,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 log = logging.getLogger(__name__)
 
-# Of a stack so many innermost frames are shown.
-_MOST_FRAMES: Final = 20
-# How often the loop is asked for a sign of life, in parts of the threshold.
-_LOOKS: Final = 2
-_MINUTE: Final = 60.0
-_REMEDY: Final = "Let it `await`, or write `def` instead of `async def`: then it runs in a thread."
+# How many of the innermost frames of a stack are shown.
+_MAX_FRAMES: Final = 20
+# How often the loop is asked for a sign of life, per threshold.
+_CHECKS_PER_THRESHOLD: Final = 2
+_MINUTE_S: Final = 60.0
+_ADVICE: Final = "Use `await` for what takes time, or `def` instead of `async def`: it then runs in a thread."
 
 
 class Settings(BaseModel):
     """`[plugins.watchdog]`.
 
     Attributes:
-        threshold: seconds that the loop may stand still before that is told.
-        reports: how many times a minute that is told, at most.
-
+        threshold: seconds that the loop may be blocked before that is reported.
+        reports: how many reports there are per minute, at most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,14 +48,13 @@ class Watchdog:
     """The plugin.
 
     Args:
-        settings: for `AgentMesh(plugins=[Watchdog(Settings(...))])`; a host gives those of mesh.toml.
-
+        settings: for `AgentMesh(plugins=[Watchdog(Settings(...))])`; a host passes those of mesh.toml.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()
-        # File and line of each agent's handler, for those that run by themselves.
-        self._places: dict[str, str] = {}
+        # File and line of each agent's handler.
+        self._sources: dict[str, str] = {}
 
     @hookimpl
     def mesh_settings(self) -> type[Settings]:
@@ -65,18 +63,18 @@ class Watchdog:
 
     @hookimpl
     def mesh_configure(self, settings: Settings) -> None:
-        """Take new settings, from the next look on."""
+        """Apply new settings, from the next check on."""
         self._settings = settings
 
     @hookimpl
     def mesh_middleware(self, agent: Agent) -> None:
-        """Remember where an agent's code is; nothing is put around it."""
-        self._places[agent.name] = agent.source
+        """Remember where an agent's code is; it gets no middleware."""
+        self._sources[agent.name] = agent.source
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
         """Forget an agent."""
-        self._places.pop(name, None)
+        self._sources.pop(name, None)
 
     @hookimpl
     def mesh_lifespan(self) -> AbstractAsyncContextManager[None]:
@@ -85,35 +83,35 @@ class Watchdog:
 
     @asynccontextmanager
     async def _watching(self) -> AsyncIterator[None]:
-        watch = _Watch(lambda: self._settings, self._places)
+        watch = _LoopWatch(lambda: self._settings, self._sources)
         Thread(target=watch.run, name="oam-watchdog", daemon=True).start()
         try:
             yield
         finally:
-            watch.over.set()
+            watch.stopped.set()
 
 
-class _Watch:
-    """Watches the loop that it is made on, from a thread."""
+class _LoopWatch:
+    """Watches the running event loop from a thread."""
 
-    def __init__(self, settings: Callable[[], Settings], places: dict[str, str]) -> None:
-        self.over = Event()
+    def __init__(self, settings: Callable[[], Settings], sources: dict[str, str]) -> None:
+        self.stopped = Event()
         self._settings = settings
-        self._places = places
+        self._sources = sources
         self._loop = asyncio.get_running_loop()
         self._thread = get_ident()
-        # What stands below all that runs on the loop: the loop itself, and the program that runs it.
-        self._below: set[CodeType] = set()
-        self._loop.call_soon(self._learn_below)
-        self._told: deque[float] = deque()
-        self._untold = 0
+        # The frames below everything that runs on the loop: the loop itself, and the program that runs it.
+        self._outer: set[CodeType] = set()
+        self._loop.call_soon(self._record_outer)
+        self._reported: deque[float] = deque()
+        self._skipped = 0
 
-    def _learn_below(self) -> None:
-        self._below = {frame.f_code for frame, _ in islice(traceback.walk_stack(sys._getframe()), 1, None)}  # noqa: SLF001 - made for this
+    def _record_outer(self) -> None:
+        self._outer = {frame.f_code for frame, _ in islice(traceback.walk_stack(sys._getframe()), 1, None)}  # noqa: SLF001 - made for this
 
     def run(self) -> None:
-        """Ask for signs of life until it is over."""
-        while not self.over.wait(self._settings().threshold / _LOOKS):
+        """Check the loop until the watch is stopped."""
+        while not self.stopped.wait(self._settings().threshold / _CHECKS_PER_THRESHOLD):
             alive, asked = Event(), monotonic()
             try:
                 self._loop.call_soon_threadsafe(alive.set)
@@ -121,70 +119,75 @@ class _Watch:
                 return
             if not alive.wait(self._settings().threshold):
                 try:
-                    self._stands_still(alive, asked)
-                # One look ends here: what lies on the stack is anybody's, and the next look may go well.
+                    self._on_blocked(alive, asked)
+                # One check ends here: a stack may hold any objects, and the next check may succeed.
                 except Exception:
-                    log.exception("The event loop has stood still, and who blocks it cannot be told")
+                    log.exception("watchdog: the event loop was blocked, and reading its stack failed")
 
-    def _stands_still(self, alive: Event, asked: float) -> None:
-        told = self._may_tell()
-        who, stack = self._seen() if told else ("", "")
-        if alive.is_set():  # this thread did not get its turn either
-            who, stack = "something that was over before it could be seen", ""
-        if told:
+    def _on_blocked(self, alive: Event, asked: float) -> None:
+        may_report = self._may_report()
+        blocker, stack = self._find_blocker() if may_report else ("", "")
+        if alive.is_set():  # this thread was delayed itself
+            blocker, stack = "something that ended before it could be identified", ""
+        if may_report:
             log.warning(
-                "The event loop has stood still for %.2f s, and with it all agents: %s blocks it.%s %s\n%s",
-                monotonic() - asked, who, self._left_out(), _REMEDY, stack,
+                "event loop blocked for %.2f s by %s; no agent answers meanwhile.%s %s\n%s",
+                monotonic() - asked, blocker, self._skipped_text(), _ADVICE, stack,
             )  # fmt: skip
-        # Until it is closed: with asyncio's it may end without having come to us.
+        # Until it is closed: with asyncio's loop the callback may never run.
         while not alive.wait(1.0) and not self._loop.is_closed():
             pass
-        if told:
-            log.warning("The event loop goes on; %s had blocked it for %.2f s", who, monotonic() - asked)
+        if may_report:
+            log.warning("event loop running again: blocked by %s for %.2f s", blocker, monotonic() - asked)
 
-    def _may_tell(self) -> bool:
+    def _may_report(self) -> bool:
         now = monotonic()
-        while self._told and now - self._told[0] > _MINUTE:
-            self._told.popleft()
-        if len(self._told) >= self._settings().reports:
-            self._untold += 1
+        while self._reported and now - self._reported[0] > _MINUTE_S:
+            self._reported.popleft()
+        if len(self._reported) >= self._settings().reports:
+            self._skipped += 1
             return False
-        self._told.append(now)
+        self._reported.append(now)
         return True
 
-    def _left_out(self) -> str:
-        untold, self._untold = self._untold, 0
-        return f" ({untold} times more in between.)" if untold else ""
+    def _skipped_text(self) -> str:
+        skipped, self._skipped = self._skipped, 0
+        return f" ({skipped} reports skipped.)" if skipped else ""
 
-    def _seen(self) -> tuple[str, str]:
-        """Who is at work on the loop, and the stack from there on."""
+    def _find_blocker(self) -> tuple[str, str]:
+        """What runs on the loop, in words, and its stack."""
         innermost = sys._current_frames().get(self._thread)  # noqa: SLF001 - made for this
         stack = (frame for frame, _ in traceback.walk_stack(innermost))
-        frames = list(takewhile(lambda frame: frame.f_code not in self._below, stack))
-        who, own = self._agent_in(frames)
+        frames = list(takewhile(lambda frame: frame.f_code not in self._outer, stack))
+        blocker, outermost = self._running_agent(frames) or self._file_of_agent(frames)
         shown = traceback.StackSummary.extract(
-            (frame, frame.f_lineno) for frame in reversed(frames[: min(own + 1, _MOST_FRAMES)])
+            (frame, frame.f_lineno) for frame in reversed(frames[: min(outermost + 1, _MAX_FRAMES)])
         )
-        return who, "".join(shown.format()).rstrip()
+        return blocker, "".join(shown.format()).rstrip()
 
-    def _agent_in(self, frames: list[FrameType]) -> tuple[str, int]:
-        """The agent that a stack belongs to, in words, and the frame where its own code begins."""
-        agents = list(self._places.items())
-        places = [f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}" for frame in frames]
-        named = [(i, name) for i, place in enumerate(places) for name, source in agents if source == place]
-        answering = [call.agent for f in frames if type(call := f.f_locals.get("call")) is Call]
-        begin = named[0][0] if named else len(frames)
+    def _running_agent(self, frames: list[FrameType]) -> tuple[str, int] | None:
+        """The agent whose request or handler a stack runs, and the frame where its own code begins."""
+        begin, handlers = len(frames), []
+        for i, frame in enumerate(frames):
+            location = f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}"
+            handlers = [name for name, source in list(self._sources.items()) if source == location]
+            if handlers:
+                begin = i
+                break
+        # Frames that answer a request have it in a variable of this name.
+        calls = (frame.f_locals.get("call") for frame in frames)
+        answering = next((call.agent for call in calls if isinstance(call, Call)), "")
         if answering:
-            return f"agent '{answering[0]}'", begin
-        if named:
-            return _listed(name for i, name in named if i == begin), begin
-        # What a handler left behind in a task of its own has nothing of an agent but its file.
+            return f"agent '{answering}'", begin
+        return (_listed(handlers), begin) if handlers else None
+
+    def _file_of_agent(self, frames: list[FrameType]) -> tuple[str, int]:
+        """The agents of the outermost file that has any: a task that a handler left has no other trace."""
         for i, frame in reversed(list(enumerate(frames))):
-            file = frame.f_code.co_filename
-            inside = [name for name, source in agents if source.rpartition(":")[0] == file]
-            if inside:
+            file, sources = frame.f_code.co_filename, list(self._sources.items())
+            if inside := [name for name, source in sources if source.rpartition(":")[0] == file]:
                 return f"the code of {_listed(inside)}", i
-        return "something outside of all agents", len(frames)
+        return "code outside of all agents", len(frames)
 
 
 def _listed(names: Iterable[str]) -> str:

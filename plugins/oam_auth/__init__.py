@@ -1,6 +1,6 @@
-"""Auth: who asks is proven, by a bearer token or a signature, and a policy says who may ask what.
+"""Auth: callers are verified by bearer tokens or signatures, and a policy permits their requests.
 
-Once it is enabled, nothing is allowed but what a rule allows.
+Once it is enabled, only requests that a rule permits are admitted.
 """
 
 from oam_auth.plugin import Auth

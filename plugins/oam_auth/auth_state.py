@@ -1,4 +1,4 @@
-"""One configuration at work: what it protects with, kept like its files and its issuer are."""
+"""One configuration in force: its authenticator, kept up to date with files and issuer."""
 
 import asyncio
 import logging
@@ -9,32 +9,30 @@ from typing import Any, Final
 
 from openagentmesh import Call
 
-from oam_auth.authenticator import Guard, bearer_token
+from oam_auth.authenticator import Authenticator, bearer_token
 from oam_auth.file_watch import Issuer, changes
 from oam_auth.keys import fetch_keys
-from oam_auth.policy import Proof
+from oam_auth.policy import Identity
 from oam_auth.settings import Settings
 from oam_auth.signatures import Nonces
 from oam_auth.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-# Until what could not be followed is followed again, in seconds.
-_AGAIN: Final = 5.0
+_RETRY_S: Final = 5.0
 
 
-class Protection:
-    """What one configuration protects with.
+class AuthState:
+    """One configuration in force.
 
     Args:
         settings: the configuration.
-        folder: where its relative paths begin.
-        nonces: the signatures that have been used.
-        issuer: who issues its tokens, with keys that were fetched for another configuration.
+        folder: where its relative paths start.
+        nonces: the used signatures.
+        issuer: the issuer of its tokens, when its keys were fetched for another configuration already.
 
     Raises:
-        ValueError: something that the settings name is missing or broken.
-
+        ValueError: something in the settings is missing or invalid.
     """
 
     def __init__(
@@ -43,83 +41,83 @@ class Protection:
         self.settings, self.folder, self._nonces = settings, folder, nonces
         self.issuer = issuer or Issuer(settings.tokens)
         self._fetched = self.issuer.keys
-        self._guard = Guard.of(settings, folder, nonces, self._fetched)
+        self._authenticator = Authenticator.load(settings, folder, nonces, self._fetched)
         self._following: list[asyncio.Task[None]] = []
 
     @property
-    def guard(self) -> Guard:
-        """What decides now, with the keys that the issuer publishes now."""
+    def authenticator(self) -> Authenticator:
+        """Verifies callers, with the issuer's current keys."""
         if self._fetched is not self.issuer.keys and self.settings.tokens is not None:
             self._fetched = self.issuer.keys
-            self._guard = self._guard.with_fetched(self.settings.tokens, self._fetched)
-        return self._guard
+            self._authenticator = self._authenticator.with_fetched(self.settings.tokens, self._fetched)
+        return self._authenticator
 
-    async def let_in(self, call: Call) -> Proof | None:
-        """Who is proven to ask, and may; None for nobody, who may.
+    async def admit(self, call: Call) -> Identity | None:
+        """The verified identity of a permitted caller; None for a permitted anonymous one.
 
         Raises:
-            Unauthenticated: what the request says of who asks does not count, or it says nothing.
-            PermissionDenied: no rule lets this subject do this.
-            Overloaded: too many signed requests came to remember them all.
-
+            Unauthenticated: its credentials are invalid, or missing and required.
+            PermissionDenied: no rule permits the request.
+            Overloaded: too many signed requests are remembered.
         """
-        tokens, token = self.guard.tokens, bearer_token(call) if self.issuer.url else ""
-        if token and tokens is not None and not tokens.knows_key_of(token):
+        tokens, token = self.authenticator.tokens, bearer_token(call) if self.issuer.url else ""
+        if token and tokens is not None and not tokens.has_key_for(token):
             await self.issuer.fetch_for_request()  # the issuer may have a new one
-        guard = self.guard
-        who = guard.prove(call)
-        guard.policy.allow(who, call.agent, call.verb)
-        guard.use_up(call)  # only now: who may nothing must not fill the memory
-        return who
+        authenticator = self.authenticator
+        identity = authenticator.verify(call)
+        authenticator.policy.permit(identity, call.agent, call.verb)
+        authenticator.use_signature(call)  # only now: refused requests must not fill the memory
+        return identity
 
-    def tokens_now(self) -> Tokens | None:
-        """What verifies tokens, with the issuer's keys of this moment; blocks while they are fetched.
+    def fetched_tokens(self) -> Tokens | None:
+        """Verifies tokens, with newly fetched keys of the issuer; blocks meanwhile.
 
         Raises:
             ValueError: they cannot be fetched.
-
         """
         tokens = self.settings.tokens
         if tokens is None or tokens.jwks_url is None:
-            return self.guard.tokens
-        return self.guard.with_fetched(tokens, fetch_keys(tokens.jwks_url)).tokens
+            return self.authenticator.tokens
+        return self.authenticator.with_fetched(tokens, fetch_keys(tokens.jwks_url)).tokens
 
-    def described(self) -> dict[str, Any]:
-        """What is set up: rules, keys, signers, and what requests from here carry; no secrets."""
-        signatures, identity = self.settings.signatures, self.guard.identity
-        signer = f"the signature of {identity.signer.key}" if identity.signer else ""
+    def describe(self) -> dict[str, Any]:
+        """Rules, keys, signers, and the credentials of this node's requests; no secrets."""
+        signatures, credentials = self.settings.signatures, self.authenticator.credentials
+        signer = f"the signature of {credentials.signer.key}" if credentials.signer else ""
         return {
-            "rules": [rule.name for rule in self.guard.policy.rules],
-            "keys in files": [key.kid or key.thumbprint() for key in self.guard.keys_in_files],
+            "rules": [rule.name for rule in self.authenticator.policy.rules],
+            "keys in files": [key.kid or key.thumbprint() for key in self.authenticator.keys_in_files],
             "keys from": [self.issuer.url] if self.issuer.url else [],
             "signers": [user.subject for user in signatures.users.values()] if signatures else [],
-            "requests from here carry": signer or ("a token" if identity.token else "nothing"),
+            "requests carry": signer or ("a token" if credentials.token else "nothing"),
         }
 
     def read_again(self) -> None:
-        """Read all files once more; of what is broken, what was read before stays in force."""
-        self._guard = Guard.of(self.settings, self.folder, self._nonces, self._fetched, before=self._guard)
-        log.info("auth: read again, %d rules", len(self._guard.policy.rules))
+        """Read all files again; an invalid one keeps its previous state."""
+        self._authenticator = Authenticator.load(
+            self.settings, self.folder, self._nonces, self._fetched, previous=self._authenticator
+        )
+        log.info("auth: files read again, %d rules", len(self._authenticator.policy.rules))
 
     def follow(self) -> None:
-        """Follow the files and the issuer from now on, until `unfollow`."""
+        """Follow the files and the issuer, until `unfollow`."""
         if not self._following:
             self._following = [
-                asyncio.create_task(_keep(following))
-                for following in (self._follow_files, self._follow_issuer)
+                asyncio.create_task(_retry(follow)) for follow in (self._follow_files, self._follow_issuer)
             ]
 
     def unfollow(self) -> list[asyncio.Task[None]]:
-        """Follow nothing any more; gives what is about to end."""
+        """Stop following; returns the tasks that are about to end."""
         following, self._following = self._following, []
         for task in following:
             task.cancel()
         return following
 
     async def _follow_files(self) -> None:
-        if self._guard.files:
-            async with aclosing(changes(lambda: self._guard.files, self._guard.stamps)) as told:
-                async for _ in told:
+        if self._authenticator.files:
+            files = changes(lambda: self._authenticator.files, self._authenticator.stamps)
+            async with aclosing(files) as changed:
+                async for _ in changed:
                     self.read_again()
 
     async def _follow_issuer(self) -> None:
@@ -129,14 +127,14 @@ class Protection:
             await asyncio.sleep(tokens.refresh)
 
 
-async def _keep(following: Callable[[], Awaitable[None]]) -> None:
-    """Follow until there is nothing to follow; whatever fails is told, and begun again."""
+async def _retry(follow: Callable[[], Awaitable[None]]) -> None:
+    """Follow until there is nothing to follow; restarted after each failure."""
     while True:
         try:
-            await following()
-        # What ends here is one attempt: a key that was withdrawn must not count because of it.
+            await follow()
+        # One attempt ends here: withdrawn keys must not stay in force because of it.
         except Exception as exc:  # noqa: BLE001 - as above
-            log.error("auth: what was read before stays in force: %s", exc)  # noqa: TRY400 - no bug of ours
-            await asyncio.sleep(_AGAIN)
+            log.error("auth: the previous state stays in force: %s", exc)  # noqa: TRY400 - not a defect of ours
+            await asyncio.sleep(_RETRY_S)
         else:
             return

@@ -1,4 +1,4 @@
-"""What one configuration protects with: the policy, and what proves who asks."""
+"""Verifies the callers of requests, with one state of the configuration and its files."""
 
 import logging
 import tomllib
@@ -13,13 +13,13 @@ from joserfc.jwk import Key
 from openagentmesh import Call
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from oam_auth.credentials import AUTHORIZATION, Identity, spellings
+from oam_auth.credentials import AUTHORIZATION, Credentials, authorization_names
 from oam_auth.file_watch import Stamps, stamps
 from oam_auth.keys import read_file, read_keys
-from oam_auth.policy import Policy, Proof, Rule
+from oam_auth.policy import Identity, Policy, Rule
 from oam_auth.settings import Settings, TokenSettings
 from oam_auth.signatures import KEY, SIGNATURE, Nonces, Signatures
-from oam_auth.tokens import Tokens, refused
+from oam_auth.tokens import Tokens, unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -33,57 +33,63 @@ class _PolicyFile(BaseModel):
 
 
 @dataclass(slots=True, frozen=True)
-class Guard:
-    """Decides about requests. Never changes: what changes on disk makes another one.
+class Authenticator:
+    """Verifies callers. Immutable: a changed file makes a new one.
 
     Attributes:
-        keys: those that were in each file.
+        policy: the permissions.
+        tokens: verifies bearer tokens; None when they are not accepted.
+        signatures: verifies signed requests; None when they are not accepted.
+        credentials: what requests of this node carry.
+        keys: the keys of each file.
         files: what it was read from.
-        stamps: what identified them just before.
-
+        stamps: of these files, from before they were read.
     """
 
     policy: Policy
     tokens: Tokens | None
     signatures: Signatures | None
-    identity: Identity
+    credentials: Credentials
     keys: Mapping[Path, tuple[Key, ...]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     stamps: Stamps = ()
 
     @classmethod
-    def of(
+    def load(
         cls,
         settings: Settings,
         folder: Path,
         nonces: Nonces,
         fetched: Sequence[Key] = (),
-        before: "Guard | None" = None,
-    ) -> "Guard":
-        """Read all that the settings name; relative paths are within the folder.
+        previous: "Authenticator | None" = None,
+    ) -> "Authenticator":
+        """Read all files of the settings; relative paths start at the folder.
 
-        Each part that is broken now is as it was `before`, and the log says why.
+        A part that cannot be read is that of `previous`, with an error in the log.
 
         Raises:
-            ValueError: something is missing or broken, and nothing was before; in words for people.
-
+            ValueError: a part is missing or invalid, and there is no previous one.
         """
         tokens, signatures, caller = settings.tokens, settings.signatures, settings.caller
         key_files = tokens.keys if tokens else ()
         named = [*key_files, settings.policy, caller.token_file, caller.nkey_file]
         files = tuple(folder / path.expanduser() for path in named if path is not None)
         seen = stamps(files)
-        policy = _or_before(partial(_policy, settings, folder), before.policy if before else None)
+        policy = _or_previous(partial(_policy, settings, folder), previous.policy if previous else None)
         keys = {
-            file: _or_before(partial(read_keys, file, folder), before.keys.get(file) if before else None)
+            file: _or_previous(
+                partial(read_keys, file, folder), previous.keys.get(file) if previous else None
+            )
             for file in key_files
         }
-        identity = _or_before(partial(Identity.of, caller, folder), before.identity if before else None)
+        credentials = _or_previous(
+            partial(Credentials.load, caller, folder), previous.credentials if previous else None
+        )
         return cls(
             policy,
             Tokens(tokens, [*chain(*keys.values()), *fetched]) if tokens else None,
             Signatures(signatures, nonces) if signatures else None,
-            identity,
+            credentials,
             keys,
             files,
             seen,
@@ -91,45 +97,43 @@ class Guard:
 
     @property
     def keys_in_files(self) -> list[Key]:
-        """The keys that were in all files together."""
+        """The keys of all files."""
         return list(chain(*self.keys.values()))
 
-    def with_fetched(self, settings: TokenSettings, fetched: Sequence[Key]) -> "Guard":
-        """The same guard with these keys of the issuer besides those in files."""
+    def with_fetched(self, settings: TokenSettings, fetched: Sequence[Key]) -> "Authenticator":
+        """The same with these keys of the issuer, in addition to those in files."""
         return replace(self, tokens=Tokens(settings, [*self.keys_in_files, *fetched]))
 
-    def use_up(self, call: Call) -> None:
-        """Let a signature that was believed not count again.
+    def use_signature(self, call: Call) -> None:
+        """Mark a verified signature as used.
 
         Raises:
             Unauthenticated: it has been used before.
-            Overloaded: too many of this signer came to remember them all.
-
+            Overloaded: too many signatures of this signer are remembered.
         """
         if self.signatures is not None and KEY in call.headers:
-            self.signatures.use_up(call)
+            self.signatures.use(call)
 
-    def prove(self, call: Call) -> Proof | None:
-        """Who is proven to ask; None for nobody, who says nothing.
+    def verify(self, call: Call) -> Identity | None:
+        """The verified identity of a caller; None for a request without credentials.
 
         Raises:
-            Unauthenticated: what the request says of who asks does not count.
-
+            Unauthenticated: its credentials are invalid.
         """
         headers, token = call.headers, bearer_token(call)
-        signed = KEY in headers or SIGNATURE in headers
-        if token and signed:
-            raise refused(
-                "credentials.two", "the request carries a token and a signature; one of them is wanted"
+        is_signed = KEY in headers or SIGNATURE in headers
+        if token and is_signed:
+            raise unauthenticated(
+                "credentials.two", "the request carries a token and a signature; send one of them"
             )
         if token:
             if self.tokens is None:
-                raise refused("credentials.tokens", "bearer tokens do not count here")
-            return self.tokens.prove(token)
-        if signed:
+                raise unauthenticated("credentials.tokens", "bearer tokens are not accepted")
+            return self.tokens.verify(token)
+        if is_signed:
             if self.signatures is None:
-                raise refused("credentials.signatures", "signatures do not count here")
-            return self.signatures.prove(call)
+                raise unauthenticated("credentials.signatures", "signatures are not accepted")
+            return self.signatures.verify(call)
         return None
 
 
@@ -137,31 +141,28 @@ def bearer_token(call: Call) -> str:
     """The token of a request; empty when it has none.
 
     Raises:
-        Unauthenticated: its Authorization is something else.
-
+        Unauthenticated: its Authorization header is something else.
     """
-    found = spellings(call.headers)
+    found = authorization_names(call.headers)
     if not found:
         return ""
     if found != [AUTHORIZATION]:
-        why = f"the request's token stands in the header {AUTHORIZATION}, in these letters and nowhere else"
-        raise refused("credentials.header", why)
-    given = call.headers[AUTHORIZATION]
-    scheme, _, token = given.partition(" ")
+        reason = f"the token belongs into one header, spelled {AUTHORIZATION}"
+        raise unauthenticated("credentials.header", reason)
+    scheme, _, token = call.headers[AUTHORIZATION].partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise refused("credentials.scheme", "the request's Authorization is no bearer token")
+        raise unauthenticated("credentials.scheme", "the Authorization header is not a bearer token")
     return token.strip()
 
 
-def _or_before(read: Callable[[], T], before: T | None) -> T:
-    """What is read now, else what was read before."""
+def _or_previous(read: Callable[[], T], previous: T | None) -> T:
     try:
         return read()
     except ValueError as exc:
-        if before is None:
+        if previous is None:
             raise
-        log.error("auth: what was read before stays in force: %s", exc)  # noqa: TRY400 - no bug of ours
-        return before
+        log.error("auth: the previous state stays in force: %s", exc)  # noqa: TRY400 - not a defect of ours
+        return previous
 
 
 def _policy(settings: Settings, folder: Path) -> Policy:
@@ -176,7 +177,7 @@ def _read_policy(path: Path) -> tuple[Rule, ...]:
     try:
         return _PolicyFile.model_validate(tomllib.loads(read_file(path).decode())).rules
     except ValidationError as exc:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-        raise ValueError(f"{path}: {wrong}") from exc
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise ValueError(f"{path}: {problems}") from exc
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as exc:
-        raise ValueError(f"{path} is no TOML: {exc}") from exc
+        raise ValueError(f"{path} is not TOML: {exc}") from exc

@@ -1,82 +1,79 @@
-"""`oam auth check`: what is set up, whom a token proves, and what that one may do."""
+"""`oam auth check`: the configuration, the identity that a token proves, and its permissions."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from openagentmesh import MeshError
 
+from oam_auth.auth_state import AuthState
 from oam_auth.keys import read_file
-from oam_auth.policy import Proof, Verb
+from oam_auth.policy import Identity, Verb
 
-if TYPE_CHECKING:
-    from oam_auth.plugin import Auth
-
-Agent = Annotated[str | None, typer.Argument(help="The agent that is asked.")]
+Agent = Annotated[str | None, typer.Argument(help="The requested agent.")]
 TokenFile = Annotated[
     Path | None, typer.Option("--token", help="A file with a bearer token; - reads standard input.")
 ]
-AsSubject = Annotated[str | None, typer.Option("--subject", help="Decide for this subject, without a proof.")]
-Scopes = Annotated[str, typer.Option("--scopes", help="The scopes of --subject, with blanks between them.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Subject = Annotated[str | None, typer.Option("--subject", help="Check this subject, without a proof.")]
+Scopes = Annotated[str, typer.Option("--scopes", help="The scopes of --subject, separated by blanks.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def add_to(app: typer.Typer, auth: "Auth") -> None:
-    """Add the commands."""
-    commands = typer.Typer(no_args_is_help=True, help="Who may do what on this mesh.")
+def add_commands(app: typer.Typer, state: Callable[[], AuthState]) -> None:
+    """Add the commands; `state` returns the configuration in force."""
+    commands = typer.Typer(no_args_is_help=True, help="Permissions on this mesh.")
     app.add_typer(commands, name="auth")
 
     @commands.callback()
-    def of_auth() -> None:
-        """Who may do what on this mesh."""
+    def auth() -> None:
+        """Permissions on this mesh."""
 
     @commands.command()
     def check(  # noqa: PLR0913 - what the command takes
         agent: Agent = None,
         verb: Verb = "call",
         token: TokenFile = None,
-        subject: AsSubject = None,
+        subject: Subject = None,
         scopes: Scopes = "",
         *,
         json_: Json = False,
     ) -> None:
-        """Show whom a token proves, and which rule lets it ask an agent; without both, what is set up.
+        """Show the identity that a token proves, and the rule that permits a request; else the configuration.
 
-        Exits with 1 where a host would refuse.
+        The exit code is 1 where a host would refuse.
         """
         try:
-            told = _told(auth, agent, verb, _who(auth, token, subject, scopes))
+            found = _check(state(), agent, verb, _identity(state(), token, subject, scopes))
         except MeshError as exc:
             _fail(exc.message, {"refused": exc.code, "why": exc.message, **exc.details}, json_=json_)
         except ValueError as exc:
             _fail(str(exc), {"why": str(exc)}, json_=json_)
-        typer.echo(json.dumps(told) if json_ else "\n".join(f"{key}: {_text(told[key])}" for key in told))
+        typer.echo(json.dumps(found) if json_ else "\n".join(f"{key}: {_text(found[key])}" for key in found))
 
 
-def _who(auth: "Auth", token: Path | None, subject: str | None, scopes: str) -> Proof | None:
+def _identity(state: AuthState, token: Path | None, subject: str | None, scopes: str) -> Identity | None:
     if subject is not None:
-        return Proof(subject, frozenset(scopes.split()))
+        return Identity(subject, frozenset(scopes.split()))
     if token is None:
         return None
     text = sys.stdin.read() if str(token) == "-" else read_file(token).decode("utf-8", "replace")
-    tokens = auth.protection.tokens_now()
+    tokens = state.fetched_tokens()
     if tokens is None:
-        raise ValueError("no token counts here: [plugins.auth.tokens] is not set up")
-    return tokens.prove(text.strip())
+        raise ValueError("tokens are not accepted: [plugins.auth.tokens] is not configured")
+    return tokens.verify(text.strip())
 
 
-def _told(auth: "Auth", agent: str | None, verb: Verb, who: Proof | None) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    if who is not None:
-        told |= {"subject": who.subject, "scopes": sorted(who.scopes)}
+def _check(state: AuthState, agent: str | None, verb: Verb, identity: Identity | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if identity is not None:
+        found |= {"subject": identity.subject, "scopes": sorted(identity.scopes)}
     if agent is not None:
-        told |= {
-            "may": f"{verb} {agent}",
-            "by the rule": auth.protection.guard.policy.allow(who, agent, verb),
-        }
-    return told or auth.protection.described()
+        rule = state.authenticator.policy.permit(identity, agent, verb)
+        found |= {"permitted": f"{verb} {agent}", "rule": rule}
+    return found or state.describe()
 
 
 def _text(value: object) -> str:
@@ -85,6 +82,6 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _fail(text: str, told: dict[str, Any], *, json_: bool) -> NoReturn:
-    typer.echo(json.dumps(told) if json_ else f"refused: {text}", err=not json_)
+def _fail(text: str, facts: dict[str, Any], *, json_: bool) -> NoReturn:
+    typer.echo(json.dumps(facts) if json_ else f"refused: {text}", err=not json_)
     raise typer.Exit(1)

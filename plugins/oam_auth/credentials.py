@@ -1,11 +1,11 @@
-"""What requests from here carry: a bearer token, a signature, or nothing."""
+"""The credentials that requests of this node carry: a bearer token, a signature, or none."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from openagentmesh import Outgoing
+from openagentmesh import ClientOperation
 
 from oam_auth.keys import read_file
 from oam_auth.settings import CallerSettings
@@ -14,26 +14,25 @@ from oam_auth.signatures import KEY, Signer
 AUTHORIZATION = "Authorization"
 
 
-def spellings(headers: Mapping[str, str]) -> list[str]:
-    """How the header with the token is written, in whatever capitals."""
+def authorization_names(headers: Mapping[str, str]) -> list[str]:
+    """The names of the Authorization header, in any capitalization."""
     return [name for name in headers if name.lower() == "authorization"]
 
 
 @dataclass(slots=True, frozen=True)
-class Identity:
-    """Adds to what leaves who asks; what a caller says itself stays."""
+class Credentials:
+    """Adds credentials to operations, unless these have some already."""
 
     token: str = ""
     signer: Signer | None = None
     token_on_events: bool = False
 
     @classmethod
-    def of(cls, settings: CallerSettings, folder: Path) -> "Identity":
-        """The identity that settings describe; their files are within the folder.
+    def load(cls, settings: CallerSettings, folder: Path) -> "Credentials":
+        """The credentials of the settings; relative paths start at the folder.
 
         Raises:
-            ValueError: a file cannot be read, or holds something else.
-
+            ValueError: a file cannot be read, or contains something else.
         """
         if settings.nkey_file is not None:
             path = folder / settings.nkey_file.expanduser()
@@ -46,15 +45,16 @@ class Identity:
         path = folder / settings.token_file.expanduser()
         token = read_file(path).decode("ascii", "replace").strip()
         if not token.isascii() or not token.isprintable() or " " in token or not token:
-            raise ValueError(f"caller.token_file: {path} holds no token: one line without blanks is wanted")
+            raise ValueError(f"caller.token_file: {path} is not a token: one line without blanks is")
         return cls(token, None, settings.token_on_events)
 
-    def add_to(self, outgoing: Outgoing) -> None:
-        """Add what proves who asks."""
-        if outgoing.verb == "receive" or KEY in outgoing.headers or spellings(outgoing.headers):
+    def add_to(self, operation: ClientOperation) -> None:
+        """Add the credentials."""
+        headers = operation.headers
+        if operation.verb == "receive" or KEY in headers or authorization_names(headers):
             return
         if self.signer is not None:
-            self.signer.sign(outgoing)
-        # Whoever listens to an event would hold its token.
-        elif self.token and (outgoing.verb != "publish" or self.token_on_events):
-            outgoing.headers[AUTHORIZATION] = f"Bearer {self.token}"
+            self.signer.sign(operation)
+        # All subscribers of an event would get its token.
+        elif self.token and (operation.verb != "publish" or self.token_on_events):
+            headers[AUTHORIZATION] = f"Bearer {self.token}"

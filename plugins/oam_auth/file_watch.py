@@ -1,4 +1,4 @@
-"""What changes while the mesh is up: files, and the keys that the issuer publishes."""
+"""What changes while the mesh runs: files, and the keys that the issuer publishes."""
 
 import asyncio
 import logging
@@ -15,19 +15,19 @@ from oam_auth.settings import TokenSettings
 
 log = logging.getLogger(__name__)
 
-# The issuer is not asked more often than this, in seconds, whatever strangers send.
-_PAUSE: Final = 10.0
-# So many requests wait for it; the others are answered by the keys that are there.
-_MOST_WAITING: Final = 100
-# Milliseconds of quiet after a change; and until the files are looked at without one.
-_QUIET: Final = 100
-_LOOK: Final = 5_000
+# Keys are fetched at most this often, whatever tokens strangers send.
+_MIN_FETCH_INTERVAL_S: Final = 10.0
+# Requests that wait for a fetch; further ones are verified with the known keys.
+_MAX_WAITING: Final = 100
+_DEBOUNCE_MS: Final = 100
+# How often files are checked without an event.
+_SWEEP_MS: Final = 5_000
 
 Stamps = tuple[tuple[int, ...], ...]
 
 
 class Issuer:
-    """Who issues tokens, and the keys fetched from there: another list when they are others."""
+    """The issuer of tokens; `keys` is replaced by another list when its keys have changed."""
 
     def __init__(self, settings: TokenSettings | None) -> None:
         self.url = settings.jwks_url if settings else None
@@ -37,11 +37,10 @@ class Issuer:
         self._waiting = 0
 
     async def fetch(self) -> None:
-        """Fetch the keys, unless that was done just now.
+        """Fetch the keys, unless that was done recently.
 
         Raises:
-            ValueError: they cannot be fetched; those from before stay.
-
+            ValueError: they cannot be fetched; the previous ones are kept.
         """
         loop = asyncio.get_running_loop()
         if self.url is None:
@@ -49,9 +48,9 @@ class Issuer:
         if self._fetching is None or self._fetching.done():
             if self.keys and loop.time() < self._next_fetch:
                 return
-            self._next_fetch = loop.time() + _PAUSE
+            self._next_fetch = loop.time() + _MIN_FETCH_INTERVAL_S
             self._fetching = asyncio.create_task(self._fetch(self.url))
-        # Shielded: who waits may go, and what is fetched counts for all.
+        # Shielded: a cancelled request must not cancel the fetch for the others.
         await asyncio.shield(self._fetching)
 
     async def _fetch(self, url: str) -> None:
@@ -60,37 +59,37 @@ class Issuer:
             self.keys = fetched
 
     async def fetch_for_request(self) -> None:
-        """Have the newest keys for a request that names an unknown one, as long as few wait for them."""
-        if self._waiting >= _MOST_WAITING:
+        """Fetch the keys for a request with an unknown one, unless too many requests wait already."""
+        if self._waiting >= _MAX_WAITING:
             return
         self._waiting += 1
         try:
             await self.fetch()
         except ValueError as exc:
-            log.warning("auth: %s; the keys from before still count", exc)
+            log.warning("auth: %s; the previous keys stay in force", exc)
         finally:
             self._waiting -= 1
 
 
 def stamps(files: Sequence[Path]) -> Stamps:
-    """What identifies all that is in files; nothing for one that cannot be read."""
+    """Identifies the content of files; an empty stamp for one that cannot be read."""
     return tuple(map(_stamp, files))
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
     try:
         status = file.stat()
-    except (OSError, RuntimeError):  # a link that leads to itself is the latter
+    except (OSError, RuntimeError):  # a cyclic link is a RuntimeError
         return ()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 async def changes(files: Callable[[], Sequence[Path]], seen: Stamps) -> AsyncGenerator[None, None]:
-    """Tell each time that the files are not as they were `seen`; there may be others after each time."""
+    """Yield each time that the files differ from what was `seen`; the list of files may change."""
     while True:
         folders = _folders(files())
-        async with aclosing(_looks(folders)) as looks:
-            async for _ in looks:
+        async with aclosing(_ticks(folders)) as ticks:
+            async for _ in ticks:
                 found = stamps(files())
                 if found != seen:
                     seen = found
@@ -99,27 +98,26 @@ async def changes(files: Callable[[], Sequence[Path]], seen: Stamps) -> AsyncGen
                     break
 
 
-async def _looks(folders: set[Path]) -> AsyncGenerator[None, None]:
-    """When to look: at once, when something happens in a folder, and every few seconds without."""
+async def _ticks(folders: set[Path]) -> AsyncGenerator[None, None]:
+    """Yield at once, after each event in a folder, and every few seconds: some changes cause no event."""
     yield
     if not folders:
-        await asyncio.sleep(_LOOK / 1000)
+        await asyncio.sleep(_SWEEP_MS / 1000)
         return
-    # A folder that was put in another's place tells of nothing.
     watching = awatch(
-        *folders, recursive=False, watch_filter=None, debounce=_QUIET, step=_QUIET // 2,
-        rust_timeout=_LOOK, yield_on_timeout=True,
+        *folders, recursive=False, watch_filter=None, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+        rust_timeout=_SWEEP_MS, yield_on_timeout=True,
     )  # fmt: skip
     async for _ in watching:
         yield
 
 
 def _folders(files: Sequence[Path]) -> set[Path]:
-    """Where files and what they link to are."""
+    """The folders of files and of their link targets."""
     found: set[Path] = set()
     for file in files:
         try:
             found |= {place for place in (file.parent, file.resolve().parent) if place.is_dir()}
-        except (OSError, RuntimeError):  # as `_stamp`
+        except (OSError, RuntimeError):  # as in `_stamp`
             continue
     return found

@@ -1,4 +1,4 @@
-"""The keys of whoever issues tokens: from files, and from where they are published."""
+"""The issuer's keys: from files, and from its url."""
 
 import json
 import time
@@ -12,97 +12,90 @@ from urllib.parse import urlsplit
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, JWKRegistry, Key, OctKey, OKPKey, RSAKey
 
-# A set of keys is not larger than this, in bytes, nor has it more keys.
-_LARGEST: Final = 1024 * 1024
-_MOST_KEYS: Final = 100
-# How long it may take to fetch keys, in seconds.
-_PATIENCE: Final = 5.0
+_MAX_BYTES: Final = 1024 * 1024
+_MAX_KEYS: Final = 100
+_FETCH_TIMEOUT_S: Final = 5.0
 
 
 def read_keys(file: Path, folder: Path) -> tuple[Key, ...]:
-    """The keys in a file, whose relative path is within the folder.
+    """The keys in a file; a relative path starts at the folder.
 
     Raises:
-        ValueError: it cannot be read, or holds no key that can be used.
-
+        ValueError: it cannot be read, or contains no usable key.
     """
     return tuple(_keys_of(str(file), read_file(folder / file.expanduser())))
 
 
 def read_file(path: Path) -> bytes:
-    """What a small file holds.
+    """The content of a small file.
 
     Raises:
-        ValueError: it is not there, cannot be read, or is too large.
-
+        ValueError: it is missing, cannot be read, or is too large.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
+            content = file.read(_MAX_BYTES + 1)
     except OSError as exc:
         raise ValueError(f"{path} cannot be read: {exc.strerror}") from exc
-    if len(content) > _LARGEST:
-        raise ValueError(f"{path} is larger than {_LARGEST} bytes")
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_BYTES} bytes")
     return content
 
 
 def fetch_keys(url: str) -> list[Key]:
-    """The keys that are published at an address; blocks for seconds when nobody answers.
+    """The keys at a url; blocks for up to some seconds.
 
     Raises:
-        ValueError: there are none, in words for people.
-
+        ValueError: they cannot be fetched, or none is usable.
     """
-    # What is not encrypted stays on this machine, whatever proxy the environment names.
+    # Unencrypted requests stay on this machine, whatever proxy the environment names.
     direct = [urllib.request.ProxyHandler({})] if urlsplit(url).scheme == "http" else []
     opener = urllib.request.build_opener(_NoRedirects, *direct)
     try:
-        with opener.open(url, timeout=_PATIENCE) as answer:
+        with opener.open(url, timeout=_FETCH_TIMEOUT_S) as answer:
             content = _read(answer)
     except HTTPError as exc:
         with exc:  # it holds the connection
             raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from None
     except (OSError, HTTPException) as exc:
         raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from exc
-    if len(content) > _LARGEST:
-        raise ValueError(f"what {url} answers is larger than {_LARGEST} bytes")
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"the answer of {url} is larger than {_MAX_BYTES} bytes")
     return _keys_of(url, content)
 
 
 def _read(answer: HTTPResponse) -> bytes:
-    """What is answered, as far as it is wanted, if it comes in time."""
-    until, content = time.monotonic() + _PATIENCE, b""
-    while len(content) <= _LARGEST and (more := answer.read1(_LARGEST)):
+    """The body of an answer, up to the maximum, if it arrives in time."""
+    until, content = time.monotonic() + _FETCH_TIMEOUT_S, b""
+    while len(content) <= _MAX_BYTES and (more := answer.read1(_MAX_BYTES)):
         content += more
         if time.monotonic() > until:
-            raise TimeoutError(f"the answer takes longer than {_PATIENCE:g} s")
+            raise TimeoutError(f"the answer takes longer than {_FETCH_TIMEOUT_S:g} s")
     return content
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Keys come from where the configuration says, and from nowhere else."""
+    """Refuses redirects: keys come from the configured url only."""
 
-    def redirect_request(self, *asked: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as it is called
-        answer: IO[bytes] = asked[1]
+    def redirect_request(self, *arguments: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as urllib calls it
+        answer: IO[bytes] = arguments[1]
         answer.close()
-        raise OSError(f"it redirects to {asked[-1]}; give that address if the keys are there")
+        raise OSError(f"it redirects to {arguments[-1]}; configure that url if it is the right one")
 
 
 def _keys_of(where: str, content: bytes) -> list[Key]:
     if content.count(b"-----BEGIN") > 1:
-        raise ValueError(f"{where} holds several keys or certificates; a PEM file with one key is wanted")
+        raise ValueError(f"{where} contains several keys or certificates; expected a PEM file with one key")
     try:
         found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
     except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        # The library's words may quote the key.
-        raise ValueError(
-            f"{where} holds no key that can be used: a JWK, a JWK Set or a PEM is wanted"
-        ) from None
-    if not found or len(found) > _MOST_KEYS:
-        raise ValueError(f"{where} holds {len(found)} keys to verify with; 1 to {_MOST_KEYS} are wanted")
+        # The library's message may quote the key.
+        raise ValueError(f"{where} contains no usable key; expected a JWK, a JWK Set or a PEM") from None
+    if not found or len(found) > _MAX_KEYS:
+        raise ValueError(f"{where} contains {len(found)} keys to verify with; expected 1 to {_MAX_KEYS}")
     if any(key.is_private and not isinstance(key, OctKey) for key in found):
         raise ValueError(
-            f"{where} holds a private key: only who issues tokens should have it. Give the public one"
+            f"{where} contains a private key, which only the issuer should have. Give the public one"
         )
     return found
 
@@ -110,16 +103,16 @@ def _keys_of(where: str, content: bytes) -> list[Key]:
 def _from_json(content: bytes) -> list[Key]:
     read: Any = json.loads(content)
     entries = read.get("keys", [read])
-    # As the standard wants: others in a set are ignored, such as keys to encrypt, or of kinds yet unknown.
+    # By the standard, other keys of a set are ignored: keys to encrypt, or of unknown types.
     usable = [entry for entry in entries if entry.get("use", "sig") == "sig" and _verifies(entry)]
-    found, why = [], None
+    found, error = [], None
     for entry in usable:
         try:
             found.append(JWKRegistry.import_key(entry))
         except (JoseError, ValueError, TypeError, KeyError) as exc:
-            why = exc
-    if why is not None and not found:
-        raise why
+            error = exc
+    if error is not None and not found:
+        raise error
     return found
 
 

@@ -1,4 +1,4 @@
-"""The plugin: refuses what nobody was proven to ask, or what no rule allows."""
+"""The plugin: refuses requests without a verified caller, or without a rule that permits them."""
 
 import asyncio
 import logging
@@ -7,11 +7,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from openagentmesh import Agent, Call, Caller, ClientMiddleware, Endpoint, Middleware, Outgoing, hookimpl
+from openagentmesh import (
+    Agent,
+    Call,
+    Caller,
+    ClientMiddleware,
+    ClientOperation,
+    Endpoint,
+    Middleware,
+    hookimpl,
+)
 from typer import Typer
 
-from oam_auth.auth_state import Protection
-from oam_auth.commands import add_to
+from oam_auth.auth_state import AuthState
+from oam_auth.commands import add_commands
 from oam_auth.settings import Settings
 from oam_auth.signatures import Nonces
 
@@ -21,112 +30,112 @@ log = logging.getLogger(__name__)
 class Auth:
     """The plugin.
 
-    What a reload wants protects the agents that this reload makes, and everything once it is
-    carried out; when it is refused, what was in force before has never been left.
+    New settings apply to the agents that a reload creates, and to all agents once the reload is complete;
+    when it is refused, the previous settings have never been replaced.
 
     Args:
-        settings: for `AgentMesh(plugins=[Auth(Settings(...))])`; a host gives those of mesh.toml.
+        settings: for `AgentMesh(plugins=[Auth(Settings(...))])`; a host applies those of mesh.toml.
 
     Raises:
-        ValueError: something that the settings name is missing or broken.
+        ValueError: something in the settings is missing or invalid.
 
     Attributes:
-        protection: what protects the agents that are made from now on.
-
+        state: applies to agents that are created from now on.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._nonces = Nonces()
-        self.protection = self._in_force = Protection(settings or Settings(), Path.cwd(), self._nonces)
-        self._is_up = False
+        self.state = self._in_force = AuthState(settings or Settings(), Path.cwd(), self._nonces)
+        self._is_running = False
 
     @hookimpl
     def mesh_settings(self) -> type[Settings]:
-        """Who is believed, and who may do what."""
+        """`[plugins.auth]`."""
         return Settings
 
     @hookimpl
     def mesh_configure(self, settings: Settings, folder: Path) -> None:
-        """Read all that the settings name; what is in force stays so until the reload is carried out."""
-        if (settings, folder) == (self.protection.settings, self.protection.folder):
+        """Read all files of the settings; they are in force once the reload is complete."""
+        if (settings, folder) == (self.state.settings, self.state.folder):
             return
         wanted = self._in_force
         if (settings, folder) != (wanted.settings, wanted.folder):
-            wanted = self._made(settings, folder)
-        if self.protection is not self._in_force:
-            self.protection.unfollow()
-        self.protection = wanted
-        if self._is_up:
-            self.protection.follow()
+            wanted = self._new_state(settings, folder)
+        if self.state is not self._in_force:
+            self.state.unfollow()
+        self.state = wanted
+        if self._is_running:
+            self.state.follow()
 
-    def _made(self, settings: Settings, folder: Path) -> Protection:
+    def _new_state(self, settings: Settings, folder: Path) -> AuthState:
         issuer = self._in_force.issuer
         if (settings.tokens.jwks_url if settings.tokens else None) == issuer.url:
-            return Protection(settings, folder, self._nonces, issuer)
-        if self._is_up:
-            raise ValueError("tokens.jwks_url: another issuer needs a restart, for its keys come first")
-        return Protection(settings, folder, self._nonces)
+            return AuthState(settings, folder, self._nonces, issuer)
+        if self._is_running:
+            raise ValueError("tokens.jwks_url: another issuer takes effect after a restart")
+        return AuthState(settings, folder, self._nonces)
 
     @hookimpl
     def mesh_reloaded(self) -> None:
-        """What was wanted is in force for everything, also for what the reload did not make anew."""
-        if self.protection is not self._in_force:
+        """The new settings apply to all agents."""
+        if self.state is not self._in_force:
             self._in_force.unfollow()
-            self._in_force = self.protection
+            self._in_force = self.state
 
     @hookimpl
     def mesh_cli(self, app: Typer) -> None:
         """Add `oam auth`."""
-        add_to(app, self)
+        add_commands(app, lambda: self.state)
 
     @hookimpl
     def mesh_client_middleware(self) -> ClientMiddleware:
-        """What says who asks, on all that leaves."""
-        return self._carrying
+        """Add credentials to the requests of this node."""
+        return self._with_credentials
 
     @asynccontextmanager
-    async def _carrying(self, outgoing: Outgoing) -> AsyncIterator[None]:
-        self.protection.guard.identity.add_to(outgoing)
+    async def _with_credentials(self, operation: ClientOperation) -> AsyncIterator[None]:
+        self.state.authenticator.credentials.add_to(operation)
         yield
 
     @hookimpl
     def mesh_middleware(self, agent: Agent) -> Middleware:
-        """What lets a request through to one agent, or refuses it."""
-        name, protection = agent.name, self.protection
-        is_asked = agent.contract.invocable or agent.sources
-        if is_asked and not any(rule.names(name) for rule in protection.guard.policy.rules):
-            log.warning("auth: no rule names '%s', so nobody may ask it", name)
+        """Admit or refuse the requests to one agent."""
+        name, state = agent.name, self.state
+        takes_requests = agent.contract.invocable or agent.sources
+        if takes_requests and not any(rule.covers(name) for rule in state.authenticator.policy.rules):
+            log.warning("auth: no rule covers '%s', so all requests to it are refused", name)
 
         def middleware(endpoint: Endpoint) -> Endpoint:
-            async def guarded(call: Call) -> Any:  # noqa: ANN401 - whatever the handler returns
-                who = await (protection if protection is self.protection else self._in_force).let_in(call)
-                name_given = call.request.caller
-                # Who proves nothing is nobody here, whatever the request says.
-                call.proven = (
-                    Caller(name_given, who.subject, who.scopes) if who else Caller.nobody(name_given)
+            async def authenticated(call: Call) -> Any:  # noqa: ANN401 - the handler's result
+                current = state if state is self.state else self._in_force
+                identity = await current.admit(call)
+                # Without a proof the caller is anonymous, whatever the request states.
+                call.identity = (
+                    Caller(call.instance_id, identity.subject, identity.scopes)
+                    if identity
+                    else Caller.anonymous(call.instance_id)
                 )
                 return await endpoint(call)
 
-            return guarded
+            return authenticated
 
         return middleware
 
     @hookimpl
     @asynccontextmanager
     async def mesh_lifespan(self) -> AsyncIterator[None]:
-        """Have the issuer's keys before anybody is served, and follow what changes.
+        """Fetch the issuer's keys before agents serve, and follow changes.
 
         Raises:
             ValueError: they cannot be fetched.
-
         """
-        self._in_force = self.protection
-        await self.protection.issuer.fetch()
-        self._is_up = True
-        self.protection.follow()
+        self._in_force = self.state
+        await self.state.issuer.fetch()
+        self._is_running = True
+        self.state.follow()
         try:
             yield
         finally:
-            self._is_up = False
-            following = [*self.protection.unfollow(), *self._in_force.unfollow()]
+            self._is_running = False
+            following = [*self.state.unfollow(), *self._in_force.unfollow()]
             await asyncio.gather(*following, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The policy: rules that allow; what none of them allows is refused."""
+"""The policy: rules that permit requests; all others are refused."""
 
 import re
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Verb = Literal["call", "stream", "send", "source"]
 
-# Decisions that are remembered; strangers' subjects push out the least recently used.
-_MOST_DECISIONS: Final = 10_000
+# Decisions that are cached; the least recently used are dropped.
+_MAX_DECISIONS: Final = 10_000
 _PATTERN: Final = re.compile(r"(?:[\w-]+|\*)(?:\.(?:[\w-]+|\*))*(?:\.>)?|>")
 
 
 @dataclass(slots=True, frozen=True)
-class Proof:
-    """Who was proven to ask, and with which scopes."""
+class Identity:
+    """A verified subject with its scopes."""
 
     subject: str
     scopes: frozenset[str] = frozenset()
@@ -27,23 +27,22 @@ class Proof:
 def _agent_pattern(text: str) -> str:
     if not _PATTERN.fullmatch(text):
         raise ValueError(
-            f"{text!r} is no pattern of agents' names: 'nlp.summarizer', 'nlp.*' (one more part), "
+            f"{text!r} is not a pattern of agents' names: 'nlp.summarizer', 'nlp.*' (one more part), "
             "'nlp.>' (one or more), '>' (every agent)"
         )
     return text
 
 
 class Rule(BaseModel):
-    """`[[plugins.auth.rules]]`: who may do what.
+    """`[[plugins.auth.rules]]`: permits requests.
 
     Attributes:
-        name: what refusals call it.
-        subjects: patterns of proven subjects, `*` for any characters.
-        scopes: all of them are needed.
-        anonymous: who proves nothing may, too; then there are neither subjects nor scopes.
-        agents: patterns of agents' names, as NATS has them: `*` for one part, `>` for the rest.
-        verbs: what may be done; `source` is what a message or a change brings.
-
+        name: its name in refusals.
+        subjects: patterns of verified subjects, `*` for any characters.
+        scopes: required, all of them.
+        anonymous: permits callers without credentials; then without subjects and scopes.
+        agents: patterns of agents' names as in NATS: `*` for one part, `>` for the rest.
+        verbs: the permitted verbs; `source` is a message or change of a source.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,32 +55,32 @@ class Rule(BaseModel):
     verbs: Annotated[tuple[Verb, ...], Field(min_length=1)] = ("call", "stream", "send")
 
     @model_validator(mode="after")
-    def _says_who(self) -> Self:
+    def _has_subjects(self) -> Self:
         if self.anonymous and (self.subjects or self.scopes):
             raise ValueError("a rule for anonymous callers has neither subjects nor scopes")
         if not self.anonymous and not self.subjects:
-            raise ValueError('who may? give subjects, ["*"] for all that are proven, or anonymous = true')
+            raise ValueError('give subjects, ["*"] for all verified ones, or anonymous = true')
         return self
 
-    def names(self, agent: str) -> bool:
-        """Whether it says something of this agent."""
+    def covers(self, agent: str) -> bool:
+        """Whether one of its patterns matches an agent."""
         return any(_regex(pattern).fullmatch(agent) for pattern in self.agents)
 
-    def is_about(self, agent: str, verb: str) -> bool:
-        """Whether it says something of this verb of this agent."""
-        return verb in self.verbs and self.names(agent)
+    def applies_to(self, agent: str, verb: str) -> bool:
+        """Whether it covers this verb of this agent."""
+        return verb in self.verbs and self.covers(agent)
 
-    def is_for(self, who: Proof | None) -> bool:
-        """Whether it is for this caller, its scopes aside."""
+    def matches(self, identity: Identity | None) -> bool:
+        """Whether it matches a caller, regardless of scopes."""
         if self.anonymous:
             return True
-        return who is not None and any(_glob(pattern).fullmatch(who.subject) for pattern in self.subjects)
+        return identity is not None and any(_glob(p).fullmatch(identity.subject) for p in self.subjects)
 
 
 @lru_cache(maxsize=1000)
 def _glob(pattern: str) -> re.Pattern[str]:
     first, *others = map(re.escape, pattern.split("*"))
-    # Atomic: where a part was found first is as good as any later place, and trying these takes for ever.
+    # Atomic groups: the first match of a part is as good as a later one; backtracking would be exponential.
     parts = [f"(?>.*?{part})" for part in others[:-1]] + [f".*{part}" for part in others[-1:]]
     return re.compile(first + "".join(parts), re.DOTALL)
 
@@ -93,47 +92,48 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 class Policy:
-    """Rules, and what they decide."""
+    """Rules, and their decisions."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
-        self._allowing = lru_cache(maxsize=_MOST_DECISIONS)(self._find)
+        self._permitting = lru_cache(maxsize=_MAX_DECISIONS)(self._find)
 
-    def allow(self, who: Proof | None, agent: str, verb: str) -> str:
-        """Let a request pass; gives the name of the rule that does.
+    def permit(self, identity: Identity | None, agent: str, verb: str) -> str:
+        """The name of the rule that permits a request.
 
         Raises:
-            Unauthenticated: nobody was proven, and no rule is for anonymous callers.
-            PermissionDenied: no rule lets this subject do this; `details` name the one that comes closest.
-
+            Unauthenticated: the caller has no credentials, and no rule permits anonymous callers.
+            PermissionDenied: no rule permits it; `details` name the rule that lacks a scope only.
         """
-        return self._allowing(who, agent, verb) or self._refuse(who, agent, verb)
+        return self._permitting(identity, agent, verb) or self._refuse(identity, agent, verb)
 
-    def _find(self, who: Proof | None, agent: str, verb: str) -> str:
+    def _find(self, identity: Identity | None, agent: str, verb: str) -> str:
         for rule in self.rules:
-            if rule.is_about(agent, verb) and rule.is_for(who) and not _missing(rule, who):
+            if rule.applies_to(agent, verb) and rule.matches(identity) and not _missing(rule, identity):
                 return rule.name
         return ""
 
-    def _refuse(self, who: Proof | None, agent: str, verb: str) -> str:
+    def _refuse(self, identity: Identity | None, agent: str, verb: str) -> str:
         what = f"{verb} '{agent}'"
-        if who is None:
+        if identity is None:
             raise Unauthenticated(
-                f"Nobody may {what} without saying who asks: send a bearer token, or sign the request.",
+                f"Anonymous callers may not {what}: send a bearer token, or sign the request.",
                 details={"rule": "credentials.missing"},
             )
-        near = next((r for r in self.rules if r.is_about(agent, verb) and r.is_for(who)), None)
+        near = next((r for r in self.rules if r.applies_to(agent, verb) and r.matches(identity)), None)
         if near is None:
             raise PermissionDenied(
-                f"No rule lets '{who.subject}' {what}.", details={"rule": "", "subject": who.subject}
+                f"No rule permits '{identity.subject}' to {what}.",
+                details={"rule": "", "subject": identity.subject},
             )
-        missing = _missing(near, who)
+        missing = _missing(near, identity)
         raise PermissionDenied(
-            f"The rule '{near.name}' lets '{who.subject}' {what} only with the scope {' '.join(missing)}.",
-            details={"rule": near.name, "subject": who.subject, "missing_scopes": missing},
+            f"The rule '{near.name}' permits '{identity.subject}' to {what} only with the scope "
+            f"{' '.join(missing)}.",
+            details={"rule": near.name, "subject": identity.subject, "missing_scopes": missing},
         )
 
 
-def _missing(rule: Rule, who: Proof | None) -> list[str]:
-    """The scopes that a rule wants and a caller has not."""
-    return [scope for scope in rule.scopes if who is None or scope not in who.scopes]
+def _missing(rule: Rule, identity: Identity | None) -> list[str]:
+    """The scopes that a rule requires and a caller does not have."""
+    return [scope for scope in rule.scopes if identity is None or scope not in identity.scopes]

@@ -1,4 +1,4 @@
-"""`[plugins.auth]`: what mesh.toml says of who asks, and of who may."""
+"""`[plugins.auth]`: how callers are verified, and what they may do."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,32 +18,31 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class _Table(BaseModel):
-    # Somebody may have put a secret into the wrong place.
+    # Input is not shown in errors: a secret may be in the wrong place.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 def _safe_url(url: str) -> str:
     parts = urlsplit(url)
     if not parts.hostname or parts.scheme not in {"http", "https"}:
-        raise ValueError(f"{url!r} is no address of keys, such as https://id.example.com/jwks.json")
+        raise ValueError(f"{url!r} is not a url of keys, such as https://id.example.com/jwks.json")
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-        raise ValueError(f"{url!r} is not encrypted, so anybody between here and there chooses the keys")
+        raise ValueError(f"{url!r} is not encrypted, so the keys could be replaced on the way")
     return url
 
 
 class TokenSettings(_Table):
-    """`[plugins.auth.tokens]`: which bearer tokens count.
+    """`[plugins.auth.tokens]`: the accepted bearer tokens.
 
     Attributes:
-        issuer: who must have issued a token, its `iss`.
-        audience: for whom a token must be, one of its `aud`.
-        algorithms: those that may have signed a token.
+        issuer: the required `iss`.
+        audience: required among the token's `aud`.
+        algorithms: the accepted algorithms.
         keys: files with the issuer's keys: JWK or JWK Set as JSON, or PEM with a public key.
-        jwks_url: where the issuer publishes its keys; https, or this machine.
+        jwks_url: the url of the issuer's keys; https, or this machine.
         refresh: seconds until they are fetched again.
         leeway: seconds that the clocks may differ.
-        scopes: the claim with the scopes, a list or a text with blanks.
-
+        scopes: the claim with the scopes, a list or text separated by blanks.
     """
 
     issuer: Annotated[str, Field(min_length=1)]
@@ -63,20 +62,19 @@ class TokenSettings(_Table):
 
 
 class User(_Table):
-    """One of `[plugins.auth.signatures.users]`: whose public NKey it is."""
+    """An entry of `[plugins.auth.signatures.users]`: the owner of a public NKey."""
 
     subject: Annotated[str, Field(min_length=1, max_length=256)]
     scopes: tuple[str, ...] = ()
 
 
 class SignatureSettings(_Table):
-    """`[plugins.auth.signatures]`: whose signed requests count.
+    """`[plugins.auth.signatures]`: the accepted signatures.
 
     Attributes:
-        users: who signs, by public NKey (`U…`).
+        users: the signers, by public NKey (`U…`).
         window: seconds that a signature may be old, or its clock ahead.
-        remembered: how many of each user are remembered for twice that long, so that none counts twice.
-
+        remembered: used signatures of each user that are remembered, for twice that long.
     """
 
     users: Annotated[dict[str, User], Field(min_length=1)]
@@ -85,22 +83,21 @@ class SignatureSettings(_Table):
 
     @field_validator("users", mode="before")
     @classmethod
-    def _keeps_seeds_out_of_messages(cls, users: object) -> object:
-        # Before anything else is said of them, which would quote their keys.
+    def _hide_seeds(cls, users: object) -> object:
+        # Before any other validation, whose errors would quote the keys.
         if isinstance(users, dict) and not all(str(key).startswith("U") for key in users):
-            raise PydanticCustomError("public_key", "the key of one of them is no public NKey of a user (U…)")
+            raise PydanticCustomError("public_key", "a key is not a public NKey of a user (U…)")
         return users
 
 
 class CallerSettings(_Table):
-    """`[plugins.auth.caller]`: what requests from here carry; a token, or a signature.
+    """`[plugins.auth.caller]`: the credentials of this node's requests: a token or a signature.
 
     Attributes:
         token_file: a file with a bearer token; read again when it changes.
-        token_env: the environment variable with a bearer token, where no file is given.
-        nkey_file: a file with the seed (`SU…`) that signs.
-        token_on_events: events carry the token too, which then all their subscribers see.
-
+        token_env: the environment variable with a bearer token, without a file.
+        nkey_file: a file with the seed (`SU…`) to sign with.
+        token_on_events: events carry the token, too, visible to all their subscribers.
     """
 
     token_file: Path | None = None
@@ -109,9 +106,9 @@ class CallerSettings(_Table):
     token_on_events: bool = False
 
     @model_validator(mode="after")
-    def _is_one_thing(self) -> Self:
+    def _has_one_credential(self) -> Self:
         if self.token_file is not None and self.nkey_file is not None:
-            raise ValueError("requests carry a token or a signature: give token_file or nkey_file")
+            raise ValueError("token_file and nkey_file are mutually exclusive")
         return self
 
 
@@ -119,12 +116,11 @@ class Settings(_Table):
     """`[plugins.auth]`.
 
     Attributes:
-        tokens: which bearer tokens count; None for none.
-        signatures: whose signatures count; None for nobody's.
-        caller: what requests from here carry.
-        rules: who may do what.
+        tokens: the accepted bearer tokens; None for none.
+        signatures: the accepted signatures; None for none.
+        caller: the credentials of this node's requests.
+        rules: the permissions.
         policy: a TOML file with more `[[rules]]`.
-
     """
 
     tokens: TokenSettings | None = None
@@ -134,11 +130,10 @@ class Settings(_Table):
     policy: Path | None = None
 
     def check_rules(self, rules: tuple[Rule, ...]) -> None:
-        """Check that rules go together with each other and with the rest.
+        """Check the rules' names, and that their subjects can be verified.
 
         Raises:
-            ValueError: two have one name, or nobody could ever prove to be whom they are for.
-
+            ValueError: two have one name, or no credentials are accepted.
         """
         twice = [name for name, times in Counter(rule.name for rule in rules).items() if times > 1]
         if twice:
@@ -146,6 +141,6 @@ class Settings(_Table):
         named = next((rule.name for rule in rules if not rule.anonymous), None)
         if named and self.tokens is None and self.signatures is None:
             raise ValueError(
-                f"the rule '{named}' is for proven subjects, but nothing proves any: "
-                "set up [plugins.auth.tokens] or [plugins.auth.signatures]"
+                f"the rule '{named}' is for verified subjects, but no credentials are accepted: "
+                "configure [plugins.auth.tokens] or [plugins.auth.signatures]"
             )

@@ -1,4 +1,4 @@
-"""Signed requests: each one carries an NKey's signature of itself, which counts once."""
+"""Signed requests: each carries a signature by an NKey, which is accepted once."""
 
 import base64
 import binascii
@@ -13,11 +13,11 @@ from typing import Final
 import nkeys
 from nacl.exceptions import CryptoError
 from nacl.signing import VerifyKey
-from openagentmesh import Call, Outgoing, Overloaded
+from openagentmesh import Call, ClientOperation, Overloaded
 
-from oam_auth.policy import Proof
+from oam_auth.policy import Identity
 from oam_auth.settings import SignatureSettings
-from oam_auth.tokens import refused
+from oam_auth.tokens import unauthenticated
 
 KEY: Final = "X-Mesh-Nkey"
 VERB: Final = "X-Mesh-Nkey-Verb"
@@ -25,54 +25,52 @@ TIME: Final = "X-Mesh-Nkey-Time"
 NONCE: Final = "X-Mesh-Nkey-Nonce"
 SIGNATURE: Final = "X-Mesh-Nkey-Signature"
 _REQUEST_ID: Final = "X-Mesh-Request-Id"
-# The first line of what is signed, so that it is never mistaken for anything else.
+# The first line of what is signed, so that the signature is valid for nothing else.
 _KIND: Final = "openagentmesh request 1"
-_LONGEST_NONCE: Final = 64
-_LONGEST_TIME: Final = 15
+_MAX_NONCE: Final = 64
+_MAX_TIME_DIGITS: Final = 15
 _MILLISECONDS: Final = 1000
 # Bytes of a public NKey.
-_LENGTH: Final = 35
+_KEY_BYTES: Final = 35
 
 
 class Signer:
-    """Signs what leaves with one NKey.
+    """Signs operations with one NKey.
 
     Raises:
-        ValueError: the seed is none.
-
+        ValueError: the seed is invalid.
     """
 
     def __init__(self, seed: bytes) -> None:
         try:
             self._pair = nkeys.from_seed(seed)
-        except (nkeys.NkeysError, ValueError, TypeError) as exc:  # the library's words may quote it
-            raise ValueError("it holds no NKey seed, a line that begins with SU") from exc
+        except (nkeys.NkeysError, ValueError, TypeError) as exc:  # the library's message may quote it
+            raise ValueError("it is not an NKey seed, a line that begins with SU") from exc
         self.key: str = self._pair.public_key.decode()
 
-    def sign(self, outgoing: Outgoing) -> None:
+    def sign(self, operation: ClientOperation) -> None:
         """Add the headers of a signature."""
-        headers = outgoing.headers
-        headers[KEY], headers[VERB] = self.key, outgoing.verb
+        headers = operation.headers
+        headers[KEY], headers[VERB] = self.key, operation.verb
         headers[TIME] = str(int(time.time() * _MILLISECONDS))
         headers[NONCE] = secrets.token_urlsafe(16)
-        signature = self._pair.sign(_signed(headers, outgoing.subject, outgoing.body))
+        signature = self._pair.sign(_signed(headers, operation.subject, operation.body))
         headers[SIGNATURE] = base64.urlsafe_b64encode(signature).decode()
 
 
 def _signed(headers: Mapping[str, str], subject: str, body: bytes) -> bytes:
-    """What is signed: lines with the subject, the verb, the request's id, the time, the nonce, the body."""
-    told = (headers.get(name, "") for name in (VERB, _REQUEST_ID, TIME, NONCE))
-    return "\n".join((_KIND, subject, *told, hashlib.sha256(body).hexdigest())).encode()
+    """What is signed: lines with the subject, verb, request id, time, nonce, and the body's digest."""
+    values = (headers.get(name, "") for name in (VERB, _REQUEST_ID, TIME, NONCE))
+    return "\n".join((_KIND, subject, *values, hashlib.sha256(body).hexdigest())).encode()
 
 
 @dataclass(slots=True)
 class _Used:
-    """The nonces that one key has used, with when each was signed and until when it is remembered.
+    """The nonces that one key has used.
 
     Attributes:
-        nonces: by the agent that was asked, and the nonce.
-        forgotten: when the last of those that are not remembered any more was signed.
-
+        nonces: by agent and nonce: when it was signed, and until when it is remembered.
+        forgotten: when the latest of the forgotten ones was signed.
     """
 
     nonces: OrderedDict[tuple[str, str], tuple[float, float]] = field(default_factory=OrderedDict)
@@ -80,44 +78,43 @@ class _Used:
 
 
 class Nonces:
-    """Which signatures have been used; none is forgotten that would still count."""
+    """The used signatures; none is forgotten while it would be accepted."""
 
     def __init__(self) -> None:
         self._used: defaultdict[str, _Used] = defaultdict(_Used)
 
-    def use(  # noqa: PLR0913 - all that makes a signature what it is, and two bounds
-        self, agent: str, key: str, nonce: str, *, signed: float, window: float, most: int
+    def use(  # noqa: PLR0913 - the parts of a signature, and two bounds
+        self, agent: str, key: str, nonce: str, *, signed: float, window: float, limit: int
     ) -> None:
-        """Remember a nonce of a key, which may be used once for each agent: several may hear one message.
+        """Remember a nonce, which may be used once for each agent: several may receive one message.
 
         Args:
-            agent: who was asked.
-            key: who signed.
-            nonce: what makes the signature another one.
+            agent: the requested agent.
+            key: the signer's key.
+            nonce: distinguishes the signature from others.
             signed: when it was signed, in seconds since 1970.
-            window: for how many seconds it counts, before and after that.
-            most: how many are remembered of one key.
+            window: seconds for which it is accepted, before and after that.
+            limit: how many nonces of one key are remembered.
 
         Raises:
             Unauthenticated: it has been used, or may have been.
-            Overloaded: too many are remembered; what could not be remembered must not count.
-
+            Overloaded: no more can be remembered.
         """
         used, now = self._used[key], time.monotonic()
         while used.nonces and (oldest := next(iter(used.nonces.values())))[1] <= now:
             used.nonces.popitem(last=False)
             used.forgotten = max(used.forgotten, oldest[0])
-        # With a wider window, or another clock, one that was forgotten would count again.
+        # With a wider window, or another clock, a forgotten one would be accepted again.
         if (agent, nonce) in used.nonces or signed <= used.forgotten:
-            raise refused("signature.replayed", "this signature has been used before")
-        if len(used.nonces) >= most:
+            raise unauthenticated("signature.replayed", "this signature has been used before")
+        if len(used.nonces) >= limit:
             left = next(iter(used.nonces.values()))[1] - now
             raise Overloaded(
-                f"{most} signed requests of one key in {2 * window:g} s are all that are remembered. "
+                f"At most {limit} signed requests of one key in {2 * window:g} s are accepted. "
                 "Try again later.",
                 details={"retry_after_ms": int(left * _MILLISECONDS) + 1},
             )
-        # Its clock may be ahead by a window, and it counts until it is a window old.
+        # Its clock may be ahead by a window, and it is accepted until it is a window old.
         used.nonces[agent, nonce] = signed, now + 2 * window
 
 
@@ -125,71 +122,72 @@ class Signatures:
     """Verifies signed requests.
 
     Raises:
-        ValueError: a user's key is no public NKey.
-
+        ValueError: a user's key is not a public NKey.
     """
 
     def __init__(self, settings: SignatureSettings, nonces: Nonces) -> None:
         self._settings = settings
         self._nonces = nonces
         self._users = {
-            key: (_verify_key(key, user.subject), Proof(user.subject, frozenset(user.scopes)))
+            key: (_verify_key(key, user.subject), Identity(user.subject, frozenset(user.scopes)))
             for key, user in settings.users.items()
         }
 
-    def prove(self, call: Call) -> Proof:
-        """Whom a request's signature proves.
+    def verify(self, call: Call) -> Identity:
+        """The identity of a request's signer.
 
         Raises:
-            Unauthenticated: it does not count; `details["rule"]` says why.
-
+            Unauthenticated: the signature is invalid; `details["rule"]` is the failed check.
         """
         headers, window = call.headers, self._settings.window
         key, nonce = headers.get(KEY, ""), headers.get(NONCE, "")
-        # Who is driven by a message does not know what its sender called it.
+        # A source does not know the verb of the message's sender.
         if headers.get(VERB) != call.verb and call.verb != "source":
-            raise refused("signature.verb", f"what was signed is no {call.verb}")
-        if not 0 < len(nonce) <= _LONGEST_NONCE:
-            raise refused("signature.nonce", f"the signature's nonce has 1 to {_LONGEST_NONCE} characters")
+            raise unauthenticated("signature.verb", f"the signature is not for a {call.verb}")
+        if not 0 < len(nonce) <= _MAX_NONCE:
+            raise unauthenticated(
+                "signature.nonce", f"the signature's nonce must have 1 to {_MAX_NONCE} characters"
+            )
         if abs(time.time() - _seconds(headers.get(TIME, ""))) > window:
-            raise refused("signature.time", f"the signature is not of the last {window:g} seconds")
+            raise unauthenticated(
+                "signature.time", f"the signature is older than {window:g} seconds, or from the future"
+            )
         if key not in self._users:
-            raise refused("signature.key", "the request is signed with a key that is not known here")
-        verify_key, proof = self._users[key]
+            raise unauthenticated("signature.key", "the request is signed with an unknown key")
+        verify_key, identity = self._users[key]
         try:
             signature = base64.b64decode(headers.get(SIGNATURE, ""), altchars=b"-_", validate=True)
-            verify_key.verify(_signed(headers, call.subject, call.request.body), signature)
-        except (CryptoError, ValueError):  # the bytes are a stranger's
-            raise refused("signature.wrong", "the request's signature is wrong") from None
-        return proof
+            verify_key.verify(_signed(headers, call.subject, call.body), signature)
+        except (CryptoError, ValueError):
+            raise unauthenticated("signature.wrong", "the request's signature is wrong") from None
+        return identity
 
-    def use_up(self, call: Call) -> None:
-        """Let a signature that proves somebody not do so again.
+    def use(self, call: Call) -> None:
+        """Mark a verified signature as used.
 
         Raises:
             Unauthenticated: it has been used before.
-            Overloaded: too many of this key came to remember them all.
-
+            Overloaded: no more of this key can be remembered.
         """
         key, nonce, signed = (call.headers[name] for name in (KEY, NONCE, TIME))
-        window, most = self._settings.window, self._settings.remembered
-        self._nonces.use(call.agent, key, nonce, signed=_seconds(signed), window=window, most=most)
+        window, limit = self._settings.window, self._settings.remembered
+        self._nonces.use(call.agent, key, nonce, signed=_seconds(signed), window=window, limit=limit)
 
 
 def _seconds(text: str) -> float:
-    """Milliseconds since 1970 as seconds; long ago for what is no number."""
-    is_number = text.isascii() and text.isdigit() and len(text) <= _LONGEST_TIME
+    """Milliseconds since 1970 as seconds; 0 for anything else."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_TIME_DIGITS
     return int(text) / _MILLISECONDS if is_number else 0.0
 
 
 def _verify_key(public: str, subject: str) -> VerifyKey:
-    """The key of a user's public NKey: a byte for its kind, 32 for the key, 2 to check the others."""
+    """The key of a user's public NKey: a byte for its type, 32 for the key, 2 for the checksum."""
     try:
         decoded = base64.b32decode(public.encode())
     except (binascii.Error, ValueError):
         decoded = b""
-    is_whole = len(decoded) == _LENGTH and nkeys.crc16_checksum(decoded[:-2]) == decoded[-2:]
-    if not is_whole or decoded[0] != nkeys.PREFIX_BYTE_USER:
+    is_valid = len(decoded) == _KEY_BYTES and nkeys.crc16_checksum(decoded[:-2]) == decoded[-2:]
+    if not is_valid or decoded[0] != nkeys.PREFIX_BYTE_USER:
         # Not quoted: it may be the seed.
-        raise ValueError(f"signatures.users: the key of '{subject}' is no public NKey of a user (U…)")
+        raise ValueError(f"signatures.users: the key of '{subject}' is not a public NKey of a user (U…)")
     return VerifyKey(decoded[1:-2])

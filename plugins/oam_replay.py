@@ -1,0 +1,265 @@
+"""Replay: run an agent's latest requests against its next version before that serves.
+
+Requests of agents with `replayable=True` are recorded in memory. During a reload the new version handles
+them as well, and the result of the reload names the differences. Streams and sources are not recorded.
+"""
+
+import asyncio
+import json
+import logging
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Annotated, Any, Final
+
+from openagentmesh import (
+    Agent,
+    Call,
+    Endpoint,
+    MeshError,
+    Middleware,
+    RecordedRequest,
+    ReloadResult,
+    hookimpl,
+)
+from pydantic import BaseModel, ConfigDict, Field
+
+log = logging.getLogger(__name__)
+
+# Larger requests, reply included, are not recorded, in bytes.
+_MAX_SIZE: Final = 64 * 1024
+# How long the replay of all requests of one agent may take.
+_TIMEOUT_S: Final = 5.0
+_CANCEL_TIMEOUT_S: Final = 0.5
+# Longer durations are reported from this difference and this factor on.
+_SLOWER_BY_S: Final = 0.02
+_SLOWER_FACTOR: Final = 2.0
+_MAX_SHOWN: Final = 80
+
+
+class Settings(BaseModel):
+    """`[plugins.replay]`.
+
+    Attributes:
+        keep: how many requests of each agent are recorded.
+        strict: refuse a reload when a request fails that did not fail before.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: Annotated[int, Field(ge=1, le=1000)] = 20
+    strict: bool = False
+
+
+class Regression(MeshError):
+    """A recorded request fails with the new version, and did not fail before."""
+
+    code = "reload_refused"
+
+
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """What a version returned for a request: the reply, or the error's code and message."""
+
+    reply: bytes
+    error: str
+    seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class Recording:
+    """A recorded request; without `outcome` the serving version is run again for the comparison."""
+
+    request: RecordedRequest
+    outcome: Outcome | None
+
+
+class Replay:
+    """The plugin.
+
+    Args:
+        settings: for `AgentMesh(plugins=[Replay(Settings(...))])`; a host passes those of mesh.toml.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings()
+        self._recordings: dict[str, deque[Recording]] = {}
+        # The versions whose requests are recorded, and how candidates answered during a reload.
+        self._current: dict[str, Agent] = {}
+        self._checked: dict[str, tuple[Agent, list[tuple[Recording, Outcome]]]] = {}
+
+    @hookimpl
+    def mesh_settings(self) -> type[Settings]:
+        """The table of mesh.toml."""
+        return Settings
+
+    @hookimpl
+    def mesh_configure(self, settings: Settings) -> None:
+        """Apply new settings; `keep` applies to the next version of an agent."""
+        self._settings = settings
+
+    @hookimpl(trylast=True)  # innermost: requests that other plugins refuse are not recorded
+    def mesh_middleware(self, agent: Agent) -> Middleware | None:
+        """The middleware that records the requests of one agent."""
+        if not agent.replayable or not agent.contract.invocable or agent.contract.streaming or agent.sources:
+            return None
+        self._current.setdefault(agent.name, agent)
+
+        def middleware(endpoint: Endpoint) -> Endpoint:
+            async def recorded(call: Call) -> Any:  # noqa: ANN401 - the handler's result
+                started = perf_counter()
+                try:
+                    result = await endpoint(call)
+                except Exception as exc:
+                    self._record(agent, call, Outcome(b"", _error_text(exc), perf_counter() - started))
+                    raise
+                self._record(agent, call, Outcome(agent.encode(result), "", perf_counter() - started))
+                return result
+
+            return recorded
+
+        return middleware
+
+    def _record(self, agent: Agent, call: Call, outcome: Outcome) -> None:
+        if call.is_abandoned or len(call.body) + len(outcome.reply) > _MAX_SIZE:
+            return
+        body: bytes | None = call.body
+        if agent.redactor is not None:
+            try:
+                body = agent.redactor(call.body)
+            # Another plugin's failure ends here: what should have been redacted is not stored.
+            except Exception:
+                log.exception("%s: request not recorded for replay, its redactor failed", agent.name)
+                return
+        if body is None:
+            return
+        headers = {name: value for name, value in call.headers.items() if name.lower() != "authorization"}
+        # A reply may contain secrets too, and the next version is not compared with an old one's reply.
+        is_comparable = agent.redactor is None and self._current.get(agent.name) is agent
+        request = RecordedRequest(body, headers, call.request_id, call.identity)
+        recordings = self._recordings.get(agent.name)
+        if recordings is None or recordings.maxlen != self._settings.keep:
+            recordings = self._recordings[agent.name] = deque(recordings or (), self._settings.keep)
+        recordings.append(Recording(request, outcome if is_comparable else None))
+
+    @hookimpl
+    def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]]:
+        """Replay the recorded requests of an agent."""
+        return self._check(agent, serving)
+
+    async def _check(self, agent: Agent, serving: Agent | None) -> list[str]:
+        """The differences between two versions, as notes.
+
+        Raises:
+            Regression: a request fails that did not fail before, and the settings are strict.
+        """
+        recordings = list(self._recordings.get(agent.name, ()))
+        notes: list[str] = []
+        checked: list[tuple[Recording, Outcome]] = []
+        self._checked[agent.name] = agent, checked
+        if not agent.replayable:
+            return []
+        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+        for i, recording in enumerate(recordings):
+            if asyncio.get_running_loop().time() >= deadline:
+                skipped = f"{len(recordings) - i} of {len(recordings)} requests are not replayed"
+                return [*notes, f"{agent.name}: {skipped}, the limit is {_TIMEOUT_S:g}s for all"]
+            before = recording.outcome
+            if before is None and serving is not None:
+                before = await _run(serving, recording.request, deadline)
+            if before is None:
+                continue
+            after = await _run(agent, recording.request, deadline)
+            checked.append((recording, after))
+            if difference := _difference(recording.request, before, after):
+                notes.append(f"{agent.name}: {difference}")
+            if self._settings.strict and after.error and not before.error:
+                raise Regression(f"{notes[-1]} ([plugins.replay] strict)")
+        return notes
+
+    @hookimpl
+    def mesh_reloaded(self, result: ReloadResult) -> None:
+        """Compare the next versions with those that serve now."""
+        for name in result.names:
+            if name in self._checked:
+                self._accept(name, *self._checked[name])
+        self._checked.clear()
+
+    def _accept(self, name: str, agent: Agent, checked: list[tuple[Recording, Outcome]]) -> None:
+        self._current[name] = agent
+        recordings = self._recordings.get(name, deque())
+        fresh = {id(recording): outcome for recording, outcome in checked}
+        for i, recording in enumerate(recordings):
+            if recording.outcome is not None and id(recording) in fresh:
+                recordings[i] = Recording(recording.request, fresh[id(recording)])
+
+    @hookimpl
+    def mesh_reload_failed(self) -> None:
+        """The old versions still serve."""
+        self._checked.clear()
+
+    @hookimpl
+    def mesh_agent_unloaded(self, name: str) -> None:
+        """Forget an agent."""
+        self._recordings.pop(name, None)
+        self._current.pop(name, None)
+
+
+async def _run(agent: Agent, request: RecordedRequest, deadline: float) -> Outcome:
+    """One request in a task of its own: it has a current call, and it may ignore its cancellation."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(_answer(agent, request, deadline - loop.time()))
+    try:
+        await asyncio.wait([task], timeout=deadline - loop.time())
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_TIMEOUT_S)
+    with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+        return task.result()
+    return Outcome(b"", f"no answer within {_TIMEOUT_S:g}s", _TIMEOUT_S)
+
+
+async def _answer(agent: Agent, request: RecordedRequest, timeout: float) -> Outcome:
+    started = perf_counter()
+    try:
+        return Outcome(await agent.answer(request, timeout), "", perf_counter() - started)
+    # A handler may raise anything, and that is compared; a SystemExit would end the event loop.
+    except BaseException as exc:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        return Outcome(b"", _error_text(exc), perf_counter() - started)
+
+
+def _error_text(exc: BaseException) -> str:
+    if isinstance(exc, MeshError):
+        return f"[{exc.code}] {exc.message}"
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _difference(request: RecordedRequest, before: Outcome, after: Outcome) -> str:
+    """How two versions differ on a request; empty when they do not."""
+    body = _shortened(request.body)
+    if after.error != before.error:
+        old, new = (each.error or _shortened(each.reply) for each in (before, after))
+        return f"{body} → {new} (was {old})"
+    if not _equal(after.reply, before.reply):
+        return f"{body} → {_shortened(after.reply)} (was {_shortened(before.reply)})"
+    if after.seconds > max(before.seconds * _SLOWER_FACTOR, before.seconds + _SLOWER_BY_S):
+        return f"{body} takes {after.seconds * 1000:.0f} ms (was {before.seconds * 1000:.0f} ms)"
+    return ""
+
+
+def _equal(one: bytes, other: bytes) -> bool:
+    """Whether two replies are the same JSON, in any order of keys; 1 equals neither true nor 1.0."""
+    return one == other or (bool(one and other) and _sorted(one) == _sorted(other))
+
+
+def _sorted(body: bytes) -> str:
+    return json.dumps(json.loads(body), sort_keys=True)
+
+
+def _shortened(body: bytes) -> str:
+    text = body.decode("utf-8", "replace") or "nothing"
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
