@@ -20,7 +20,6 @@ def install_published(folder: Path, timeout: float = 300) -> Path:
 
     Raises:
         NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
-
     """
     return install(folder, PUBLISHED, _CHECK, timeout)
 
@@ -32,7 +31,6 @@ def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *m
 
     Raises:
         NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
-
     """
     python = folder / "bin" / "python"
     try:

@@ -22,7 +22,6 @@ class Competitor:
         program: the program that serves its agents and calls them.
         loop: the event loop of both its processes.
         plugin: what is put around its agents and its calls.
-
     """
 
     name: str
@@ -55,7 +54,6 @@ class Pythons:
 
     Args:
         folder: where the peer's environment is, or will be; None when it is not wanted.
-
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -67,7 +65,6 @@ class Pythons:
 
         Raises:
             Unavailable: there is none.
-
         """
         if competitor.loop == "uvloop" and find_spec("uvloop") is None:
             raise Unavailable("uvloop is not installed (extra `fast`)")

@@ -26,7 +26,6 @@ class Edits:
         broken: edits that were not.
         brief: broken ones that are a file which is empty for a moment.
         late: versions that did not answer in time.
-
     """
 
     counts: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +58,6 @@ class Editor:
         callers: the process that calls the agent in it.
         broken_for: how long a broken file stays, in seconds.
         patience: how long a version may take, in seconds.
-
     """
 
     def __init__(

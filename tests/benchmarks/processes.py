@@ -39,7 +39,6 @@ class Program:
 
         Raises:
             ProgramFailed: it ended, or took too long.
-
         """
         assert self._process.stdout is not None
         try:

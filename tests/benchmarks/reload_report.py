@@ -37,7 +37,6 @@ class Report:
         idle: the share of a core of a host that watches, and of one that does not.
         peer: the edits of FastStream's.
         skipped: why there are none.
-
     """
 
     edits: Edits = field(default_factory=Edits)

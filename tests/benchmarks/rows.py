@@ -38,7 +38,6 @@ class Row:
         who: the competitors.
         base: the row and the competitor that the others are compared with.
         target: what ours should reach.
-
     """
 
     name: str

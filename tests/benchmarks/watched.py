@@ -78,7 +78,6 @@ class Observed:
         before: the loop without reloads.
         imports: the loop while a slow import was added, by what that does.
         growth: of resident memory.
-
     """
 
     reloads: dict[float, float] = field(default_factory=dict)
@@ -105,7 +104,6 @@ class Observer:
     Args:
         mesh: calls the agent that measures the loop.
         node: asks for what `oam status` shows.
-
     """
 
     def __init__(self, mesh: AgentMesh, node: Node) -> None:

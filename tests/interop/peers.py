@@ -28,7 +28,6 @@ class Refused(Exception):
         message: its text.
         agent: the agent a mesh error concerns.
         details: a mesh error's facts.
-
     """
 
     def __init__(self, error: Mapping[str, Any]) -> None:
@@ -107,7 +106,6 @@ class Conversation:
 
         Raises:
             Refused: it failed instead.
-
         """
         message = self._message()
         assert "item" in message, f"it is over: {message}"
@@ -125,7 +123,6 @@ class Conversation:
 
         Raises:
             Refused: it failed.
-
         """
         message = self._message()
         assert "result" in message, f"it is not over: {message}"
@@ -176,7 +173,6 @@ class Peer(Running):
 
         Raises:
             Refused: it ended with an exception.
-
         """
         return self.begin(verb, *args, **kwargs).result()
 
