@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from openagentmesh import AgentMesh
 
-from tests.servers import running_server
+from tests.support.servers import running_server
 
 _NUMBERS = count()
 # How long examples take says how busy the machine is, and nothing of what is tested.

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import Process, environment
-from tests.published import NotInstalled, install
-from tests.runtime.conftest import write
-from tests.test_docs import ROOT
+from tests.support.commands import Process, environment
+from tests.support.documents import ROOT
+from tests.support.modules import write
+from tests.support.published_sdk import NotInstalled, install
 
 PROJECT = """
 [build-system]
@@ -135,8 +135,8 @@ def test_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: P
         return result.out.splitlines()
 
     with Process("up", cwd=folder, program=str(python.with_name("oam"))) as up:
-        url = up.said("serving ").rpartition(" on ")[2].strip()
+        url = up.wait_for_line("serving ").rpartition(" on ")[2].strip()
         assert ["say the word", "hello you", "bye you"] == called(url)
         write(tmp_path / "editable", {"code/words.py": "WORD = 'good night'"})
-        assert "edited" in up.said("reloaded ")
+        assert "edited" in up.wait_for_line("reloaded ")
         assert ["say the word", "hello you", "good night you"] == called(url)

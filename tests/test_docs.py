@@ -1,7 +1,6 @@
 """What the docs show is what happens."""
 
 import json
-import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,15 +10,9 @@ import pytest
 from openagentmesh import AgentMesh, Host
 from openagentmesh.hooks.manager import Plugins
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
-from openagentmesh.runtime.loading.plugin_loader import installed
+from openagentmesh.runtime.loading.plugin_loader import installed_plugins
 
-ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(document: str, language: str = "python") -> list[str]:
-    """The fenced blocks of one language in a document."""
-    return [text for kind, text in BLOCK.findall((ROOT / document).read_text()) if kind == language]
+from tests.support.documents import BLOCK, ROOT, blocks
 
 
 def promised() -> list[tuple[str, str]]:
@@ -132,7 +125,7 @@ def test_the_settings_in_a_plugins_page_are_valid(page: Path, tmp_path: Path) ->
     (tmp_path / "mesh.toml").write_text(text)
     config = load_config(tmp_path / "mesh.toml", {})
     assert page.stem in config.host.plugins
-    plugins = Plugins({name: installed()[name].load() for name in config.host.plugins})
+    plugins = Plugins({name: installed_plugins()[name].load() for name in config.host.plugins})
     for plugin in plugins.all:
         plugins.validated(plugin, config.plugins.get(plugin.name, {}))
         for agent, settings in config.agents.items():

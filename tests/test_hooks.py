@@ -10,9 +10,8 @@ from openagentmesh.hooks.specs import Hooks
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from typer.testing import CliRunner
 
-from tests.runtime.conftest import write
-from tests.runtime.reload.test_state import let_go
-from tests.test_docs import ROOT, blocks
+from tests.support.documents import ROOT, blocks
+from tests.support.modules import write
 
 PAGE = "docs/plugins.md"
 HOOKS = sorted(name for name in vars(Hooks) if name.startswith("mesh_"))
@@ -58,7 +57,7 @@ async def test_the_plugins_of_the_page_do_what_it_says(
     write(tmp_path, {f"p{number}.py": code for number, code in enumerate(blocks(PAGE))})
     write(tmp_path / "agents", {"greeter.py": GREETER, "clock.py": CLOCK})
     plugins = [f"./p{number}.py" for number in range(len(blocks(PAGE)))]
-    section = HostSection(agents=["agents"], entry_points=False, plugins=plugins, replay=3)
+    section = HostSection(agents=["agents"], entry_points=False, plugins=plugins)
     config = Config(folder=tmp_path, mesh=MeshSection(url=url), host=section)
     async with Host(config) as host, AgentMesh(url) as mesh:
         assert "you at noon" == await mesh.call("greeter", "you")
@@ -68,7 +67,7 @@ async def test_the_plugins_of_the_page_do_what_it_says(
         await host.reload()
         (tmp_path / "agents/clock.py").unlink()
         await host.reload()
-        await let_go(host)
+        await host.wait_retired()
     printed = capsys.readouterr().out.splitlines() + commands(host.plugins)
     promised = [line for block in blocks(PAGE, "") for line in block.splitlines()]
     assert [] == [line for line in promised if line not in printed]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput, KVEntry
-from openagentmesh.agent.agent import Agent
+from openagentmesh.agent.agent import AgentVersion
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -38,7 +38,7 @@ class Odd(BaseModel):
 Handler = Callable[..., Any]
 
 
-def declared(function: Handler) -> Agent:
+def declared(function: Handler) -> AgentVersion:
     mesh = AgentMesh()
     mesh.agent(AgentSpec(name="a"))(function)
     return mesh._agents["a"]
@@ -226,7 +226,7 @@ async def oddly(req: Odd) -> Odd:
 def test_input_that_does_not_fit_is_the_callers_fault(body: bytes, kind: str, loc: list[str]) -> None:
     """Whatever is wrong with a body, its details are pydantic's list as plain JSON, without urls."""
     with pytest.raises(InvalidInput) as caught:
-        declared(oddly).handler.read("a", body)
+        declared(oddly).handler.decode("a", body)
     assert "Input failed validation for agent 'a'" == caught.value.message
     (found,) = json.loads(json.dumps(caught.value.details["errors"]))
     assert (kind, loc) == (found["type"], found["loc"])
@@ -270,10 +270,10 @@ def test_a_result_goes_out_as_its_declared_type(hint: Any, result: object, body:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    assert body == json.loads(returning(hint).dump(result), parse_constant=refuse)
+    assert body == json.loads(returning(hint).encode(result), parse_constant=refuse)
 
 
-def returning(hint: Any) -> Agent:
+def returning(hint: Any) -> AgentVersion:
     async def handler(req: In) -> Any:
         return req
 
@@ -301,7 +301,7 @@ def returning(hint: Any) -> Agent:
 def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) -> None:
     """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""
     with pytest.raises(HandlerError, match="what it does not declare"):
-        returning(hint).dump(result)
+        returning(hint).encode(result)
 
 
 @pytest.mark.parametrize("hint", [Out, list[Out]], ids=["alone", "in a list"])
@@ -313,7 +313,7 @@ def test_an_object_that_does_not_hold_what_it_declares_is_a_handler_error(hint: 
         warnings.simplefilter("ignore")
         agent = returning(hint)
         with pytest.raises(HandlerError, match="Expected `int`"):
-            agent.dump(broken if hint is Out else [broken])
+            agent.encode(broken if hint is Out else [broken])
 
 
 def synchronous_watcher() -> None:

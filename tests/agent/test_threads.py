@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,18 @@ from openagentmesh import (
     current_call,
     report_usage,
 )
-from openagentmesh.agent.threads import Threads
+from openagentmesh.agent.threads import ThreadPool
+from openagentmesh.protocol.status import ThreadPoolStatus
+
+from tests.support.waiting import until
 
 _colour: ContextVar[str] = ContextVar("colour", default="none")
 
 
 @pytest.fixture(autouse=True)
-def pool(monkeypatch: pytest.MonkeyPatch) -> Threads:
+def pool(monkeypatch: pytest.MonkeyPatch) -> ThreadPool:
     """Four threads of a test's own."""
-    own = Threads(4)
+    own = ThreadPool(4)
     monkeypatch.setattr("openagentmesh.agent.handler.pool", own)
     return own
 
@@ -45,12 +48,6 @@ def go() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_a_handler_that_blocks_holds_up_nobody(mesh: AgentMesh, name: str, go: threading.Event) -> None:
@@ -144,7 +141,7 @@ async def test_a_coroutine_is_no_result(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name)
 
 
-async def test_no_more_threads_than_there_may_be(mesh: AgentMesh, name: str, pool: Threads) -> None:
+async def test_no_more_threads_than_there_may_be(mesh: AgentMesh, name: str, pool: ThreadPool) -> None:
     """Forty requests are answered by four threads, which are used again and do not grow in number."""
     used, now, most, lock = set(), 0, 0, threading.Lock()
     meet = threading.Barrier(4)
@@ -164,22 +161,22 @@ async def test_no_more_threads_than_there_may_be(mesh: AgentMesh, name: str, poo
     for _ in range(2):
         assert ["ok"] * 40 == await asyncio.gather(*[mesh.call(name) for _ in range(40)])
     assert (4, 4) == (most, len(used))
-    await until(lambda: pool.description()["busy"] == 0)
-    assert {"most": 4, "busy": 0, "waiting": 0, "left": 0} == pool.description()
+    await until(lambda: pool.status().busy == 0)
+    assert ThreadPoolStatus(max=4) == pool.status()
 
 
 async def test_one_idle_thread_is_not_taken_for_two() -> None:
     """Two that come at once while one thread is idle run side by side, also when both wait for the other."""
     meet = threading.Barrier(2)
     for _ in range(20):
-        pool = Threads(4)
+        pool = ThreadPool(4)
         await pool.run("a", lambda: None)
         await until(lambda: pool._idle == 1)  # noqa: B023 - of this round
         await asyncio.gather(*[pool.run("a", lambda: meet.wait(5)) for _ in range(2)])
 
 
 async def test_who_gives_up_is_answered_at_once(
-    mesh: AgentMesh, name: str, go: threading.Event, pool: Threads, caplog: pytest.LogCaptureFixture
+    mesh: AgentMesh, name: str, go: threading.Event, pool: ThreadPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A timeout and a cancel end the request though its thread runs on, which is counted and logged."""
     caplog.set_level(logging.WARNING)
@@ -193,24 +190,24 @@ async def test_who_gives_up_is_answered_at_once(
 
     with pytest.raises(MeshTimeout):
         await mesh.call(name, timeout=0.05)
-    await until(lambda: pool.left[name] == 1)
+    await until(lambda: pool.abandoned[name] == 1)
     assert f"{name}: its thread runs on" in caplog.text
     go.set()
-    await until(lambda: not pool.left)
+    await until(lambda: not pool.abandoned)
     assert f"{name}: a thread ended" in caplog.text
     go.clear()
     calling = asyncio.create_task(mesh.call(name))
-    await until(lambda: pool.description()["busy"] == 1)
+    await until(lambda: pool.status().busy == 1)
     await asyncio.sleep(0.1)  # until the caller knows who has it, which is how a cancel gets there
     calling.cancel()
-    await until(lambda: pool.left[name] == 1)
+    await until(lambda: pool.abandoned[name] == 1)
     go.set()
-    await until(lambda: not pool.left)
+    await until(lambda: not pool.abandoned)
     assert "late" == await mesh.call(name)
 
 
 async def test_threads_that_hang_are_replaced(
-    mesh: AgentMesh, name: str, go: threading.Event, pool: Threads
+    mesh: AgentMesh, name: str, go: threading.Event, pool: ThreadPool
 ) -> None:
     """An agent that never ends takes no thread from others, and is refused when it has left its part."""
 
@@ -230,7 +227,7 @@ async def test_threads_that_hang_are_replaced(
         await mesh.call(f"{name}.hangs")
     assert list(range(9)) == await asyncio.gather(*[mesh.call(f"{name}.works", n) for n in range(9)])
     go.set()
-    await until(lambda: not pool.left)
+    await until(lambda: not pool.abandoned)
     assert "ended" == await mesh.call(f"{name}.hangs")
     assert pool._threads <= 4
 
@@ -262,6 +259,8 @@ def test_a_process_ends_though_a_thread_hangs(tmp_path: Path, url: str, name: st
     program = f"""
 import asyncio, time
 from openagentmesh import AgentMesh, AgentSpec, MeshTimeout
+from openagentmesh.protocol.status import ThreadPoolStatus
+from openagentmesh.protocol.status import ThreadPoolStatus
 mesh = AgentMesh({url!r})
 @mesh.agent(AgentSpec(name={name!r}))
 def hang() -> str:
@@ -333,6 +332,6 @@ def test_thread_is_for_a_def_and_nobody_elses_business() -> None:
 def test_there_are_as_many_threads_as_processors_and_four(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty-two at most, unless somebody says how many."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert (6, 3) == (Threads().most, Threads(3).most)
+    assert (6, 3) == (ThreadPool().max_threads, ThreadPool(3).max_threads)
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
-    assert 32 == Threads().most
+    assert 32 == ThreadPool().max_threads

@@ -57,7 +57,7 @@ async def test_the_guide_finds_others_by_tag() -> None:
         async with AgentMesh(mesh.url) as second:
             assert second._node is not None
             for agent in summarizer._agents.values():
-                second._node.bind(agent)
-            await second._node.settled()
+                second._node.serve(agent)
+            await second._node.wait_served()
             answer = await mesh.call("guide", {"text": "hello"})
     assert {"asked": ["nlp.summarizer"], "answers": {"nlp.summarizer": {"summary": "hello"}}} == answer

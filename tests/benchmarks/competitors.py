@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from tests.published import NotInstalled, install_published
+from tests.support.published_sdk import NotInstalled, install_published
 
 
 class Unavailable(Exception):

@@ -21,7 +21,7 @@ from tests.benchmarks.reload_report import Report
 from tests.benchmarks.results import machine
 from tests.benchmarks.saving import FASTSTREAM, OURS, PROBE, SLOW_IMPORTS, rename
 from tests.benchmarks.watched import Observed, Observer, host, idle, observer
-from tests.published import NotInstalled, install
+from tests.support.published_sdk import NotInstalled, install
 
 _WARM_UP: Final = 50
 _BASELINE: Final = 5.0

@@ -12,12 +12,12 @@ import pytest
 import typer
 from nats.js.api import KeyValueConfig
 from openagentmesh import ConnectionFailed, MeshError
-from openagentmesh.cli.output import fail, say_each
+from openagentmesh.cli.output import fail, print_each
 from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.jetstream_errors import translated_errors
 
-from tests.cli.processes import NOBODY, Up, environment, free_port, oam, side_by_side
-from tests.servers import running_server
+from tests.support.commands import UNREACHABLE, Up, environment, free_port, oam, side_by_side
+from tests.support.servers import running_server
 
 ONE_STREAM = """
 jetstream {{ store_dir: "{store}" }}
@@ -50,7 +50,7 @@ import openagentmesh.cli.main
 )
 def test_a_name_that_can_be_none(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """What cannot be a name or a key is bad usage with what one is made of; nobody has to be there."""
-    result = oam(*arguments, "--url", NOBODY, cwd=tmp_path)
+    result = oam(*arguments, "--url", UNREACHABLE, cwd=tmp_path)
     assert (2, "") == (result.code, result.out)
     assert "letters, digits" in result.err
     assert "listening" not in result.err
@@ -59,7 +59,7 @@ def test_a_name_that_can_be_none(tmp_path: Path, arguments: tuple[str, ...]) -> 
 
 def test_text_and_json_together(hosted: Up) -> None:
     """Output for people and for programs at once is bad usage."""
-    result = hosted.ask("agent", "contract", "echo", "--text", "--json")
+    result = hosted.run("agent", "contract", "echo", "--text", "--json")
     assert (2, "") == (result.code, result.out)
     assert "--text is for people, --json for programs" in result.err
 
@@ -74,11 +74,11 @@ def test_the_input_in_the_help(tmp_path: Path) -> None:
 def test_an_address_of_a_server_that_is_gone(tmp_path: Path) -> None:
     """An address that nobody answers at is told with the file or variable that gives it, and the way out."""
     file = tmp_path / ".oam-url"
-    file.write_text(f"{NOBODY}\n")
+    file.write_text(f"{UNREACHABLE}\n")
     below = tmp_path / "below"
     below.mkdir()
     by_file = oam("status", cwd=below)
-    by_variable = oam("status", cwd=below, env={"OAM_URL": NOBODY})
+    by_variable = oam("status", cwd=below, env={"OAM_URL": UNREACHABLE})
     assert [1, 1] == [by_file.code, by_variable.code]
     assert f"{file} gives this address: start that server again, or remove the file" in by_file.err
     assert "OAM_URL gives this address: start that server again, or unset it" in by_variable.err
@@ -88,9 +88,9 @@ def test_an_address_of_a_server_that_is_gone(tmp_path: Path) -> None:
 def test_a_credentials_file_that_is_gone(tmp_path: Path) -> None:
     """A missing credentials file is told with who names it, without advice about addresses."""
     by_variable = oam("status", cwd=tmp_path, env={"OAM_CREDS": "/none.creds"})
-    (tmp_path / ".oam-url").write_text(f'url = "{NOBODY}"\ncreds = "none.creds"\n')
+    (tmp_path / ".oam-url").write_text(f'url = "{UNREACHABLE}"\ncreds = "none.creds"\n')
     by_file = oam("status", cwd=tmp_path)
-    by_option = oam("mesh", "connect", NOBODY, "--creds", "none.creds", cwd=tmp_path)
+    by_option = oam("mesh", "connect", UNREACHABLE, "--creds", "none.creds", cwd=tmp_path)
     assert "'/none.creds' does not exist; OAM_CREDS names it" in by_variable.err
     assert f"'{tmp_path}/none.creds' does not exist; {tmp_path}/.oam-url names it" in by_file.err
     assert "--url" not in by_variable.err + by_file.err
@@ -99,7 +99,7 @@ def test_a_credentials_file_that_is_gone(tmp_path: Path) -> None:
 
 def test_connecting_to_nobody_writes_nothing(tmp_path: Path) -> None:
     """`mesh connect` to an address that nobody answers at says so, and leaves no `.oam-url`."""
-    result = oam("mesh", "connect", NOBODY, cwd=tmp_path)
+    result = oam("mesh", "connect", UNREACHABLE, cwd=tmp_path)
     assert "Check the address; .oam-url was not written." in result.err
     assert not (tmp_path / ".oam-url").exists()
 
@@ -178,7 +178,7 @@ async def test_listening_is_told_when_it_is_true() -> None:
         told.append("said")
         both.set()
 
-    await say_each(items(), str, begun)
+    await print_each(items(), str, begun)
     assert ["listening", "said"] == told
 
 

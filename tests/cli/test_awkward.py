@@ -8,16 +8,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from tests.cli.processes import (
-    NOBODY,
+from tests.support.commands import (
     OAM,
+    UNREACHABLE,
     Process,
     Result,
     Up,
     environment,
     free_port,
+    is_closed,
     oam,
-    refuses,
     side_by_side,
     until,
 )
@@ -31,7 +31,7 @@ def kill_server(folder: Path) -> None:
 
 def test_what_is_no_json_is_bad_usage(tmp_path: Path) -> None:
     """A payload that is no JSON ends with exit code 2 before anything is sent."""
-    call = "agent", "call", "echo", "--url", NOBODY
+    call = "agent", "call", "echo", "--url", UNREACHABLE
     for result in side_by_side((*call, "{bad"), (*call, "NaN"), cwd=tmp_path):
         assert (2, "") == (result.code, result.out)
         assert "the input is no JSON" in result.err
@@ -41,7 +41,7 @@ def test_chunks_are_printed_as_they_come(hosted: Up) -> None:
     """A chunk is printed before the next one comes; Ctrl-C then ends without a traceback."""
     given = '{"count": 2, "every": 10}'
     with Process("agent", "stream", "time.ticker", given, "--url", hosted.url, cwd=hosted.folder) as stream:
-        assert 0 == json.loads(stream.said('"number"'))["number"]
+        assert 0 == json.loads(stream.wait_for_line('"number"'))["number"]
         stream.signal(signal.SIGINT)
         result = stream.finish(5)
     assert (130, 1) == (result.code, len(result.out.splitlines()))
@@ -98,7 +98,7 @@ def test_connect_does_not_show_the_password(guarded: str, tmp_path: Path) -> Non
 
 def test_connect_for_programs(tmp_path: Path) -> None:
     """`mesh connect --json` gives the error's envelope, as every command does."""
-    result = oam("mesh", "connect", NOBODY, "--json", cwd=tmp_path)
+    result = oam("mesh", "connect", UNREACHABLE, "--json", cwd=tmp_path)
     assert (1, "connection_failed") == (result.code, json.loads(result.err)["code"])
 
 
@@ -110,10 +110,10 @@ def test_which_address_wins(hosted: Up, tmp_path: Path) -> None:
     answered = Result(0, '{"summary": "x"}\n', "")
     file.write_text(f'url = "{hosted.url}"\n')
     assert answered == oam(*call, cwd=below)
-    file.write_text(f"{NOBODY}\n")
+    file.write_text(f"{UNREACHABLE}\n")
     with (
         Process(*call, cwd=below, env={"OAM_URL": hosted.url}) as by_variable,
-        Process(*call, "--url", hosted.url, cwd=below, env={"OAM_URL": NOBODY}) as by_option,
+        Process(*call, "--url", hosted.url, cwd=below, env={"OAM_URL": UNREACHABLE}) as by_option,
     ):
         assert [answered, answered] == [by_variable.finish(), by_option.finish()]
 
@@ -148,7 +148,7 @@ def test_mesh_up_and_down(tmp_path: Path) -> None:
         assert Result(0, "[]\n", "") == oam("mesh", "catalog", "--json", cwd=below)
         down = oam("mesh", "down", cwd=tmp_path)
         assert (0, "") == (down.code, down.out)
-        assert until(lambda: refuses(f"nats://127.0.0.1:{port}"), 5)
+        assert until(lambda: is_closed(f"nats://127.0.0.1:{port}"), 5)
         assert not (tmp_path / ".oam-url").exists()
     finally:
         kill_server(tmp_path)

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests.cli.processes import NOBODY, Process, Up, oam, side_by_side
+from tests.support.commands import UNREACHABLE, Process, Up, oam, side_by_side
 
 LARGE = json.dumps("x" * 2_000_000)
 
 
 def check(code: str, *arguments: str, host: Up, given: str = "") -> str:
     """Run a command for people and for programs side by side; both tell the code and end with 1."""
-    shown, envelope = side_by_side(arguments, (*arguments, "--json"), cwd=host.folder, given=given)
+    shown, envelope = side_by_side(arguments, (*arguments, "--json"), cwd=host.folder, stdin_text=given)
     assert (1, "") == (shown.code, shown.out)
     assert shown.err.startswith(f"Error [{code}] ")
     assert "Traceback" not in shown.err + envelope.err
@@ -58,7 +58,7 @@ def test_overloaded(hosted: Up) -> None:
 
 def test_connection_failed(hosted: Up) -> None:
     """An address that nobody answers at is told with what can be done."""
-    assert "oam up" in check("connection_failed", "status", "--url", NOBODY, host=hosted)
+    assert "oam up" in check("connection_failed", "status", "--url", UNREACHABLE, host=hosted)
 
 
 def test_connection_denied(hosted: Up, guarded: str) -> None:
@@ -70,8 +70,8 @@ def test_errors_are_heard_by_all(hosted: Up) -> None:
     """`mesh listen mesh.errors.> --json` prints a copy of each error as one JSON record."""
     arguments = "mesh", "listen", "mesh.errors.>", "--json", "--url", hosted.url
     with Process(*arguments, cwd=hosted.folder) as listening:
-        listening.said("listening on mesh.errors.>")
+        listening.wait_for_line("listening on mesh.errors.>")
         oam("agent", "call", "fail", "{}", "--url", hosted.url, cwd=hosted.folder)
-        record = json.loads(listening.said('"mesh.errors.fail"'))
+        record = json.loads(listening.wait_for_line('"mesh.errors.fail"'))
     body = json.loads(record["body"])
     assert ("handler_error", "something odd", "fail") == (body["code"], body["message"], body["agent"])

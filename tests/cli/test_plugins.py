@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.cli.processes import Up, oam
-from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.loading.test_plugin_loader import WORD
+from tests.support.commands import Up, oam
+from tests.support.modules import MESH, WORD_PLUGIN, agent, write
 
 CARRY = """
 from contextlib import asynccontextmanager
@@ -34,7 +33,10 @@ server.store = ""
 
 
 def project(folder: Path, toml: str = TOML) -> None:
-    write(folder, {"mesh.toml": toml, "word.py": WORD, "carry.py": CARRY, "agents/a.py": MESH + agent("a")})
+    write(
+        folder,
+        {"mesh.toml": toml, "word.py": WORD_PLUGIN, "carry.py": CARRY, "agents/a.py": MESH + agent("a")},
+    )
 
 
 def test_commands_use_the_plugins_of_the_folder(tmp_path: Path) -> None:

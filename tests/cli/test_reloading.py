@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_project
-from tests.cli.processes import Up
+from tests.support.commands import Up, write_project
 
 SAMPLE = "agents/summarizer.py"
 
@@ -20,7 +19,7 @@ def edit(host: Up, old: str, new: str) -> None:
 
 
 def version(host: Up) -> str:
-    [entry] = host.ask("mesh", "catalog", "--json").json
+    [entry] = host.run("mesh", "catalog", "--json").json
     return str(entry["version"])
 
 
@@ -36,20 +35,20 @@ def test_a_file_is_edited_broken_mended_deleted_and_restored(tmp_path: Path) -> 
     with Up(write_project(tmp_path / "p", "summarizer")) as host:
         source = (host.folder / SAMPLE).read_text()
         edit(host, 'tags=["text"]', 'tags=["text"], version="0.2.0"')
-        host.said(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0)")
+        host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0)")
         edit(host, "return Summ", "return return Summ")
-        host.said(f"{SAMPLE} not reloaded: SyntaxError: invalid syntax")
+        host.wait_for_line(f"{SAMPLE} not reloaded: SyntaxError: invalid syntax")
         assert any("return return Summ" in line for line in host.err)
         assert any(line.strip() == "^^^^^^" for line in host.err)
-        call, status = host.ask_all(("agent", "call", "nlp.summarizer", '{"text": "still"}'), ("status",))
+        call, status = host.run_all(("agent", "call", "nlp.summarizer", '{"text": "still"}'), ("status",))
         assert '{"summary": "still"}\n' == call.out
         assert f"✗ {SAMPLE}: SyntaxError: invalid syntax (the version before it goes on)" in status.out
         edit(host, "return return Summ", "return Summ")
-        host.said(f"{SAMPLE} is again what is being served")
+        host.wait_for_line(f"{SAMPLE} is again what is being served")
         (host.folder / SAMPLE).unlink()
-        host.said(f"reloaded {SAMPLE} (nlp.summarizer withdrawn)")
+        host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer withdrawn)")
         (host.folder / SAMPLE).write_text(source)
-        host.said(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 new)")
+        host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 new)")
 
 
 def test_a_hangup_reloads_what_has_changed(unwatched: Up) -> None:
@@ -57,33 +56,33 @@ def test_a_hangup_reloads_what_has_changed(unwatched: Up) -> None:
     edit(unwatched, 'tags=["text"]', 'version="0.2.0"')
     assert "0.1.0" == version(unwatched)
     unwatched.signal(signal.SIGHUP)
-    unwatched.said("0.1.0 → 0.2.0")
+    unwatched.wait_for_line("0.1.0 → 0.2.0")
     unwatched.signal(signal.SIGHUP)
-    unwatched.said("nothing has changed on disk")
+    unwatched.wait_for_line("nothing has changed on disk")
 
 
 def test_a_reload_by_hand(unwatched: Up) -> None:
     """`oam reload` says what came of it on each host, in words and as JSON, and fails when it did."""
-    same = unwatched.ask("reload")
+    same = unwatched.run("reload")
     assert (0, "p: nothing has changed\n") == (same.code, same.err)
     edit(unwatched, 'tags=["text"]', 'version="0.2.0"')
-    done = unwatched.ask("reload")
+    done = unwatched.run("reload")
     assert 0 == done.code
     assert done.out.startswith(f"p: reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0) ")
-    anyway = unwatched.ask("reload", "summarizer", "--json")
+    anyway = unwatched.run("reload", "summarizer", "--json")
     [answer] = anyway.json
     assert ("p", ["nlp.summarizer 0.2.0"], "") == (
         answer["host"], answer["outcome"]["agents"], answer["outcome"]["error"],
     )  # fmt: skip
     edit(unwatched, "from pydantic", "from nowhere")
-    failed = unwatched.ask("reload")
+    failed = unwatched.run("reload")
     assert (1, "ModuleNotFoundError: No module named 'nowhere'") == (
         failed.code, failed.out.splitlines()[-1].strip(),
     )  # fmt: skip
     assert failed.err.startswith(f"Error [reload_refused] {SAMPLE} not reloaded: ModuleNotFoundError")
-    again = unwatched.ask("reload")
+    again = unwatched.run("reload")
     assert f"p: nothing has changed; not loaded: {SAMPLE}\n" == again.err
-    unknown = unwatched.ask("reload", "summariser", "--json")
+    unknown = unwatched.run("reload", "summariser", "--json")
     assert (1, "reload_refused") == (unknown.code, json.loads(unknown.err)["code"])
 
 
@@ -93,9 +92,11 @@ def test_requests_are_replayed_before_a_reload(tmp_path: Path) -> None:
     path = folder / SAMPLE
     path.write_text(path.read_text().replace('tags=["text"]', "replayable=True"))
     with Up(folder, "--replay", "5", "--replay-strict") as host:
-        assert 0 == host.ask("agent", "call", "nlp.summarizer", '{"text": "keep me"}').code
+        assert 0 == host.run("agent", "call", "nlp.summarizer", '{"text": "keep me"}').code
         edit(host, ".rstrip()", ".upper()")
-        host.said('nlp.summarizer: {"text":"keep me"} → {"summary":"KEEP ME"} (was {"summary":"keep me"})')
+        host.wait_for_line(
+            'nlp.summarizer: {"text":"keep me"} → {"summary":"KEEP ME"} (was {"summary":"keep me"})'
+        )
         edit(host, "req.text[", "req.txet[")
-        host.said("nlp.summarizer fails on what the version before it answers: ")
-        assert '{"summary": "HI"}\n' == host.ask("agent", "call", "nlp.summarizer", '{"text": "hi"}').out
+        host.wait_for_line("nlp.summarizer fails on what the version before it answers: ")
+        assert '{"summary": "HI"}\n' == host.run("agent", "call", "nlp.summarizer", '{"text": "hi"}').out

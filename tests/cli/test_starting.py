@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import BROKEN, write_project
-from tests.cli.processes import NOBODY, Process, Result, Up, oam
+from tests.support.commands import BROKEN, UNREACHABLE, Process, Result, Up, oam, write_project
 
 TYPED = """from openagentmesh import AgentMesh, AgentSpec
 
@@ -22,13 +21,13 @@ async def narrow(req: {type}) -> str:
 
 def test_a_call_is_answered(hosted: Up) -> None:
     """The reply of a hosted agent is on stdout, and nothing else is said anywhere."""
-    result = hosted.ask("agent", "call", "nlp.summarizer", '{"text": "hello world", "max_length": 5}')
+    result = hosted.run("agent", "call", "nlp.summarizer", '{"text": "hello world", "max_length": 5}')
     assert Result(0, '{"summary": "hello"}\n', "") == result
 
 
 def test_a_pipe_gets_plain_lines(hosted: Up) -> None:
     """In a pipe, each event is a line with time, level, logger and text, without colours."""
-    line = hosted.said("serving ")
+    line = hosted.wait_for_line("serving ")
     pattern = (
         r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00 INFO openagentmesh\.up serving 7 agents on nats://127\.0\.0\.1:\d+"
     )
@@ -55,14 +54,14 @@ def test_a_broken_module_is_told_in_the_log(hosted: Up) -> None:
     line = f'  File "{hosted.folder}/agents/broken.py", line 3, in <module>\n'
     assert 1 == hosted.err.count(line)
     assert "agents/broken.py failed to load: ValueError: not today" in hosted.err[0]
-    served = hosted.err.index(hosted.said("serving ") + "\n")
+    served = hosted.err.index(hosted.wait_for_line("serving ") + "\n")
     assert 1 == "".join(hosted.err[:served]).count("  File ")  # no frame of ours
-    assert '"said": 1' in hosted.ask("agent", "call", "echo", "1").out
+    assert '"said": 1' in hosted.run("agent", "call", "echo", "1").out
 
 
 def test_status_names_what_failed(hosted: Up) -> None:
     """`oam status` shows the host, the failed module with its traceback, and the agents that serve."""
-    result = hosted.ask("status")
+    result = hosted.run("status")
     assert (0, "") == (result.code, result.err)
     assert f"dev  pid {hosted.pid}" in result.out
     assert "agents/broken.py: ValueError: not today" in result.out
@@ -127,9 +126,9 @@ def test_a_port_in_use(hosted: Up, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     """An `--url` that nobody answers at ends the start with a message that names it."""
-    result = oam("up", "--url", NOBODY, cwd=write_project(tmp_path / "p", "echo"))
+    result = oam("up", "--url", UNREACHABLE, cwd=write_project(tmp_path / "p", "echo"))
     assert (1, "") == (result.code, result.out)
-    told = f"Error [connection_failed] No NATS server can be reached at {NOBODY}: Connection refused."
+    told = f"Error [connection_failed] No NATS server can be reached at {UNREACHABLE}: Connection refused."
     assert told in result.err
     assert "Traceback" not in result.err
 
@@ -140,7 +139,7 @@ def test_a_module_that_hangs_can_be_left(tmp_path: Path) -> None:
     source = 'import sys, time\nprint("hanging", file=sys.stderr, flush=True)\ntime.sleep(600)\n'
     (folder / "agents" / "hanging.py").write_text(source)
     with Process("up", cwd=folder) as host:
-        host.said("hanging")
+        host.wait_for_line("hanging")
         host.signal(signal.SIGINT)
         assert 130 == host.finish(5).code
 
@@ -160,7 +159,7 @@ def test_why_nothing_is_served(tmp_path: Path, toml: str, source: str | None, ad
     if source is not None:
         (folder / "agents" / "one.py").write_text(source)
     with Process("up", "--log-format", "pretty", cwd=folder) as host:
-        assert advice in host.said(advice)
+        assert advice in host.wait_for_line(advice)
 
 
 def test_refused_agents_are_told(tmp_path: Path) -> None:
@@ -175,15 +174,15 @@ def test_refused_agents_are_told(tmp_path: Path) -> None:
         Up(first) as running,
         Process("up", "--url", running.url, "--log-format", "pretty", cwd=second) as host,
     ):
-        host.said("narrow is refused: its contract does not go together")
-        host.said('or set [host] contract = "warn"')
-        host.said("Ctrl-C finishes")
+        host.wait_for_line("narrow is refused: its contract does not go together")
+        host.wait_for_line('or set [host] contract = "warn"')
+        host.wait_for_line("Ctrl-C finishes")
         assert "Put a Python file" not in "".join(host.err)
 
 
 def test_settings_of_no_module_are_told(tmp_path: Path) -> None:
     """A table of `[settings]` that no module reads is a warning with the name that was meant."""
     with Process("up", cwd=write_project(tmp_path / "p", "echo", toml="[settings.ecko]\nx = 1\n")) as host:
-        told = host.said("[settings.ecko]")
+        told = host.wait_for_line("[settings.ecko]")
     assert "WARNING" in told
     assert "there is no module 'ecko'; did you mean 'echo'?" in told

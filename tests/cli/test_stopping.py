@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_project
-from tests.cli.processes import (
+from tests.support.commands import (
     OAM,
     Process,
     Result,
     Up,
     environment,
     free_port,
-    gone,
+    has_exited,
+    is_closed,
     oam,
-    refuses,
     side_by_side,
     until,
+    write_project,
 )
 
 
@@ -29,7 +29,7 @@ def holding(host: Up, name: str, release: Path) -> Process:
     """A call of an agent that answers when the file `release` is there; its handler runs."""
     given = json.dumps({"until": str(release)})
     caller = Process("agent", "call", name, given, "--url", host.url, cwd=host.folder)
-    host.said(f"{name} runs")
+    host.wait_for_line(f"{name} runs")
     return caller
 
 
@@ -39,7 +39,7 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, url: str, name: str) -> No
     with Up(folder, "--url", url) as host, holding(host, name, tmp_path / "release") as caller:
         assert name in oam("mesh", "catalog", "--url", url, cwd=tmp_path).out
         host.signal(signal.SIGTERM)
-        host.said("stopping: finishing 1 request")
+        host.wait_for_line("stopping: finishing 1 request")
         (tmp_path / "release").touch()
         assert Result(0, '"held"\n', "") == caller.finish()
         result = host.finish()
@@ -65,20 +65,20 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     folder = write_project(tmp_path / "p", holds=("hold",), toml="drain_timeout = 600\n")
     with Up(folder) as host, holding(host, "hold", tmp_path / "never"):
         host.signal(signal.SIGINT)
-        host.said("stopping: finishing 1 request; Ctrl-C again stops at once")
+        host.wait_for_line("stopping: finishing 1 request; Ctrl-C again stops at once")
         host.signal(signal.SIGINT)
         assert 130 == host.finish(5).code
-        assert until(lambda: refuses(host.url), 5)
+        assert until(lambda: is_closed(host.url), 5)
 
 
 def test_a_killed_host_takes_its_server_along(tmp_path: Path) -> None:
     """When `oam up` is killed with SIGKILL, its nats-server ends within seconds."""
     with Up(write_project(tmp_path / "p", "echo")) as host:
         server = host.status["embedded_server"]["pid"]
-        assert not gone(server)
+        assert not has_exited(server)
         host.signal(signal.SIGKILL)
         host.finish()
-        assert until(lambda: gone(server), 5)
+        assert until(lambda: has_exited(server), 5)
 
 
 def test_a_killed_server_comes_back(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_a_killed_server_comes_back(tmp_path: Path) -> None:
     with Up(write_project(tmp_path / "p", "echo", "ticker")) as host:
         before = host.status
         os.kill(before["embedded_server"]["pid"], signal.SIGKILL)
-        host.said(f"connected to {host.url} again")
-        call, catalog = host.ask_all(("agent", "call", "echo", "1"), ("mesh", "catalog", "--json"))
-        told, shown = host.ask_all(("status", "--json"), ("status",))
+        host.wait_for_line(f"connected to {host.url} again")
+        call, catalog = host.run_all(("agent", "call", "echo", "1"), ("mesh", "catalog", "--json"))
+        told, shown = host.run_all(("status", "--json"), ("status",))
     assert '"said": 1' in call.out
     assert ["echo", "time.ticker"] == sorted(entry["name"] for entry in catalog.json)
     [after] = told.json
@@ -149,4 +149,4 @@ def test_a_terminal_that_is_closed_takes_its_host_along(tmp_path: Path, started_
                 )
         finally:
             host.terminate()
-    assert until(lambda: refuses(f"nats://127.0.0.1:{port}"), 5)
+    assert until(lambda: is_closed(f"nats://127.0.0.1:{port}"), 5)

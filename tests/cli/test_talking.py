@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_project
-from tests.cli.processes import Process, Up, until
+from tests.support.commands import Process, Up, until, write_project
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -35,7 +34,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 def test_the_events_of_a_publisher_come_one_a_line_until_ctrl_c(talking: Up) -> None:
     """`agent subscribe` prints JSON lines on stdout as they come, and ends well on Ctrl-C."""
     with Process("agent", "subscribe", "market.gold", "--url", talking.url, cwd=talking.folder) as process:
-        process.said('"item": "gold"')
+        process.wait_for_line('"item": "gold"')
         process.signal(signal.SIGINT)
         result = process.finish()
     assert 0 == result.code
@@ -47,7 +46,7 @@ def test_the_events_of_a_publisher_come_one_a_line_until_ctrl_c(talking: Up) -> 
 @pytest.mark.parametrize(("name", "code"), [("echo", "invocation_mismatch"), ("nobody.home", "not_found")])
 def test_only_a_publisher_can_be_subscribed_to(talking: Up, name: str, code: str) -> None:
     """Anything else is refused at once, in words."""
-    result = talking.ask("agent", "subscribe", name)
+    result = talking.run("agent", "subscribe", name)
     assert (1, "") == (result.code, result.out)
     assert result.err.startswith(f"Error [{code}]")
 
@@ -55,28 +54,28 @@ def test_only_a_publisher_can_be_subscribed_to(talking: Up, name: str, code: str
 def test_what_is_sent_is_done_without_a_wait(talking: Up, tmp_path: Path) -> None:
     """`agent send` prints nothing and ends well; the agent does its work."""
     path = tmp_path / "written"
-    result = talking.ask("agent", "send", "jobs.log", json.dumps({"path": str(path), "text": "done"}))
+    result = talking.run("agent", "send", "jobs.log", json.dumps({"path": str(path), "text": "done"}))
     assert (0, "", "") == (result.code, result.out, result.err)
     assert until(lambda: path.exists() and path.read_text() == "done")
 
 
 def test_what_is_sent_to_nobody_is_an_error(talking: Up) -> None:
     """A name that nobody serves is told, not swallowed."""
-    result = talking.ask("agent", "send", "nobody.home", "{}")
+    result = talking.run("agent", "send", "nobody.home", "{}")
     assert 1 == result.code
     assert result.err.startswith("Error [not_found]")
 
 
 def test_levels_change_live_and_events_come_one_a_line(talking: Up) -> None:
     """After `observe set`, `observe logs` prints the debug events of the next request; both as JSON."""
-    assert 0 == talking.ask("observe", "set", "nlp.echo", "--log-level", "debug").code
-    assert {"log_level": "debug"} == talking.ask("observe", "config", "nlp.echo", "--json").json
+    assert 0 == talking.run("observe", "set", "nlp.echo", "--log-level", "debug").code
+    assert {"log_level": "debug"} == talking.run("observe", "config", "nlp.echo", "--json").json
     with Process(
         "observe", "logs", "nlp.echo", "--json", "--url", talking.url, cwd=talking.folder
     ) as process:
-        process.said("Ctrl-C stops")
+        process.wait_for_line("Ctrl-C stops")
         assert until(
-            lambda: talking.ask("agent", "call", "nlp.echo", '"hello"').code == 0 and len(process.out) >= 3
+            lambda: talking.run("agent", "call", "nlp.echo", '"hello"').code == 0 and len(process.out) >= 3
         )
         process.signal(signal.SIGINT)
         result = process.finish()
@@ -90,15 +89,15 @@ def test_levels_change_live_and_events_come_one_a_line(talking: Up) -> None:
 def test_a_level_is_for_one_agent_or_for_all(talking: Up) -> None:
     """`observe set` without an agent and without `--global`, or with both, is bad usage."""
     for arguments in (["--log-level", "info"], ["nlp.echo", "--global", "--log-level", "info"]):
-        result = talking.ask("observe", "set", *arguments)
+        result = talking.run("observe", "set", *arguments)
         assert (2, "") == (result.code, result.out)
-    assert 0 == talking.ask("observe", "set", "--global", "--log-level", "warn").code
-    assert "warn" in talking.ask("observe", "config").out
+    assert 0 == talking.run("observe", "set", "--global", "--log-level", "warn").code
+    assert "warn" in talking.run("observe", "config").out
 
 
 def test_status_tells_what_runs_by_itself(talking: Up) -> None:
     """Publishers and watchers with their restarts and last error, and agents that are off."""
-    shown = talking.ask("status").out
+    shown = talking.run("status").out
     lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
     assert "publisher  running" in lines["market.gold"]
     assert "watcher  running  1 restart" in lines["ops.janitor"]
@@ -108,16 +107,16 @@ def test_status_tells_what_runs_by_itself(talking: Up) -> None:
 
 def test_sources_and_gates_are_driven_by_hand(talking: Up) -> None:
     """`mesh publish` and `kv put` are what drives them: the gated agent is on, the driven one handles."""
-    assert 1 == talking.ask("agent", "call", "desk.trade", '"sell"').code
-    assert 0 == talking.ask("kv", "put", "desk.status", "open").code
-    assert "open\n" == talking.ask("kv", "get", "desk.status").out
-    assert until(lambda: talking.ask("agent", "call", "desk.trade", '"sell"').code == 0)
-    assert 0 == talking.ask("kv", "delete", "desk.status").code
-    missing = talking.ask("kv", "get", "desk.status")
+    assert 1 == talking.run("agent", "call", "desk.trade", '"sell"').code
+    assert 0 == talking.run("kv", "put", "desk.status", "open").code
+    assert "open\n" == talking.run("kv", "get", "desk.status").out
+    assert until(lambda: talking.run("agent", "call", "desk.trade", '"sell"').code == 0)
+    assert 0 == talking.run("kv", "delete", "desk.status").code
+    missing = talking.run("kv", "get", "desk.status")
     assert (1, "") == (missing.code, missing.out)
     assert missing.err.startswith("Error [not_found]")
     with Process("mesh", "listen", "by.hand", "--json", "--url", talking.url, cwd=talking.folder) as process:
-        process.said("Ctrl-C stops")
-        assert 0 == talking.ask("mesh", "publish", "by.hand", '{"item": "tea"}').code
-        assert '{\\"item\\":\\"tea\\"}' in process.said('by.hand"')
-    assert 2 == talking.ask("mesh", "publish", "by.*", "{}").code
+        process.wait_for_line("Ctrl-C stops")
+        assert 0 == talking.run("mesh", "publish", "by.hand", '{"item": "tea"}').code
+        assert '{\\"item\\":\\"tea\\"}' in process.wait_for_line('by.hand"')
+    assert 2 == talking.run("mesh", "publish", "by.*", "{}").code

@@ -24,8 +24,7 @@ from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.messages import DeathNotice
 from pydantic import BaseModel
 
-from tests.mesh.test_mesh import Text, serve
-from tests.serving.test_router import node_of
+from tests.support.meshes import Text, flush, node_of, reconnects, serve
 
 
 async def use(mesh: AgentMesh, verb: str, name: str, payload: object = None) -> object:
@@ -40,7 +39,7 @@ async def crowd(request: pytest.FixtureRequest, mesh: AgentMesh) -> AsyncIterato
     """With and without a subscriber on `mesh.>`, which keeps NATS from saying that nobody is there."""
     if request.param:
         sid = await node_of(mesh).connection.subscribe("mesh.>", lambda _: None)
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
         yield
         await node_of(mesh).connection.unsubscribe(sid)
     else:
@@ -79,7 +78,7 @@ async def test_bad_names_are_refused_here(mesh: AgentMesh, bad: str) -> None:
     for verb in ("call", "stream"):
         with pytest.raises(InvalidInput, match="names no agent"):
             await use(mesh, verb, bad)
-    assert node_of(mesh).connection.reconnects == 0
+    assert reconnects(mesh) == 0
 
 
 async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
@@ -148,7 +147,7 @@ async def test_a_request_that_is_too_large(mesh: AgentMesh, name: str) -> None:
             await use(mesh, verb, f"{name}.x", {"text": "x" * 2_000_000})
         assert caught.value.details["size"] > caught.value.details["limit"] == 1_048_576
     assert {"text": "ok"} == await mesh.call(name, {})
-    assert node_of(mesh).connection.reconnects == 0
+    assert reconnects(mesh) == 0
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
@@ -232,7 +231,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(mesh: AgentMesh, name: str
     with pytest.raises(asyncio.CancelledError):
         await call
     node = node_of(mesh)
-    assert not node.waits._waiting
+    assert not node.pending._pending
 
 
 async def test_a_stopping_host_ends_its_streams(
@@ -300,4 +299,4 @@ async def test_a_streams_request_id_must_fit_into_a_subject(mesh: AgentMesh, nam
     for bad in ("a b", ">", "a.*"):
         with pytest.raises(InvalidInput, match="request id"):
             await anext(mesh.stream(name, {}, headers={"X-Mesh-Request-Id": bad}))
-    assert node_of(mesh).connection.reconnects == 0
+    assert reconnects(mesh) == 0

@@ -17,10 +17,8 @@ from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.transport.nats_client import Message
 
-from tests.mesh.test_mesh import Text, serve
-from tests.registry.test_registry import until
-from tests.serving.test_background import listen
-from tests.serving.test_router import node_of
+from tests.support.meshes import Text, listen, node_of, pending_instance, serve
+from tests.support.waiting import until
 
 
 class Hanging:
@@ -64,18 +62,6 @@ async def ask(
     return [chunk async for chunk in mesh.stream(f"{name}.stream", {}, timeout=timeout, headers=headers)]
 
 
-async def in_hand(mesh: AgentMesh) -> str:
-    """The instance that has the request in hand on which `mesh` waits, as soon as it is known."""
-    found: list[str] = []
-
-    async def accepted() -> bool:
-        found[:] = [waiting.instance for waiting in node_of(mesh).waits._waiting if waiting.instance]
-        return bool(found)
-
-    await until(accepted)
-    return found[0]
-
-
 def start(path: Path, program: str) -> "subprocess.Popen[str]":
     path.write_text(textwrap.dedent(program))
     return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
@@ -98,7 +84,7 @@ async def test_a_cancelled_caller_stops_the_handler(
         asking = asyncio.create_task(ask(caller, verb, name))
         await hanging.started.wait()
         if accepted:
-            await in_hand(caller)
+            await pending_instance(caller)
         assert asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -200,7 +186,7 @@ async def test_a_request_that_waits_for_its_turn_is_never_begun(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
     """What is cancelled while it queues gives up its place, and its handler does not run."""
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(concurrency=1))
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(concurrency=1))
     started, go, ran = asyncio.Event(), asyncio.Event(), list[str]()
 
     @mesh.agent(AgentSpec(name=name))
@@ -320,7 +306,7 @@ async def test_the_death_of_one_of_two_replicas(
             if working.done():
                 break
             assert alive == await asking
-        assert ("working", instance) == (await working, await in_hand(caller))
+        assert ("working", instance) == (await working, await pending_instance(caller))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         async with asyncio.timeout(10):

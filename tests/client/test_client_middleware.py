@@ -10,21 +10,20 @@ from openagentmesh import (
     AgentMesh,
     AgentSpec,
     ClientMiddleware,
+    ClientOperation,
     InvalidInput,
     MeshMessage,
     MeshTimeout,
     NotFound,
-    Outgoing,
     PermissionDenied,
     PluginFailed,
     hookimpl,
 )
 
-from tests.client.test_subscriptions import begin
-from tests.hooks.test_manager import meshed
-from tests.serving.test_router import node_of
+from tests.support.meshes import flush, start_reading
+from tests.support.plugins import mesh_with_plugins
 
-Leaving = Callable[[Outgoing], AbstractAsyncContextManager[object]]
+Leaving = Callable[[ClientOperation], AbstractAsyncContextManager[object]]
 
 
 def at_the_border(middleware: Leaving) -> object:
@@ -40,11 +39,11 @@ async def test_a_client_middleware_makes_no_success_of_a_failure(url: str, name:
     """One that swallows what passes it changes nothing: calls, streams and sends fail as they did."""
 
     @asynccontextmanager
-    async def swallowing(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def swallowing(outgoing: ClientOperation) -> AsyncIterator[None]:
         with suppress(Exception):
             yield
 
-    async with meshed(url, name, at_the_border(swallowing)) as mesh:
+    async with mesh_with_plugins(url, name, at_the_border(swallowing)) as mesh:
         with pytest.raises(NotFound):
             await mesh.call(f"{name}.nobody", 1)
         with pytest.raises(InvalidInput):
@@ -57,13 +56,13 @@ async def test_a_client_middleware_that_fails_afterwards_is_named(url: str, name
     """What it raises when the answer is there is a MeshError with its name; so is a failing answer's."""
 
     @asynccontextmanager
-    async def failing(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def failing(outgoing: ClientOperation) -> AsyncIterator[None]:
         try:
             yield
         finally:
             raise KeyError("span")
 
-    async with meshed(url, name, at_the_border(failing)) as mesh:
+    async with mesh_with_plugins(url, name, at_the_border(failing)) as mesh:
         for agent in ("asked", "nobody"):
             with pytest.raises(PluginFailed, match="'leaver' failed after the call of"):
                 await mesh.call(f"{name}.{agent}", 1)
@@ -73,11 +72,11 @@ async def test_a_client_middleware_that_hangs_is_out_of_time(url: str, name: str
     """It has as long as the call has, and is named then."""
 
     @asynccontextmanager
-    async def hanging(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def hanging(outgoing: ClientOperation) -> AsyncIterator[None]:
         await asyncio.Event().wait()
         yield
 
-    async with meshed(url, name, at_the_border(hanging)) as mesh:
+    async with mesh_with_plugins(url, name, at_the_border(hanging)) as mesh:
         with pytest.raises(MeshTimeout, match="The plugin 'leaver' took too long before the call"):
             await mesh.call(f"{name}.asked", 1, timeout=0.1)
 
@@ -88,18 +87,18 @@ async def test_events_may_be_changed_and_refused_at_the_border(
     """A changed body is what is sent; a subscriber misses what is refused, and gets the next one."""
 
     @asynccontextmanager
-    async def changing(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def changing(outgoing: ClientOperation) -> AsyncIterator[None]:
         if outgoing.verb == "publish":
             outgoing.body = outgoing.body.replace(b"1", b"42")
         elif outgoing.body == b"13":
             raise PermissionDenied("not this one")
         yield
 
-    async with meshed(url, name, at_the_border(changing)) as guarded:
-        reading = await begin(guarded, guarded.subscribe(subject=f"{name}.e"), 2)
+    async with mesh_with_plugins(url, name, at_the_border(changing)) as guarded:
+        reading = await start_reading(guarded, guarded.subscribe(subject=f"{name}.e"), 2)
         for number in (1, 3):
             await mesh.publish(f"{name}.e", "13")
-            await node_of(mesh).connection.flush()
+            await flush(mesh)
             await guarded.publish(f"{name}.e", str(number))
         assert ["42", "3"] == [str(each) for each in await reading]
     assert f"an event on {name}.e was refused" in caplog.text
@@ -109,12 +108,12 @@ async def test_what_is_changed_on_an_event_that_comes_is_what_is_read(url: str, 
     """Body and headers: a plugin that decrypts events gives its subscribers what was encrypted."""
 
     @asynccontextmanager
-    async def crypt(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def crypt(outgoing: ClientOperation) -> AsyncIterator[None]:
         outgoing.body = bytes(255 - byte for byte in outgoing.body)
         outgoing.headers["X-Seen"] = outgoing.verb
         yield
 
-    async with meshed(url, name, at_the_border(crypt)) as mesh:
+    async with mesh_with_plugins(url, name, at_the_border(crypt)) as mesh:
         subject = f"{name}.e"
         reading = asyncio.create_task(_first(mesh, subject))
         while not reading.done():
@@ -132,7 +131,7 @@ async def _first(mesh: AgentMesh, subject: str) -> MeshMessage[object]:
 
 
 @asynccontextmanager
-async def lingering(outgoing: Outgoing) -> AsyncIterator[None]:
+async def lingering(outgoing: ClientOperation) -> AsyncIterator[None]:
     """Takes its time before and after what leaves."""
     await asyncio.sleep(0.3)
     yield
@@ -141,14 +140,14 @@ async def lingering(outgoing: Outgoing) -> AsyncIterator[None]:
 
 async def test_what_a_client_middleware_does_afterwards_is_bounded(url: str, name: str) -> None:
     """By the request's timeout, too; then it is named."""
-    async with meshed(url, name, at_the_border(lingering)) as mesh, asyncio.timeout(10):
+    async with mesh_with_plugins(url, name, at_the_border(lingering)) as mesh, asyncio.timeout(10):
         with pytest.raises(MeshTimeout, match="The plugin 'leaver' took too long after the call"):
             await mesh.call(f"{name}.asked", 1, timeout=0.5)
 
 
 async def test_the_time_for_all_of_a_stream_begins_before_the_border(url: str, name: str) -> None:
     """What middlewares take of `total` is gone for the stream."""
-    async with meshed(url, name, at_the_border(lingering)) as mesh:
+    async with mesh_with_plugins(url, name, at_the_border(lingering)) as mesh:
         with pytest.raises(MeshTimeout):
             _ = [chunk async for chunk in mesh.stream(f"{name}.counts", 1, timeout=1, total=0.2)]
 
@@ -157,7 +156,7 @@ async def test_a_publisher_makes_way_within_a_client_middleware(url: str, name: 
     """However fast it yields, others in its host have their turn."""
 
     @asynccontextmanager
-    async def passing(outgoing: Outgoing) -> AsyncIterator[None]:
+    async def passing(outgoing: ClientOperation) -> AsyncIterator[None]:
         yield
 
     emitted = 0

@@ -25,10 +25,18 @@ from openagentmesh.protocol.headers import read_headers
 from openagentmesh.protocol.messages import DeathNotice
 from pydantic import BaseModel
 
-from tests.client.test_subscriptions import heard
-from tests.mesh.test_mesh import Text, serve
-from tests.serving.test_background import background, declare, for_ever, frame, listen
-from tests.serving.test_router import node_of
+from tests.support.meshes import (
+    Text,
+    background_of,
+    declare_background,
+    flush,
+    is_subscribed,
+    listen,
+    next_frame,
+    node_of,
+    run_forever,
+    serve,
+)
 
 
 class Told:
@@ -84,7 +92,7 @@ def streamer(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
 
 async def nothing_under_way(mesh: AgentMesh) -> None:
     """Wait until the mesh awaits no more replies to what it sent."""
-    while sending := node_of(mesh).caller._sending:
+    while sending := node_of(mesh).requests._sending:
         await asyncio.wait(sending, timeout=10)
 
 
@@ -137,7 +145,7 @@ async def test_what_nobody_waits_for_is_done(
             assert ("x", "yes") == await seen.get()
         while any(route.in_flight for route in node_of(mesh).router):
             await asyncio.sleep(0)
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
     request = await requests.get()
     request_id = read_headers(request.head)["X-Mesh-Request-Id"]
     replies = {request.reply or "none", subjects.stream(request_id), subjects.results(request_id)}
@@ -172,10 +180,10 @@ async def test_publishers_and_watchers_take_no_requests(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, shape: str, how: str
 ) -> None:
     """Every verb that asks is refused with the text that tools match on, here and from afar."""
-    declare(mesh, name, shape, for_ever)
+    declare_background(mesh, name, shape, run_forever)
     await mesh.catalog()
     done = {"call": "called", "stream": "streamed"}.get(how, "sent to")
-    what = f"is a background task and cannot be {done}"
+    what = f"is a background_of task and cannot be {done}"
     if shape == "publisher":
         what = f"is a publisher and cannot be {done}. Subscribe to its events instead"
     async with new_mesh() as other:
@@ -188,7 +196,7 @@ async def test_publishers_and_watchers_take_no_requests(
                 else:
                     await send_and_hear(caller, name, how)
             assert f"Agent '{name}' {what}" == caught.value.message
-    assert "running" == background(mesh, name).state
+    assert "running" == background_of(mesh, name).state
 
 
 @pytest.mark.parametrize("coroutine", [False, True], ids=["function", "coroutine-function"])
@@ -215,7 +223,7 @@ async def test_a_reply_comes_to_its_callback(mesh: AgentMesh, name: str, corouti
     assert {"text": "x"} == await told.next()
     await nothing_under_way(mesh)
     assert [] == told.so_far()
-    assert not await heard(mesh, f"mesh.results.id-{name}")
+    assert not await is_subscribed(mesh, f"mesh.results.id-{name}")
 
 
 async def test_chunks_come_to_the_callback_until_the_end(
@@ -330,7 +338,7 @@ async def test_a_reply_goes_where_it_is_wanted(mesh: AgentMesh, name: str) -> No
     headers = read_headers(request.head)
     assert [f"somewhere.{name}", "yes"] == [headers["X-Mesh-Reply-To"], headers["X-Mine"]]
     assert f"somewhere.{name}" == request.reply
-    headers, body = await frame(replies)
+    headers, body = await next_frame(replies)
     assert ("ok", name, b'{"text":"ok"}') == (headers["X-Mesh-Status"], headers["X-Mesh-Source"], body)
     with pytest.raises(ValueError, match="not both"):
         await mesh.send(name, {}, reply_to="x", on_reply=print)

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,14 +21,26 @@ from openagentmesh import (
 )
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.headers import read_headers, write_headers
-from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.mesh.test_mesh import Text, serve
-from tests.protocol.test_strangers import HEADS
-from tests.registry.test_registry import until
-from tests.serving.test_background import background, declare, for_ever, listen, restart_soon
-from tests.serving.test_router import node_of
+from tests.support.headers import HEADS
+from tests.support.meshes import (
+    Publisher,
+    Text,
+    background_of,
+    declare_background,
+    flush,
+    is_subscribed,
+    listen,
+    node_of,
+    read,
+    reconnects,
+    restart_soon,
+    run_forever,
+    serve,
+    start_reading,
+)
+from tests.support.waiting import until
 
 BROKEN = MeshError("quota", "used up", details={"left": 0})
 
@@ -40,58 +51,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
-class Publisher:
-    """A publisher that emits what it is told; None ends it, an exception is raised."""
-
-    def __init__(self, mesh: AgentMesh, name: str) -> None:
-        self.tell: asyncio.Queue[int | Exception | None] = asyncio.Queue()
-
-        @mesh.agent(AgentSpec(name=name))
-        async def publisher() -> AsyncIterator[int]:
-            while (told := await self.tell.get()) is not None:
-                if isinstance(told, Exception):
-                    raise told
-                yield told
-
-    def says(self, *told: int | Exception | None) -> None:
-        for one in told:
-            self.tell.put_nowait(one)
-
-
-async def read(feed: AsyncGenerator[Any, None], count: int = 1_000_000) -> list[Any]:
-    """So many events, or all until the feed ends."""
-    found: list[Any] = []
-    async with asyncio.timeout(20), aclosing(feed):
-        while len(found) < count:
-            try:
-                found.append(await anext(feed))
-            except StopAsyncIteration:
-                break
-    return found
-
-
-async def begin(mesh: AgentMesh, reading: AsyncGenerator[Any, None], count: int = 1_000_000) -> Any:
-    """Read a feed in a task, from before this returns."""
-    feeds = node_of(mesh).events._feeds
-    before, task = len(feeds), asyncio.create_task(read(reading, count))
-
-    async def listens() -> bool:
-        return len(feeds) > before or task.done()
-
-    await until(listens)
-    await node_of(mesh).connection.flush()
-    return task
-
-
-async def heard(mesh: AgentMesh, subject: str) -> bool:
-    """Whether anybody listens to a subject, by NATS' own word."""
-    answers: asyncio.Queue[Message] = asyncio.Queue()
-    node = node_of(mesh)
-    await node.connection.publish(subject, b"", b"", node.inbox.register(answers.put_nowait))
-    await node.connection.flush()
-    return answers.empty()
-
-
 async def test_a_feed_of_one_agent_ends_with_it(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
@@ -99,8 +58,8 @@ async def test_a_feed_of_one_agent_ends_with_it(
     publisher = Publisher(mesh, name)
     await mesh.catalog()
     async with new_mesh() as other:
-        feeds = [await begin(one, one.subscribe(agent=name)) for one in (mesh, other, other)]
-        publisher.says(*range(100), None)
+        feeds = [await start_reading(one, one.subscribe(agent=name)) for one in (mesh, other, other)]
+        publisher.emit(*range(100), None)
         assert [list(range(100))] * 3 == [await feed for feed in feeds]
 
 
@@ -116,8 +75,8 @@ async def test_a_publishers_failure_is_raised(mesh: AgentMesh, name: str) -> Non
             got.append(number)
             yield number
 
-    feed = await begin(mesh, follow())
-    publisher.says(1, 2, BROKEN)
+    feed = await start_reading(mesh, follow())
+    publisher.emit(1, 2, BROKEN)
     with pytest.raises(MeshError) as caught:
         await feed
     error, expected = caught.value, ("quota", "used up", name, {"left": 0})
@@ -137,7 +96,7 @@ async def test_those_who_emit_nothing_are_refused(
 ) -> None:
     """The texts that tools match on, for streamers, responders and watchers."""
     serve(mesh, f"{name}.responder")
-    declare(mesh, f"{name}.watcher", "watcher", for_ever)
+    declare_background(mesh, f"{name}.watcher", "watcher", run_forever)
 
     @mesh.agent(AgentSpec(name=f"{name}.streamer"))
     async def stream(req: Text) -> AsyncIterator[Text]:
@@ -148,7 +107,7 @@ async def test_those_who_emit_nothing_are_refused(
         for agent, suffix in (
             ("streamer", "streams responses to requests. Use stream() instead"),
             ("responder", "does not publish events. Use call() instead"),
-            ("watcher", "is a background task and does not publish events"),
+            ("watcher", "is a background_of task and does not publish events"),
         ):
             with pytest.raises(InvocationMismatch) as caught:
                 await read((mesh if owner else other).subscribe(agent=f"{name}.{agent}"))
@@ -165,16 +124,16 @@ async def test_a_feed_of_a_channel_survives_its_agents(
     serve(mesh, f"{name}.echo")
     await mesh.catalog()
     async with new_mesh() as other:
-        feed = await begin(other, other.subscribe(channel=name, messages=True), 6)
+        feed = await start_reading(other, other.subscribe(channel=name, messages=True), 6)
         copies = await listen(mesh, subjects.errors(f"{name}.b"))
-        publishers[f"{name}.a"].says(1, None)
-        publishers[f"{name}.b"].says(2, BROKEN)
-        publishers[f"{name}x.stranger"].says(-1)
+        publishers[f"{name}.a"].emit(1, None)
+        publishers[f"{name}.b"].emit(2, BROKEN)
+        publishers[f"{name}x.stranger"].emit(-1)
         await copies.get()
         assert {"text": "ok"} == await mesh.call(f"{name}.echo", {"text": "no event"})
-        publishers[f"{name}.b"].says(3)
-        publishers[f"{name}.deep.down.c"].says(4, 5)
-        publishers[name].says(6)
+        publishers[f"{name}.b"].emit(3)
+        publishers[f"{name}.deep.down.c"].emit(4, 5)
+        publishers[name].emit(6)
         events: list[MeshMessage[int]] = await feed
     assert {1, 2, 3, 4, 5, 6} == {event.data for event in events}
     agents = [(event.data, event.agent) for event in sorted(events, key=lambda event: event.data)]
@@ -187,12 +146,12 @@ async def test_messages_tell_where_they_come_from(mesh: AgentMesh, name: str) ->
     """With `messages=True` an event has its agent, subject, headers and data; others have no agent."""
     publisher = Publisher(mesh, name)
     await mesh.catalog()
-    feed = await begin(mesh, mesh.subscribe(agent=name, messages=True), 1)
-    publisher.says(7)
+    feed = await start_reading(mesh, mesh.subscribe(agent=name, messages=True), 1)
+    publisher.emit(7)
     headers = {"X-Mesh-Instance-Id": mesh.instance_id, "X-Mesh-Stream-Seq": "0", "X-Mesh-Stream-End": "false"}
     [event] = await feed
     assert (MeshMessage(f"mesh.agent.{name}.events", 7, headers), name) == (event, event.agent)
-    feed = await begin(mesh, mesh.subscribe(subject=f"news.{name}.*", messages=True), 1)
+    feed = await start_reading(mesh, mesh.subscribe(subject=f"news.{name}.*", messages=True), 1)
     await mesh.publish(f"news.{name}.today", Text(text="x"))
     [message] = await feed
     assert ("", f"news.{name}.today", {"text": "x"}) == (message.agent, message.subject, message.data)
@@ -204,10 +163,10 @@ async def test_messages_tell_where_they_come_from(mesh: AgentMesh, name: str) ->
 )
 async def test_silence_is_a_timeout(mesh: AgentMesh, name: str, wanted: str, subject: str) -> None:
     """No event in time is MeshTimeout; requests to the channel's agents and other noise are no events."""
-    declare(mesh, name, "publisher", for_ever)
+    declare_background(mesh, name, "publisher", run_forever)
     serve(mesh, f"{name}.echo")
     await mesh.catalog()
-    feed = await begin(mesh, mesh.subscribe(**{wanted: name}, timeout=0.3))  # type: ignore[call-overload]
+    feed = await start_reading(mesh, mesh.subscribe(**{wanted: name}, timeout=0.3))  # type: ignore[call-overload]
     async with asyncio.timeout(5):
         while not feed.done():
             await mesh.call(f"{name}.echo", {"text": "no event"})
@@ -228,19 +187,19 @@ async def test_a_slow_subscriber_is_told_so(
     got: list[dict[str, str]] = []
     async with aclosing(mesh.subscribe(subject=name)) as feed:
         first = asyncio.ensure_future(anext(feed))
-        while not node_of(mesh).events._feeds:
+        while not node_of(mesh).events._subscriptions:
             await asyncio.sleep(0)
         await mesh.publish(name, Text(text="0"))
         got.append(await first)
         for number in range(1, 10):
             await mesh.publish(name, Text(text=str(number)))
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
         with pytest.raises(Overloaded, match="behind"):
             while len(got) < 20:
                 got.append(await anext(feed))
                 if goes_on:
                     await mesh.publish(name, Text(text=str(len(got) + 8)))
-                    await node_of(mesh).connection.flush()
+                    await flush(mesh)
     assert [{"text": str(number)} for number in range(6)] == got
 
 
@@ -259,10 +218,10 @@ async def test_leaving_the_loop_unsubscribes(mesh: AgentMesh, name: str, how: st
     following = asyncio.create_task(follow())
 
     async def listened() -> bool:
-        return await heard(mesh, subject)
+        return await is_subscribed(mesh, subject)
 
     async def silent() -> bool:
-        return not await heard(mesh, subject)
+        return not await is_subscribed(mesh, subject)
 
     await until(listened)
     await mesh.publish(subject, "news")
@@ -274,7 +233,7 @@ async def test_leaving_the_loop_unsubscribes(mesh: AgentMesh, name: str, how: st
         expected = {"error": ZeroDivisionError, "timeout": MeshTimeout}.get(how, type(None))
         assert isinstance(following.exception(), expected)
     await until(silent)
-    assert not node_of(mesh).events._feeds
+    assert not node_of(mesh).events._subscriptions
 
 
 @pytest.mark.parametrize(
@@ -291,7 +250,7 @@ async def test_what_is_published_arrives(
 ) -> None:
     """Each kind of payload has its content type on the wire and is itself again for a subscriber."""
     raw = await listen(mesh, name)
-    feed = await begin(mesh, mesh.subscribe(subject=name, messages=True), 1)
+    feed = await start_reading(mesh, mesh.subscribe(subject=name, messages=True), 1)
     await mesh.publish(name, payload, headers={"X-Mine": "é: yes"})
     [message] = await feed
     data = payload.model_dump() if isinstance(payload, Text) else payload
@@ -307,8 +266,8 @@ async def test_nothing_can_be_published_on_a_bad_subject(mesh: AgentMesh) -> Non
             await mesh.publish(bad, "x")
     with pytest.raises(InvalidInput, match="line break"):
         await mesh.publish("good", "x", headers={"X-Mine": "a\r\nX-Mesh-Status: error"})
-    await node_of(mesh).connection.flush()
-    assert node_of(mesh).connection.reconnects == 0
+    await flush(mesh)
+    assert reconnects(mesh) == 0
 
 
 async def test_a_subscriber_says_whose_events(mesh: AgentMesh, name: str) -> None:
@@ -327,7 +286,7 @@ async def test_what_is_no_json_arrives_as_bytes(mesh: AgentMesh, name: str) -> N
         ({"X-Mesh-Content-Type": "application/octet-stream"}, b"[1]"),
         ({"X-Mesh-Stream-Seq": "x", "X-Mesh-Stream-End": "perhaps"}, b"[" * 5000),
     ]
-    feed = await begin(mesh, mesh.subscribe(subject=name), len(strange))
+    feed = await start_reading(mesh, mesh.subscribe(subject=name), len(strange))
     for headers, body in strange:
         await node_of(mesh).connection.publish(name, body, write_headers(headers))
     assert [body for _, body in strange] == await feed
@@ -341,25 +300,25 @@ async def test_a_feed_outlives_a_restart_of_the_server() -> None:
         publisher = Publisher(provider, "news.clock")
         await provider.catalog()
         wanted = ({"agent": "news.clock"}, {"channel": "news"}, {"subject": "mesh.agent.news.*.events"})
-        feeds = [await begin(listener, listener.subscribe(**one), 2) for one in wanted]  # type: ignore[call-overload]
-        publisher.says(1)
-        await node_of(listener).connection.flush()
+        feeds = [await start_reading(listener, listener.subscribe(**one), 2) for one in wanted]  # type: ignore[call-overload]
+        publisher.emit(1)
+        await flush(listener)
         await server.stop()
-        publisher.says(*range(2, 50))
+        publisher.emit(*range(2, 50))
         again = EmbeddedServer(server.port)
         await again.start()
 
         async def back() -> bool:
-            return bool(node_of(listener).connection.reconnects and node_of(provider).connection.reconnects)
+            return bool(reconnects(listener) and reconnects(provider))
 
         await until(back)
-        await node_of(listener).connection.flush()
-        publisher.says(100)
+        await flush(listener)
+        publisher.emit(100)
         for feed in feeds:
             found = await feed
             assert sorted(found) == found
             assert found[-1] > 1
-        run = background(provider, "news.clock")
+        run = background_of(provider, "news.clock")
         assert ("running", 0, "") == (run.state, run.restarts, run.error)
     await again.stop()
 
@@ -368,11 +327,11 @@ async def test_leaving_the_mesh_ends_every_feed(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
     """When the connection closes for good nobody waits for ever: ConnectionFailed."""
-    declare(mesh, name, "publisher", for_ever)
+    declare_background(mesh, name, "publisher", run_forever)
     await mesh.catalog()
     async with new_mesh() as other:
         wanted = ({"agent": name}, {"channel": name}, {"subject": f"news.{name}"})
-        feeds = [await begin(other, other.subscribe(**one)) for one in wanted]  # type: ignore[call-overload]
+        feeds = [await start_reading(other, other.subscribe(**one)) for one in wanted]  # type: ignore[call-overload]
     async with asyncio.timeout(5):
         results = await asyncio.gather(*feeds, return_exceptions=True)
     assert [ConnectionFailed] * 3 == [type(result) for result in results]
@@ -395,7 +354,7 @@ def test_strangers_break_no_feed_of_a_channel(url: str, junk: list[tuple[bytes, 
                     if event.agent.endswith(".good"):
                         yield event.data
 
-            feed = await begin(mesh, good(), 1)
+            feed = await start_reading(mesh, good(), 1)
             for number, (head, body) in enumerate(junk):
                 await connection.publish(f"mesh.agent.{channel}.{number}.events", body, head)
             await connection.publish(f"mesh.agent.{channel}.good.events", b'"news"')

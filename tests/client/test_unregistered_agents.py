@@ -10,7 +10,7 @@ from openagentmesh.protocol.headers import write_headers
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.nats_client import Message
 
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of, reconnects
 
 OK = write_headers({subjects.STATUS: "ok"})
 
@@ -48,7 +48,7 @@ async def test_it_is_called_and_sent_to(mesh: AgentMesh, name: str, provider: as
     assert "here" == await mesh.call(name, 1)
     for forgotten in (False, True):
         if forgotten:  # as after some seconds
-            node_of(mesh).waits._known.clear()
+            node_of(mesh).pending._known.clear()
         await mesh.send(name, 2)
         await mesh.send(name, 3, on_reply=replies.put_nowait)
         await mesh.send(name, 4, reply_to=f"{name}.answers")
@@ -84,4 +84,4 @@ async def test_an_instance_that_is_none_costs_nobody_the_connection(
     await asyncio.sleep(1.5)  # it would have been asked whether it lives by now
     await stranger.publish(reply, b'"late"', OK)
     assert "late" == await call
-    assert 0 == node_of(mesh).connection.reconnects
+    assert 0 == reconnects(mesh)

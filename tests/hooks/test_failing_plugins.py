@@ -16,7 +16,7 @@ from openagentmesh import (
     hookimpl,
 )
 
-from tests.hooks.test_manager import Told, Watching, meshed
+from tests.support.plugins import Events, Recorder, mesh_with_plugins
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
@@ -24,8 +24,8 @@ async def test_a_middleware_that_raises_is_named_and_lets_nothing_through(
     url: str, name: str, verb: str
 ) -> None:
     """Its failure is a handler_error with the plugin's name; a MeshError keeps its code."""
-    told: Told = []
-    async with meshed(url, name, Watching("a", told), Watching("b", told)) as mesh:
+    told: Events = []
+    async with mesh_with_plugins(url, name, Recorder("a", told), Recorder("b", told)) as mesh:
 
         async def ask(**headers: str) -> None:
             if verb == "call":
@@ -75,7 +75,7 @@ async def test_whatever_an_endpoint_is_its_plugin_is_named(
     url: str, name: str, endpoint: Any, why: str
 ) -> None:
     """By the place it has around the agent, not by what it is made of; also between two others."""
-    async with meshed(url, name, Watching("a", []), Raising(endpoint), Watching("b", [])) as mesh:
+    async with mesh_with_plugins(url, name, Recorder("a", []), Raising(endpoint), Recorder("b", [])) as mesh:
         with pytest.raises(HandlerError, match=why) as caught:
             await mesh.call(f"{name}.asked", 1)
     assert {"plugin": "raising"} == caught.value.details
@@ -83,7 +83,7 @@ async def test_whatever_an_endpoint_is_its_plugin_is_named(
 
 async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
     """Within plugins, what a handler raises and what a caller sends wrong are told as without them."""
-    mesh = AgentMesh(url, plugins=[Watching("a", [])])
+    mesh = AgentMesh(url, plugins=[Recorder("a", [])])
 
     @mesh.agent(AgentSpec(name=name))
     async def failing(number: int) -> int:
@@ -98,8 +98,8 @@ async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
 
 async def test_a_client_middleware_that_fails_sends_nothing(url: str, name: str) -> None:
     """It is named, and the request does not leave."""
-    told: Told = []
-    async with meshed(url, name, Watching("a", told)) as mesh:
+    told: Events = []
+    async with mesh_with_plugins(url, name, Recorder("a", told)) as mesh:
         with pytest.raises(PluginFailed, match="the plugin 'watching' failed before the call of"):
             await mesh.call(f"{name}.asked", 1, headers={"stops": "a"})
         assert [("a", "out", "call", f"{name}.asked")] == told

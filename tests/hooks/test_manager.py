@@ -10,64 +10,20 @@ from openagentmesh import (
     Agent,
     AgentMesh,
     AgentSpec,
-    Call,
-    Caller,
-    ClientMiddleware,
-    Endpoint,
     Instance,
     MeshMessage,
     Middleware,
-    Outgoing,
-    PermissionDenied,
     PluginFailed,
-    current_call,
     hookimpl,
 )
 
-Told = list[Any]
-
-
-class Watching:
-    """Tells what passes it, and fails or refuses where it is told to by a header."""
-
-    def __init__(self, tag: str, told: Told) -> None:
-        self.tag = tag
-        self.told = told
-
-    @hookimpl
-    def mesh_middleware(self, agent: Agent) -> Middleware:
-        def middleware(inner: Endpoint) -> Endpoint:
-            async def endpoint(call: Call) -> Any:
-                self.told.append((self.tag, "in", call.verb, agent.name))
-                if call.headers.get("raises") == self.tag:
-                    raise ValueError("a plugin's own failure")
-                if call.headers.get("refuses") == self.tag:
-                    raise PermissionDenied("not for you")
-                call.proven = Caller(call.caller.instance_id, subject=self.tag)
-                return await inner(call)
-
-            return endpoint
-
-        return middleware
-
-    @hookimpl
-    def mesh_client_middleware(self) -> ClientMiddleware:
-        @asynccontextmanager
-        async def middleware(outgoing: Outgoing) -> AsyncIterator[None]:
-            self.told.append((self.tag, "out", outgoing.verb, outgoing.target))
-            outgoing.headers["x-tag"] = outgoing.headers.get("x-tag", "") + self.tag
-            if outgoing.headers.get("stops") == self.tag:
-                raise KeyError("a plugin's own failure")
-            yield
-            self.told.append((self.tag, "done", outgoing.verb, outgoing.chunks))
-
-        return middleware
+from tests.support.plugins import Events, Recorder, mesh_with_plugins
 
 
 class Running:
     """Runs beside the agents, and may refuse to start."""
 
-    def __init__(self, told: Told, *, fails: bool = False) -> None:
+    def __init__(self, told: Events, *, fails: bool = False) -> None:
         self.told = told
         self.fails = fails
 
@@ -79,35 +35,16 @@ class Running:
     async def _run(self, instance: Instance) -> AsyncIterator[None]:
         if self.fails:
             raise OSError("the port is taken")
-        self.told.append(("started", len(instance.describe()["agents"])))
+        self.told.append(("started", len(instance.status().agents)))
         yield
-        self.told.append(("stopped", len(instance.describe()["agents"])))
-
-
-@asynccontextmanager
-async def meshed(url: str, name: str, *plugins: object) -> AsyncIterator[AgentMesh]:
-    """A mesh with plugins, a responder that tells what it sees, and a streamer."""
-    mesh = AgentMesh(url, plugins=plugins)
-
-    @mesh.agent(AgentSpec(name=f"{name}.asked"))
-    async def asked(number: int) -> list[Any]:
-        call = current_call()
-        return [number, call.headers.get("x-tag"), str(call.caller)]
-
-    @mesh.agent(AgentSpec(name=f"{name}.counts"))
-    async def counts(number: int) -> AsyncIterator[int]:
-        for each in range(number):
-            yield each
-
-    async with mesh:
-        yield mesh
+        self.told.append(("stopped", len(instance.status().agents)))
 
 
 async def test_the_first_plugin_is_outermost(url: str, name: str) -> None:
     """In and out, requests pass plugins in their order; what they add arrives, and who is proven is seen."""
-    told: Told = []
+    told: Events = []
     asked = f"{name}.asked"
-    async with meshed(url, name, Watching("a", told), Watching("b", told)) as mesh:
+    async with mesh_with_plugins(url, name, Recorder("a", told), Recorder("b", told)) as mesh:
         assert [1, "ab", "b"] == await mesh.call(asked, 1)
         assert [
             ("a", "out", "call", asked),
@@ -121,8 +58,8 @@ async def test_the_first_plugin_is_outermost(url: str, name: str) -> None:
 
 async def test_streams_and_sends_pass_too(url: str, name: str) -> None:
     """A stream is bracketed as a whole and its chunks are counted; a send passes once it is out."""
-    told: Told = []
-    async with meshed(url, name, Watching("a", told)) as mesh:
+    told: Events = []
+    async with mesh_with_plugins(url, name, Recorder("a", told)) as mesh:
         assert [0, 1, 2] == [chunk async for chunk in mesh.stream(f"{name}.counts", 3)]
         assert ("a", "in", "stream", f"{name}.counts") in told
         assert ("a", "done", "stream", 3) == told[-1]
@@ -134,8 +71,8 @@ async def test_streams_and_sends_pass_too(url: str, name: str) -> None:
 
 async def test_events_pass_when_they_leave_and_when_they_come(url: str, mesh: AgentMesh, name: str) -> None:
     """What is published carries what plugins add, and each received event passes their border."""
-    told: Told = []
-    async with AgentMesh(url, plugins=[Watching("a", told)]) as plugged:
+    told: Events = []
+    async with AgentMesh(url, plugins=[Recorder("a", told)]) as plugged:
         events = plugged.subscribe(subject=f"{name}.events", messages=True)
         next_event: asyncio.Task[MeshMessage[Any]] = asyncio.ensure_future(anext(events))
         plain = mesh.subscribe(subject=f"{name}.events", messages=True)
@@ -154,7 +91,7 @@ async def test_events_pass_when_they_leave_and_when_they_come(url: str, mesh: Ag
 
 async def test_a_publishers_events_pass(url: str, mesh: AgentMesh, name: str) -> None:
     """Each event of a publisher carries what plugins add, and stays an event."""
-    plugged = AgentMesh(url, plugins=[Watching("a", [])])
+    plugged = AgentMesh(url, plugins=[Recorder("a", [])])
     go = asyncio.Event()
 
     @plugged.agent(AgentSpec(name=name))
@@ -175,8 +112,8 @@ async def test_a_publishers_events_pass(url: str, mesh: AgentMesh, name: str) ->
 
 async def test_sources_pass(url: str, mesh: AgentMesh, name: str) -> None:
     """A message that drives an agent passes its plugins like a request."""
-    told: Told = []
-    plugged = AgentMesh(url, plugins=[Watching("a", told)])
+    told: Events = []
+    plugged = AgentMesh(url, plugins=[Recorder("a", told)])
     seen: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     @plugged.agent(AgentSpec(name=name), sources=[plugged.subject_source(f"{name}.in")])
@@ -191,17 +128,17 @@ async def test_sources_pass(url: str, mesh: AgentMesh, name: str) -> None:
 
 async def test_what_runs_beside_the_agents(url: str, name: str) -> None:
     """A lifespan begins before the first agent serves, and ends after the last one."""
-    told: Told = []
-    async with meshed(url, name, Running(told)):
+    told: Events = []
+    async with mesh_with_plugins(url, name, Running(told)):
         assert [("started", 0)] == told
     assert ("stopped", 2) == told[-1]
 
 
 async def test_a_plugin_that_cannot_start_stops_the_start(url: str, mesh: AgentMesh, name: str) -> None:
     """It is named, those before it are stopped, and nothing serves."""
-    told: Told = []
+    told: Events = []
     with pytest.raises(PluginFailed, match="The plugin 'running-2' cannot start: the port is taken"):
-        async with meshed(url, name, Running(told), Running(told, fails=True)):
+        async with mesh_with_plugins(url, name, Running(told), Running(told, fails=True)):
             pass
     assert ["started", "stopped"] == [what for what, _ in told]
     assert [] == [entry for entry in await mesh.catalog() if entry.name.startswith(name)]
@@ -279,7 +216,7 @@ async def test_an_agent_that_a_plugin_cannot_take_does_not_serve(
             return hook(agent)
 
     with pytest.raises(PluginFailed, match=f"The plugin 'picky' {why}"):
-        async with meshed(url, name, Picky()):
+        async with mesh_with_plugins(url, name, Picky()):
             pass
 
 
@@ -312,7 +249,7 @@ async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
             task.cancel()
             await task
 
-    async with meshed(url, name, Raising(), Hanging(), Cancelling()) as mesh:
+    async with mesh_with_plugins(url, name, Raising(), Hanging(), Cancelling()) as mesh:
         await mesh.call(f"{name}.asked", 1)
     assert "the plugin 'raising' did not stop as it should" in caplog.text
     assert "the plugin 'hanging' did not stop as it should" in caplog.text

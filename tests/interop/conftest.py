@@ -5,38 +5,25 @@ All of them end with the last test of this folder, so that the others have the m
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import environment
-from tests.interop.peers import OURS, Hosted, Peer, Running, Script, interop_environment, listed
-from tests.published import NotInstalled, install_published
+from tests.support.commands import environment
+from tests.support.peers import (
+    OURS,
+    HostedPrograms,
+    Pair,
+    Peer,
+    Script,
+    Sides,
+    interop_environment,
+    wait_listed,
+)
+from tests.support.published_sdk import NotInstalled, install_published
 
 # Well below the timeout of a test, so that an unreachable PyPI skips and does not fail.
 _INSTALL_TIMEOUT = 90.0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A caller of one SDK, and agents that the other one serves in `channel`."""
-
-    caller: Peer
-    channel: str
-    processes: list[Running]
-
-    def agent(self, name: str) -> str:
-        """The full name of one of the provider's agents."""
-        return f"{self.channel}.{name}"
-
-
-@dataclass(frozen=True)
-class Sides:
-    """One who writes and one who reads, of different SDKs."""
-
-    writer: Peer
-    reader: Peer
 
 
 @pytest.fixture(scope="package")
@@ -55,7 +42,7 @@ def callers(stock_python: Path, url: str) -> Iterator[dict[str, Peer]]:
     stock_env = environment({"PYTHONWARNINGS": "ignore"})
     with Peer(stock_python, url, stock_env) as stock, Peer(OURS, url, environment()) as ours:
         yield {"stock": stock.connected(), "ours": ours.connected()}
-        assert (0, 0) == (stock.leave(), ours.leave()), ours.log
+        assert (0, 0) == (stock.close(), ours.close()), ours.log
         assert "" == ours.log
 
 
@@ -82,13 +69,13 @@ def pairs(
             stack.enter_context(Script(stock_python, program, stock_env))
             for program in ("provider.py", "publisher.py")
         ]
-        hosted = stack.enter_context(Hosted(folder, url, "provider.py", "publisher.py", env=ours_env))
+        hosted = stack.enter_context(HostedPrograms(folder, url, "provider.py", "publisher.py", env=ours_env))
         pairs = {
             "stock calls ours": Pair(callers["stock"], "interop-ours", [hosted]),
             "ours calls stock": Pair(callers["ours"], "interop-stock", list(served)),
         }
         for pair in pairs.values():
-            listed(pair.caller, pair.agent("left"), *pair.processes)
+            wait_listed(pair.caller, pair.agent("left"), *pair.processes)
         yield pairs
         assert 0 == hosted.interrupt(), hosted.log
 
@@ -97,7 +84,7 @@ def pairs(
 def publishers(pairs: dict[str, Pair]) -> None:
     """Both providers' publishers are there."""
     for pair in pairs.values():
-        listed(pair.caller, pair.agent("fragile"), *pair.processes)
+        wait_listed(pair.caller, pair.agent("fragile"), *pair.processes)
 
 
 @pytest.fixture(params=["stock calls ours", "ours calls stock"])

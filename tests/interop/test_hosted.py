@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import oam
-from tests.interop.conftest import Pair
-from tests.interop.peers import PROGRAMS
+from tests.support.commands import oam
+from tests.support.peers import PROGRAMS, Pair
 
 
 @pytest.mark.usefixtures("publishers")
@@ -23,5 +22,5 @@ def test_stock_scripts_are_drop_ins(stock_calls_ours: Pair, url: str, tmp_path: 
     ours = [module for module in modules if module["origin"] in {str(script) for script in scripts}]
     assert [("serving", "")] * 2 == [(module["state"], module["error"]) for module in ours]
     [host] = stock_calls_ours.processes
-    assert not host.ended
+    assert not host.has_exited
     assert "asks for" not in host.log  # the url in the scripts is the host's

@@ -9,9 +9,9 @@ from openagentmesh import AgentMesh
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import decode_catalog
 
-from tests.interop.peers import OURS, Peer, Refused, Script, interop_environment, listed
-from tests.registry.test_registry import until
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
+from tests.support.peers import OURS, CommandFailed, Peer, Script, interop_environment, wait_listed
+from tests.support.waiting import until
 
 # That one of two replicas gets none of so many calls does not happen.
 ENOUGH = 100
@@ -28,9 +28,9 @@ def start(stock_python: Path, stock: Peer, url: str, name: str) -> Iterator[Star
             env = interop_environment(url, name, who)
             replica = stack.enter_context(Script(python, "replica.py", env))
             if who == "ours":
-                replica.said("serving 1 agents")
+                replica.wait_for_log("serving 1 agents")
             else:
-                listed(stock, name, replica)
+                wait_listed(stock, name, replica)
             return replica
 
         yield started
@@ -38,7 +38,7 @@ def start(stock_python: Path, stock: Peer, url: str, name: str) -> Iterator[Star
 
 def who_answers(caller: Peer, name: str, count: int = ENOUGH) -> set[str]:
     """Who answers some calls; all are answered."""
-    answers = caller.ask("calls", name, {}, count)
+    answers = caller.run("calls", name, {}, count)
     assert count == len(answers)
     return {answer["who"] for answer in answers}
 
@@ -63,7 +63,7 @@ async def test_replicas_share_and_one_stays(
     await until(lambda: is_published(mesh, name))
     for caller in (stock, ours):
         assert {"ours"} == who_answers(caller, name)
-        assert name == caller.ask("contract", name)["name"]
+        assert name == caller.run("contract", name)["name"]
     assert 0 == mine.interrupt(), mine.log
     assert not await is_published(mesh, name)
 
@@ -83,7 +83,7 @@ def test_a_slow_stock_replica_stays_when_ours_stops(
     """It is waited for, although ours has taken the entry out of the catalog."""
     _, mine = start("stock"), start("ours")
     assert 0 == mine.interrupt(), mine.log
-    assert {"who": "stock"} == callers[who].ask("call", name, {"seconds": 1})
+    assert {"who": "stock"} == callers[who].run("call", name, {"seconds": 1})
 
 
 @pytest.mark.parametrize("who", ["stock", "ours"])
@@ -92,8 +92,8 @@ def test_what_a_stock_replica_works_at_when_ours_stops(
 ) -> None:
     """Its caller gets the answer: the stop of another replica is no death of the agent."""
     theirs, release = start("stock"), tmp_path / "release"
-    call = callers[who].begin("call", name, {"until": str(release)})
-    theirs.said("holding")
+    call = callers[who].start("call", name, {"until": str(release)})
+    theirs.wait_for_log("holding")
     mine = start("ours")
     assert 0 == mine.interrupt(), mine.log
     release.touch()
@@ -103,6 +103,6 @@ def test_what_a_stock_replica_works_at_when_ours_stops(
 def test_a_killed_stock_provider(start: Start, ours: Peer, name: str) -> None:
     """It leaves its entry behind, so our caller says `not_available`."""
     start("stock").kill()
-    with pytest.raises(Refused) as caught:
-        ours.ask("call", name, {})
+    with pytest.raises(CommandFailed) as caught:
+        ours.run("call", name, {})
     assert ("NotAvailable", name) == (caught.value.type, caught.value.agent)

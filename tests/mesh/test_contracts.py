@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec
-from openagentmesh.agent.agent import Agent, declare
-from openagentmesh.agent.handler import Types
+from openagentmesh.agent.agent import AgentVersion, declare
+from openagentmesh.agent.handler import TypeCache
 from openagentmesh.mesh.node import ContractPolicy, Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.transport.connection import Target
@@ -27,16 +27,16 @@ class Other(BaseModel):
     document: str
 
 
-def agent(name: str, model: type[BaseModel]) -> Agent:
+def agent(name: str, model: type[BaseModel]) -> AgentVersion:
     async def handler(req: BaseModel) -> str:
         return model.__name__
 
     handler.__annotations__["req"] = model
-    return declare(AgentSpec(name=name, description="d"), handler, Types())
+    return declare(AgentSpec(name=name, description="d"), handler, TypeCache())
 
 
 @asynccontextmanager
-async def serving(url: str, served: Agent, policy: ContractPolicy) -> AsyncIterator[Node]:
+async def serving(url: str, served: AgentVersion, policy: ContractPolicy) -> AsyncIterator[Node]:
     node = Node(Target(url), new_id(), contract_policy=policy)
     await node.start([served])
     try:
@@ -65,7 +65,7 @@ async def test_an_incompatible_contract_is_refused_where_that_is_the_policy(
     async with serving(url, agent(name, Old), "warn"), serving(url, agent(name, Other), "refuse") as node:
         assert node.router.get(name) is None
         assert "'document'" in node.refused[name]
-        assert node.refused == node.description()["refused"]
+        assert node.refused == node.status().refused
         assert ["Old"] * 20 == [await mesh.call(name, {"text": "x"}) for _ in range(20)]
         schema = (await mesh.contract(name)).input_schema
         assert schema is not None

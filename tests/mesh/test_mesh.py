@@ -7,21 +7,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, CatalogEntry, ConnectionFailed, InvalidAgent, NotFound
 from openagentmesh.protocol import subjects
-from pydantic import BaseModel
+from openagentmesh.protocol.status import AgentStatus, NodeStatus
 
-from tests.serving.test_router import node_of
-
-
-class Text(BaseModel):
-    text: str = ""
-
-
-def serve(mesh: AgentMesh, name: str, answer: str = "ok", **spec: object) -> None:
-    """Declare an agent that answers with a fixed text."""
-
-    @mesh.agent(AgentSpec.model_validate({"name": name, "description": "d"} | spec))
-    async def handler(req: Text) -> Text:
-        return Text(text=answer)
+from tests.support.meshes import Text, node_of, serve
 
 
 async def test_before_connecting_every_verb_says_so() -> None:
@@ -207,7 +195,7 @@ async def test_calls_of_one_mesh_run_side_by_side(mesh: AgentMesh, name: str) ->
 async def test_a_host_with_much_to_tell_tells_what_fits(mesh: AgentMesh) -> None:
     """Whoever asks gets an answer, however long the words of the agents' last errors are."""
     node = node_of(mesh)
-    node.describe = lambda: {"agents": [{"last_error": "é" * 1000}] * 1000}
+    node.status = lambda: NodeStatus(agents=[AgentStatus(name="a", last_error="é" * 1000)] * 1000)
     answer = await node.inbox.request(subjects.host(mesh.instance_id, "info"), timeout=10)
     told = json.loads(answer.body)["agents"]
     assert 100 < len(told) < 1000

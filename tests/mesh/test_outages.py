@@ -13,11 +13,9 @@ from openagentmesh.protocol.subjects import REGISTRY_BUCKET
 from openagentmesh.registry import presence
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.client.test_cancellation import in_hand
-from tests.mesh.test_mesh import serve
-from tests.registry.test_registry import until
-from tests.serving.test_router import node_of
-from tests.state.test_kv import restartable, take
+from tests.support.meshes import flush, node_of, pending_instance, serve, take_next
+from tests.support.servers import restartable
+from tests.support.waiting import until
 
 Hold = Callable[[AgentMesh], asyncio.Event]
 
@@ -113,14 +111,14 @@ async def test_an_answer_waits_for_a_caller_that_comes_back_later(
         await provider.catalog()
         asking = asyncio.create_task(ask())
         await begun.wait()
-        await in_hand(caller)
+        await pending_instance(caller)
         released = hold(caller)
         await server.go_away(provider, caller)
         go.set()
         await said.wait()
         await server.come_back()
         await connected(provider)
-        await node_of(provider).connection.flush()  # the server has had what was sent meanwhile
+        await flush(provider)  # the server has had what was sent meanwhile
         released.set()
         if kind == "failing-call":
             with pytest.raises(MeshError, match="no") as caught:
@@ -148,7 +146,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
         await provider.catalog()
         asking = asyncio.create_task(caller.call("slow", 7, timeout=15))
         await begun.wait()
-        await in_hand(caller)
+        await pending_instance(caller)
         released = hold(provider)
         await server.go_away(provider, caller)
         # Twice as long as silence is borne, and as NATS has to say that nobody is there.
@@ -167,17 +165,17 @@ async def test_everything_is_there_again_after_two_new_servers(name: str) -> Non
         await mesh.kv.put(name, "1")
 
         async def there() -> bool:
-            records = await presence.instances(node_of(other).buckets)
+            records = await presence.read_records(node_of(other).buckets)
             listed = [entry.name for entry in await other.catalog()]
             return mesh.instance_id in records and name in listed
 
         async with aclosing(mesh.kv.watch(name)) as watch:
-            assert "1" == await take(watch)  # and from here on its reader is busy
+            assert "1" == await take_next(watch)  # and from here on its reader is busy
             for _ in range(2):
                 await restart()
                 await until(there)
             await mesh.kv.put(name, "2")
-            assert "2" == await take(watch)
+            assert "2" == await take_next(watch)
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["server-there", "server-away"])
@@ -189,7 +187,7 @@ async def test_who_watches_is_told_that_the_mesh_was_left(tmp_path: Path, *, awa
     async with mesh:
         await mesh.kv.put("key", "1")
         watch = mesh.kv.watch("key")
-        assert "1" == await take(watch)
+        assert "1" == await take_next(watch)
         waiting = asyncio.ensure_future(anext(watch))
         await asyncio.sleep(0)  # it begins to wait
         if away:

@@ -22,57 +22,18 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import Config, HostSection, MeshSection, load_config
 
-from tests.plugins.issuing import KEY, bearer, settings, token, write_keys
-from tests.registry.test_registry import until
-from tests.runtime.conftest import MESH, write
-from tests.serving.test_router import node_of
+from tests.support.credentials import KEY, bearer, settings, token, write_keys
+from tests.support.meshes import node_of
+from tests.support.modules import MESH, write
+from tests.support.protection import ProtectedAgents
+from tests.support.waiting import until
 
 STRANGER = {"Authorization": "Bearer " + "x" * 40}
 
 
-class Guarded:
-    """Agents of all kinds behind the plugin, and what their handlers were reached with."""
-
-    def __init__(self, url: str, name: str, auth: Auth) -> None:
-        self.mesh = mesh = AgentMesh(url, plugins=[auth])
-        self.reached: list[Any] = []
-        self.name = name
-
-        @mesh.agent(AgentSpec(name=f"{name}.asked"))
-        async def asked(what: str) -> str:
-            self.reached.append(what)
-            caller = current_call().caller
-            return f"{caller} {caller.subject} {sorted(caller.scopes)}"
-
-        @mesh.agent(AgentSpec(name=f"{name}.counts"))
-        async def counts(what: str) -> AsyncIterator[str]:
-            self.reached.append(what)
-            yield what
-
-        @mesh.agent(AgentSpec(name=f"{name}.plain"))
-        def plain(what: str) -> str:
-            self.reached.append(what)
-            return str(current_call().caller.subject)
-
-        @mesh.agent(AgentSpec(name=f"{name}.reads"), sources=[mesh.subject_source(f"{name}.news")])
-        async def reads(what: str) -> None:
-            self.reached.append((what, current_call().caller.subject))
-
-        @mesh.agent(AgentSpec(name=f"{name}.keys"), sources=[mesh.kv_source(f"{name}.key")])
-        async def keys(what: str) -> None:
-            self.reached.append(what)
-
-        gate = mesh.subject_condition(f"{name}.gate", lambda on: on == "open")
-
-        @mesh.agent(AgentSpec(name=f"{name}.gated"), active_when=gate)
-        async def gated(what: str) -> str:
-            self.reached.append(what)
-            return what
-
-
 @pytest.fixture
-async def guarded(url: str, name: str, tmp_path: Path) -> AsyncIterator[Guarded]:
-    made = Guarded(url, name, Auth(settings(tmp_path)))
+async def guarded(url: str, name: str, tmp_path: Path) -> AsyncIterator[ProtectedAgents]:
+    made = ProtectedAgents(url, name, Auth(settings(tmp_path)))
     async with made.mesh:
         yield made
 
@@ -81,7 +42,9 @@ async def stream(mesh: AgentMesh, name: str, what: str, headers: dict[str, str])
     return [chunk async for chunk in mesh.stream(name, what, headers=headers)]
 
 
-async def test_a_proven_caller_reaches_handlers_and_is_known_there(guarded: Guarded, mesh: AgentMesh) -> None:
+async def test_a_proven_caller_reaches_handlers_and_is_known_there(
+    guarded: ProtectedAgents, mesh: AgentMesh
+) -> None:
     """By call, stream, send, in a thread and through a source; the handler sees subject and scopes."""
     name = guarded.name
     assert "alice alice ['a', 'b']" == await mesh.call(f"{name}.asked", "1", headers=bearer())
@@ -90,12 +53,12 @@ async def test_a_proven_caller_reaches_handlers_and_is_known_there(guarded: Guar
     await mesh.send(f"{name}.asked", "4", headers=bearer())
     await mesh.publish(f"{name}.news", "5", headers=bearer())
     await until_reached(guarded, 5)
-    assert {"1", "2", "3", "4", ("5", "alice")} == set(guarded.reached)
+    assert {"1", "2", "3", "4", ("5", "alice")} == set(guarded.handled)
 
 
-async def until_reached(guarded: Guarded, number: int) -> None:
+async def until_reached(guarded: ProtectedAgents, number: int) -> None:
     async def enough() -> bool:
-        return len(guarded.reached) >= number
+        return len(guarded.handled) >= number
 
     await until(enough)
 
@@ -106,7 +69,7 @@ async def until_reached(guarded: Guarded, number: int) -> None:
     ids=["none", "garbage", "basic", "empty", "nothing"],
 )
 async def test_nobody_else_reaches_a_handler(
-    guarded: Guarded, mesh: AgentMesh, headers: dict[str, str]
+    guarded: ProtectedAgents, mesh: AgentMesh, headers: dict[str, str]
 ) -> None:
     """Not by call, stream, send, a source or a change of a key; not in a thread, nor through an open gate."""
     name, errors, replies = guarded.name, set[str](), list[MeshError]()
@@ -139,10 +102,10 @@ async def test_nobody_else_reaches_a_handler(
 
     await until(answered)
     assert ["unauthenticated"] == [error.code for error in replies]
-    assert [] == guarded.reached
+    assert [] == guarded.handled
 
 
-async def test_nothing_is_read_before_a_caller_is_let_in(guarded: Guarded, mesh: AgentMesh) -> None:
+async def test_nothing_is_read_before_a_caller_is_let_in(guarded: ProtectedAgents, mesh: AgentMesh) -> None:
     """A stranger does not learn what an agent takes: it is refused before its input is looked at."""
     for payload in (7, {"a": "b"}, None):
         with pytest.raises(Unauthenticated):
@@ -154,7 +117,7 @@ async def test_refusals_name_the_rule_and_no_secret(
 ) -> None:
     """What failed is told by its name, to programs and people; the token is nowhere."""
     rule = Rule(name="readers", subjects=("alice",), scopes=("nlp.read",), agents=(f"{name}.*",))
-    async with Guarded(url, name, Auth(settings(tmp_path, rules=(rule,)))).mesh:
+    async with ProtectedAgents(url, name, Auth(settings(tmp_path, rules=(rule,)))).mesh:
         expired, good, other = token(exp=1), token(), token(sub="bob")
         for value, kind, told in (
             (expired, Unauthenticated, "token.expired"),
@@ -174,7 +137,7 @@ async def test_a_mesh_carries_its_own_token(
     (tmp_path / "token").write_text(token(sub="bob") + "\n")
     seen: list[str] = []
     carrying = Settings(caller=CallerSettings(token_file=tmp_path / "token"))
-    guarded = Guarded(url, name, Auth(settings(tmp_path)))
+    guarded = ProtectedAgents(url, name, Auth(settings(tmp_path)))
     async with guarded.mesh, AgentMesh(url, plugins=[Auth(carrying)]) as mesh, AgentMesh(url) as open_:
 
         @open_.agent(AgentSpec(name=f"{name}.open"), sources=[open_.subject_source(f"{name}.events")])
@@ -194,18 +157,18 @@ async def test_a_mesh_carries_its_own_token(
     assert ["nothing"] == seen
     monkeypatch.setenv("OAM_TOKEN", token(sub="carol"))
     loud = Auth(Settings(caller=CallerSettings(token_on_events=True)))
-    guarded = Guarded(url, name, Auth(settings(tmp_path)))
+    guarded = ProtectedAgents(url, name, Auth(settings(tmp_path)))
     async with guarded.mesh, AgentMesh(url, plugins=[loud]) as mesh:
         await mesh.publish(f"{name}.news", "5")
         await until_reached(guarded, 1)
-    assert [("5", "carol")] == guarded.reached
+    assert [("5", "carol")] == guarded.handled
 
 
 async def test_an_agent_asks_in_its_own_name(url: str, name: str, tmp_path: Path) -> None:
     """A nested call carries the host's token, not its caller's; a handler may hand that one on."""
     (tmp_path / "token").write_text(token(sub="host"))
     auth = Auth(settings(tmp_path, caller=CallerSettings(token_file=tmp_path / "token")))
-    guarded = Guarded(url, name, auth)
+    guarded = ProtectedAgents(url, name, auth)
     mesh = guarded.mesh
 
     @mesh.agent(AgentSpec(name=f"{name}.asks"))
@@ -233,7 +196,7 @@ def write_project(folder: Path, name: str, body: str = "return 'one'") -> None:
 
 
 def config(folder: Path, url: str, auth: Settings) -> Config:
-    section = HostSection(agents=["agents"], entry_points=False, plugins=["auth"], replay=5)
+    section = HostSection(agents=["agents"], entry_points=False, plugins=["auth", "replay"])
     table = auth.model_dump(mode="json", exclude_defaults=True)
     return Config(folder=folder, mesh=MeshSection(url=url), host=section, plugins={"auth": table})
 
@@ -350,12 +313,12 @@ async def test_a_replay_is_of_who_was_proven(url: str, mesh: AgentMesh, name: st
 async def test_who_proves_nothing_is_nobody(url: str, mesh: AgentMesh, name: str) -> None:
     """Where anonymous callers may ask, the name that a request gives itself is no subject."""
     rule = Rule(name="open", anonymous=True, agents=(f"{name}.*",))
-    async with Guarded(url, name, Auth(Settings(rules=(rule,)))).mesh:
+    async with ProtectedAgents(url, name, Auth(Settings(rules=(rule,)))).mesh:
         told = await mesh.call(f"{name}.asked", "1", headers={"X-Mesh-Instance-Id": "alice"})
     assert "  []" == told
 
 
-async def test_the_token_has_one_place(guarded: Guarded, mesh: AgentMesh) -> None:
+async def test_the_token_has_one_place(guarded: ProtectedAgents, mesh: AgentMesh) -> None:
     """Written otherwise it is refused by name: two spellings could be two tokens."""
     for headers in ({"authorization": f"Bearer {token()}"}, bearer() | {"AUTHORIZATION": "Bearer x"}):
         with pytest.raises(Unauthenticated) as caught:
@@ -369,7 +332,7 @@ async def test_files_are_followed_from_when_they_were_read(
     """A key that is withdrawn before the start, or with its folder while the mesh is up, counts no more."""
     folder = tmp_path / "keys"
     folder.mkdir()
-    guarded = Guarded(url, name, Auth(settings(folder)))
+    guarded = ProtectedAgents(url, name, Auth(settings(folder)))
     other = OKPKey.generate_key("Ed25519", parameters={"kid": "other"})
     write_keys(folder / "keys.json", other)
 

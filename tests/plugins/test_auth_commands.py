@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import typer
 from oam_auth import Auth, Settings
-from oam_auth.authenticator import Guard
-from oam_auth.policy import Proof
+from oam_auth.authenticator import Authenticator
+from oam_auth.policy import Identity
 from oam_auth.signatures import Nonces
 from openagentmesh.runtime.config import load_config
 from typer.testing import CliRunner
 
-from tests.cli.processes import Up, oam
-from tests.plugins.issuing import AUDIENCE, ISSUER, seed, token, write_keys
-from tests.runtime.conftest import MESH, agent, write
-from tests.test_docs import blocks
+from tests.support.commands import Up, oam
+from tests.support.credentials import AUDIENCE, ISSUER, seed, token, write_keys
+from tests.support.documents import blocks
+from tests.support.modules import MESH, agent, write
 
 SEED, PUBLIC = seed()
 HOST = f"""
@@ -159,8 +159,8 @@ def test_the_page_can_be_tried(tmp_path: Path) -> None:
             "caller": {"nkey_file": "billing.nk"},
         }
     )
-    guard = Guard.of(settings, tmp_path, Nonces())
+    guard = Authenticator.load(settings, tmp_path, Nonces())
     assert guard.tokens is not None
-    assert Proof("alice", frozenset({"nlp.read"})) == guard.tokens.prove((tmp_path / "token").read_text())
-    assert guard.identity.signer is not None
-    assert public == guard.identity.signer.key
+    assert Identity("alice", frozenset({"nlp.read"})) == guard.tokens.verify((tmp_path / "token").read_text())
+    assert guard.credentials.signer is not None
+    assert public == guard.credentials.signer.key

@@ -15,8 +15,8 @@ from oam_auth import Auth, Settings, TokenSettings
 from oam_auth.keys import fetch_keys
 from openagentmesh import AgentMesh, MeshTimeout, PluginFailed, Unauthenticated
 
-from tests.plugins.issuing import ALL, AUDIENCE, ISSUER, KEY, bearer, token
-from tests.plugins.test_auth import Guarded
+from tests.support.credentials import ALL, AUDIENCE, ISSUER, KEY, bearer, token
+from tests.support.protection import ProtectedAgents
 
 NEXT = OKPKey.generate_key("Ed25519", parameters={"kid": "next"})
 
@@ -88,7 +88,7 @@ async def test_a_new_key_counts_as_soon_as_it_is_used(
 ) -> None:
     """A token signed with a key that is not known yet has the keys fetched; the old one counts no more."""
     monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
-    async with Guarded(url, name, auth(publisher)).mesh:
+    async with ProtectedAgents(url, name, auth(publisher)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
         assert "alice" == await mesh.call(f"{name}.plain", "2", headers=bearer(token(NEXT)))
@@ -101,7 +101,7 @@ async def test_keys_are_fetched_again_by_themselves(
 ) -> None:
     """A key that is withdrawn counts no more after `refresh` seconds, though nobody asks for another one."""
     monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
-    async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
+    async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
         with pytest.raises(Unauthenticated):
@@ -113,7 +113,7 @@ async def test_strangers_do_not_make_it_ask_the_issuer(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher
 ) -> None:
     """However many tokens with unknown keys come, the issuer is asked once in a while."""
-    async with Guarded(url, name, auth(publisher)).mesh:
+    async with ProtectedAgents(url, name, auth(publisher)).mesh:
         for number in range(20):
             with pytest.raises(Unauthenticated):
                 await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT, {"kid": f"k{number}"})))
@@ -125,7 +125,7 @@ async def test_keys_from_before_stay_when_the_issuer_is_gone(
 ) -> None:
     """An issuer that fails for a while, or answers nonsense, locks nobody out who has a good token."""
     monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
-    async with Guarded(url, name, auth(publisher)).mesh:
+    async with ProtectedAgents(url, name, auth(publisher)).mesh:
         for answer in ((500, b""), (200, b"<html>")):
             publisher.answer = answer
             with pytest.raises(Unauthenticated) as caught:
@@ -143,7 +143,7 @@ async def test_without_keys_it_does_not_start(url: str, name: str, publisher: Pu
     ):
         publisher.answer = answer
         with pytest.raises(PluginFailed, match=f"'auth' cannot start: .*{why}"):
-            async with Guarded(url, name, auth(publisher)).mesh:
+            async with ProtectedAgents(url, name, auth(publisher)).mesh:
                 pass
 
 
@@ -159,11 +159,11 @@ async def test_other_settings_keep_the_keys(
 ) -> None:
     """What was fetched counts when the issuer fails and a setting changes; another issuer is refused."""
     plugin = auth(publisher)
-    async with Guarded(url, name, plugin).mesh, AgentMesh(url) as mesh:
+    async with ProtectedAgents(url, name, plugin).mesh, AgentMesh(url) as mesh:
         publisher.answer = 500, b""
-        plugin.mesh_configure(auth(publisher, leeway=11).protection.settings, tmp_path)
+        plugin.mesh_configure(auth(publisher, leeway=11).state.settings, tmp_path)
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        elsewhere = auth(publisher).protection.settings.model_dump()
+        elsewhere = auth(publisher).state.settings.model_dump()
         elsewhere["tokens"]["jwks_url"] += "/other"
         with pytest.raises(ValueError, match="another issuer needs a restart"):
             plugin.mesh_configure(Settings.model_validate(elsewhere), tmp_path)
@@ -174,19 +174,19 @@ async def test_who_gives_up_throws_no_keys_away(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stranger has the keys fetched and goes before they come: they count for the others all the same."""
-    async with Guarded(url, name, auth(publisher)).mesh as provider:
+    async with ProtectedAgents(url, name, auth(publisher)).mesh as provider:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         monkeypatch.setattr("oam_auth.file_watch._PAUSE", 3600.0)
         plugin = provider._plugins.all[0].implementation
         assert isinstance(plugin, Auth)
-        plugin.protection.issuer._next_fetch = 0.0
+        plugin.state.issuer._next_fetch = 0.0
         publisher.publish(NEXT)
         publisher.hold.clear()
         with pytest.raises(MeshTimeout):
             await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)), timeout=0.1)
         publisher.hold.set()
         async with asyncio.timeout(10):
-            while plugin.protection.issuer.keys[0].kid != "next":
+            while plugin.state.issuer.keys[0].kid != "next":
                 await asyncio.sleep(0.01)
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
 
@@ -197,7 +197,7 @@ async def test_an_issuer_that_speaks_no_http_ends_nothing(
     """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
     monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
     monkeypatch.setattr("oam_auth.auth_state._AGAIN", 0.01)
-    async with Guarded(url, name, auth(publisher, refresh=1)).mesh:
+    async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.garbage = True
         while publisher.asked < 3:

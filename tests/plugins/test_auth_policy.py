@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oam_auth import Auth, Rule, Settings
-from oam_auth.authenticator import Guard
-from oam_auth.policy import Policy, Proof
+from oam_auth.authenticator import Authenticator
+from oam_auth.policy import Identity, Policy
 from oam_auth.signatures import Nonces
 from openagentmesh import AgentMesh, AgentSpec, PermissionDenied, Unauthenticated
 from pydantic import ValidationError
 
-from tests.plugins.issuing import settings, signers, token_settings
+from tests.support.credentials import settings, signers, token_settings
 
 READ = Rule(name="readers", subjects=("team-*", "alice"), scopes=("nlp.read",), agents=("nlp.*",))
 STREAM = Rule(name="streamers", subjects=("alice",), agents=("nlp.>", "one"), verbs=("stream",))
@@ -23,8 +23,8 @@ EXACT = Rule(name="exactly", subjects=("svc[prod]?",), agents=("only.svc",))
 POLICY = Policy([READ, STREAM, OPEN, EXACT])
 
 
-def who(subject: str, *scopes: str) -> Proof:
-    return Proof(subject, frozenset(scopes))
+def who(subject: str, *scopes: str) -> Identity:
+    return Identity(subject, frozenset(scopes))
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def who(subject: str, *scopes: str) -> Proof:
         ("open", who("anybody"), "public.news", "call"),
     ],
 )
-def test_what_a_rule_allows(rule: str, proof: Proof | None, agent: str, verb: str) -> None:
+def test_what_a_rule_allows(rule: str, proof: Identity | None, agent: str, verb: str) -> None:
     """By subject, scopes, agent and verb; who is proven may what anonymous callers may."""
-    assert rule == POLICY.allow(proof, agent, verb)
+    assert rule == POLICY.permit(proof, agent, verb)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_what_a_rule_allows(rule: str, proof: Proof | None, agent: str, verb: st
         ("", who("alice", "nlp.read"), "public.news", "stream"),
     ],
 )
-def test_what_no_rule_allows(near: str, proof: Proof, agent: str, verb: str) -> None:
+def test_what_no_rule_allows(near: str, proof: Identity, agent: str, verb: str) -> None:
     """Refused, with the rule that wants one more scope, where there is one."""
     with pytest.raises(PermissionDenied) as caught:
-        POLICY.allow(proof, agent, verb)
+        POLICY.permit(proof, agent, verb)
     assert (near, proof.subject) == (caught.value.details["rule"], caught.value.details["subject"])
     assert near in caught.value.message
     if near:
@@ -77,7 +77,7 @@ def test_who_proves_nothing_is_unauthenticated() -> None:
     """Where no rule is for anonymous callers; also when there are no rules."""
     for policy in (POLICY, Policy([])):
         with pytest.raises(Unauthenticated) as caught:
-            policy.allow(None, "nlp.summarizer", "call")
+            policy.permit(None, "nlp.summarizer", "call")
         assert {"rule": "credentials.missing"} == caught.value.details
 
 
@@ -91,7 +91,7 @@ def test_patterns_match_as_those_of_nats(name: list[str], pattern: list[str], op
     rule = Rule(name="r", anonymous=True, agents=(".".join(parts),))
     long_enough = len(name) > len(pattern) if open_ else len(name) == len(pattern)
     same = all(theirs in {"*", ours} for ours, theirs in zip(name, pattern, strict=False))
-    assert (long_enough and same) == rule.is_about(".".join(name), "call")
+    assert (long_enough and same) == rule.applies_to(".".join(name), "call")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_what_cannot_protect_does_not_start(
     """Missing files, keys that are none, and rules that nobody could ever meet."""
     (tmp_path / "keys.json").write_text("SUNOSEED")
     with pytest.raises(ValueError, match=why):
-        Guard.of(made(tmp_path), tmp_path, Nonces())
+        Authenticator.load(made(tmp_path), tmp_path, Nonces())
 
 
 POLICY_FILE = """
@@ -149,7 +149,9 @@ agents = [">"]
 def test_a_policy_file_adds_rules(tmp_path: Path) -> None:
     """Besides those in mesh.toml; what is wrong with it is told with its name and the key."""
     (tmp_path / "policy.toml").write_text(POLICY_FILE)
-    guard = Guard.of(settings(tmp_path, rules=(READ,), policy=Path("policy.toml")), tmp_path, Nonces())
+    guard = Authenticator.load(
+        settings(tmp_path, rules=(READ,), policy=Path("policy.toml")), tmp_path, Nonces()
+    )
     assert ["readers", "in the file"] == [rule.name for rule in guard.policy.rules]
     for text, why in (
         ("[[rules]]\nname = 1", r"policy\.toml: rules\.0\.name"),
@@ -159,7 +161,7 @@ def test_a_policy_file_adds_rules(tmp_path: Path) -> None:
     ):
         (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=why):
-            Guard.of(settings(tmp_path, policy=Path("policy.toml")), tmp_path, Nonces())
+            Authenticator.load(settings(tmp_path, policy=Path("policy.toml")), tmp_path, Nonces())
 
 
 @given(st.text(max_size=200) | st.binary(max_size=200).map(lambda raw: raw.decode("latin-1")))
@@ -168,13 +170,13 @@ def test_any_policy_file_has_rules_or_is_refused(tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.getbasetemp()
     (folder / "any.toml").write_text(text, encoding="utf-8", errors="replace")
     with pytest.raises(ValueError, match=r"any\.toml"):
-        Guard.of(settings(folder, rules=(), policy=Path("any.toml")), folder, Nonces())
+        Authenticator.load(settings(folder, rules=(), policy=Path("any.toml")), folder, Nonces())
 
 
 def test_enabled_and_not_set_up_it_refuses_everything() -> None:
     """Without any settings, nobody may do anything."""
     with pytest.raises(Unauthenticated):
-        Auth().protection.guard.policy.allow(None, "any", "call")
+        Auth().state.authenticator.policy.permit(None, "any", "call")
 
 
 async def test_who_nobody_may_ask_is_told_at_the_start(

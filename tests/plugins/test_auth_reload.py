@@ -9,9 +9,9 @@ from oam_auth import Auth, CallerSettings, Rule, Settings
 from openagentmesh import AgentMesh, Call, Host, MeshError, Overloaded, PermissionDenied, Unauthenticated
 from openagentmesh.runtime.config import load_config
 
-from tests.plugins.issuing import KEY, settings, signers, token, write_keys
-from tests.plugins.test_auth_signatures import EVE, PUBLIC, signed
-from tests.runtime.conftest import write
+from tests.support.credentials import KEY, settings, signers, token, write_keys
+from tests.support.modules import write
+from tests.support.protection import EVE, PUBLIC, signed
 
 AGENT = """
 import asyncio
@@ -26,7 +26,7 @@ async def health(req: dict) -> int:
 """
 
 
-class Guarded:
+class ProtectedAgents:
     """A host whose policy lets everybody ask `health`, and nobody `secret`."""
 
     def __init__(self, folder: Path, url: str, name: str) -> None:
@@ -63,11 +63,13 @@ class Guarded:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path, url: str, name: str) -> Guarded:
-    return Guarded(tmp_path, url, name)
+def guarded(tmp_path: Path, url: str, name: str) -> ProtectedAgents:
+    return ProtectedAgents(tmp_path, url, name)
 
 
-async def test_a_refused_change_opens_nothing(guarded: Guarded, mesh: AgentMesh, tmp_path: Path) -> None:
+async def test_a_refused_change_opens_nothing(
+    guarded: ProtectedAgents, mesh: AgentMesh, tmp_path: Path
+) -> None:
     """Though the files of what was in force cannot be read again at that moment."""
     limits = f"[agents.'{guarded.names['secret']}'.plugins.limits]\nrate = -1\n"
     async with guarded.host() as host:
@@ -88,7 +90,9 @@ async def test_a_refused_change_opens_nothing(guarded: Guarded, mesh: AgentMesh,
         assert await guarded.is_reached(mesh)
 
 
-async def test_what_is_only_tried_opens_nothing(guarded: Guarded, mesh: AgentMesh, tmp_path: Path) -> None:
+async def test_what_is_only_tried_opens_nothing(
+    guarded: ProtectedAgents, mesh: AgentMesh, tmp_path: Path
+) -> None:
     """While requests are replayed to a new version, the rules that come with it hold for nobody yet."""
     async with guarded.host() as host:
         assert 1 == await mesh.call(guarded.names["health"], {})
@@ -114,17 +118,17 @@ async def test_each_file_has_its_own_last_good_one(tmp_path: Path, caplog: pytes
     policy = tmp_path / "policy.toml"
     policy.write_text("[[rules]]\nname = 'in the file'\nsubjects = ['*']\nagents = ['>']\n")
     caller = CallerSettings(token_file=tmp_path / "token")
-    protection = Auth(settings(tmp_path, rules=(), policy=policy, caller=caller)).protection
-    assert protection.guard.tokens is not None
-    assert "alice" == protection.guard.tokens.prove(token()).subject
+    protection = Auth(settings(tmp_path, rules=(), policy=policy, caller=caller)).state
+    assert protection.authenticator.tokens is not None
+    assert "alice" == protection.authenticator.tokens.verify(token()).subject
     (tmp_path / "token").write_text("")
     policy.write_text("rules = [[[")
     write_keys(tmp_path / "keys.json", KEY.generate_key("Ed25519", parameters={"kid": "next"}))
     protection.read_again()
     with pytest.raises(Unauthenticated):
-        protection.guard.tokens.prove(token())
-    assert ["in the file"] == [rule.name for rule in protection.guard.policy.rules]
-    assert protection.guard.identity.token
+        protection.authenticator.tokens.verify(token())
+    assert ["in the file"] == [rule.name for rule in protection.authenticator.policy.rules]
+    assert protection.authenticator.credentials.token
     assert 2 == caplog.text.count("what was read before stays in force")
 
 
@@ -132,11 +136,11 @@ async def test_who_may_nothing_takes_no_room(url: str) -> None:
     """A signer whom no rule lets in fills no memory, however often it asks."""
     known = signers(bob=PUBLIC, eve=EVE.key).model_copy(update={"remembered": 1})
     rule = Rule(name="bob", subjects=("bob",), agents=("nlp.*",))
-    protection = Auth(Settings(signatures=known, rules=(rule,))).protection
+    protection = Auth(Settings(signatures=known, rules=(rule,))).state
 
     async def outcome(call: Call) -> type[MeshError] | None:
         try:
-            await protection.let_in(call)
+            await protection.admit(call)
         except MeshError as exc:
             return type(exc)
         return None

@@ -10,44 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oam_auth import Auth, CallerSettings, Settings, SignatureSettings
-from oam_auth.policy import Proof
+from oam_auth.policy import Identity
 from oam_auth.signatures import KEY, NONCE, SIGNATURE, TIME, VERB, Nonces, Signatures, Signer
 from openagentmesh import (
     AgentMesh,
     AgentSpec,
     Call,
     ClientMiddleware,
-    Outgoing,
+    ClientOperation,
     Overloaded,
     Unauthenticated,
     current_call,
     hookimpl,
 )
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.codec import Request
 
-from tests.plugins.issuing import ALL, bearer, seed, settings, signers
-from tests.plugins.test_auth import Guarded
-from tests.registry.test_registry import until
-
-SEED, PUBLIC = seed()
-SIGNER, EVE = Signer(SEED), Signer(seed()[0])
-
-
-def signed(verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', by: Signer = SIGNER) -> Call:
-    """A request as it arrives, signed as it left."""
-    outgoing = Outgoing(verb, target, "r1", body, {"X-Mesh-Request-Id": "r1"})
-    by.sign(outgoing)
-    request = Request(
-        request_id="r1", caller="", streaming=False, timeout=None, credit=0, accept="", reply_to="",
-        body=body, headers=dict(outgoing.headers),
-    )  # fmt: skip
-    received: Any = "source" if verb == "publish" else verb
-    return Call(target, request, 0.0, verb=received, subject=outgoing.subject)
+from tests.support.credentials import ALL, bearer, seed, settings, signers
+from tests.support.protection import EVE, PUBLIC, SEED, ProtectedAgents, signed
+from tests.support.waiting import until
 
 
 def headers_of(call: Call) -> dict[str, str]:
-    headers = call.request.headers
+    headers = call.headers
     assert isinstance(headers, dict)
     return headers
 
@@ -60,9 +44,9 @@ def verifier(**changed: Any) -> Signatures:
     return Signatures(users(**changed), Nonces())
 
 
-def believe(signatures: Signatures, call: Call) -> Proof:
-    proof = signatures.prove(call)
-    signatures.use_up(call)
+def believe(signatures: Signatures, call: Call) -> Identity:
+    proof = signatures.verify(call)
+    signatures.use(call)
     return proof
 
 
@@ -76,7 +60,7 @@ def test_a_signed_request_proves_its_user() -> None:
     """Whatever its verb; also a message that drives an agent."""
     signatures = verifier()
     for verb in ("call", "stream", "send", "publish"):
-        assert "bob" == signatures.prove(signed(verb)).subject
+        assert "bob" == signatures.verify(signed(verb)).subject
 
 
 def header(name: str, value: str) -> Callable[[Call], None]:
@@ -95,7 +79,7 @@ def other_subject(call: Call) -> None:
 
 
 def other_body(call: Call) -> None:
-    object.__setattr__(call.request, "body", b'{"a":2}')
+    call.body = b'{"a":2}'
 
 
 def other_verb(call: Call) -> None:
@@ -216,7 +200,7 @@ def test_what_is_refused_takes_no_room() -> None:
         call = signed()
         other_body(call)
         assert "signature.wrong" == refusal(signatures, call)
-    assert "bob" == signatures.prove(signed()).subject
+    assert "bob" == signatures.verify(signed()).subject
 
 
 @pytest.mark.parametrize(
@@ -249,7 +233,7 @@ class Recorder:
     @hookimpl
     def mesh_client_middleware(self) -> ClientMiddleware:
         @asynccontextmanager
-        async def record(outgoing: Outgoing) -> AsyncIterator[None]:
+        async def record(outgoing: ClientOperation) -> AsyncIterator[None]:
             self.seen.append(outgoing.headers)
             yield
 
@@ -258,7 +242,7 @@ class Recorder:
 
 async def test_signed_requests_reach_handlers_every_way(url: str, name: str, tmp_path: Path) -> None:
     """Call, stream, send, send for replies, and a message that drives an agent, over the wire."""
-    guarded = Guarded(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
     replies: list[Any] = []
     async with guarded.mesh, caller(url, tmp_path) as mesh:
         assert "bob bob []" == await mesh.call(f"{name}.asked", "1")
@@ -268,15 +252,15 @@ async def test_signed_requests_reach_handlers_every_way(url: str, name: str, tmp
         await mesh.publish(f"{name}.news", "5")
 
         async def all_came() -> bool:
-            return len(guarded.reached) == 5 and len(replies) == 1
+            return len(guarded.handled) == 5 and len(replies) == 1
 
         await until(all_came)
-    assert {"1", "2", "3", "4", ("5", "bob")} == set(guarded.reached)
+    assert {"1", "2", "3", "4", ("5", "bob")} == set(guarded.handled)
 
 
 async def test_a_request_that_was_overheard_is_no_use(url: str, name: str, tmp_path: Path) -> None:
     """The headers of another's request, sent again with any body, or to another agent."""
-    guarded = Guarded(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
     recorder = Recorder()
     async with guarded.mesh, caller(url, tmp_path, recorder) as mesh, AgentMesh(url) as thief:
         await mesh.call(f"{name}.asked", "1")
@@ -284,14 +268,16 @@ async def test_a_request_that_was_overheard_is_no_use(url: str, name: str, tmp_p
         for agent, what in (("asked", "1"), ("asked", "2"), ("plain", "1")):
             with pytest.raises(Unauthenticated):
                 await thief.call(f"{name}.{agent}", what, headers=stolen)
-    assert ["1"] == guarded.reached
+    assert ["1"] == guarded.handled
 
 
 async def test_one_proof_is_enough_and_two_are_too_many(url: str, name: str, tmp_path: Path) -> None:
     """Tokens count only where they are set up, so do signatures; a request with both is refused."""
-    only_tokens = Guarded(url, f"{name}.t", Auth(settings(tmp_path)))
-    only_signed = Guarded(url, f"{name}.s", Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
-    both = Guarded(url, f"{name}.b", Auth(settings(tmp_path, signatures=signers(bob=PUBLIC))))
+    only_tokens = ProtectedAgents(url, f"{name}.t", Auth(settings(tmp_path)))
+    only_signed = ProtectedAgents(
+        url, f"{name}.s", Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,)))
+    )
+    both = ProtectedAgents(url, f"{name}.b", Auth(settings(tmp_path, signatures=signers(bob=PUBLIC))))
     stamped = {NONCE: "n", SIGNATURE: "s", KEY: PUBLIC} | bearer()
     async with (
         only_tokens.mesh,
@@ -314,7 +300,7 @@ async def test_one_proof_is_enough_and_two_are_too_many(url: str, name: str, tmp
 
 async def test_who_overhears_a_request_takes_it_from_nobody(url: str, name: str, tmp_path: Path) -> None:
     """An agent that is driven by what another one is asked, on the same host, hears it; both count it."""
-    guarded = Guarded(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
     heard: list[str] = []
     everything = guarded.mesh.subject_source(subjects.agent(f"{name}.asked"))
 

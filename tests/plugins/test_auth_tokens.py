@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, Key, OKPKey, RSAKey
 from oam_auth.keys import read_keys
-from oam_auth.policy import Proof
+from oam_auth.policy import Identity
 from oam_auth.settings import TokenSettings
 from oam_auth.tokens import Tokens
 from openagentmesh import Unauthenticated
 from pydantic import ValidationError
 
-from tests.plugins.issuing import KEY, claims, token, token_settings, unsigned, write_keys
+from tests.support.credentials import KEY, claims, token, token_settings, unsigned, write_keys
 
 OTHER = OKPKey.generate_key("Ed25519", parameters={"kid": "first"})
 UNKNOWN = OKPKey.generate_key("Ed25519", parameters={"kid": "unknown"})
 PEM = OKPKey.generate_key("Ed25519").as_pem(private=True)
-ALICE = Proof("alice", frozenset({"a", "b"}))
+ALICE = Identity("alice", frozenset({"a", "b"}))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def made(folder: Path, **changed: Any) -> Tokens:
 
 def refusal(tokens: Tokens, value: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        tokens.prove(value)
+        tokens.verify(value)
     rule = caught.value.details["rule"]
     assert isinstance(rule, str)
     # Nothing of a token, nor of a key, is in what a caller or a log gets.
@@ -50,12 +50,12 @@ def refusal(tokens: Tokens, value: str) -> str:
 def test_a_good_token_proves_its_subject_and_scopes(tokens: Tokens) -> None:
     """Twice the same, by the cache; scopes are a text with blanks, or a list."""
     good = token()
-    assert (ALICE, ALICE) == (tokens.prove(good), tokens.prove(good))
-    assert ALICE == tokens.prove(token(scope=["b", "a"]))
-    assert Proof("alice") == tokens.prove(token(scope=None))
-    assert ALICE == tokens.prove(token(aud=["others", "mesh"]))
-    assert ALICE == tokens.prove(token(header={"alg": "EdDSA"}))
-    assert ALICE == tokens.prove(token(header={"kid": None}))
+    assert (ALICE, ALICE) == (tokens.verify(good), tokens.verify(good))
+    assert ALICE == tokens.verify(token(scope=["b", "a"]))
+    assert Identity("alice") == tokens.verify(token(scope=None))
+    assert ALICE == tokens.verify(token(aud=["others", "mesh"]))
+    assert ALICE == tokens.verify(token(header={"alg": "EdDSA"}))
+    assert ALICE == tokens.verify(token(header={"kid": None}))
 
 
 LATER = int(time.time()) + 86_400
@@ -97,9 +97,9 @@ def test_a_token_counts_no_longer_than_it_says(tmp_path: Path, monkeypatch: pyte
     """Also one that was verified before; the clocks may differ by the leeway."""
     now = int(time.time())
     tokens, good = made(tmp_path, leeway=5), token(exp=now + 10)
-    assert ALICE == tokens.prove(good)
+    assert ALICE == tokens.verify(good)
     monkeypatch.setattr("oam_auth.tokens.time.time", lambda: now + 14)
-    assert ALICE == tokens.prove(good)
+    assert ALICE == tokens.verify(good)
     monkeypatch.setattr("oam_auth.tokens.time.time", lambda: now + 15)
     assert "token.expired" == refusal(tokens, good)
 
@@ -119,7 +119,7 @@ def test_a_public_key_is_no_secret(tmp_path: Path) -> None:
     pem = key.as_pem(private=False)
     (tmp_path / "issuer.pem").write_bytes(pem)
     tokens = made(tmp_path, keys=(Path("issuer.pem"),), algorithms=("RS256", "HS256"))
-    assert ALICE == tokens.prove(token(key, {"alg": "RS256", "kid": None}))
+    assert ALICE == tokens.verify(token(key, {"alg": "RS256", "kid": None}))
     for secret in (pem, pem.strip(), key.as_der(private=False)):
         to_sign = unsigned({"alg": "HS256"}, claims())[:-1]
         signature = hmac.digest(secret, to_sign.encode(), "sha256")
@@ -165,7 +165,7 @@ def test_any_text_is_refused(tokens: Tokens, text: str) -> None:
     """Whatever a stranger sends instead of a token has its refusal."""
     refusal_of_garbage = refusal(tokens, text)
     assert refusal_of_garbage.startswith("token.")
-    assert isinstance(tokens.knows_key_of(text), bool)
+    assert isinstance(tokens.has_key_for(text), bool)
 
 
 JSON = st.recursive(
@@ -200,7 +200,7 @@ def test_a_changed_token_proves_nothing_else(tokens: Tokens, data: st.DataObject
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.="
     changed = good[:place] + data.draw(st.sampled_from(letters)) + good[place + 1 :]
     try:
-        proof = tokens.prove(changed)
+        proof = tokens.verify(changed)
     except Unauthenticated:
         return
     assert ALICE == proof

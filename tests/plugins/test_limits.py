@@ -24,12 +24,10 @@ from openagentmesh import (
     Overloaded,
     hookimpl,
 )
-from openagentmesh.protocol import subjects
-from openagentmesh.protocol.codec import decode_request
 from openagentmesh.runtime.config import ConfigError, load_config
 
-from tests.runtime.conftest import MESH, agent, write
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
+from tests.support.modules import MESH, agent, write
 
 Limited = Callable[..., AgentMesh]
 Serve = Callable[..., AbstractAsyncContextManager[Host]]
@@ -81,14 +79,16 @@ def serve(tmp_path: Path, configure: Callable[[str], None]) -> Serve:
         write(tmp_path / "agents", files)
         configure(toml)
         read = partial(load_config, tmp_path / "mesh.toml")
-        host = Host(read(), config_file=tmp_path / "mesh.toml", read_config=read, plugins=[Proof(), Limits()])
+        host = Host(
+            read(), config_file=tmp_path / "mesh.toml", read_config=read, plugins=[Identity(), Limits()]
+        )
         async with host:
             yield host
 
     return serve_
 
 
-class Proof:
+class Identity:
     """Takes a header's word for who asks."""
 
     @hookimpl
@@ -96,7 +96,7 @@ class Proof:
         def middleware(endpoint: Callable[[Call], Awaitable[Any]]) -> Callable[[Call], Awaitable[Any]]:
             async def proven(call: Call) -> Any:
                 if "X-Subject" in call.headers:
-                    call.proven = Caller(call.caller.instance_id, call.headers["X-Subject"])
+                    call.identity = Caller(call.caller.instance_id, call.headers["X-Subject"])
                 return await endpoint(call)
 
             return proven
@@ -114,10 +114,7 @@ def refused(outcomes: list[Any]) -> list[Overloaded]:
 
 
 def call_of(instance: str = "", subject: str = "") -> Call:
-    head = f"NATS/1.0\r\n{subjects.INSTANCE_ID}: {instance}\r\n\r\n" if instance else ""
-    call = Call("a", decode_request(head.encode(), b""), 0.0)
-    call.proven = Caller(instance, subject) if subject else None
-    return call
+    return Call("a", instance_id=instance, identity=Caller(instance, subject) if subject else None)
 
 
 def serve_echo(mesh: AgentMesh, name: str) -> None:
@@ -329,7 +326,7 @@ async def test_a_rate_that_is_mended_holds_at_once(
 def test_a_share_is_of_whole_requests() -> None:
     """Of 100 at once a share of 0.29 is 29, not what comes of adding binary fractions."""
     shares = {0.29: 29, 0.57: 57, 0.07: 7, 0.001: 1, 1: 100}
-    assert list(shares.values()) == [oam_limits._part(share, 100) for share in shares]
+    assert list(shares.values()) == [oam_limits._share(share, 100) for share in shares]
 
 
 async def test_streams_and_sends_count(limited: Limited, clock: Clock, name: str) -> None:
@@ -425,7 +422,7 @@ async def test_the_least_recently_used_callers_are_forgotten(
         limits = host.plugins.all[-1].implementation
         assert isinstance(limits, Limits)
         assert 5 == len(limits._callers._backend.get_client())
-        assert {} == limits._occupancies[name].held
+        assert {} == limits._running[name]._started
 
 
 async def test_a_proven_subject_is_one_caller_from_everywhere(
@@ -443,7 +440,7 @@ async def test_a_proven_subject_is_one_caller_from_everywhere(
 @given(st.text(), st.text())
 def test_names_that_strangers_choose_are_short_and_never_somebody_proven(named: str, subject: str) -> None:
     """Whatever an instance calls itself, its limit is no subject's, and its name takes little memory."""
-    stranger = Call("a", decode_request(b"", b""), 0.0, proven=Caller(named))
+    stranger = Call("a", identity=Caller(named))
     assert len(caller_of(stranger)) < 200
     if subject:
         assert caller_of(stranger) != caller_of(call_of(named, subject))

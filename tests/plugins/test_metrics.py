@@ -16,8 +16,7 @@ from openagentmesh import AgentMesh, AgentSpec, Host, MeshError, PermissionDenie
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.reload.test_state import let_go
+from tests.support.modules import MESH, agent, write
 
 Samples = dict[tuple[str, ...], float]
 
@@ -173,7 +172,7 @@ async def test_reloads_are_counted_and_series_of_agents_that_are_gone_are_not(
         await host.reload()
         (tmp_path / "agents/b.py").unlink()
         await host.reload()
-        await let_go(host)
+        await host.wait_retired()
         seen = await scraped(metrics)
         assert (1, 1) == (seen["oam_reloads_total", "done"], seen["oam_reloads_total", "refused"])
         assert {f"{name}.a"} == {labels[1] for labels in seen if labels[1:2] and labels[1].startswith(name)}
@@ -263,7 +262,7 @@ async def gone(req: dict) -> None:
             ledger.go.set()
             with pytest.raises(MeshError):
                 await asking
-            await let_go(host)
+            await host.wait_retired()
             assert [] == [labels for labels in await scraped(metrics) if name in labels]
 
 

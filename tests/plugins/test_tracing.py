@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from tests.client.test_subscriptions import Publisher, begin
+from tests.support.meshes import Publisher, start_reading
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -164,8 +164,8 @@ async def test_events_are_produced_and_received(url: str, name: str, spans: Span
     async with AgentMesh(url, plugins=[plugin]) as emitting, AgentMesh(url, plugins=[plugin]) as hearing:
         publisher = Publisher(emitting, name)
         await emitting.catalog()
-        feed = await begin(hearing, hearing.subscribe(agent=name), 1)
-        publisher.says(7)
+        feed = await start_reading(hearing, hearing.subscribe(agent=name), 1)
+        publisher.emit(7)
         assert [7] == await feed
     await spans.have(2)
     (subject,) = {span.name.partition(" ")[2] for span in spans.get_finished_spans()}

@@ -11,8 +11,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.cli.processes import Up, free_port
-from tests.runtime.conftest import MESH, write
+from tests.support.commands import Up, free_port
+from tests.support.modules import MESH, write
 
 TOML = """
 host.plugins = ["tracing"]
@@ -93,7 +93,7 @@ def test_three_agents_on_two_hosts_are_one_trace(tmp_path: Path, collector: Coll
             {"mesh.toml": f'mesh.url = "{one.url}"' + TOML, "agents/m.py": MESH + agent("middle", "back")},
         )
         with Up(second, env=sent_to | {"OTEL_SERVICE_NAME": "second"}) as two:
-            assert '"hi back middle front"' == one.ask("agent", "call", "front", '"hi"').out.strip()
+            assert '"hi back middle front"' == one.run("agent", "call", "front", '"hi"').out.strip()
             two.signal(signal.SIGTERM)
             assert 0 == two.finish().code
         one.signal(signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_a_collector_that_is_not_there_holds_nobody_up(tmp_path: Path) -> None:
     """Requests are answered, and the host stops within seconds and says that spans are lost."""
     write(tmp_path, {"mesh.toml": TOML + OWN_SERVER, "agents/a.py": MESH + agent("a")})
     with Up(tmp_path, env={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}) as up:
-        assert '"hi a"' == up.ask("agent", "call", "a", '"hi"').out.strip()
+        assert '"hi a"' == up.run("agent", "call", "a", '"hi"').out.strip()
         up.signal(signal.SIGTERM)
         left = up.finish(10)
     assert 0 == left.code

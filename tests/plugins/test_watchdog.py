@@ -14,8 +14,8 @@ from oam_watchdog import Settings, Watchdog
 from openagentmesh import AgentMesh, AgentSpec, Host
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
-from tests.agent.test_threads import until
-from tests.runtime.conftest import MESH, agent, write
+from tests.support.modules import MESH, agent, write
+from tests.support.waiting import until
 
 Told = Callable[[], list[str]]
 

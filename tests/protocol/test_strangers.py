@@ -12,6 +12,8 @@ from openagentmesh.protocol import codec
 from openagentmesh.protocol.contract import Verb, decode_catalog
 from openagentmesh.protocol.headers import read_headers, write_headers
 
+from tests.support.headers import HEADS
+
 DEEP = b"[" * 2000
 KEYS = st.sampled_from(
     [
@@ -43,13 +45,6 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
     max_leaves=12,
-)
-NAMES = st.sampled_from(
-    ["Request-Id", "Instance-Id", "Stream", "Status", "Stream-Seq", "Stream-End", "Timeout-Ms", "Credit"]
-).map("X-Mesh-{}".format)
-LINES = st.lists(st.tuples(NAMES | st.text(max_size=5), st.text(max_size=12)), max_size=6)
-HEADS = st.binary(max_size=200) | LINES.map(
-    lambda lines: ("NATS/1.0\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines) + "\r\n").encode()
 )
 
 

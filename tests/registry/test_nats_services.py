@@ -17,11 +17,10 @@ from openagentmesh.registry import nats_services as micro
 from openagentmesh.registry.presence import Presence
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
-from tests.registry.test_registry import until
-from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.reload.test_state import let_go
-from tests.servers import running_server
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
+from tests.support.modules import MESH, agent, write
+from tests.support.servers import running_server
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ async def test_reloads_change_what_is_listed(url: str, client: Client, name: str
         await until(both)
         (tmp_path / "agents/a.py").unlink()
         await host.reload()
-        await let_go(host)
+        await host.wait_retired()
         assert [] == await ours(client, "PING", name)
 
 

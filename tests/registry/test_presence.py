@@ -17,9 +17,8 @@ from openagentmesh.registry import presence
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.mesh.test_mesh import Text, serve
-from tests.registry.test_registry import until
-from tests.serving.test_router import node_of
+from tests.support.meshes import Text, flush, node_of, reconnects, serve
+from tests.support.waiting import until
 
 
 async def test_the_record_lists_what_is_served(mesh: AgentMesh, name: str) -> None:
@@ -27,8 +26,8 @@ async def test_the_record_lists_what_is_served(mesh: AgentMesh, name: str) -> No
     serve(mesh, f"{name}.b")
     serve(mesh, f"{name}.a")
     await mesh.catalog()
-    records = await presence.instances(node_of(mesh).buckets)
-    assert [f"{name}.a", f"{name}.b"] == records[mesh.instance_id]["agents"]
+    records = await presence.read_records(node_of(mesh).buckets)
+    assert [f"{name}.a", f"{name}.b"] == records[mesh.instance_id].agents
 
 
 async def test_only_the_last_instance_gives_notice(
@@ -41,7 +40,7 @@ async def test_only_the_last_instance_gives_notice(
     serve(first, name)
     serve(second, name)
     async with first, second:
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
     notice = DeathNotice.model_validate_json((await notices.get()).body)
     assert (name, "graceful_shutdown", first.instance_id) == (notice.agent, notice.reason, notice.instance_id)
     assert notices.empty()
@@ -84,8 +83,8 @@ async def test_after_a_killed_process_others_clear_up(
     assert [] == await mesh.catalog(channel=name + ".x")
     with pytest.raises(NotFound):
         await mesh.call(name, 1, timeout=5)
-    records = await presence.instances(node_of(mesh).buckets)
-    assert name not in json.dumps([record["agents"] for record in records.values()]).split('"')
+    records = await presence.read_records(node_of(mesh).buckets)
+    assert name not in json.dumps([record.agents for record in records.values()]).split('"')
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-thrown-away"])
@@ -106,7 +105,7 @@ async def test_everything_is_true_again_after_a_restart(kept: bool, tmp_path: Pa
             assert {"text": "ok"} == await caller.call("survivor", {}, timeout=2)
 
         async def restored() -> bool:
-            return provider.instance_id in await presence.instances(node_of(caller).buckets)
+            return provider.instance_id in await presence.read_records(node_of(caller).buckets)
 
         await until(restored)
         assert ["survivor"] == [entry.name for entry in await caller.catalog()]
@@ -138,7 +137,7 @@ async def test_a_call_in_flight_survives_a_restart(tmp_path: Path) -> None:
         await again.start()
 
         async def both_are_back() -> bool:
-            return all(node_of(mesh).connection.reconnects for mesh in (provider, caller))
+            return all(reconnects(mesh) for mesh in (provider, caller))
 
         await until(both_are_back)
         go.set()
@@ -188,10 +187,10 @@ async def test_a_record_of_a_stranger_costs_nobody_the_connection(
     await node.buckets.put(subjects.INSTANCES_BUCKET, stranger, json.dumps(record).encode())
     heard: asyncio.Queue[Message] = asyncio.Queue()
     await node.connection.subscribe(subjects.death(f"{name}.lost"), heard.put_nowait)
-    assert [f"{name}.lost"] == (await presence.instances(node.buckets))[stranger]["agents"]
+    assert [f"{name}.lost"] == (await presence.read_records(node.buckets))[stranger].agents
     async with asyncio.timeout(10):
         await heard.get()
-        while stranger in await presence.instances(node.buckets):
+        while stranger in await presence.read_records(node.buckets):
             await asyncio.sleep(0.05)
     await node.connection.flush()
     assert 0 == node.connection.reconnects

@@ -11,8 +11,8 @@ from openagentmesh.protocol.contract import decode_catalog
 from openagentmesh.transport.server import EmbeddedServer
 from pydantic import BaseModel
 
-from tests.mesh.test_mesh import serve
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of, serve
+from tests.support.waiting import until
 
 
 class Text(BaseModel):
@@ -23,13 +23,6 @@ async def catalog_key(node: Node) -> list[str]:
     """The names in the catalog's single key."""
     document = await node.buckets.get(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY)
     return [entry.name for entry in decode_catalog(document)]
-
-
-async def until(holds: object, seconds: float = 10) -> None:
-    """Wait until an async condition holds, asking the server again and again."""
-    async with asyncio.timeout(seconds):
-        while not await holds():  # type: ignore[operator]
-            await asyncio.sleep(0.02)
 
 
 async def test_thirty_hosts_that_start_together_all_register(url: str, mesh: AgentMesh, name: str) -> None:

@@ -1,9 +1,9 @@
 """Folders of modules on disk, loaded without a server, or served by a host."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh
@@ -15,36 +15,8 @@ from openagentmesh.runtime.reload.changes import Changes
 from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.connection import Target
 
-if TYPE_CHECKING:
-    from tests.runtime.bench import Bench
-
-HOST_URL = "nats://127.0.0.1:1"
-MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
-
-Load = Callable[..., dict[str, Module]]
-Configure = Callable[..., Config]
-
-
-def agent(name: str, result: str = "'ok'") -> str:
-    """The source of an agent that returns `result`; `mesh` and `AgentSpec` are there already."""
-    return f"""
-@mesh.agent(AgentSpec(name={name!r}))
-async def agent_{name.replace(".", "_")}(req: dict) -> object:
-    return {result}
-"""
-
-
-def write(folder: Path, files: Mapping[str, str]) -> None:
-    """Put the files below the folder."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-
-async def ask(module: Module, number: int = 0) -> Any:
-    """What a module's agent returns."""
-    return await module.agents[number].handler.function({})
+from tests.support.host_bench import Bench
+from tests.support.modules import NO_SERVER, Configure, Load, write
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +45,14 @@ def load(tmp_path: Path) -> Iterator[Load]:
             write(tmp_path / "agents", what)
             what = Config(folder=tmp_path.resolve(), host=HostSection(agents=["agents"], entry_points=False))
         what = what.model_copy(update={"settings": dict(settings or {})})
-        node = Node(Target(HOST_URL), "0" * 32)
+        node = Node(Target(NO_SERVER), "0" * 32)
         loader = Loader(node, what)
         loaders.append(loader)
         reloader = Reloader(
             loader, node, Changes(loader.imports, None, lambda: what), what, lambda agent, _: agent
         )
         reloader.load_all(find_origins(what))
-        return {module.origin.shown.removeprefix("agents/"): module for module in reloader.modules}
+        return {module.origin.display_name.removeprefix("agents/"): module for module in reloader.modules}
 
     yield load_
     for loader in loaders:
@@ -102,10 +74,8 @@ def configure(tmp_path: Path, url: str) -> Configure:
 @pytest.fixture
 def bench(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> "Bench":
+) -> Bench:
     """A host of these files, which share the module `ledger` with their test."""
-    from tests.runtime.bench import Bench  # noqa: PLC0415 - it needs what stands above
-
     made = Bench(configure, mesh, name, tmp_path.resolve())
     monkeypatch.setitem(sys.modules, "ledger", made.ledger)
     return made

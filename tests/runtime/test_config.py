@@ -98,7 +98,7 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
         config.limits_of("nlp.summarizer"),
         config.limits_of("x"),
     )
-    assert [False, True, True] == [config.enabled(name) for name in ("off", "nlp.summarizer", "x")]
+    assert [False, True, True] == [config.is_enabled(name) for name in ("off", "nlp.summarizer", "x")]
 
 
 def test_limits_are_defaulted_one_by_one(read: Read) -> None:
@@ -208,8 +208,8 @@ def test_settings_that_nobody_reads(read: Read) -> None:
     assert [
         "mesh.toml has [settings.sumarizer], but there is no module 'sumarizer'; did you mean 'summarizer'?",
         "mesh.toml has [settings.\"zz z\"], but there is no module 'zz z'; modules: echo, summarizer",
-    ] == list(config.unread(["summarizer", "echo"], []))
-    assert [] == list(read("").unread([], []))
+    ] == list(config.unused(["summarizer", "echo"], []))
+    assert [] == list(read("").unused([], []))
 
 
 @pytest.mark.parametrize("value", ["'foo'", "5", "['a', 5]", "{}"])

@@ -17,7 +17,7 @@ from openagentmesh.runtime.config import (
     ServerSection,
 )
 
-from tests.runtime.conftest import MESH, Configure, agent, write
+from tests.support.modules import MESH, Configure, agent, write
 
 
 def served(host: Host) -> list[str]:
@@ -64,13 +64,13 @@ async def test_a_failing_module_leaves_the_others_serving(
         assert "ok" == await mesh.call(f"{name}.b", {})
         with pytest.raises(NotFound):
             await mesh.call(f"{name}.half", {})
-        failed, fine = host.describe()["modules"]
+        failed, fine = host.status().modules
     assert ("agents/a.py", "failed", 0, "NameError: name 'undefined_name' is not defined") == (
-        failed["origin"], failed["state"], failed["agents"], failed["error"],
+        failed.origin, failed.state, failed.agents, failed.error,
     )  # fmt: skip
-    assert failed["line"].endswith("agents/a.py:8")
+    assert failed.line.endswith("agents/a.py:8")
     assert ("agents/b.py", "serving", 1, "") == (
-        fine["origin"], fine["state"], fine["agents"], fine["error"],
+        fine.origin, fine.state, fine.agents, fine.error,
     )  # fmt: skip
     (logged,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert "agents/a.py failed to load: NameError" in logged
@@ -151,7 +151,7 @@ async def test_limits_of_the_config_reach_the_agents(configure: Configure, name:
         agents={f"{name}.b": AgentSection(queue=9)},
     )
     async with Host(config) as host:
-        limits = {found["name"]: found["limits"] for found in host.describe()["agents"]}
+        limits = {found.name: found.limits for found in host.status().agents}
     common = {"concurrency": 3, "timeout": 5, "restart_pause": 1, "restart_pause_max": 2}
     assert {f"{name}.a": common | {"queue": 4}, f"{name}.b": common | {"queue": 9}} == limits
 
@@ -161,7 +161,7 @@ async def test_what_a_host_tells_of_itself_is_json(configure: Configure, mesh: A
     config = configure({"a.py": MESH + agent(name), "b.py": "1/0"}, host={"name": "dev"})
     async with Host(config) as host:
         await mesh.call(name, {})
-        told = json.loads(json.dumps(host.describe(), allow_nan=False))
+        told = json.loads(json.dumps(host.status(), allow_nan=False))
     assert ("dev", os.getpid(), None) == (told["host"], told["pid"], told["embedded_server"])
     (only,) = told["agents"]
     assert (name, 1, 0) == (only["name"], only["requests"], only["errors"])
@@ -187,8 +187,9 @@ async def test_without_a_url_the_host_brings_its_server(tmp_path: Path, name: st
         assert host.server is not None
         async with AgentMesh(host.server.url) as mesh:
             assert "ok" == await mesh.call(name, {})
-        assert host.server.pid == host.describe()["embedded_server"]["pid"]
-        json.dumps(host.describe(), allow_nan=False)
+        assert (server := host.status().embedded_server) is not None
+        assert host.server.pid == server.pid
+        json.dumps(host.status(), allow_nan=False)
     assert not alive(host.server.pid)
 
 

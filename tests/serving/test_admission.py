@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, KVEntry, Middleware, Overloaded, hookimpl
-from openagentmesh.agent.agent import Agent, Limits
+from openagentmesh.agent.agent import AgentVersion, Limits
 
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
 
 
 class Turnstile:
@@ -30,13 +30,13 @@ class Turnstile:
 def small(url: str) -> AgentMesh:
     """A mesh whose agents have room for one request and for one that waits, behind a plugin."""
     mesh = AgentMesh(url, plugins=[Turnstile()])
-    around = mesh._plugins.around
-    mesh._plugins.around = lambda agent, tables: around(shrunk(agent), tables)  # type: ignore[method-assign]
+    wrap = mesh._plugins.wrap
+    mesh._plugins.wrap = lambda agent, tables: wrap(shrunk(agent), tables)  # type: ignore[method-assign]
     return mesh
 
 
-def shrunk(agent: Agent) -> Agent:
-    return agent.limited(Limits(concurrency=1, queue=1))
+def shrunk(agent: AgentVersion) -> AgentVersion:
+    return agent.with_limits(Limits(concurrency=1, queue=1))
 
 
 async def test_room_is_counted_behind_plugins(small: AgentMesh, name: str) -> None:
@@ -60,7 +60,7 @@ async def test_room_is_counted_behind_plugins(small: AgentMesh, name: str) -> No
         assert {"Not you."} == {error.message for error in told if isinstance(error, Overloaded)}
         route = node_of(small).router.get(name)
         assert route is not None
-        assert (51, 51) == (route.counts.refused, route.counts.errors)
+        assert (51, 51) == (route.stats.overloaded, route.stats.errors)
 
 
 async def test_a_change_of_a_key_waits_for_room(small: AgentMesh, name: str) -> None:
@@ -77,13 +77,13 @@ async def test_a_change_of_a_key_waits_for_room(small: AgentMesh, name: str) -> 
         assert route is not None
 
         async def pass_through() -> None:
-            async with route._slots:
+            async with route._limiter:
                 pass
 
-        async with route._slots:
+        async with route._limiter:
             waiting = asyncio.create_task(pass_through())
             await asyncio.sleep(0)
-            assert route._slots.full
+            assert route._limiter.is_full
             await small.kv.put(f"{name}.key", "1")
             async with asyncio.timeout(10):
                 while not route.in_flight:

@@ -6,31 +6,21 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, MeshError
-from openagentmesh.agent.agent import Limits
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.headers import read_headers
-from openagentmesh.serving.background import Background
-from openagentmesh.transport.nats_client import Message
 
-from tests.mesh.test_mesh import Text, serve
-from tests.serving.test_router import node_of
+from tests.support.meshes import (
+    Text,
+    background_of,
+    declare_background,
+    listen,
+    next_frame,
+    reconnects,
+    restart_soon,
+    run_forever,
+    serve,
+)
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
-
-
-async def listen(mesh: AgentMesh, subject: str) -> asyncio.Queue[Message]:
-    """All messages on a subject from now on, as they are on the wire."""
-    heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).connection.subscribe(subject, heard.put_nowait)
-    await node_of(mesh).connection.flush()
-    return heard
-
-
-async def frame(heard: asyncio.Queue[Message]) -> tuple[dict[str, str], bytes]:
-    """Headers and body of the next message."""
-    async with asyncio.timeout(10):
-        message = await heard.get()
-    return read_headers(message.head), message.body
 
 
 def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
@@ -42,37 +32,6 @@ def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
     }
 
 
-def restart_soon(mesh: AgentMesh, pause: float = 0.01, longest: float = 0.05) -> None:
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(restart_pause=pause, restart_pause_max=longest))
-
-
-def background(mesh: AgentMesh, name: str) -> Background:
-    route = node_of(mesh).router.get(name)
-    assert route is not None
-    assert route.background is not None
-    return route.background
-
-
-def declare(mesh: AgentMesh, name: str, shape: str, run: Callable[[], object]) -> None:
-    """A publisher or a watcher that awaits what `run` gives."""
-    if shape == "publisher":
-
-        @mesh.agent(AgentSpec(name=name))
-        async def publisher() -> AsyncIterator[int]:
-            yield 0
-            await run()  # type: ignore[misc]
-
-    else:
-
-        @mesh.agent(AgentSpec(name=name))
-        async def watcher() -> None:
-            await run()  # type: ignore[misc]
-
-
-async def for_ever() -> None:
-    await asyncio.Event().wait()
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop waits only so long for what swallows its cancellation, and for what is on its way."""
@@ -81,7 +40,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
-    """Events count from 0, belong to no request, and the end frame is empty and has the count."""
+    """Events count from 0, belong to no request, and the end next_frame is empty and has the count."""
     heard = await listen(mesh, subjects.events(name))
 
     @mesh.agent(AgentSpec(name=name))
@@ -90,13 +49,13 @@ async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
         yield [2]
 
     await mesh.catalog()
-    assert (event(mesh, 0), b"[1]") == await frame(heard)
-    assert (event(mesh, 1), b"[2]") == await frame(heard)
-    assert (event(mesh, 2, end=True), b"") == await frame(heard)
+    assert (event(mesh, 0), b"[1]") == await next_frame(heard)
+    assert (event(mesh, 1), b"[2]") == await next_frame(heard)
+    assert (event(mesh, 2, end=True), b"") == await next_frame(heard)
 
 
 async def test_a_failure_is_told_and_the_next_run_begins_anew(mesh: AgentMesh, name: str) -> None:
-    """An exception is an error frame and a copy on `mesh.errors`; then it counts from 0 again."""
+    """An exception is an error next_frame and a copy on `mesh.errors`; then it counts from 0 again."""
     restart_soon(mesh)
     heard = await listen(mesh, subjects.events(name))
     copies = await listen(mesh, subjects.errors(name))
@@ -112,19 +71,19 @@ async def test_a_failure_is_told_and_the_next_run_begins_anew(mesh: AgentMesh, n
             raise MeshError("quota", "used up", details={"left": 0})
         if runs == 2:
             raise ZeroDivisionError("divided")
-        await for_ever()
+        await run_forever()
 
     await mesh.catalog()
     for run, code, message in ((1, "quota", "used up"), (2, "handler_error", "divided")):
-        assert (event(mesh, 0), str(run).encode()) == await frame(heard)
-        headers, body = await frame(heard)
+        assert (event(mesh, 0), str(run).encode()) == await next_frame(heard)
+        headers, body = await next_frame(heard)
         assert failed == headers
         details = {"left": 0} if run == 1 else {}
         envelope = {"code": code, "message": message, "agent": name, "request_id": "", "details": details}
         assert envelope == json.loads(body)
-        headers, copy = await frame(copies)
+        headers, copy = await next_frame(copies)
         assert ("error", body) == (headers["X-Mesh-Status"], copy)
-    assert (event(mesh, 0), b"3") == await frame(heard)
+    assert (event(mesh, 0), b"3") == await next_frame(heard)
 
 
 async def test_a_failing_watcher_is_told_of_on_errors_only(mesh: AgentMesh, name: str) -> None:
@@ -136,10 +95,10 @@ async def test_a_failing_watcher_is_told_of_on_errors_only(mesh: AgentMesh, name
     async def run() -> None:
         raise ValueError("broken")
 
-    declare(mesh, name, "watcher", run)
+    declare_background(mesh, name, "watcher", run)
     await mesh.catalog()
     for _ in range(3):
-        envelope = json.loads((await frame(copies))[1])
+        envelope = json.loads((await next_frame(copies))[1])
         assert ("handler_error", "broken", name) == (envelope["code"], envelope["message"], envelope["agent"])
     assert heard.empty()
 
@@ -157,7 +116,7 @@ async def test_pauses_grow_are_jittered_and_bounded(mesh: AgentMesh, name: str) 
             pauses.append(loop.time() - ended)
         if len(pauses) == 16:
             enough.set()
-            await for_ever()
+            await run_forever()
         ended = loop.time()
         raise ValueError("broken")
 
@@ -167,7 +126,7 @@ async def test_pauses_grow_are_jittered_and_bounded(mesh: AgentMesh, name: str) 
     shortest = [0.5 * min(0.01 * 2**n, 0.08) for n in range(16)]
     assert all(pause > least - 0.002 for pause, least in zip(pauses, shortest, strict=True))
     assert min(pauses[3:]) < 0.079  # all of them would be at least 0.08
-    assert 16 == background(mesh, name).restarts
+    assert 16 == background_of(mesh, name).restarts
 
 
 @SHAPES
@@ -178,9 +137,9 @@ async def test_one_that_returns_is_done(mesh: AgentMesh, name: str, shape: str) 
     async def run() -> None:
         runs.append(1)
 
-    declare(mesh, name, shape, run)
+    declare_background(mesh, name, shape, run)
     await mesh.catalog()
-    found = background(mesh, name)
+    found = background_of(mesh, name)
     assert found._task is not None
     await asyncio.wait([found._task], timeout=10)
     await found.stop()
@@ -202,7 +161,7 @@ async def test_exactly_one_runs(mesh: AgentMesh, name: str, shape: str) -> None:
             try:
                 if len(versions) % 3:
                     raise ValueError("broken")
-                await for_ever()
+                await run_forever()
             finally:
                 try:
                     await asyncio.sleep(0.002)  # the next one waits for this
@@ -212,7 +171,7 @@ async def test_exactly_one_runs(mesh: AgentMesh, name: str, shape: str) -> None:
         return run
 
     for number in range(5):
-        declare(mesh, name, shape, version(number))
+        declare_background(mesh, name, shape, version(number))
         await mesh.catalog()
         async with asyncio.timeout(10):
             while number not in versions:
@@ -232,25 +191,25 @@ async def test_one_that_is_ended_says_so(
         async def old() -> AsyncIterator[str]:
             try:
                 yield "old"
-                await for_ever()
+                await run_forever()
             finally:
                 await asyncio.sleep(0.01)
                 cleaned.set()
 
         await provider.catalog()
-        assert (event(provider, 0), b'"old"') == await frame(heard)
+        assert (event(provider, 0), b'"old"') == await next_frame(heard)
         if again:
 
             @provider.agent(AgentSpec(name=name, version="2.0.0"))
             async def new() -> AsyncIterator[int]:
                 assert cleaned.is_set()
                 yield 7
-                await for_ever()
+                await run_forever()
 
             assert "2.0.0" == (await provider.contract(name)).version
-            assert (event(provider, 1), b"7") == await frame(heard)
+            assert (event(provider, 1), b"7") == await next_frame(heard)
     assert cleaned.is_set()
-    assert (event(provider, 1 + again, end=True), b"") == await frame(heard)
+    assert (event(provider, 1 + again, end=True), b"") == await next_frame(heard)
 
 
 async def test_one_that_is_deaf_is_left_and_named(
@@ -270,7 +229,7 @@ async def test_one_that_is_deaf_is_left_and_named(
                     continue
 
         await started.wait()
-        left = background(provider, name)._task
+        left = background_of(provider, name)._task
         assert left is not None
     assert [name] == [r.message.split()[0] for r in caplog.records if "does not stop" in r.message]
     assert not left.done()
@@ -293,7 +252,7 @@ async def test_one_that_fails_of_its_stop_is_not_started_again(
         if over:  # a bug must not outlive its test
             return
         try:
-            await for_ever()
+            await run_forever()
         finally:
             while late and not release.is_set():
                 try:
@@ -304,9 +263,9 @@ async def test_one_that_fails_of_its_stop_is_not_started_again(
 
     async with new_mesh() as provider:
         restart_soon(provider)
-        declare(provider, name, shape, run)
+        declare_background(provider, name, shape, run)
         await started.wait()
-        left = background(provider, name)._task
+        left = background_of(provider, name)._task
         assert left is not None
     release.set()
     await asyncio.wait([left], timeout=1)
@@ -332,17 +291,17 @@ async def test_what_leaks_kills_nothing(
         runs += 1
         if runs == 3:
             again.set()
-            await for_ever()
+            await run_forever()
         if leaked is not None:
             raise leaked
         asyncio.current_task().cancel()  # type: ignore[union-attr]
-        await for_ever()
+        await run_forever()
 
-    declare(mesh, name, shape, run)
+    declare_background(mesh, name, shape, run)
     serve(mesh, f"{name}.other")
     async with asyncio.timeout(5):
         await again.wait()
-    assert ("running", 2) == (background(mesh, name).state, background(mesh, name).restarts)
+    assert ("running", 2) == (background_of(mesh, name).state, background_of(mesh, name).restarts)
     assert {"text": "ok"} == await mesh.call(f"{name}.other", {})
 
 
@@ -362,13 +321,16 @@ async def test_one_that_never_awaits_starves_nobody(mesh: AgentMesh, name: str) 
             yield number
 
     assert {"text": "ok"} == await mesh.call(f"{name}.other", {}, timeout=10)
-    assert [b"0", b"1", b"2", b""] == [(await frame(heard))[1] for _ in range(4)]
-    assert "running" == background(mesh, f"{name}.greedy").state
+    assert [b"0", b"1", b"2", b""] == [(await next_frame(heard))[1] for _ in range(4)]
+    assert "running" == background_of(mesh, f"{name}.greedy").state
 
 
 @pytest.mark.parametrize(
     ("value", "code", "says"),
-    [("text", "handler_error", "declare"), (Text(text="x" * 2_000_000), "payload_too_large", "larger")],
+    [
+        ("text", "handler_error", "declare_background"),
+        (Text(text="x" * 2_000_000), "payload_too_large", "larger"),
+    ],
     ids=["type", "size"],
 )
 async def test_an_event_that_cannot_be_sent(
@@ -382,15 +344,15 @@ async def test_an_event_that_cannot_be_sent(
         yield value
 
     await mesh.catalog()
-    envelope = json.loads((await frame(heard))[1])
+    envelope = json.loads((await next_frame(heard))[1])
     assert (code, name, True) == (envelope["code"], envelope["agent"], says in envelope["message"])
-    assert node_of(mesh).connection.reconnects == 0
+    assert reconnects(mesh) == 0
 
 
 async def test_it_is_listed(mesh: AgentMesh, name: str) -> None:
     """Publishers stream and take no requests, watchers do neither; a publisher says what it emits."""
-    declare(mesh, f"{name}.p", "publisher", for_ever)
-    declare(mesh, f"{name}.w", "watcher", for_ever)
+    declare_background(mesh, f"{name}.p", "publisher", run_forever)
+    declare_background(mesh, f"{name}.w", "watcher", run_forever)
     listed = [(e.name, e.invocable, e.streaming) for e in await mesh.catalog(channel=name)]
     assert [(f"{name}.p", False, True), (f"{name}.w", False, False)] == listed
     contract = await mesh.contract(f"{name}.p")

@@ -14,8 +14,8 @@ from openagentmesh.registry import presence
 from openagentmesh.state.kv import KV
 from openagentmesh.transport.nats_client import Message
 
-from tests.serving.test_router import node_of
-from tests.state.test_kv import restartable
+from tests.support.meshes import flush, node_of, reconnects
+from tests.support.servers import restartable
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ async def events_of(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
         heard.put_nowait("{level} {event}".format_map(json.loads(message.body)))
 
     await node_of(mesh).connection.subscribe(subjects.logs(name), receive)
-    await node_of(mesh).connection.flush()
+    await flush(mesh)
     return heard
 
 
@@ -54,7 +54,7 @@ def is_open(mesh: AgentMesh, name: str) -> bool:
     return route.gate.is_open
 
 
-async def settled(mesh: AgentMesh, name: str, *, open_: bool) -> None:
+async def wait_served(mesh: AgentMesh, name: str, *, open_: bool) -> None:
     async with asyncio.timeout(5):
         while is_open(mesh, name) != open_:
             await asyncio.sleep(0.005)
@@ -71,7 +71,7 @@ async def test_a_key_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -> No
                 await ask(name)
         assert name in {entry.name for entry in await mesh.catalog()}
         assert name == (await mesh.contract(name)).name
-        assert name in (await presence.instances(node_of(mesh).buckets))[mesh.instance_id]["agents"]
+        assert name in (await presence.read_records(node_of(mesh).buckets))[mesh.instance_id].agents
         await mesh.kv.put(f"{name}.mode", "on")
         await told(heard, "agent_activated")
         assert mesh.instance_id == await mesh.call(name)
@@ -86,14 +86,14 @@ async def test_a_message_turns_an_agent_on_and_off(mesh: AgentMesh, name: str) -
     assert not is_open(mesh, name)
     connection = node_of(mesh).connection
     await connection.publish(f"{name}.status", b'{"open": true}')
-    await settled(mesh, name, open_=True)
+    await wait_served(mesh, name, open_=True)
     await connection.publish(f"{name}.status", b"junk")
     await connection.publish(f"{name}.status", b"")
     await connection.publish(f"{name}.status", b"{}")
     await connection.flush()
     assert mesh.instance_id == await mesh.call(name)
     await connection.publish(f"{name}.status", b'{"open": false}')
-    await settled(mesh, name, open_=False)
+    await wait_served(mesh, name, open_=False)
 
 
 @pytest.mark.parametrize("initial", [True, False])
@@ -106,9 +106,9 @@ async def test_before_anything_is_known_it_is_as_it_begins(
     await mesh.catalog()
     assert (initial, initial) == (is_open(mesh, f"{name}.a"), is_open(mesh, f"{name}.b"))
     await mesh.kv.put(f"{name}.k", "off" if initial else "on")
-    await settled(mesh, f"{name}.a", open_=not initial)
+    await wait_served(mesh, f"{name}.a", open_=not initial)
     await mesh.kv.delete(f"{name}.k")
-    await settled(mesh, f"{name}.a", open_=initial)
+    await wait_served(mesh, f"{name}.a", open_=initial)
 
 
 async def test_what_is_on_at_the_start_is_callable_at_once(
@@ -153,7 +153,7 @@ async def test_what_runs_gets_time_when_it_is_turned_off(
     call = asyncio.create_task(mesh.call(name))
     await started.wait()
     await mesh.kv.put(name, "off")
-    await settled(mesh, name, open_=False)
+    await wait_served(mesh, name, open_=False)
     if patient:
         go.set()
         assert "done" == await call
@@ -208,7 +208,7 @@ async def test_a_gate_holds_for_everything_an_agent_does(mesh: AgentMesh, name: 
         async with asyncio.timeout(20):
             assert {"publisher", "watcher"} == {await ended.get(), await ended.get()}
         await node_of(mesh).connection.publish(f"{name}.in", b"9")
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
     assert got.empty()
 
 
@@ -230,7 +230,7 @@ async def test_after_a_burst_of_changes_the_last_one_holds(mesh: AgentMesh, name
         async with asyncio.timeout(20):
             while last not in judged:
                 await asyncio.sleep(0.005)
-        await settled(mesh, name, open_=last.startswith("on"))
+        await wait_served(mesh, name, open_=last.startswith("on"))
     # It may still be closing for the last "off", and is on after that.
     assert mesh.instance_id == await settled_call(mesh, name)
     assert is_open(mesh, name)
@@ -253,7 +253,7 @@ async def test_a_predicate_that_raises_changes_nothing(
             await asyncio.sleep(0.005)
     assert mesh.instance_id == await mesh.call(name)
     await mesh.kv.put(name, "off")
-    await settled(mesh, name, open_=False)
+    await wait_served(mesh, name, open_=False)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
@@ -270,10 +270,10 @@ async def test_a_gate_is_right_again_after_a_restart(name: str, tmp_path: Path, 
             gated(mesh, f"{name}.{key}", mesh.kv_condition(f"{name}.{key}", lambda text: text == "on"))
             await mesh.kv.put(f"{name}.{key}", "off" if key == "c" else "on")
             await mesh.catalog()
-            await settled(mesh, f"{name}.{key}", open_=key != "c")
+            await wait_served(mesh, f"{name}.{key}", open_=key != "c")
         await restart(meanwhile if kept else None)
         for key in ("b", "d", "c", "a"):
-            await settled(mesh, f"{name}.{key}", open_=kept and key in {"a", "c"})
+            await wait_served(mesh, f"{name}.{key}", open_=kept and key in {"a", "c"})
         for key in ("a", "b"):
             await mesh.kv.put(f"{name}.{key}", "on")
             assert mesh.instance_id == await settled_call(mesh, f"{name}.{key}")
@@ -281,7 +281,7 @@ async def test_a_gate_is_right_again_after_a_restart(name: str, tmp_path: Path, 
 
 async def settled_call(mesh: AgentMesh, name: str) -> Any:
     await mesh.catalog()
-    await settled(mesh, name, open_=True)
+    await wait_served(mesh, name, open_=True)
     async with asyncio.timeout(20):
         while True:
             try:
@@ -302,7 +302,7 @@ async def test_swapping_a_gated_agent_keeps_one_gate(mesh: AgentMesh, name: str)
     await mesh.kv.put(f"{name}.old", "off")
     await mesh.kv.put(f"{name}.old", "on")
     await mesh.kv.put(f"{name}.new", "on")
-    await settled(mesh, name, open_=True)
+    await wait_served(mesh, name, open_=True)
     assert mesh.instance_id == await mesh.call(name)
 
 
@@ -311,7 +311,7 @@ async def test_what_a_subject_said_holds_for_the_next_version(mesh: AgentMesh, n
     gated(mesh, name, mesh.subject_condition(f"{name}.switch", lambda text: text == "on"))
     await mesh.catalog()
     await mesh.publish(f"{name}.switch", "on")
-    await settled(mesh, name, open_=True)
+    await wait_served(mesh, name, open_=True)
     for number in range(2):
         gated(mesh, name, mesh.subject_condition(f"{name}.switch", lambda text: text in {"on", "yes"}))
         assert mesh.instance_id == await mesh.call(name), number
@@ -364,10 +364,10 @@ async def test_what_is_turned_on_again_serves_at_once(mesh: AgentMesh, name: str
     slow = asyncio.create_task(mesh.call(name, "slow"))
     await started.wait()
     await mesh.kv.put(name, "off")
-    await settled(mesh, name, open_=False)
+    await wait_served(mesh, name, open_=False)
     await mesh.kv.put(name, "on")
     try:
-        await settled(mesh, name, open_=True)
+        await wait_served(mesh, name, open_=True)
         assert "quick" == await mesh.call(name, "quick")
     finally:
         go.set()
@@ -393,7 +393,7 @@ async def test_a_publisher_that_is_turned_off_ends_its_events(mesh: AgentMesh, n
         await mesh.kv.put(name, "off")
         frame = await asyncio.wait_for(frames.get(), 10)
         assert (b"", 1, True, False) == (frame.body, frame.seq, frame.end, frame.error)
-        await settled(mesh, name, open_=False)
+        await wait_served(mesh, name, open_=False)
 
 
 @pytest.mark.parametrize("kind", ["key", "subject"])
@@ -410,8 +410,8 @@ async def test_a_predicate_may_raise_anything(mesh: AgentMesh, name: str, kind: 
     await mesh.catalog()
     for text, open_ in (("on", True), ("neither", True), ("off", False), ("neither", False), ("on", True)):
         await tell(name, text)
-        await settled(mesh, name, open_=open_)
-    assert 0 == node_of(mesh).connection.reconnects
+        await wait_served(mesh, name, open_=open_)
+    assert 0 == reconnects(mesh)
 
 
 @pytest.mark.parametrize("word", ["", "a b", "a..b", ".a", "a.>.b", "x" * 5000, None, 7])

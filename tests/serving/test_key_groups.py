@@ -9,9 +9,8 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, KVEntry
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
 
-from tests.serving.test_router import node_of
-from tests.serving.test_sources import driven, take
-from tests.state.test_kv import restartable
+from tests.support.meshes import declare_driven, node_of, take
+from tests.support.servers import restartable
 
 
 async def test_a_group_shares_the_changes_of_keys(
@@ -43,7 +42,9 @@ async def test_a_group_outlives_a_restart(
     """What is changed as soon as the connection is back is handled at once, and once."""
     monkeypatch.setattr("openagentmesh.transport.kv._PULL_S", 60.0)
     async with restartable(tmp_path if kept else "") as (mesh, restart):
-        got = driven(mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init))
+        got = declare_driven(
+            mesh, name, KVEntry[str], mesh.kv_source("k.*", queue_group="g", on_init=on_init)
+        )
         await mesh.catalog()
         stream = node_of(mesh).connection.jetstream()
         while not any(i.name[:2] == "g-" for i in await stream.consumers_info(f"KV_{CONTEXT_BUCKET}")):
@@ -87,7 +88,7 @@ async def test_a_group_waits_as_long_as_its_agents_may_take_now(
     for grace in (10.0, 20.0):
         monkeypatch.setattr("openagentmesh.serving.triggers._GROUP_GRACE", grace)
         async with new_mesh() as mesh:
-            got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", queue_group=name))
+            got = declare_driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", queue_group=name))
             await mesh.kv.put(f"{name}.a", str(grace))
             await take(got)
             groups = await node_of(mesh).connection.jetstream().consumers_info(f"KV_{CONTEXT_BUCKET}")

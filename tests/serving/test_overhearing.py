@@ -8,8 +8,7 @@ from openagentmesh import AgentMesh, AgentSpec, HandlerError, MeshMessage
 from openagentmesh.agent.agent import DEFAULT_LIMITS
 from openagentmesh.transport.nats_client import Message
 
-from tests.serving.test_router import node_of
-from tests.serving.test_sources import errors_of, take
+from tests.support.meshes import errors_of, flush, node_of, take
 
 ROOM = DEFAULT_LIMITS.concurrency + DEFAULT_LIMITS.queue
 
@@ -128,7 +127,7 @@ async def test_those_who_hear_of_requests_set_off_nobody(
 
     await mesh.catalog()
     for each in ("0", "1", "bad"):
-        node_of(mesh).router.events.set_level(f"{name}.{each}", "debug")
+        node_of(mesh).router.logs.set_level(f"{name}.{each}", "debug")
     with pytest.raises(HandlerError):
         await mesh.call(f"{name}.bad")
     events = [None] if told == "errors" else ["request_received", "request_failed"]
@@ -137,7 +136,7 @@ async def test_those_who_hear_of_requests_set_off_nobody(
         while len(got) < len(expected):
             await asyncio.sleep(0.005)
     for _ in range(3):  # what they had told of these would be here by now
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
         await asyncio.sleep(0.01)
     assert sorted(map(str, expected)) == sorted(map(str, got))
     assert f"{name}.0 failed on what it heard on mesh.{told}.{name}.bad" in caplog.text

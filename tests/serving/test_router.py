@@ -23,11 +23,12 @@ from openagentmesh import (
     current_call,
 )
 from openagentmesh.agent.agent import Limits
-from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
+
+from tests.support.meshes import flush, node_of, reconnects
 
 
 class Unspeakable(Exception):
@@ -37,11 +38,6 @@ class Unspeakable(Exception):
 
 class Number(BaseModel):
     value: int = 0
-
-
-def node_of(mesh: AgentMesh) -> Node:
-    assert mesh._node is not None
-    return mesh._node
 
 
 async def test_requests_run_side_by_side(mesh: AgentMesh, name: str) -> None:
@@ -126,7 +122,7 @@ async def test_a_timed_out_handler_is_stopped(mesh: AgentMesh, name: str) -> Non
 
 async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
     """A handler that outlives its agent's timeout is stopped and answered by the host."""
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.1))
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.1))
 
     @mesh.agent(AgentSpec(name=name))
     async def hang(req: Number) -> Number:
@@ -139,7 +135,7 @@ async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
 
 async def test_beyond_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name: str) -> None:
     """One runs, one waits, the third is refused at once with when to try again."""
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(concurrency=1, queue=1))
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(concurrency=1, queue=1))
     going, go = asyncio.Semaphore(0), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -154,7 +150,7 @@ async def test_beyond_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name:
     route = node_of(mesh).router.get(name)
     assert route is not None
     while route.in_flight < 2:  # the second one is on its way through a real server
-        await node_of(mesh).connection.flush()
+        await flush(mesh)
     with pytest.raises(Overloaded) as caught:
         await mesh.call(name, {"value": 3})
     assert caught.value.details["retry_after_ms"] > 0
@@ -173,7 +169,7 @@ async def test_a_reply_that_is_too_large(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name, {"value": 2_000_000}, timeout=5)
     assert caught.value.details["size"] > caught.value.details["limit"]
     assert "xx" == await mesh.call(name, {"value": 2})
-    assert node_of(mesh).connection.reconnects == 0
+    assert reconnects(mesh) == 0
 
 
 async def test_an_error_that_is_too_large(mesh: AgentMesh, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Agents driven by messages and by changes of the shared state."""
+"""Agents declare_driven by messages and by changes of the shared state."""
 
 import asyncio
 import json
@@ -22,13 +22,12 @@ from openagentmesh import (
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.headers import read_headers
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
-from openagentmesh.serving.triggers import KVFeed
 from openagentmesh.state.kv import KV
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel, Field, model_validator
 
-from tests.serving.test_router import node_of
-from tests.state.test_kv import restartable
+from tests.support.meshes import declare_driven, errors_of, flush, node_of, sources_started, take
+from tests.support.servers import restartable
 
 Source = SubjectSource | KVSource
 
@@ -51,34 +50,6 @@ class Strict(BaseModel):
         return {"item": value["item"].strip()}
 
 
-def driven(mesh: AgentMesh, name: str, hint: Any, *sources: Source) -> asyncio.Queue[Any]:
-    """Declare an agent whose handler takes `hint` (None: nothing); gives what it was given."""
-    got: asyncio.Queue[Any] = asyncio.Queue()
-
-    async def nothing() -> None:
-        got.put_nowait(None)
-
-    async def handler(given: Any) -> None:
-        got.put_nowait(given)
-
-    handler.__annotations__["given"] = hint
-    mesh.agent(AgentSpec(name=name), sources=sources)(nothing if hint is None else handler)
-    return got
-
-
-async def take(got: asyncio.Queue[Any], count: int = 1) -> list[Any]:
-    async with asyncio.timeout(5):
-        return [await got.get() for _ in range(count)]
-
-
-async def errors_of(mesh: AgentMesh, name: str) -> asyncio.Queue[Message]:
-    heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).connection.subscribe(subjects.errors(name), heard.put_nowait)
-    await mesh.catalog()
-    await node_of(mesh).connection.flush()
-    return heard
-
-
 @pytest.mark.parametrize(
     ("hint", "payload", "expected"),
     [
@@ -98,7 +69,7 @@ async def test_a_message_drives_the_handler(
     mesh: AgentMesh, name: str, hint: Any, payload: Order | str | bytes, expected: object
 ) -> None:
     """Each message on the subject, with its data as the declared type."""
-    got = driven(mesh, name, hint, mesh.subject_source(f"{name}.in.*"))
+    got = declare_driven(mesh, name, hint, mesh.subject_source(f"{name}.in.*"))
     await mesh.catalog()
     await mesh.publish(f"{name}.in.a", payload)
     await mesh.publish(f"{name}.other", payload)
@@ -109,7 +80,7 @@ async def test_a_message_drives_the_handler(
 
 async def test_a_message_comes_with_its_subject_and_headers(mesh: AgentMesh, name: str) -> None:
     """`MeshMessage[Model]` has all of it."""
-    got = driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.*"))
+    got = declare_driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.*"))
     await mesh.catalog()
     await mesh.publish(f"{name}.a", Order(item="tea"), headers={"X-Mine": "yes"})
     [message] = await take(got)
@@ -122,8 +93,10 @@ async def test_a_queue_group_shares_and_others_all_get(
 ) -> None:
     """With a queue group each message goes to one mesh, without one to each."""
     other = new_mesh()
-    shared = [driven(m, f"{name}.a", str, m.subject_source(name, queue_group="g")) for m in (mesh, other)]
-    each = [driven(m, f"{name}.b", str, m.subject_source(name)) for m in (mesh, other)]
+    shared = [
+        declare_driven(m, f"{name}.a", str, m.subject_source(name, queue_group="g")) for m in (mesh, other)
+    ]
+    each = [declare_driven(m, f"{name}.b", str, m.subject_source(name)) for m in (mesh, other)]
     async with other:
         await other.catalog()
         await mesh.catalog()
@@ -131,8 +104,8 @@ async def test_a_queue_group_shares_and_others_all_get(
             await mesh.publish(name, str(number))
         for got in each:
             assert [str(n) for n in range(40)] == await take(got, 40)
-        await node_of(mesh).connection.flush()
-        await node_of(other).connection.flush()
+        await flush(mesh)
+        await flush(other)
         assert 40 == sum(got.qsize() for got in shared)
 
 
@@ -178,7 +151,7 @@ async def test_what_fails_is_told_and_the_next_one_handled(mesh: AgentMesh, name
 
 async def test_a_responder_with_sources_is_still_called(mesh: AgentMesh, name: str) -> None:
     """Sources are besides requests, not instead of them."""
-    got = driven(mesh, name, Order, mesh.subject_source(f"{name}.in"))
+    got = declare_driven(mesh, name, Order, mesh.subject_source(f"{name}.in"))
     assert {} == await mesh.call(name, Order(item="called"))
     await mesh.publish(f"{name}.in", Order(item="sent"))
     assert ["called", "sent"] == [order.item for order in await take(got, 2)]
@@ -186,7 +159,7 @@ async def test_a_responder_with_sources_is_still_called(mesh: AgentMesh, name: s
 
 async def test_what_only_sources_drive_is_not_called(mesh: AgentMesh, name: str) -> None:
     """It is in the catalog as no agent to call, and calls are refused in the protocol's words."""
-    driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.in"))
+    declare_driven(mesh, name, MeshMessage[Order], mesh.subject_source(f"{name}.in"))
     [entry] = await mesh.catalog(channel=name)
     assert (False, False) == (entry.invocable, entry.streaming)
     with pytest.raises(
@@ -227,22 +200,13 @@ async def test_changes_of_keys_come_in_order_one_at_a_time(mesh: AgentMesh, name
 async def test_deletions_come_to_those_who_can_take_them(mesh: AgentMesh, name: str, hint: Any) -> None:
     """A handler for values only is not bothered; values are read as its model."""
     await mesh.kv.put_model(f"{name}.a", Order(item="1"))
-    got = driven(mesh, name, hint, mesh.kv_source(f"{name}.*", on_init="skip"))
+    got = declare_driven(mesh, name, hint, mesh.kv_source(f"{name}.*", on_init="skip"))
     await mesh.catalog()
-    await asyncio.wait_for(following(mesh, name), 10)
+    await asyncio.wait_for(sources_started(mesh, name), 10)
     await mesh.kv.delete(f"{name}.a")
     await mesh.kv.put_model(f"{name}.a", Order(item="2"))
     [given] = await take(got)
     assert "2" == (given.value if isinstance(given, KVEntry) else given).item
-
-
-async def following(mesh: AgentMesh, name: str) -> None:
-    """Wait until an agent's KV sources have been told all that there was."""
-    route = node_of(mesh).router.get(name)
-    assert route is not None
-    for feed in route._feeds.values():
-        if isinstance(feed, KVFeed):
-            await feed._started.wait()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
@@ -255,7 +219,7 @@ async def test_nothing_is_lost_or_repeated_over_a_restart(name: str, tmp_path: P
         await kv.put("k.d", "2")
 
     async with restartable(tmp_path if kept else "") as (mesh, restart):
-        got = driven(mesh, name, KVEntry[str | None], mesh.kv_source("k.*"))
+        got = declare_driven(mesh, name, KVEntry[str | None], mesh.kv_source("k.*"))
         for key in ("k.a", "k.b", "k.c"):
             await mesh.kv.put(key, "1")
         assert ["1", "1", "1"] == [entry.value for entry in await take(got, 3)]
@@ -317,7 +281,7 @@ def test_sources_that_cannot_be_are_refused(subject: Any) -> None:
 
 async def test_a_text_that_is_none_is_invalid(mesh: AgentMesh, name: str) -> None:
     """A handler is never given a text that nobody wrote: bytes that are no UTF-8 are `invalid_input`."""
-    got = driven(mesh, name, str, mesh.kv_source(f"{name}.*"), mesh.subject_source(f"{name}.in"))
+    got = declare_driven(mesh, name, str, mesh.kv_source(f"{name}.*"), mesh.subject_source(f"{name}.in"))
     heard = await errors_of(mesh, name)
     await mesh.kv.put(f"{name}.a", b"\xff")
     await mesh.publish(f"{name}.in", b"\xff")
@@ -344,16 +308,16 @@ async def test_what_is_there_can_be_skipped(
 
     if begin == "lost":
         monkeypatch.setattr(buckets, "watch", lost_once)
-    got = driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", on_init="skip"))
+    got = declare_driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", on_init="skip"))
     await mesh.catalog()
-    await asyncio.wait_for(following(mesh, name), 10)
+    await asyncio.wait_for(sources_started(mesh, name), 10)
     await mesh.kv.put(f"{name}.b", "new")
     assert ["new"] == [entry.value for entry in await take(got)]
 
 
 async def test_who_overhears_a_stream_does_not_end_it(mesh: AgentMesh, name: str) -> None:
     """A source that cannot read somebody else's request tells `mesh.errors`, not that one's reader."""
-    got = driven(mesh, f"{name}.audit", Order, mesh.subject_source(f"mesh.agent.{name}.>"))
+    got = declare_driven(mesh, f"{name}.audit", Order, mesh.subject_source(f"mesh.agent.{name}.>"))
 
     @mesh.agent(AgentSpec(name=f"{name}.gen"))
     async def gen(count: int) -> AsyncIterator[int]:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, KVEntry, NotAvailable, NotFound
 
-from tests.serving.test_router import node_of
-from tests.serving.test_sources import following
+from tests.support.meshes import node_of, sources_started
 
 
 async def test_a_gate_that_could_not_start_is_started_again(
@@ -64,7 +63,7 @@ async def test_changes_of_keys_stay_one_after_the_other_over_a_gate(mesh: AgentM
         route = node_of(mesh).router.get(name)
         await asyncio.sleep(0.01)
     async with asyncio.timeout(10):
-        await following(mesh, name)
+        await sources_started(mesh, name)
         await mesh.kv.put(f"{name}.a", "1")
         await going.acquire()
         for value, is_open in (("off", False), ("on", True)):

@@ -13,7 +13,7 @@ from openagentmesh.serving.streams import WINDOW, ChunkReader
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
 
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
 
 
 class Wanted(BaseModel):
@@ -214,7 +214,7 @@ async def test_a_slow_reader_keeps_its_stream(
 ) -> None:
     """The host's patience is for the handler: a reader may take longer than that over many chunks."""
     monkeypatch.setattr("openagentmesh.serving.streams._GRANT_WITHIN", 0.1)
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.5))
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.5))
 
     @mesh.agent(AgentSpec(name=name))
     async def count(req: Wanted) -> AsyncIterator[int]:
@@ -233,7 +233,7 @@ async def test_a_reader_that_takes_nothing_is_named(
 ) -> None:
     """The handler is stopped in the end, and it is not said that it was too slow."""
     monkeypatch.setattr("openagentmesh.serving.route._SETTLING", 0.1)
-    node_of(mesh).ready = lambda agent: agent.limited(Limits(timeout=0.2))
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.2))
     stopped = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from openagentmesh import AgentMesh, AgentSpec, KVEntry, MeshMessage
 
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of
 
 
 async def test_a_swap_loses_no_message_of_a_source(mesh: AgentMesh, name: str) -> None:

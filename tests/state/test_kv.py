@@ -3,8 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from openagentmesh import (
 )
 from openagentmesh.protocol import subjects
 from openagentmesh.state.kv import KV, Draft
-from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import cancel_and_wait
 from pydantic import BaseModel
 
-from tests.serving.test_router import node_of
+from tests.support.meshes import node_of, reconnects, take_next
+from tests.support.servers import restartable
 
 KEY = re.compile(r"[-/_=A-Za-z0-9]+(\.[-/_=A-Za-z0-9]+)*")
 
@@ -37,40 +37,6 @@ class Plan(BaseModel):
 
 class Unjson(BaseModel):
     thing: Any
-
-
-Meanwhile = Callable[[KV], Awaitable[None]]
-
-
-@asynccontextmanager
-async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[..., Awaitable[None]]]]:
-    """A mesh on a server of its own, and what restarts that; `store` is a folder or empty.
-
-    What the restart is given changes the store while the mesh is away.
-    """
-    server = EmbeddedServer(store=str(store))
-    await server.start()
-
-    async def restart(meanwhile: Meanwhile | None = None) -> None:
-        nonlocal server
-        await server.stop()
-        while node_of(mesh).connection.connected:
-            await asyncio.sleep(0.01)
-        if meanwhile is not None:
-            elsewhere = EmbeddedServer(store=str(store))
-            await elsewhere.start()
-            async with AgentMesh(elsewhere.url) as stranger:
-                await meanwhile(stranger.kv)
-            await elsewhere.stop()
-        server = EmbeddedServer(server.port, str(store))
-        await server.start()
-        await node_of(mesh).connection.wait_connected()
-
-    try:
-        async with AgentMesh(server.url) as mesh:
-            yield mesh, restart
-    finally:
-        await server.stop()
 
 
 async def enter(block: AbstractAsyncContextManager[Any]) -> None:
@@ -95,11 +61,6 @@ EVERYTHING: list[Callable[[KV, str], Awaitable[object]]] = [
     lambda kv, key: kv.put_model(key, Plan()),
     lambda kv, key: anext(kv.watch(key)),  # may have wildcards
 ]
-
-
-async def take(watch: AsyncGenerator[str, None]) -> str:
-    async with asyncio.timeout(20):
-        return await anext(watch)
 
 
 async def test_a_text_comes_back_as_it_was_put(mesh: AgentMesh, name: str) -> None:
@@ -269,7 +230,7 @@ async def test_what_cannot_be_a_key_is_refused(mesh: AgentMesh, name: str, key: 
         with pytest.raises(InvalidInput, match="key is"):
             await use(mesh.kv, key)
     await mesh.kv.put(name, "x")
-    assert 0 == node_of(mesh).connection.reconnects
+    assert 0 == reconnects(mesh)
 
 
 @given(key=st.text(max_size=8) | st.text("ab./*>_=- \n\x00é", max_size=8))
@@ -297,7 +258,7 @@ async def test_a_key_may_be_long(mesh: AgentMesh) -> None:
     key = "x" * subjects.MAX_SUBJECT
     await mesh.kv.create(key, "1")
     async with aclosing(mesh.kv.watch(key)) as watch:
-        assert "1" == await take(watch)
+        assert "1" == await take_next(watch)
     await mesh.kv.delete(key)
     assert [] == await mesh.kv.list(key)
 
@@ -343,7 +304,7 @@ async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: in
             assert over <= 0
             assert value == await mesh.kv.get(key)
             await mesh.kv.delete(key)
-    assert 0 == node_of(mesh).connection.reconnects
+    assert 0 == reconnects(mesh)
 
 
 async def test_without_a_connection_everything_is_connection_failed(url: str, name: str) -> None:
@@ -361,11 +322,11 @@ async def test_a_watch_tells_what_is_there_and_each_change(mesh: AgentMesh, name
     """A key, or all keys of a pattern; deletions are not told."""
     await mesh.kv.put(f"{name}.a.status", "old")
     async with aclosing(mesh.kv.watch(f"{name}.*.status")) as watch:
-        assert "old" == await take(watch)
+        assert "old" == await take_next(watch)
         await mesh.kv.delete(f"{name}.a.status")
         await mesh.kv.put(f"{name}.b.other", "not this")
         await mesh.kv.put(f"{name}.b.status", "new")
-        assert "new" == await take(watch)
+        assert "new" == await take_next(watch)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
@@ -381,12 +342,12 @@ async def test_a_watch_outlives_a_restart_of_the_server(name: str, tmp_path: Pat
     ):
         for key in ("a", "b"):
             await mesh.kv.put(f"{name}.{key}", f"before {key}")
-            assert f"before {key}" == await take(watch)
+            assert f"before {key}" == await take_next(watch)
         await restart(meanwhile if kept else None)
         await mesh.kv.put(f"{name}.c", "after")
         if kept:
-            assert "while away" == await take(watch)
-        assert "after" == await take(watch)
+            assert "while away" == await take_next(watch)
+        assert "after" == await take_next(watch)
 
 
 async def test_a_write_waits_for_a_server_that_comes_back(name: str, tmp_path: Path) -> None:

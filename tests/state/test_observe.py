@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,13 @@ from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.messages import LogLevel
 from openagentmesh.protocol.subjects import OBSERVABILITY_BUCKET
 from openagentmesh.state.kv import KV
-from openagentmesh.transport.nats_client import Message
 
-from tests.serving.test_router import node_of
-from tests.state.test_kv import restartable
+from tests.support.meshes import flush, listen, next_log_event, node_of, reconnects
+from tests.support.servers import restartable
 
 LEVELS: list[LogLevel] = ["debug", "info", "warn", "error"]
 # What ends or fails a feed of a publisher's events, and an error that is none.
 ODD_HEADERS = ({subjects.STREAM_END: "true"}, {subjects.STATUS: "error"}, {"Content-Type": "junk"})
-KEYS = ["timestamp", "level", "agent", "event", "request_id", "message", "data"]
-
-
-async def listen(mesh: AgentMesh, subject: str) -> asyncio.Queue[Message]:
-    heard: asyncio.Queue[Message] = asyncio.Queue()
-    await node_of(mesh).connection.subscribe(subject, heard.put_nowait)
-    await node_of(mesh).connection.flush()
-    return heard
-
-
-async def next_event(heard: asyncio.Queue[Message]) -> dict[str, Any]:
-    async with asyncio.timeout(10):
-        found: dict[str, Any] = json.loads((await heard.get()).body)
-    assert KEYS == list(found)
-    assert datetime.fromisoformat(found["timestamp"]).utcoffset() is not None
-    return found
 
 
 def declare(mesh: AgentMesh, name: str) -> None:
@@ -63,10 +45,10 @@ def declare(mesh: AgentMesh, name: str) -> None:
 
 async def settle_level(mesh: AgentMesh, name: str, level: LogLevel) -> None:
     """Wait until the instance that serves tells what is of this level and nothing below it."""
-    events = node_of(mesh).router.events
+    events = node_of(mesh).router.logs
     expected = [LEVELS.index(each) >= LEVELS.index(level) for each in LEVELS]
     async with asyncio.timeout(10):
-        while [events.wants(name, each) for each in LEVELS] != expected:
+        while [events.is_enabled(name, each) for each in LEVELS] != expected:
             await asyncio.sleep(0.005)
 
 
@@ -75,11 +57,11 @@ async def test_by_default_failures_and_usage_are_told(mesh: AgentMesh, name: str
     heard = await listen(mesh, subjects.logs(name))
     declare(mesh, name)
     await mesh.catalog()
-    event = await next_event(heard)
+    event = await next_log_event(heard)
     assert ("agent_registered", "info", name) == (event["event"], event["level"], event["agent"])
     await mesh.call(name, "quiet")
     await mesh.call(name, "cost", headers={subjects.REQUEST_ID: "r1"})
-    event = await next_event(heard)
+    event = await next_log_event(heard)
     assert ("usage_reported", "info", "r1") == (event["event"], event["level"], event["request_id"])
     usage = {"input_tokens": 5, "output_tokens": 1, "model": "b", "estimated_cost_usd": 0.75}
     assert usage == event["data"]
@@ -89,7 +71,7 @@ async def test_by_default_failures_and_usage_are_told(mesh: AgentMesh, name: str
     ):
         with pytest.raises(MeshError):
             await mesh.call(name, payload, headers={subjects.REQUEST_ID: "r2"})
-        event = await next_event(heard)
+        event = await next_log_event(heard)
         assert (name_of_event, "warn", "r2", {"code": code}) == (
             event["event"], event["level"], event["request_id"], event["data"],
         )  # fmt: skip
@@ -103,7 +85,7 @@ async def test_an_agent_that_leaves_says_so(mesh: AgentMesh, url: str, name: str
     async with other:
         pass
     assert ["agent_registered", "agent_deregistered"] == [
-        (await next_event(heard))["event"] for _ in range(2)
+        (await next_log_event(heard))["event"] for _ in range(2)
     ]
 
 
@@ -114,7 +96,7 @@ async def test_levels_change_live(mesh: AgentMesh, name: str) -> None:
     await settle_level(mesh, name, "debug")
     heard = await listen(mesh, subjects.logs(name))
     await mesh.call(name, "x")
-    received, completed = await next_event(heard), await next_event(heard)
+    received, completed = await next_log_event(heard), await next_log_event(heard)
     assert ("request_received", "debug") == (received["event"], received["level"])
     assert ("request_completed", received["request_id"]) == (completed["event"], completed["request_id"])
     assert ["duration_ms"] == list(completed["data"])
@@ -139,7 +121,7 @@ async def test_a_level_hides_what_is_below_it(name: str) -> None:
         declare(mesh, name)
         heard = await listen(mesh, subjects.logs(name))
         await mesh.catalog()
-        assert "agent_registered" == (await next_event(heard))["event"]
+        assert "agent_registered" == (await next_log_event(heard))["event"]
         for level in LEVELS:
             await mesh.observe.set_global(log_level=level)
             await settle_level(mesh, name, level)
@@ -274,7 +256,7 @@ async def test_reading_wants_a_name_and_a_level_too(mesh: AgentMesh) -> None:
     with pytest.raises(InvalidInput, match="debug, info, warn, error"):
         await anext(mesh.observe.logs(level="loud"))  # type: ignore[arg-type]
     assert "info" == (await mesh.observe.get("nobody")).log_level
-    assert 0 == node_of(mesh).connection.reconnects
+    assert 0 == reconnects(mesh)
 
 
 @pytest.mark.parametrize("everybody", [True, False], ids=["all", "one"])
@@ -302,9 +284,9 @@ async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *
 async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asyncio.Future[LogEvent]:
     """Start to read, and wait until that is listening."""
     reading = asyncio.ensure_future(anext(logs))
-    while not node_of(mesh).events._feeds:
+    while not node_of(mesh).events._subscriptions:
         await asyncio.sleep(0)
-    await node_of(mesh).connection.flush()
+    await flush(mesh)
     return reading
 
 

@@ -19,7 +19,7 @@ from openagentmesh.transport.kv_watch import Entry, LatestEntries, Mark, Version
 from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import cancel_and_wait
 
-from tests.registry.test_registry import until
+from tests.support.waiting import until
 
 
 @pytest.fixture

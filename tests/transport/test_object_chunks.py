@@ -12,8 +12,8 @@ from openagentmesh.transport.object_chunks import Upload
 from openagentmesh.transport.object_store import ObjectStore
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.registry.test_registry import until
-from tests.transport.test_object_store import chunk_counts, connected, content_of, in_pieces
+from tests.support.objects import chunk_counts, connected, content_of, in_pieces
+from tests.support.waiting import until
 
 LOST = "lost its chunks"
 

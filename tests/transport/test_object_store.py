@@ -6,7 +6,7 @@ import json
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 
 import nats
@@ -18,27 +18,13 @@ from openagentmesh import ConnectionFailed, MeshError, NotFound, PayloadTooLarge
 from openagentmesh.protocol.errors import KVConflict
 from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, Artifact, metadata_subject
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
-from openagentmesh.transport.connection import Connection, Target
-from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.object_store import ObjectStore
 from openagentmesh.transport.server import EmbeddedServer
 from openagentmesh.transport.tasks import cancel_and_wait
 
+from tests.support.objects import chunk_counts, connected, content_of, in_pieces
+
 SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 10 * CHUNK_SIZE + 7]
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[tuple[Connection, ObjectStore]]:
-    connection = Connection(Target(url), "objects")
-    await connection.connect()
-    inbox = Inbox(connection)
-    await inbox.open()
-    objects = ObjectStore(connection, inbox)
-    connection.restore = objects.restore
-    try:
-        yield connection, objects
-    finally:
-        await connection.close()
 
 
 @pytest.fixture
@@ -59,21 +45,6 @@ async def jetstream(url: str) -> AsyncIterator[JetStreamContext]:
 async def library(objects: ObjectStore, jetstream: JetStreamContext) -> LibraryStore:
     await objects.create_missing()
     return await jetstream.object_store(ARTIFACTS_BUCKET)
-
-
-async def in_pieces(content: bytes, size: int = 100_000) -> AsyncGenerator[bytes, None]:
-    for start in range(0, len(content), size):
-        yield content[start : start + size]
-
-
-async def content_of(objects: ObjectStore, key: str) -> bytes:
-    return b"".join([piece async for piece in objects.read(key)])
-
-
-async def chunk_counts(jetstream: JetStreamContext) -> dict[str, int]:
-    """How many chunks there are, by the subject of each put."""
-    found = await jetstream.stream_info(STREAM, subjects_filter=f"$O.{ARTIFACTS_BUCKET}.C.>")
-    return found.state.subjects or {}
 
 
 @pytest.mark.parametrize("size", SIZES)

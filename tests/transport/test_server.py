@@ -17,7 +17,7 @@ from openagentmesh import ConnectionFailed
 from openagentmesh.transport import server
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.cli.processes import environment, gone, refuses, until
+from tests.support.commands import environment, has_exited, is_closed, until
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ async def test_any_free_port(scratch: Path) -> None:
     """Port 0 is any free one; after the stop the port, the process and the throw-away store are gone."""
     embedded = EmbeddedServer()
     await embedded.start()
-    assert not refuses(embedded.url)
+    assert not is_closed(embedded.url)
     assert f"nats://127.0.0.1:{embedded.port}" == embedded.url
     assert 1 == len(list(scratch.iterdir()))
     await embedded.stop()
-    assert (True, True) == (refuses(embedded.url), gone(embedded.pid))
+    assert (True, True) == (is_closed(embedded.url), has_exited(embedded.pid))
     assert [] == list(scratch.iterdir())
 
 
@@ -49,7 +49,7 @@ async def test_a_server_that_dies(scratch: Path) -> None:
     async with asyncio.timeout(15):
         assert f"nats-server (pid {pid}) died with status 137; restarting" == await told.get()
         assert f"nats-server is back on {url}" == await told.get()
-    assert (url, 2, False) == (embedded.url, embedded.starts, refuses(url))
+    assert (url, 2, False) == (embedded.url, embedded.starts, is_closed(url))
     await embedded.stop()
     assert [] == list(scratch.iterdir())
 
@@ -80,7 +80,7 @@ def test_a_killed_owner(tmp_path: Path) -> None:
         pid = int(owner.stdout.readline())
         assert 1 == len(list(tmp_path.iterdir()))
         owner.kill()
-    assert until(lambda: gone(pid), 5)
+    assert until(lambda: has_exited(pid), 5)
     assert until(lambda: not list(tmp_path.iterdir()), 5)
 
 
@@ -134,7 +134,7 @@ async def test_a_server_that_does_not_stop(scratch: Path, monkeypatch: pytest.Mo
     await embedded.start()
     os.kill(embedded.pid, signal.SIGSTOP)
     await embedded.stop()
-    assert until(lambda: gone(embedded.pid), 5)
+    assert until(lambda: has_exited(embedded.pid), 5)
     assert [] == list(scratch.iterdir())
 
 
@@ -154,7 +154,7 @@ async def test_a_store_outlives_its_server(tmp_path: Path) -> None:
         await back.wait()
     await _with_stream(embedded.url)
     await embedded.stop()
-    assert refuses(embedded.url)
+    assert is_closed(embedded.url)
     again = EmbeddedServer(store=str(tmp_path))
     await again.start()
     await _with_stream(again.url)
@@ -180,7 +180,7 @@ def taken_after_a_free_one() -> Iterator[int]:
             other.bind(("127.0.0.1", 0))
             other.listen()
             port: int = other.getsockname()[1]
-            if refuses(f"nats://127.0.0.1:{port - 1}"):
+            if is_closed(f"nats://127.0.0.1:{port - 1}"):
                 yield port
                 return
 

@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from tests.benchmarks.programs.mesh import serving
 from tests.benchmarks.programs.process import provide_or_measure, say
-from tests.plugins.issuing import ALL, token, token_settings
+from tests.support.credentials import ALL, token, token_settings
 
 TURNS: Final = 40
 _CALLS: Final = 500

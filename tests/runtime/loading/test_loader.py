@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.conftest import HOST_URL, MESH, Load, agent, ask, write
+from tests.support.modules import MESH, NO_SERVER, Load, agent, answer, write
 
 
 def serving(modules: dict[str, Any]) -> dict[str, list[str]]:
@@ -23,9 +23,9 @@ async def test_a_file_declares_its_agents(load: Load) -> None:
     modules = load({"a.py": MESH + agent("one", "1") + agent("two", "2"), "b.py": MESH + agent("three", "3")})
     assert {"a.py": ["one", "two"], "b.py": ["three"]} == serving(modules)
     assert [1, 2, 3] == [
-        await ask(modules["a.py"]),
-        await ask(modules["a.py"], 1),
-        await ask(modules["b.py"]),
+        await answer(modules["a.py"]),
+        await answer(modules["a.py"], 1),
+        await answer(modules["b.py"]),
     ]
 
 
@@ -61,7 +61,7 @@ async def test_modules_share_a_mesh(load: Load) -> None:
     }
     modules = load(files)
     assert {"a.py": ["a"], "b.py": ["b"], "mesh.py": []} == serving(modules)
-    assert "a of b" == await ask(modules["a.py"])
+    assert "a of b" == await answer(modules["a.py"])
 
 
 def test_modules_that_import_each_other_load(load: Load) -> None:
@@ -93,7 +93,7 @@ async def test_siblings_of_two_folders_are_kept_apart(load: Load, style: str) ->
         }
     modules = load(files)
     assert {"m.py": ["m"], "x/m.py": ["xm"], "y/m.py": ["ym"]} == serving(modules)
-    assert ["of ", "of x/", "of y/"] == [await ask(module) for module in modules.values()]
+    assert ["of ", "of x/", "of y/"] == [await answer(module) for module in modules.values()]
     assert "_common" not in sys.modules
 
 
@@ -103,7 +103,7 @@ async def test_a_folder_without_init_is_imported_as_alone(load: Load) -> None:
         {"a.py": "from _tools.clean import NAME\n" + MESH + agent("a", "NAME"), "_tools/clean.py": "NAME = 1"}
     )
     assert {"a.py": ["a"]} == serving(modules)
-    assert 1 == await ask(modules["a.py"])
+    assert 1 == await answer(modules["a.py"])
 
 
 async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
@@ -116,7 +116,7 @@ async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
         "y/_late.py": "NAME = 'y'",
     }
     modules = load(files)
-    assert ["x", "y"] == [await ask(module) for module in modules.values()]
+    assert ["x", "y"] == [await answer(module) for module in modules.values()]
 
 
 async def test_a_package_is_one_module(load: Load) -> None:
@@ -133,7 +133,7 @@ async def test_a_package_is_one_module(load: Load) -> None:
         }
     )
     assert {"team": ["first", "second"]} == serving(modules)
-    assert [1, 2] == [await ask(modules["team"]), await ask(modules["team"], 1)]
+    assert [1, 2] == [await answer(modules["team"]), await answer(modules["team"], 1)]
 
 
 async def test_a_file_named_like_the_standard_library_hurts_nobody(load: Load) -> None:
@@ -148,7 +148,9 @@ async def test_a_file_named_like_the_standard_library_hurts_nobody(load: Load) -
         }
     )
     assert {"email.py": ["mail"], "other.py": ["other"], "sub/third.py": ["third"]} == serving(modules)
-    assert ["email.message", "email.message"] == [await ask(modules[f]) for f in ("other.py", "sub/third.py")]
+    assert ["email.message", "email.message"] == [
+        await answer(modules[f]) for f in ("other.py", "sub/third.py")
+    ]
     assert email is sys.modules["email"]
 
 
@@ -158,7 +160,7 @@ async def test_two_hosts_in_a_process_load_each_their_own(load: Load, tmp_path: 
     write(tmp_path / "agents", {"a.py": "from _c import N\n" + MESH + agent("second", "N"), "_c.py": "N = 2"})
     second = load({})
     assert [{"a.py": ["first"]}, {"a.py": ["second"]}] == [serving(first), serving(second)]
-    assert [1, 2] == [await ask(first["a.py"]), await ask(second["a.py"])]
+    assert [1, 2] == [await answer(first["a.py"]), await answer(second["a.py"])]
 
 
 async def test_what_is_on_disk_is_loaded(load: Load) -> None:
@@ -167,7 +169,7 @@ async def test_what_is_on_disk_is_loaded(load: Load) -> None:
     for name in [name for name in sys.modules if name.startswith("oam_x")]:
         del sys.modules[name]
     second = load({"x/a.py": MESH + agent("a", "2")})
-    assert [1, 2] == [await ask(first["x/a.py"]), await ask(second["x/a.py"])]
+    assert [1, 2] == [await answer(first["x/a.py"]), await answer(second["x/a.py"])]
 
 
 SETTINGS = f"""
@@ -196,7 +198,7 @@ async def test_a_module_has_its_settings_table(
 ) -> None:
     """`mesh.settings(Model)` is `[settings.<module>]`, validated; the model's defaults without one."""
     (module,) = load({file: SETTINGS}, settings=table).values()
-    assert expected == await ask(module)
+    assert expected == await answer(module)
 
 
 def test_settings_that_do_not_fit_fail_the_module_with_their_key(load: Load) -> None:
@@ -212,7 +214,7 @@ def test_settings_that_do_not_fit_fail_the_module_with_their_key(load: Load) -> 
     [
         ("nats://elsewhere:4222", True),
         ("nats://u:secret@elsewhere:4222", True),
-        (HOST_URL, False),
+        (NO_SERVER, False),
         ("nats://localhost:4222", False),
     ],
 )
@@ -226,7 +228,7 @@ def test_another_url_than_the_hosts_gives_a_warning(
     assert {"a.py": ["a"]} == serving(modules)
     assert warned == bool(caplog.messages)
     for message in caplog.messages:
-        assert all(part in message for part in ("a.py", "elsewhere:4222", HOST_URL))
+        assert all(part in message for part in ("a.py", "elsewhere:4222", NO_SERVER))
         assert "secret" not in message
 
 
@@ -289,5 +291,5 @@ def test_a_helper_declares_for_the_module_that_imports_it(load: Load) -> None:
 async def test_a_name_declared_twice_in_a_file_is_told(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """The last one serves, as in a mesh alone, and both places are named."""
     [module] = load({"a.py": MESH + agent("twice", "1") + agent("twice", "2")}).values()
-    assert [2] == [await ask(module, number) for number in range(len(module.agents))]
+    assert [2] == [await answer(module, number) for number in range(len(module.agents))]
     assert "agents/a.py declares the agent 'twice' twice: the one at " in caplog.text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from openagentmesh.runtime.loading.loader import Module
 
-from tests.runtime.conftest import MESH, Load, agent, ask, write
+from tests.support.modules import MESH, Load, agent, answer, write
 
 GOOD = MESH + agent("good")
 HALF = MESH + agent("half")
@@ -60,7 +60,7 @@ async def test_a_broken_module_leaves_the_others_serving(
     """It serves nothing, its reason begins with what happened, and `file:line` is where."""
     modules = load({"a_good.py": GOOD.replace("good", "first"), "broken.py": source, "z_good.py": GOOD})
     assert ["serving", "failed", "serving"] == [module.state for module in modules.values()]
-    assert ["ok", "ok"] == [await ask(modules["a_good.py"]), await ask(modules["z_good.py"])]
+    assert ["ok", "ok"] == [await answer(modules["a_good.py"]), await answer(modules["z_good.py"])]
     broken = modules["broken.py"]
     assert broken.origin.path is not None
     assert ([], f"{broken.origin.path}:{line}") == (broken.agents, broken.line)

@@ -8,7 +8,7 @@ from openagentmesh.runtime.config import Config, ConfigError, HostSection
 from openagentmesh.runtime.loading.loader import Module
 from openagentmesh.runtime.loading.origins import Origin, find_origins
 
-from tests.runtime.conftest import MESH, Configure, Load, agent, ask, write
+from tests.support.modules import MESH, Configure, Load, agent, answer, write
 
 
 def found(
@@ -18,7 +18,7 @@ def found(
 
 
 def shown(origins: list[Origin]) -> list[str]:
-    return [origin.shown for origin in origins]
+    return [origin.display_name for origin in origins]
 
 
 def distribution(folder: Path, name: str, entry_points: dict[str, str]) -> None:
@@ -120,7 +120,7 @@ def test_entry_points_of_installed_packages_are_found(
     two = ("fake_agents (entry point two)", "two", "fake_agents.two")
 
     def points(*, wanted: bool | list[str]) -> list[tuple[str, str, str]]:
-        return [(o.shown, o.key, o.module) for o in found(tmp_path, [], entry_points=wanted)]
+        return [(o.display_name, o.key, o.module) for o in found(tmp_path, [], entry_points=wanted)]
 
     assert [[one, two], [two, one], []] == [
         points(wanted=True), points(wanted=["two", "one"]), points(wanted=False),
@@ -159,7 +159,7 @@ async def test_dotted_modules_and_entry_points_are_loaded(
     assert [("serving", ["dotted"]), ("serving", ["point"])] == [
         (module.state, [agent.name for agent in module.agents]) for module in modules
     ]
-    assert ["hello", "hi"] == [await ask(module) for module in modules]
+    assert ["hello", "hi"] == [await answer(module) for module in modules]
 
 
 def load_all(load: Load, config: Config, settings: dict[str, dict[str, str]]) -> list[Module]:
@@ -191,7 +191,7 @@ async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913, 
     monkeypatch.syspath_prepend(tmp_path / "site")
     (module,) = load_all(load, configure({}, host={"agents": [], "entry_points": ["greeter"]}), {})
     assert ("failed", f"{package} (entry point greeter)", []) == (
-        module.state, module.origin.shown, module.agents,
+        module.state, module.origin.display_name, module.agents,
     )  # fmt: skip
     assert module.error.startswith(error)
     sys.modules.pop(f"{package}.broken", None)

@@ -14,59 +14,16 @@ from openagentmesh import (
     Endpoint,
     Host,
     Middleware,
-    Outcome,
     PermissionDenied,
     PluginFailed,
+    ReloadResult,
     hookimpl,
 )
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import Config, ConfigError, load_config
 from openagentmesh.runtime.loading import plugin_loader as finding
 
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_state import let_go
-
-WORD = '''
-from pydantic import BaseModel
-from openagentmesh import PermissionDenied, hookimpl
-
-class Settings(BaseModel, extra="forbid"):
-    word: str = "please"
-
-class OfAgent(BaseModel, extra="forbid"):
-    free: bool = False
-
-class Word:
-    """Lets in who says the word."""
-
-    @hookimpl
-    def mesh_settings(self):
-        return Settings
-
-    @hookimpl
-    def mesh_agent_settings(self):
-        return OfAgent
-
-    @hookimpl
-    def mesh_configure(self, settings):
-        if settings.word == "cursed":
-            raise ValueError("not this word")
-        self.word = settings.word
-
-    @hookimpl
-    def mesh_middleware(self, agent, settings):
-        if agent.name.endswith("unwatchable"):
-            raise LookupError("cannot watch this one")
-        def middleware(inner):
-            async def endpoint(call):
-                if not settings.free and call.headers.get("word") != self.word:
-                    raise PermissionDenied("say the word")
-                return await inner(call)
-            return endpoint
-        return middleware
-
-plugin = Word
-'''
+from tests.support.modules import MESH, WORD_PLUGIN, Configure, agent, write
 
 
 @pytest.fixture
@@ -74,7 +31,7 @@ def toml(tmp_path: Path, url: str) -> Callable[..., Callable[[], Config]]:
     """Write mesh.toml and the plugin beside it; gives what reads it."""
 
     def write_toml(text: str = "", plugins: str = '["./word.py"]') -> Callable[[], Config]:
-        write(tmp_path, {"word.py": WORD})
+        write(tmp_path, {"word.py": WORD_PLUGIN})
         head = f"mesh.url = {url!r}\nhost.entry_points = false\nhost.plugins = {plugins}\n"
         (tmp_path / "mesh.toml").write_text(head + text)
         return partial(load_config, tmp_path / "mesh.toml")
@@ -87,7 +44,7 @@ def hosting(read: Callable[[], Config]) -> Host:
     return Host(config, config_file=config.folder / "mesh.toml", read_config=read)
 
 
-async def reloaded(host: Host) -> Outcome:
+async def reloaded(host: Host) -> ReloadResult:
     outcome = await host.reload()
     assert outcome is not None
     return outcome
@@ -110,7 +67,7 @@ async def test_a_plugin_of_a_file_is_around_all_agents(
             await host.reload()
         write(tmp_path / "agents", {"b.py": MESH + agent(f"{name}.b")})
         await reloaded(host)
-        await host.node.settled()
+        await host.node.wait_served()
         with pytest.raises(PermissionDenied):
             await mesh.call(f"{name}.b", {})
 
@@ -160,7 +117,7 @@ async def test_an_agent_that_cannot_be_protected_does_not_serve(
     write(tmp_path / "agents", {"a.py": MESH + agent(name), "b.py": MESH + agent(f"{name}.unwatchable")})
     async with hosting(toml()) as host:
         assert {"agents/a.py": "serving", "agents/b.py": "failed"} == {
-            module.origin.shown: module.state for module in host.modules
+            module.origin.display_name: module.state for module in host.modules
         }
         why = "The plugin 'word' failed in mesh_middleware: cannot watch this one"
         assert [why] == [module.error for module in host.modules if module.error]
@@ -227,12 +184,12 @@ class Recorder:
         self.told: list[Any] = []
 
     @hookimpl
-    def mesh_reloaded(self, outcome: Outcome) -> None:
+    def mesh_reloaded(self, outcome: ReloadResult) -> None:
         self.told.append(("reloaded", outcome.files))
         raise RuntimeError("a plugin's own failure")
 
     @hookimpl
-    def mesh_reload_failed(self, outcome: Outcome) -> None:
+    def mesh_reload_failed(self, outcome: ReloadResult) -> None:
         self.told.append(("failed", outcome.files))
 
     @hookimpl
@@ -259,7 +216,7 @@ async def test_plugins_are_told_of_reloads(
     async with Host(configure({"a.py": MESH + agent(name)}), plugins=[recorder]) as host:
         write(tmp_path / "agents", {"a.py": MESH + agent(f"{name}.other")})
         assert "" == (await reloaded(host)).error
-        await let_go(host)
+        await host.wait_retired()
         write(tmp_path / "agents", {"a.py": "1/0"})
         assert (await reloaded(host)).error
         assert [
@@ -315,8 +272,8 @@ async def pub() -> AsyncIterator[int]:
         toml(table + "false")
         write(tmp_path, {"agents/a.py": source.replace("FIRST", "raise ValueError('at once')")})
         await reloaded(host)
-        await let_go(host)
-        assert "so the old version runs again" in [each.error for each in host._history][-1]
+        await host.wait_retired()
+        assert "so the old version runs again" in [each.error for each in host.status().reloads][-1]
         with pytest.raises(PermissionDenied):
             await mesh.call(name, {})
 
@@ -399,10 +356,10 @@ async def boot(req: dict) -> str:
     other = MESH + agent(f"{name}.b")
     async with Host(configure({"a.py": MESH + late, "b.py": other})) as host:
         await mesh.call(name, {})
-        await host.node.settled()
+        await host.node.wait_served()
         write(tmp_path / "agents", {"b.py": other + "# touched"})
         await reloaded(host)
-        await let_go(host)
+        await host.wait_retired()
         assert "late" == await mesh.call(f"{name}.late", {})
         write(tmp_path / "agents", {"a.py": MESH + late + "# touched"})
         assert f"{name}.late withdrawn" in (await reloaded(host)).agents

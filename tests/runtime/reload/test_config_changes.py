@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, Host, NotFound
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.runtime.config import load_config
 
-from tests.runtime.conftest import MESH, agent, write
-from tests.runtime.reload.test_state import let_go
-from tests.runtime.reload.test_watcher import until_answers
+from tests.support.modules import MESH, agent, write
+from tests.support.reloads import until_answers
 
 Serve = Callable[..., AbstractAsyncContextManager[Host]]
 SETTINGS = """
@@ -59,7 +58,7 @@ def with_url(url: str, toml: str) -> str:
 def edit(tmp_path: Path, url: str) -> "Edit":
     """Write mesh.toml anew, and reload."""
 
-    async def edit_(host: Host, toml: str) -> Outcome:
+    async def edit_(host: Host, toml: str) -> ReloadResult:
         (tmp_path / "mesh.toml").write_text(with_url(url, toml))
         outcome = await host.reload()
         assert outcome is not None
@@ -68,7 +67,7 @@ def edit(tmp_path: Path, url: str) -> "Edit":
     return edit_
 
 
-Edit = Callable[[Host, str], Awaitable[Outcome]]
+Edit = Callable[[Host, str], Awaitable[ReloadResult]]
 
 
 async def test_limits_follow(serve: Serve, edit: Edit, name: str) -> None:
@@ -90,12 +89,12 @@ async def test_an_agent_is_turned_off_and_on(serve: Serve, edit: Edit, mesh: Age
     async with serve(files) as host:
         outcome = await edit(host, f"[agents.'{name}.a']\nenabled = false\n")
         assert [f"{name}.a withdrawn"] == outcome.agents
-        await let_go(host)
+        await host.wait_retired()
         with pytest.raises((NotFound, AgentDied)):
             await mesh.call(f"{name}.a", {})
         assert "ok" == await mesh.call(f"{name}.b", {})
         assert [f"{name}.a 0.1.0 new"] == (await edit(host, "")).agents
-        await host.node.settled()
+        await host.node.wait_served()
         assert "ok" == await mesh.call(f"{name}.a", {})
 
 
@@ -119,9 +118,7 @@ async def test_settings_reload_the_module_that_has_them(
         runs.clear()
         await edit(host, "settings.a.word = 'three'\nsettings.zzz.x = 1")
         assert (["a.py"], "three") == (runs, await mesh.call(f"{name}.a", {}))
-        assert ["there is no module 'zzz'" in note for note in host.describe()["reloads"][-1]["notes"]] == [
-            True
-        ]
+        assert ["there is no module 'zzz'" in note for note in host.status().reloads[-1].notes] == [True]
 
 
 async def test_folders_come_and_go(
@@ -131,10 +128,10 @@ async def test_folders_come_and_go(
     async with serve({"a.py": MESH + agent(f"{name}.a")}) as host:
         write(tmp_path / "more", {"b.py": MESH + agent(f"{name}.b", "'more'")})
         await edit(host, "host.agents = ['agents', 'more']")
-        await host.node.settled()
+        await host.node.wait_served()
         assert "more" == await mesh.call(f"{name}.b", {})
         assert [f"{name}.a withdrawn"] == (await edit(host, "host.agents = ['more']")).agents
-        await let_go(host)
+        await host.wait_retired()
         assert [f"{name}.b"] == [agent.name for agent in host.agents]
 
 

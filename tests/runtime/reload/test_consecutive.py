@@ -14,14 +14,14 @@ from openagentmesh.mesh import reconciler as binding
 from openagentmesh.registry.presence import Presence
 from openagentmesh.registry.registry import Registry
 from openagentmesh.runtime.config import load_config
-from openagentmesh.runtime.loading.files import Disk
+from openagentmesh.runtime.loading.files import DigestCache
 from openagentmesh.runtime.reload import retirement as retire
 from openagentmesh.runtime.reload import watcher
 
-from tests.runtime.bench import Bench
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_state import let_go
-from tests.runtime.reload.test_watcher import reloads, until, until_answers, watching
+from tests.support.host_bench import Bench
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reloads_of, until_answers, watched_host
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ async def test_what_failed_before_and_after_goes_back_once(bench: Bench) -> None
     """A watcher that fails at once, edited to one that does: back to the first, and no further."""
     async with bench.serve({"a.py": watcher_agent(bench.name, "v1", "raise ValueError(1)")}) as host:
         await bench.reloaded({"a.py": watcher_agent(bench.name, "v2", "raise ValueError(2)")})
-        await let_go(host)
-        failures = [outcome.error for outcome in host._history if outcome.error]
+        await host.wait_retired()
+        failures = [outcome.error for outcome in host.status().reloads if outcome.error]
         assert 1 == len(failures)
         assert "ValueError: 2" in failures[0]
         assert ["v2", "v1"] == [word for word in bench.ledger.runs if word != "v1"] + ["v1"]
@@ -63,7 +63,7 @@ async def test_a_setting_sends_no_code_back(url: str, name: str, tmp_path: Path)
     async with Host(read(), config_file=path, read_config=read) as host:
         path.write_text(f'{toml}limits.queue = 3\nagents."{name}.b".enabled = false\n')
         await host.reload()
-        await let_go(host)
+        await host.wait_retired()
         assert [f"{name}.p"] == [each.name for each in host.agents]
 
 
@@ -83,14 +83,14 @@ async def test_whatever_the_new_version_imports_the_old_one_comes_back(
     old = watcher_agent(bench.name, "old", "await asyncio.sleep(99)")
     async with bench.serve({"a.py": old, **files}) as host:
         await bench.reloaded({"a.py": first + watcher_agent(bench.name, "new", "raise ValueError")})
-        await let_go(host)
+        await host.wait_retired()
         assert ["old", "new", "old"] == bench.ledger.runs
 
 
 async def test_a_module_may_write_what_it_imports(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """Each load writes the file anew, which is no save of anybody's: there is an end of reloads."""
+    """Each load writes the file anew, which is no save of anybody's: there is an end of reloads_of."""
     count = tmp_path / "count"
     source = (
         f"from pathlib import Path\nhere = Path(__file__).parent\nwith open({str(count)!r}, 'a') as f:\n"
@@ -98,14 +98,14 @@ async def test_a_module_may_write_what_it_imports(
         "from _gen import N\n"
     )
     files = {"a.py": source + MESH + agent(name, "N"), "schema.txt": "1\n"}
-    async with watching(configure, files) as host:
+    async with watched_host(configure, files) as host:
         await until_answers(mesh, name, 1)
         write(tmp_path / "agents", {"schema.txt": "2\n"})
         await until_answers(mesh, name, 2)
-        done = len(reloads(host))
+        done = len(reloads_of(host))
         write(tmp_path / "agents", {"b.py": MESH + agent(f"{name}.b")})  # looked at after all that
         await until_answers(mesh, f"{name}.b", "ok")
-        assert len(reloads(host)) <= done + 2
+        assert len(reloads_of(host)) <= done + 2
         assert len(count.read_text()) <= 4
 
 
@@ -179,7 +179,7 @@ def no_more_files(*_: object, **__: object) -> NoReturn:
 
 def test_a_read_that_fails_once_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a file cannot be read for a moment, it is not taken for one that is gone for good."""
-    path, disk = tmp_path / "a.py", Disk()
+    path, disk = tmp_path / "a.py", DigestCache()
     path.write_text("x = 1")
     with monkeypatch.context() as context:
         context.setattr(Path, "read_bytes", no_more_files)
@@ -197,7 +197,7 @@ async def test_a_save_that_could_not_be_looked_at_is_found_later(  # noqa: PLR09
     what: str,
 ) -> None:
     """Whatever goes wrong in a reload or a look at the disk, the watcher lives on and tries again."""
-    async with watching(configure, {"a.py": MESH + agent(name, "1")}) as host:
+    async with watched_host(configure, {"a.py": MESH + agent(name, "1")}) as host:
         await until_answers(mesh, name, 1)
         assert host._reloader is not None
         owner: Any = host._reloader._changes if what == "find" else watcher
@@ -221,7 +221,7 @@ async def test_a_folder_made_anew_has_its_bell(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After `rm -r agents` and a new checkout, a save is noticed at once, not by the regular look only."""
-    async with watching(configure, {"a.py": MESH + agent(name, "1")}):
+    async with watched_host(configure, {"a.py": MESH + agent(name, "1")}):
         await until_answers(mesh, name, 1)
         shutil.rmtree(tmp_path / "agents")
         write(tmp_path / "agents", {"a.py": MESH + agent(name, "2")})
@@ -270,5 +270,5 @@ async def test_what_is_gone_is_refused_no_more(bench: Bench, monkeypatch: pytest
         bench.path("b.py").unlink()
         await bench.reloaded()
         go.set()
-        await host.node.binding.idle()
+        await host.node.reconciler.wait_idle()
         assert {} == host.node.refused

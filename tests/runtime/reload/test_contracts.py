@@ -11,10 +11,11 @@ from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import MeshSection
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_retirement import heard, until
-from tests.runtime.reload.test_state import let_go, reload
-from tests.serving.test_router import node_of
+from tests.runtime.reload.test_retirement import heard
+from tests.support.meshes import node_of
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reload
+from tests.support.waiting import until
 
 __all__ = ["heard"]  # a fixture
 
@@ -192,7 +193,7 @@ async def test_a_reload_while_the_server_is_away(configure: Configure, name: str
             await server.start()
             await node_of(caller).connection.wait_connected()
             await host.node.connection.wait_connected()
-            await let_go(host)
+            await host.wait_retired()
             assert "new" == (await caller.call(name, {"text": ""}))["word"]
             assert "2.0.0" == (await caller.contract(name)).version
             assert (tmp_path / "over").exists()
@@ -221,7 +222,7 @@ async def test_an_agent_is_removed_under_load(
         assert [f"{name} withdrawn"] == (await reload(host, tmp_path)).agents
         await asyncio.gather(*asking)
         assert {"ok"} == set(answers)
-        await let_go(host)
+        await host.wait_retired()
         assert [f"{name}.b"] == [
             entry.name for entry in await caller.catalog() if entry.name.startswith(name)
         ]

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from openagentmesh import AgentMesh, Host
 
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_replay import replayable
-from tests.runtime.reload.test_state import reload
-from tests.runtime.reload.test_watcher import until
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reload, replayable_agent
+from tests.support.waiting import until
 
 
 async def test_a_home_that_is_away_takes_no_agents_with_it(
@@ -61,7 +60,7 @@ async def test_of_a_load_that_was_given_up_nothing_more_is_executed(
         await until(lambda: "oam-aside" not in [thread.name for thread in threading.enumerate()])
         assert not ran.exists()
         assert host._reloader is not None
-        names = {name.rpartition(".")[2] for name in host._reloader._loader.imports.sources}
+        names = {name.rpartition(".")[2] for name in host._reloader._loader.imports.modules}
         assert {"a", "z"} == names
 
 
@@ -83,10 +82,10 @@ async def test_what_finishes_on_the_old_version_is_no_measure_of_the_next(
     go = tmp_path / "go"
     wait = f"import asyncio, pathlib\nGO = pathlib.Path({str(go)!r})\nasync def wait(req):\n"
     wait += "    while req and not GO.exists():\n        await asyncio.sleep(0.005)\n"
-    source = wait + replayable(name, "await wait(req) or 'old'")
+    source = wait + replayable_agent(name, "await wait(req) or 'old'")
     async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
         slow = asyncio.create_task(mesh.call(name, {"slow": True}))
-        await until(lambda: bool(host.node.router.get(name) and host.describe()["agents"][0]["in_flight"]))
+        await until(lambda: bool(host.node.router.get(name) and host.status().agents[0].in_flight))
         new = source.replace("'old'", "'new'")
         assert 1 == (await reload(host, tmp_path, new)).in_flight
         go.touch()
@@ -149,7 +148,7 @@ async def test_secrets_and_deques_are_kept(
 async def test_what_a_refused_version_leaves_behind_is_named(
     configure: Configure, name: str, tmp_path: Path
 ) -> None:
-    """Threads and logging handlers of a version that never served are in nobody's way, but there."""
+    """ThreadPool and logging handlers of a version that never served are in nobody's way, but there."""
     begun = "import logging, threading\nclass H(logging.Handler): ...\ndef wait(): over.wait()\n"
     begun += "over = threading.Event()\nthreading.over = over\n"
     begun += f"threading.Thread(target=wait, daemon=True, name='worker-{name}').start()\n"

@@ -11,10 +11,10 @@ from openagentmesh import AgentMesh, Host
 from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.config import load_config
 
-from tests.runtime.bench import Bench
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_state import let_go
-from tests.runtime.reload.test_watcher import reloads, until, until_answers, watching
+from tests.support.host_bench import Bench
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reloads_of, until_answers, watched_host
+from tests.support.waiting import until
 
 KEPT = """
 from pydantic import BaseModel
@@ -30,14 +30,13 @@ def jobs() -> dict[str, Job]:
 @pytest.fixture
 def slow_binding(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Whoever binds an agent waits for this, once it has looked at what others serve."""
-    go, conflicts = asyncio.Event(), Node._conflicts
+    go, conflicts = asyncio.Event(), Node._check_conflicts
 
-    async def waiting(self: Node, names: Any) -> dict[str, str]:
-        found = await conflicts(self, names)
+    async def waiting(self: Node, names: Any) -> None:
+        await conflicts(self, names)
         await go.wait()
-        return found
 
-    monkeypatch.setattr(Node, "_conflicts", waiting)
+    monkeypatch.setattr(Node, "_check_conflicts", waiting)
     return go
 
 
@@ -59,7 +58,7 @@ async def test_a_version_that_is_being_bound_does_not_come_back(
         await asyncio.sleep(0)
         await bench.reloaded(version(3, "2.0.0"))
         slow_binding.set()
-        await host.node.settled()
+        await host.node.wait_served()
         assert 3 == await bench.call()
 
 
@@ -77,8 +76,8 @@ async def test_an_agent_that_goes_and_comes_while_it_is_bound(
         await bench.reloaded()
         await bench.reloaded(files)
         slow_binding.set()
-        await host.node.settled()
-        await let_go(host)
+        await host.node.wait_served()
+        await host.wait_retired()
         assert "ok" == await bench.call(".a")
 
 
@@ -213,10 +212,10 @@ async def test_a_load_that_is_given_up_loads_nothing_more(bench: Bench) -> None:
     async with bench.serve({"z.py": MESH + agent(f"{bench.name}.z")}, load_timeout=0.2) as host:
         hanging = "import time\nfor _ in range(400): time.sleep(0.01)\n"
         await bench.refused({"a.py": hanging, "b.py": MESH + agent(f"{bench.name}.b") + "\nimport ledger\n"})
-        assert {"failed"} == {m.state for m in host.modules if m.origin.shown != "agents/z.py"}
+        assert {"failed"} == {m.state for m in host.modules if m.origin.display_name != "agents/z.py"}
         bench.path("a.py").unlink()
         await bench.reloaded({"b.py": MESH + agent(f"{bench.name}.b", "'mended'")})
-        await host.node.settled()
+        await host.node.wait_served()
         assert "mended" == await bench.call(".b")
 
 
@@ -253,7 +252,7 @@ async def test_a_module_that_was_missing_is_loaded_when_it_appears(
         outcome = await host.reload()
         assert outcome is not None
         assert ([names[1]], "") == (outcome.files, outcome.error)
-        await host.node.settled()
+        await host.node.wait_served()
         assert "ok" == await mesh.call(f"{name}.b", {})
     for each in names:
         sys.modules.pop(each, None)
@@ -282,7 +281,7 @@ async def test_doubt_is_not_ended_by_others(
 ) -> None:
     """A file that is gone for a moment is no deletion, whatever else happens in its folder."""
     path = tmp_path / "agents/a.py"
-    async with watching(configure, {"a.py": MESH + agent(name, "1")}) as host:
+    async with watched_host(configure, {"a.py": MESH + agent(name, "1")}) as host:
         await until_answers(mesh, name, 1)
         path.rename(tmp_path / "aside")
         for _ in range(10):
@@ -292,8 +291,8 @@ async def test_doubt_is_not_ended_by_others(
         (tmp_path / "aside").write_text(MESH + agent(name, "2"))
         (tmp_path / "aside").rename(path)
         await until_answers(mesh, name, 2)
-        await until(lambda: reloads(host))
-        assert [f"{name} 0.1.0"] == [text for reload in reloads(host) for text in reload["agents"]]
+        await until(lambda: reloads_of(host))
+        assert [f"{name} 0.1.0"] == [text for reload in reloads_of(host) for text in reload.agents]
 
 
 @pytest.mark.parametrize("links", [{"one": ".", "two": "."}, {"x/to": "../y", "y/to": "../x"}])
@@ -305,7 +304,7 @@ async def test_links_that_lead_back_are_not_followed(
     for link, target in links.items():
         (tmp_path / "agents" / link).symlink_to(target)
     async with asyncio.timeout(10), Host(config, watch=True) as host:
-        assert ["agents/a.py"] == [module.origin.shown for module in host.modules]
+        assert ["agents/a.py"] == [module.origin.display_name for module in host.modules]
         write(tmp_path / "agents", {"a.py": MESH + agent(name, "2")})
         await until_answers(mesh, name, 2)
 
@@ -332,10 +331,10 @@ async def test_what_is_written_while_it_is_read_does_not_serve(
     """A file that is saved again while it is loaded is looked at again; only the last save is a reload."""
     started, path = tmp_path / "started", tmp_path / "agents/a.py"
     slow = f"import time\nopen({str(started)!r}, 'w').close()\ntime.sleep(0.3)\n"
-    async with watching(configure, {"a.py": MESH + agent(name, "0")}) as host:
+    async with watched_host(configure, {"a.py": MESH + agent(name, "0")}) as host:
         await until_answers(mesh, name, 0)
         path.write_text(slow + MESH + agent(name, "1"))
         await until(started.exists)
         path.write_text(MESH + agent(name, "2"))
         await until_answers(mesh, name, 2)
-        assert 1 == len(reloads(host))
+        assert 1 == len(reloads_of(host))

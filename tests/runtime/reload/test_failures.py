@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.runtime.bench import RUN, Bench
-from tests.runtime.conftest import MESH, agent, write
+from tests.support.host_bench import RUN, Bench
+from tests.support.modules import MESH, agent, write
 
 
 @pytest.fixture

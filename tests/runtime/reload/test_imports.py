@@ -11,8 +11,8 @@ from uuid import uuid4
 import pytest
 from openagentmesh import InvalidInput, NotFound
 
-from tests.runtime.bench import RUN, Bench
-from tests.runtime.conftest import MESH, agent, write
+from tests.support.host_bench import RUN, Bench
+from tests.support.modules import MESH, agent, write
 
 
 def waits(name: str, result: str) -> str:
@@ -308,7 +308,7 @@ async def test_what_a_library_declares_outlives_an_edit(bench: Bench, library: C
             source = f"import _h\n{MESH}{agent(f'{bench.name}.a', str(number))}"
             outcome = await bench.reloaded({"a.py": source, "_h.py": f"{helper}# {number}\n"})
             assert [f"{bench.name}.a 0.1.0"] == outcome.agents
-            await bench.host.node.binding.idle()
+            await bench.host.node.reconciler.wait_idle()
             assert ["ok", number] == [await bench.call(".lib"), await bench.call(".a")]
         assert [] == bench.ledger.runs
     assert ["disposed"] == bench.ledger.runs

@@ -13,9 +13,10 @@ import pytest
 from openagentmesh import AgentMesh, Cancelled, Host
 from openagentmesh.protocol import subjects
 
-from tests.runtime.conftest import MESH, Configure, agent, write
-from tests.runtime.reload.test_state import let_go, reload
-from tests.state.test_observe import listen
+from tests.support.meshes import listen
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reload
+from tests.support.waiting import until
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
 Says = Callable[[str], None]
@@ -32,13 +33,6 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def open_gate() -> None:
     asyncio.gate.set()  # type: ignore[attr-defined]
-
-
-async def until(check: Callable[[], object]) -> None:
-    """Wait until something is true."""
-    async with asyncio.timeout(15):
-        while not check():
-            await asyncio.sleep(0.001)
 
 
 HELD = """import asyncio
@@ -94,8 +88,8 @@ async def test_requests_finish_on_their_version(
         assert [["old"] * 3] * 3 == await asyncio.gather(*running)
         assert ["old"] * 2 == await streaming
         del running, streaming
-        await let_go(host)
-        assert [] == [note for outcome in host._history for note in outcome.notes]
+        await host.wait_retired()
+        assert [] == [note for outcome in host.status().reloads for note in outcome.notes]
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["replaced", "removed"])
@@ -115,7 +109,7 @@ async def test_after_the_deadline_callers_are_told(  # noqa: PLR0913 - fixtures
             with pytest.raises(Cancelled, match="was stopped before it had answered") as caught:
                 await call
             assert (f"{name}.call", True) == (caught.value.agent, bool(caught.value.request_id))
-        await let_go(host)
+        await host.wait_retired()
 
 
 def by_itself(name: str, shape: str, body: str, word: str, ends: str = "pass") -> str:
@@ -180,7 +174,7 @@ async def test_one_that_swallows_its_cancellation_is_named(  # noqa: PLR0913, PL
         outcome = await reload(host, tmp_path, by_itself(name, shape, FOR_EVER, "new"))
         await until(lambda: "+new" in heard)
         assert ["+old", "deaf", "+new"] == heard
-        await let_go(host)
+        await host.wait_retired()
         (note,) = outcome.notes
         assert note.startswith("the task ")
         assert note.endswith("(runs)")
@@ -219,11 +213,11 @@ async def test_one_that_fails_at_once_makes_way_for_the_old_one(  # noqa: PLR091
         broken = by_itself(name, shape, "raise ValueError('not today')", "new").replace(spec, newer)
         await reload(host, tmp_path, broken)
         await until(lambda: 5 == len(heard))
-        await let_go(host)
+        await host.wait_retired()
         assert ["+old", "-old", "+new", "-new", "+old"] == heard
         why = f"{name} failed at once (ValueError: not today), so the old version runs again"
         assert [("outdated", why)] == [(module.state, module.error) for module in host.modules]
-        assert why == host.describe()["reloads"][-1]["error"]
+        assert why == host.status().reloads[-1].error
         assert "0.1.0" == (await mesh.contract(name)).version
         write(tmp_path / "agents", {"other.py": MESH + agent(f"{name}.other")})
         outcome = await host.reload()
@@ -295,7 +289,7 @@ async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 -
     async with Host(configure({"a.py": source})) as host:
         await mesh.call(name, what)
         outcome = await reload(host, tmp_path, source + "#\n")
-        await let_go(host)
+        await host.wait_retired()
         assert ([note] if note else []) == outcome.notes
         logged = [message for message in caplog.messages if "left behind" in message]
         assert ([f"the old version of {name} left behind: {note}"] if note else []) == logged
@@ -365,9 +359,9 @@ async def test_fifty_reloads_leave_no_old_version_in_memory(  # noqa: PLR0913 - 
                 assert not (await reload(host, tmp_path, source(number))).error
                 if not number % 10:
                     assert "nothing" in (await reload(host, tmp_path, source(-1) + "1 / nothing\n")).error
-            await let_go(host)
+            await host.wait_retired()
             gc.collect()
-            assert [] == [note for outcome in host._history for note in outcome.notes]
+            assert [] == [note for outcome in host.status().reloads for note in outcome.notes]
             assert 56 == len(marks)
             assert 1 == sum(mark() is not None for mark in marks)
     finally:

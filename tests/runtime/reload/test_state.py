@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from openagentmesh import AgentMesh, Host
-from openagentmesh.hooks.reload_result import Outcome
 
-from tests.runtime.conftest import MESH, Configure, agent, write
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reload
 
 MODEL = "from pydantic import BaseModel, Field\nfrom dataclasses import dataclass\n"
 KEEP = """
@@ -43,22 +43,6 @@ async def count(req: dict) -> list:
     kept{counts} += 1
     return [kept{counts}, type(kept) is type({make})]
 """
-
-
-async def reload(host: Host, folder: Path, source: str | None = None, file: str = "a.py") -> Outcome:
-    """Save a file and reload it."""
-    if source is not None:
-        write(folder / "agents", {file: source})
-    outcome = await host.reload()
-    assert outcome is not None
-    await host.node.settled()
-    return outcome
-
-
-async def let_go(host: Host) -> None:
-    """Wait until old versions are gone."""
-    assert host._reloader is not None
-    await host._reloader.retirements.finish()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +313,7 @@ async def waits(req: dict) -> str:
         assert not told.exists()
         (tmp_path / "one").touch()
         assert "1" == await first
-        await let_go(host)
+        await host.wait_retired()
         assert "r1" == told.read_text()
         second = await ask("two")
         (tmp_path / "two").touch()

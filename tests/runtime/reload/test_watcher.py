@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import pytest
 from openagentmesh import AgentMesh, Host, NotAvailable, NotFound
 from watchfiles import Change, awatch
 
-from tests.runtime.conftest import MESH, Configure, agent, write
+from tests.support.modules import MESH, Configure, agent, write
+from tests.support.reloads import reloads_of, until_answers, watched_host
+from tests.support.waiting import TIMEOUT_S, until
 
 GIT = shutil.which("git") or "git"
-# Far more than a reload takes, so that only one that never comes makes a test fail.
-PATIENCE = 15.0
 Save = Callable[[Path, str], Any]
 
 
@@ -87,36 +86,8 @@ def version(name: str, number: int) -> str:
     return f"{MESH}{lines}\n{agent(name, f'[PART_0, PART_29, {number}]')}"
 
 
-@asynccontextmanager
-async def watching(configure: Configure, files: dict[str, str], **more: Any) -> AsyncIterator[Host]:
-    async with Host(configure(files, **more), watch=True) as host:
-        yield host
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Look at what the host says of itself until it is so."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def until_answers(mesh: AgentMesh, name: str, expected: object) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                if await mesh.call(name, {}) == expected:
-                    return
-            except (NotFound, NotAvailable):
-                pass
-            await asyncio.sleep(0.01)
-
-
 async def until_more(host: Host, than: int) -> None:
-    await until(lambda: len(reloads(host)) > than)
-
-
-def reloads(host: Host) -> list[dict[str, Any]]:
-    return [outcome.description() for outcome in host._history]
+    await until(lambda: len(reloads_of(host)) > than)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +109,13 @@ async def test_every_way_to_save_is_noticed(
 ) -> None:
     """The new version answers, whole; no half of it is ever loaded or told as broken."""
     path = tmp_path / "agents/a.py"
-    async with watching(configure, {"a.py": version(name, 0)}) as host:
+    async with watched_host(configure, {"a.py": version(name, 0)}) as host:
         for number in (1, 2, 3):
             saving = save(path, version(name, number))
             if saving is not None:
                 await saving
             await until_answers(mesh, name, [number] * 3)
-        assert [] == [reload["error"] for reload in reloads(host) if reload["error"]]
+        assert [] == [reload.error for reload in reloads_of(host) if reload.error]
 
 
 async def test_what_is_saved_without_a_change_is_not_loaded(
@@ -152,13 +123,13 @@ async def test_what_is_saved_without_a_change_is_not_loaded(
 ) -> None:
     """A touch, the same content again, and files that are no modules are no reload."""
     path = tmp_path / "agents/a.py"
-    async with watching(configure, {"a.py": version(name, 0), "b.py": version(f"{name}.b", 0)}) as host:
+    async with watched_host(configure, {"a.py": version(name, 0), "b.py": version(f"{name}.b", 0)}) as host:
         path.touch()
         in_place(path, version(name, 0))
         write(tmp_path / "agents", {"notes.log": "x", "a.py.swp": "x", "__pycache__/a.pyc": "x"})
         in_place(tmp_path / "agents/b.py", version(f"{name}.b", 1))
         await until_answers(mesh, f"{name}.b", [1] * 3)
-        assert [["agents/b.py"]] == [reload["files"] for reload in reloads(host)]
+        assert [["agents/b.py"]] == [reload.files for reload in reloads_of(host)]
 
 
 async def test_a_checkout_is_one_reload(
@@ -179,18 +150,18 @@ async def test_a_checkout_is_one_reload(
     write(folder, {f"a{number}.py": version(each, 1) for number, each in enumerate(names)})
     git("commit", "-qam", "two")
     git("checkout", "-q", "HEAD~1")
-    async with watching(configure, {}) as host:
+    async with watched_host(configure, {}) as host:
         assert 50 == len(host.agents)
         git("checkout", "-q", "-")
         await until_answers(mesh, names[-1], [1] * 3)
         await until_answers(mesh, names[0], [1] * 3)
-        assert [50] == [len(reload["files"]) for reload in reloads(host)]
+        assert [50] == [len(reload.files) for reload in reloads_of(host)]
 
 
 async def test_folders_come_and_go(configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path) -> None:
     """A tree made in a burst, one moved in and out, and the root itself deleted and made again."""
     folder, elsewhere = tmp_path / "agents", tmp_path / "elsewhere"
-    async with watching(configure, {"a.py": version(f"{name}.a", 0)}) as host:
+    async with watched_host(configure, {"a.py": version(f"{name}.a", 0)}) as host:
         write(folder, {"new/deep/er/b.py": version(f"{name}.b", 0)})
         await until_answers(mesh, f"{name}.b", [0] * 3)
         (folder / "new").rename(elsewhere)
@@ -198,14 +169,14 @@ async def test_folders_come_and_go(configure: Configure, mesh: AgentMesh, name: 
         elsewhere.rename(folder / "again")
         await until_answers(mesh, f"{name}.b", [0] * 3)
         shutil.rmtree(folder)  # agents go on without their folder: who names it is to decide
-        await until(lambda: "is no folder" in reloads(host)[-1]["error"])
+        await until(lambda: "is no folder" in reloads_of(host)[-1].error)
         assert [0] * 3 == await mesh.call(f"{name}.a", {})
         write(folder, {"a.py": version(f"{name}.a", 1)})
         await until_answers(mesh, f"{name}.a", [1] * 3)
 
 
 async def until_gone(mesh: AgentMesh, name: str) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT_S):
         while name in {entry.name for entry in await mesh.catalog()}:
             await asyncio.sleep(0.02)
 
@@ -218,7 +189,7 @@ async def test_links_are_followed(configure: Configure, mesh: AgentMesh, name: s
     target.write_text(version(name, 0))
     other.write_text(version(name, 2))
     (folder / "a.py").symlink_to(target)
-    async with watching(configure, {}, host={"agents": ["agents/a.py", "agents"][:1]}):
+    async with watched_host(configure, {}, host={"agents": ["agents/a.py", "agents"][:1]}):
         target.write_text(version(name, 1))
         await until_answers(mesh, name, [1] * 3)
         (folder / "b.py").symlink_to(other)
@@ -238,7 +209,7 @@ async def test_without_the_systems_watcher_files_are_still_noticed(  # noqa: PLR
 
     monkeypatch.setattr("openagentmesh.runtime.reload.watcher.awatch", full)
     with caplog.at_level(logging.WARNING):
-        async with watching(configure, {"a.py": version(name, 0)}):
+        async with watched_host(configure, {"a.py": version(name, 0)}):
             in_place(tmp_path / "agents/a.py", version(name, 1))
             await until_answers(mesh, name, [1] * 3)
     assert 1 == sum("inotify watch limit reached" in record.getMessage() for record in caplog.records)
@@ -255,13 +226,13 @@ async def test_who_edits_is_heard_sooner(
         return awatch(*folders, step=step, rust_timeout=100, **options)
 
     monkeypatch.setattr("openagentmesh.runtime.reload.watcher.awatch", noted)
-    async with watching(configure, {"a.py": version(name, 0)}):
+    async with watched_host(configure, {"a.py": version(name, 0)}):
         calm = await asked.get()
         in_place(tmp_path / "agents/a.py", version(name, 1))
         await until_answers(mesh, name, [1] * 3)
         assert await asked.get() < calm
         monkeypatch.setattr("openagentmesh.runtime.reload.watcher._SESSION", 0.0)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT_S):
             assert calm == await asked.get()
 
 
@@ -275,19 +246,19 @@ async def test_no_call_fails_while_files_change(
         while not stopping.is_set():
             answers.append(await mesh.call(name, {}))
 
-    async with watching(configure, {"a.py": version(name, 0)}) as host:
+    async with watched_host(configure, {"a.py": version(name, 0)}) as host:
         callers = [asyncio.create_task(keep_calling()) for _ in range(16)]
         saves = [in_place, atomically, with_backup, deleted_first]
         for number in range(1, 13):
             if number % 3 == 0:
-                before = len(reloads(host))
+                before = len(reloads_of(host))
                 atomically(path, "def broken(:\n")
                 await until_more(host, before)
             saves[number % 4](path, version(name, number))
             await until_answers(mesh, name, [number] * 3)
         stopping.set()
         await asyncio.gather(*callers)
-        assert 4 == sum("SyntaxError" in reload["error"] for reload in reloads(host))
+        assert 4 == sum("SyntaxError" in reload.error for reload in reloads_of(host))
     assert [] == [answer for answer in answers if not isinstance(answer, list) or len(set(answer)) != 1]
 
 
@@ -297,7 +268,7 @@ async def test_an_edit_during_a_reload_is_loaded_after_it(
     """What is saved while a version loads slowly is the next one; the last save is what serves."""
     path, marker = tmp_path / "agents/a.py", tmp_path / "loading"
     slow = f"import time\nopen({str(marker)!r}, 'w').close()\ntime.sleep(0.3)\n"
-    async with watching(configure, {"a.py": version(name, 0)}):
+    async with watched_host(configure, {"a.py": version(name, 0)}):
         atomically(path, slow + version(name, 1))
         await until(marker.exists)
         atomically(path, version(name, 2))
@@ -309,7 +280,7 @@ async def test_an_agent_that_is_deleted_answers_what_it_has(
 ) -> None:
     """Calls under way when its file is deleted are answered; later ones are told that it is gone."""
     source = "import asyncio\n" + MESH + agent(name, "await asyncio.sleep(0.2, 'done')")
-    async with watching(configure, {"a.py": source}) as host:
+    async with watched_host(configure, {"a.py": source}) as host:
         calls = [asyncio.create_task(mesh.call(name, {})) for _ in range(10)]
         await until(lambda: sum(route.in_flight for route in host.node.router) == 10)
         (tmp_path / "agents/a.py").unlink()

@@ -1,26 +1,20 @@
-"""Kept requests that a new version answers before it serves, and what plugins hear of reloads."""
+"""Recorded requests that a new version handles before it serves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from openagentmesh import AgentMesh, Host, MeshError, MeshTimeout, hookimpl
-from openagentmesh.agent.agent import Agent
-from openagentmesh.hooks.reload_result import Outcome
-from openagentmesh.hooks.specs import Redactor
-from openagentmesh.protocol import subjects
-from openagentmesh.runtime.reload import replay
+from openagentmesh import Agent, AgentMesh, Host, MeshError, MeshTimeout, Redactor, ReloadResult, hookimpl
 
-from tests.runtime.conftest import MESH, Configure, write
-from tests.state.test_observe import listen, next_event
+from tests.support.modules import Configure, write
+from tests.support.reloads import replayable_agent
 
 
-def replayable(name: str, result: str, *, more: str = "replayable=True") -> str:
-    """An agent that returns an expression of `req`."""
-    return f"""{MESH}
-@mesh.agent(AgentSpec(name={name!r}, {more}))
-async def handler(req: dict) -> object:
-    return {result}
-"""
+def replay(keep: int, **more: object) -> dict[str, Any]:
+    """The settings of a host with the plugin; without it when `keep` is 0."""
+    if not keep:
+        return {}
+    return {"host": {"plugins": ["replay"]}, "plugins": {"replay": {"keep": keep, **more}}}
 
 
 class Plugin:
@@ -41,12 +35,12 @@ class Plugin:
         return redact
 
     @hookimpl
-    def mesh_reload_failed(self, outcome: Outcome) -> None:
+    def mesh_reload_failed(self, outcome: ReloadResult) -> None:
         self.failed.append(outcome.error)
         raise RuntimeError("a plugin's own failure")
 
 
-async def reloaded(host: Host, path: Path, source: str) -> Outcome:
+async def reloaded(host: Host, path: Path, source: str) -> ReloadResult:
     """Save a file and reload it."""
     path.write_text(source)
     outcome = await host.reload()
@@ -71,11 +65,13 @@ async def test_the_last_requests_are_answered_by_the_new_version(  # noqa: PLR09
 ) -> None:
     """As many as are kept, of agents that allow it, when it is on; what differs is told."""
     more = "replayable=True" if allowed else ""
-    config = configure({"a.py": replayable(name, "req['n'] * 2", more=more)}, host={"replay": keep})
+    config = configure({"a.py": replayable_agent(name, "req['n'] * 2", more=more)}, **replay(keep))
     async with Host(config) as host:
         for number in (1, 2, 3):
             await mesh.call(name, {"n": number})
-        outcome = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "req['n'] * 3", more=more))
+        outcome = await reloaded(
+            host, tmp_path / "agents/a.py", replayable_agent(name, "req['n'] * 3", more=more)
+        )
         expected = [f'{name}: {{"n":{number}}} → {number * 3} (was {number * 2})' for number in told]
         assert expected == outcome.notes
         assert 9 == await mesh.call(name, {"n": 3})
@@ -86,15 +82,15 @@ async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, *, strict: bool
 ) -> None:
     """An error that the old version had too is none; a new one refuses it only when strict."""
-    source = replayable(name, "1 / req['n']")
-    config = configure({"a.py": source}, host={"replay": 5, "replay_strict": strict})
+    source = replayable_agent(name, "1 / req['n']")
+    config = configure({"a.py": source}, **replay(5, strict=strict))
     async with Host(config) as host:
         with pytest.raises(MeshError, match="division by zero"):
             await mesh.call(name, {"n": 0})
         await mesh.call(name, {"n": 1})
         same = await reloaded(host, tmp_path / "agents/a.py", source + "# the same\n")
         assert ([], "") == (same.notes, same.error)
-        worse = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "1 / (req['n'] - 1)"))
+        worse = await reloaded(host, tmp_path / "agents/a.py", replayable_agent(name, "1 / (req['n'] - 1)"))
         assert strict == bool(worse.error)
         assert "ZeroDivisionError: division by zero (was 1.0)" in (worse.error or worse.notes[-1])
         assert (0.5 if strict else 1.0) == await mesh.call(name, {"n": 2})
@@ -105,11 +101,11 @@ async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
 ) -> None:
     """What is kept is what its redactor leaves, and no reply; a plugin's failures harm nobody."""
     plugin = Plugin()
-    config = configure({"a.py": replayable(name, "req['word']")}, host={"replay": 5})
+    config = configure({"a.py": replayable_agent(name, "req['word']")}, **replay(5))
     async with Host(config, plugins=[plugin]) as host:
         for word in ("geheim", "private", "broken"):
             assert word == await mesh.call(name, {"word": word})
-        outcome = await reloaded(host, tmp_path / "agents/a.py", replayable(name, "req['word'] + '!'"))
+        outcome = await reloaded(host, tmp_path / "agents/a.py", replayable_agent(name, "req['word'] + '!'"))
         assert [f'{name}: {{"word":"***"}} → "***!" (was "***")'] == outcome.notes
         write(tmp_path / "agents", {"a.py": "def x(:\n"})
         await host.reload()
@@ -122,8 +118,8 @@ async def test_a_candidate_may_raise_anything(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, error: str
 ) -> None:
     """What a new version raises is a difference, and ends nothing but its own run."""
-    source = replayable(name, "req['word']")
-    config = configure({"a.py": source}, host={"replay": 5, "replay_strict": True})
+    source = replayable_agent(name, "req['word']")
+    config = configure({"a.py": source}, **replay(5, strict=True))
     async with Host(config) as host:
         await mesh.call(name, {"word": "hi"})
         raising = source.replace("    return", f"    import asyncio\n    raise {error}\n    return")
@@ -136,9 +132,9 @@ async def test_all_that_is_kept_has_one_limit(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A version that hangs is run until the limit, and what was not replayed is told."""
-    monkeypatch.setattr(replay, "_PATIENCE", 0.2)
-    source = replayable(name, "req['word']")
-    async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
+    monkeypatch.setattr("oam_replay._TIMEOUT_S", 0.2)
+    source = replayable_agent(name, "req['word']")
+    async with Host(configure({"a.py": source}, **replay(5))) as host:
         for word in ("one", "two", "three"):
             await mesh.call(name, {"word": word})
         hanging = source.replace("    return", "    import asyncio\n    await asyncio.sleep(9)\n    return")
@@ -153,25 +149,10 @@ async def test_what_its_caller_gave_up_is_not_replayed(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
     """A request that ran into its time limit says nothing of a version, so it is not kept."""
-    source = "import asyncio\n" + replayable(name, "await asyncio.sleep(req['pause'])")
-    async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
+    source = "import asyncio\n" + replayable_agent(name, "await asyncio.sleep(req['pause'])")
+    async with Host(configure({"a.py": source}, **replay(5))) as host:
         await mesh.call(name, {"pause": 0})
         with pytest.raises(MeshTimeout):
             await mesh.call(name, {"pause": 9}, timeout=0.2)
         outcome = await reloaded(host, tmp_path / "agents/a.py", source.replace("return await", "await"))
         assert [] == outcome.notes
-
-
-async def test_observers_hear_of_reloads(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
-) -> None:
-    """A log event of the agent for a reload, and one with the reason for a refused one."""
-    async with Host(configure({"a.py": replayable(name, "1")})) as host:
-        await host.node.connection.flush()  # its start is told already
-        heard = await listen(mesh, subjects.logs(name))
-        await reloaded(host, tmp_path / "agents/a.py", replayable(name, "2"))
-        await reloaded(host, tmp_path / "agents/a.py", "raise ValueError('not today')\n")
-        found = [await next_event(heard) for _ in range(2)]
-    assert ["agent_reloaded", "reload_failed"] == [event["event"] for event in found]
-    assert ["info", "error"] == [event["level"] for event in found]
-    assert "ValueError: not today" == found[1]["message"]

@@ -1,4 +1,4 @@
-"""Both SDKs as processes: one that does what a test tells it, and scripts that serve."""
+"""Both SDKs as processes: callers that run a test's commands, and programs that serve agents."""
 
 import json
 import os
@@ -8,26 +8,27 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Self
 
-from tests.cli.processes import OAM, PATIENCE, environment, until
+from tests.support.commands import OAM, TIMEOUT_S, environment, until
 
 OURS: Final = Path(sys.executable)
-PROGRAMS: Final = Path(__file__).parent / "programs"
+PROGRAMS: Final = Path(__file__).parents[1] / "interop" / "programs"
 
 
-class Refused(Exception):
-    """What a command ended with instead of a result.
+class CommandFailed(Exception):
+    """The error that a command ended with.
 
     Attributes:
         type: the name of the exception's class.
         code: a mesh error's code; empty for any other exception.
         message: its text.
         agent: the agent a mesh error concerns.
-        details: a mesh error's facts.
+        details: a mesh error's details.
     """
 
     def __init__(self, error: Mapping[str, Any]) -> None:
@@ -40,10 +41,10 @@ class Refused(Exception):
 
 
 class Running:
-    """A process of this test; whoever leaves its block ends it."""
+    """A process, killed at the end of its `with` block."""
 
-    # Whether its output is for the test; else it goes into the log.
-    _speaks = False
+    # Whether its output is read by the test; otherwise it is part of the log.
+    _has_output = False
 
     def __init__(self, *command: str | Path, env: Mapping[str, str], cwd: Path | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `__exit__`
@@ -52,7 +53,7 @@ class Running:
             env=env,
             cwd=cwd,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if self._speaks else self._log,
+            stdout=subprocess.PIPE if self._has_output else self._log,
             stderr=self._log,
             text=True,
         )
@@ -69,120 +70,123 @@ class Running:
         self._log.close()
 
     @property
-    def ended(self) -> bool:
+    def has_exited(self) -> bool:
+        """Whether it has exited."""
         return self._process.poll() is not None
 
     @property
     def log(self) -> str:
-        """What it wrote for people."""
-        # Not `seek` and `read`: the process writes at the same position.
+        """What it logged."""
+        # Not `seek` and `read`, which would move the position at which the process writes.
         return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
-    def said(self, text: str) -> None:
-        """Wait until it has written a text."""
-        assert until(lambda: text in self.log or self.ended), f"no {text!r} in:\n{self.log}"
+    def wait_for_log(self, text: str) -> None:
+        """Wait until its log contains a text."""
+        assert until(lambda: text in self.log or self.has_exited), f"no {text!r} in:\n{self.log}"
         assert text in self.log, self.log
 
     def interrupt(self) -> int:
         """Stop it as Ctrl-C does; returns its exit code."""
         self._process.send_signal(signal.SIGINT)
-        return self._process.wait(PATIENCE)
+        return self._process.wait(TIMEOUT_S)
 
     def kill(self) -> None:
+        """Kill it."""
         self._process.kill()
-        self._process.wait(PATIENCE)
+        self._process.wait(TIMEOUT_S)
 
 
-class Conversation:
-    """One command: what comes of it while it runs, and how it ends."""
+class Command:
+    """One command of a caller: its items while it runs, and its result."""
 
     def __init__(self, peer: "Peer", number: int) -> None:
         self._peer = peer
         self._number = number
-        self.arrived: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self.messages: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     def item(self) -> Any:
-        """The next thing that comes.
+        """The next item.
 
         Raises:
-            Refused: it failed instead.
+            CommandFailed: it failed instead.
         """
         message = self._message()
-        assert "item" in message, f"it is over: {message}"
+        assert "item" in message, f"it has ended: {message}"
         return message["item"]
 
     def items(self) -> list[Any]:
-        """All that comes until the end, which is a good one."""
+        """All items until the end."""
         found = []
         while "item" in (message := self._message()):
             found.append(message["item"])
         return found
 
     def result(self) -> Any:
-        """What it ends with.
+        """Its result.
 
         Raises:
-            Refused: it failed.
+            CommandFailed: it failed.
         """
         message = self._message()
-        assert "result" in message, f"it is not over: {message}"
+        assert "result" in message, f"it has not ended: {message}"
         return message["result"]
 
     def stop(self) -> None:
-        """Break it off."""
+        """Cancel it."""
         self._peer.write({"number": self._number})
 
     def _message(self) -> dict[str, Any]:
         try:
-            message = self.arrived.get(timeout=PATIENCE)
+            message = self.messages.get(timeout=TIMEOUT_S)
         except Empty:
-            raise AssertionError(f"nothing came for {PATIENCE:g} s; {self._peer.log}") from None
+            raise AssertionError(f"no message within {TIMEOUT_S:g} s; {self._peer.log}") from None
         if "error" in message:
-            raise Refused(message["error"])
-        assert "gone" not in message, f"the process has ended: {self._peer.log}"
+            raise CommandFailed(message["error"])
+        assert "exited" not in message, f"the process has exited: {self._peer.log}"
         return message
 
 
 class Peer(Running):
-    """`programs/caller.py` on one of the SDKs."""
+    """`programs/caller.py` with one of the SDKs."""
 
-    _speaks = True
+    _has_output = True
 
     def __init__(self, python: Path, url: str, env: Mapping[str, str]) -> None:
         super().__init__(python, PROGRAMS / "caller.py", url, env=env)
         self._numbers = count(1)
-        self._conversations = {0: (ready := Conversation(self, 0))}
+        self._commands = {0: (ready := Command(self, 0))}
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         self._ready = ready
 
     def connected(self) -> Self:
-        """Wait until it is on the mesh."""
+        """Wait until it is connected."""
         self._ready.result()
         return self
 
-    def begin(self, verb: str, *args: object, **kwargs: object) -> Conversation:
-        """Let it begin something."""
+    def start(self, verb: str, *args: object, **kwargs: object) -> Command:
+        """Start a command."""
         number = next(self._numbers)
-        conversation = self._conversations[number] = Conversation(self, number)
+        command = self._commands[number] = Command(self, number)
         self.write({"number": number, "verb": verb, "args": args, "kwargs": kwargs})
-        return conversation
+        return command
 
-    def ask(self, verb: str, *args: object, **kwargs: object) -> Any:
-        """Let it do something, to the end.
+    def run(self, verb: str, *args: object, **kwargs: object) -> Any:
+        """Run a command; returns its result.
 
         Raises:
-            Refused: it ended with an exception.
+            CommandFailed: it failed.
         """
-        return self.begin(verb, *args, **kwargs).result()
+        return self.start(verb, *args, **kwargs).result()
 
-    def leave(self) -> int:
-        """Let it leave the mesh; returns its exit code."""
+    def close(self) -> int:
+        """Let it close its mesh and exit; returns its exit code."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self._process.wait(PATIENCE)
+        return self._process.wait(TIMEOUT_S)
 
     def write(self, command: dict[str, object]) -> None:
+        """Send it a command."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -191,25 +195,25 @@ class Peer(Running):
         assert self._process.stdout is not None
         for line in self._process.stdout:
             message = json.loads(line)
-            self._conversations[message["number"]].arrived.put(message)
-        for conversation in list(self._conversations.values()):
-            conversation.arrived.put({"gone": True})
+            self._commands[message["number"]].messages.put(message)
+        for command in list(self._commands.values()):
+            command.messages.put({"exited": True})
 
     def __exit__(self, *exc: object) -> None:
-        if not self.ended:
+        if not self.has_exited:
             self.kill()
         self._reader.join()
         super().__exit__(*exc)
 
 
 class Script(Running):
-    """A program that serves agents until it is stopped, run by an interpreter."""
+    """A program that serves agents until it is stopped."""
 
     def __init__(self, python: Path, program: str, env: Mapping[str, str]) -> None:
         super().__init__(python, PROGRAMS / program, env=env)
 
 
-class Hosted(Running):
+class HostedPrograms(Running):
     """The same programs, unchanged, in one `oam up`."""
 
     def __init__(self, folder: Path, url: str, *programs: str, env: Mapping[str, str]) -> None:
@@ -222,28 +226,49 @@ class Hosted(Running):
 
 
 def interop_environment(url: str, channel: str, who: str = "") -> dict[str, str]:
-    """What the programs that serve find."""
+    """The environment of programs that serve."""
     return environment({"INTEROP_URL": url, "INTEROP_CHANNEL": channel, "INTEROP_WHO": who})
 
 
-def listed(peer: Peer, name: str, *serving: Running) -> None:
-    """Wait until a peer's catalog has an agent that these processes are to serve."""
+def wait_listed(peer: Peer, name: str, *serving: Running) -> None:
+    """Wait until a peer's catalog has an agent that these processes serve."""
 
-    def there() -> bool:
-        return name in [entry["name"] for entry in peer.ask("catalog", channel=name)]
+    def is_listed() -> bool:
+        return name in [entry["name"] for entry in peer.run("catalog", channel=name)]
 
-    def stuck() -> bool:
-        return any(process.ended for process in serving)
+    def has_failed() -> bool:
+        return any(process.has_exited for process in serving)
 
-    assert until(lambda: there() or stuck()), f"'{name}' is not listed"
-    assert there(), "\n".join(process.log for process in serving)
+    assert until(lambda: is_listed() or has_failed()), f"'{name}' is not listed"
+    assert is_listed(), "\n".join(process.log for process in serving)
 
 
-def repeat_until_heard(feed: Conversation, again: Callable[[], object]) -> None:
-    """Do something until a subscription, of which nobody knows when it is there, has heard it."""
+def repeat_until_received(feed: Command, again: Callable[[], object]) -> None:
+    """Repeat something until a subscription, which starts at an unknown time, has received it."""
 
-    def heard() -> bool:
+    def has_received() -> bool:
         again()
-        return not feed.arrived.empty()
+        return not feed.messages.empty()
 
-    assert until(heard), "nothing was heard"
+    assert until(has_received), "nothing was received"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A caller of one SDK, and agents that the other one serves in `channel`."""
+
+    caller: Peer
+    channel: str
+    processes: list[Running]
+
+    def agent(self, name: str) -> str:
+        """The full name of one of the provider's agents."""
+        return f"{self.channel}.{name}"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A writer and a reader, of different SDKs."""
+
+    writer: Peer
+    reader: Peer

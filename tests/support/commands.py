@@ -1,8 +1,9 @@
-"""Commands as their users run them: processes, what they say, and what is left of them."""
+"""`oam` commands as processes, and the projects they run in."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,22 +19,23 @@ from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 OAM = str(Path(sys.executable).with_name("oam"))
-NOBODY = "nats://127.0.0.1:1"
-PATIENCE = 20.0
+# Where no server is.
+UNREACHABLE = "nats://127.0.0.1:1"
+TIMEOUT_S = 20.0
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a command finds: nothing that changes addresses or colours, and warnings are errors."""
+    """The environment of a command: no settings of the developer, and warnings are errors."""
     kept = {key: os.environ[key] for key in _KEPT if key in os.environ}
-    # `mesh up` leaves its server behind on purpose.
+    # `mesh up` leaves its server running on purpose.
     warnings = "error,ignore::ResourceWarning:subprocess"
     return kept | {"PYTHONWARNINGS": warnings, "COLUMNS": "400"} | dict(more or {})
 
 
 @dataclass(slots=True, frozen=True)
 class Result:
-    """What is left of a command."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -41,17 +43,18 @@ class Result:
 
     @property
     def json(self) -> Any:
+        """Its output, decoded."""
         return json.loads(self.out)
 
 
 class Process:
-    """A running `oam`; whoever leaves its block ends it."""
+    """A running `oam`, killed at the end of its `with` block."""
 
     def __init__(
         self,
         *arguments: str,
         cwd: Path,
-        given: str = "",
+        stdin_text: str = "",
         env: Mapping[str, str] | None = None,
         program: str = OAM,
     ) -> None:
@@ -59,7 +62,7 @@ class Process:
         self.err: list[str] = []
         self._changed = threading.Condition()
         with tempfile.TemporaryFile() as stdin:
-            stdin.write(given.encode())
+            stdin.write(stdin_text.encode())
             stdin.seek(0)
             self._process = subprocess.Popen(
                 [program, *arguments],
@@ -92,9 +95,9 @@ class Process:
     def _find(self, text: str) -> str:
         return next((line.rstrip() for line in (*self.out, *self.err) if text in line), "")
 
-    def said(self, text: str) -> str:
+    def wait_for_line(self, text: str) -> str:
         """Wait for a line that contains `text`."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_S
         with self._changed:
             while not (found := self._find(text)) and time.monotonic() < deadline:
                 if not any(reader.is_alive() for reader in self._readers):
@@ -106,10 +109,11 @@ class Process:
         return found
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
         self._process.send_signal(number)
 
-    def finish(self, timeout: float = PATIENCE) -> Result:
-        """Wait until it has ended."""
+    def finish(self, timeout: float = TIMEOUT_S) -> Result:
+        """Wait until it exits."""
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -120,6 +124,7 @@ class Process:
         return Result(code, "".join(self.out), "".join(self.err))
 
     def stop(self) -> None:
+        """Kill it."""
         self._process.kill()
         self._process.wait()
         for reader in self._readers:
@@ -132,47 +137,49 @@ class Process:
         self.stop()
 
 
-def oam(*arguments: str, cwd: Path, given: str = "", env: Mapping[str, str] | None = None) -> Result:
-    """Run a command to its end."""
-    with Process(*arguments, cwd=cwd, given=given, env=env) as process:
+def oam(*arguments: str, cwd: Path, stdin_text: str = "", env: Mapping[str, str] | None = None) -> Result:
+    """Run a command."""
+    with Process(*arguments, cwd=cwd, stdin_text=stdin_text, env=env) as process:
         return process.finish()
 
 
-def side_by_side(*commands: tuple[str, ...], cwd: Path, given: str = "") -> list[Result]:
-    """Run several commands at once, each to its end."""
+def side_by_side(*commands: tuple[str, ...], cwd: Path, stdin_text: str = "") -> list[Result]:
+    """Run several commands at once."""
     with ExitStack() as stack:
-        running = [stack.enter_context(Process(*command, cwd=cwd, given=given)) for command in commands]
+        running = [
+            stack.enter_context(Process(*command, cwd=cwd, stdin_text=stdin_text)) for command in commands
+        ]
         return [process.finish() for process in running]
 
 
 class Up(Process):
-    """An `oam up` that serves, at `url`."""
+    """An `oam up` whose agents are served, at `url`."""
 
     def __init__(self, folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         super().__init__("up", *arguments, cwd=folder, env=env)
         self.folder = folder
-        found = re.search(r"nats://[\d.:]+", self.said("serving "))
+        found = re.search(r"nats://[\d.:]+", self.wait_for_line("serving "))
         assert found is not None
         self.url = found[0]
 
-    def ask(self, *arguments: str, given: str = "") -> Result:
+    def run(self, *arguments: str, stdin_text: str = "") -> Result:
         """Run a command against it."""
-        return oam(*arguments, "--url", self.url, cwd=self.folder, given=given)
+        return oam(*arguments, "--url", self.url, cwd=self.folder, stdin_text=stdin_text)
 
-    def ask_all(self, *commands: tuple[str, ...]) -> list[Result]:
+    def run_all(self, *commands: tuple[str, ...]) -> list[Result]:
         """Run several commands against it at once."""
         return side_by_side(*[(*command, "--url", self.url) for command in commands], cwd=self.folder)
 
     @property
     def status(self) -> dict[str, Any]:
-        """What it says of itself."""
-        [host] = self.ask("status", "--json").json
+        """Its status."""
+        [host] = self.run("status", "--json").json
         assert isinstance(host, dict)
         return host
 
 
-def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
-    """Look at a fact of the operating system until it is there; False when it never is."""
+def until(condition: Callable[[], bool], timeout: float = TIMEOUT_S) -> bool:
+    """Wait until a fact of the operating system is true; False if it is not in time."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -181,28 +188,84 @@ def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
     return True
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended; also when its parent has not looked yet."""
+def has_exited(pid: int) -> bool:
+    """Whether a process has exited, also when its parent has not waited for it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:  # just gone, or a system without /proc: the next look will tell
+    except OSError:  # exited meanwhile, or a system without /proc: the next check decides
         return False
 
 
-def refuses(url: str) -> bool:
-    """Whether nobody listens there."""
+def is_closed(url: str) -> bool:
+    """Whether no server listens at an address."""
     parts = urlsplit(url)
     with socket.socket() as client:
         return client.connect_ex((parts.hostname, parts.port)) != 0
 
 
 def free_port() -> int:
+    """A port that no server uses."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         assert isinstance(port, int)
         return port
+
+
+SAMPLES = Path(__file__).parents[2] / "agents"
+
+
+ODD = """
+import asyncio, sys
+from pathlib import Path
+from openagentmesh import AgentMesh, AgentSpec, MeshError
+
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="fail", description="Fails."))
+async def fail(req: dict) -> str:
+    raise ValueError("something odd")
+
+@mesh.agent(AgentSpec(name="quota", description="Fails with a code of its own."))
+async def quota(req: dict) -> str:
+    raise MeshError("quota_used_up", "Try again tomorrow")
+"""
+
+
+HOLD = """
+@mesh.agent(AgentSpec(name="{name}", description="Answers when the file is there."))
+async def {name}(req: dict) -> str:
+    print("{name} runs", file=sys.stderr, flush=True)
+    while not Path(req["until"]).exists():
+        await asyncio.sleep(0.01)
+    return "held"
+"""
+
+
+BROKEN = """from openagentmesh import AgentMesh
+
+raise ValueError("not today")
+"""
+
+
+def write_project(
+    folder: Path, *samples: str, holds: tuple[str, ...] = (), broken: bool = False, toml: str = ""
+) -> Path:
+    """A project: mesh.toml with a temporary server on a free port, samples, and other agents."""
+    agents = folder / "agents"
+    agents.mkdir(parents=True)
+    for sample in samples:
+        shutil.copy(SAMPLES / f"{sample}.py", agents)
+    if holds:
+        (agents / "odd.py").write_text(ODD + "".join(HOLD.format(name=name) for name in holds))
+    if broken:
+        (agents / "broken.py").write_text(BROKEN)
+    (folder / "mesh.toml").write_text(
+        '[server]\nport = 0\nstore = ""\n'
+        f'[host]\nname = "{folder.name}"\nagents = ["agents"]\nentry_points = false\n{toml}'
+    )
+    return folder

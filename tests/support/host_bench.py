@@ -1,4 +1,4 @@
-"""A host at work for tests of reloads: its files, who calls its agents, and a ledger that they share."""
+"""A running host for tests of reloads: its files, calls to its agents, and a ledger that they share."""
 
 import asyncio
 import threading
@@ -9,16 +9,16 @@ from types import ModuleType
 from typing import Any
 
 from openagentmesh import AgentMesh, Host
-from openagentmesh.hooks.reload_result import Outcome
+from openagentmesh.hooks.reload_result import ReloadResult
 
-from tests.runtime.conftest import Configure, write
+from tests.support.modules import Configure, write
 
-# Every module that a test counts has this for its first line.
+# The first line of every module whose runs a test counts.
 RUN = "import ledger; ledger.runs.append(__name__.partition('.')[2])\n"
 
 
 class Ledger(ModuleType):
-    """A module that is not managed, by which files tell the test what they do, and wait for it."""
+    """An unmanaged module through which files report what they do, and wait for the test."""
 
     def __init__(self) -> None:
         super().__init__("ledger")
@@ -29,19 +29,19 @@ class Ledger(ModuleType):
         self.variable: ContextVar[str] = ContextVar("variable", default="untouched")
 
     async def wait(self) -> None:
-        """What a handler awaits to be in flight until the test opens the gate."""
+        """Stay in flight until the test opens the gate."""
         self.waiting.set()
         await self.gate.wait()
 
     def executed(self) -> list[str]:
-        """The modules executed since it was last asked, each once."""
+        """The modules executed since the last call, each once."""
         found = sorted(set(self.runs))
         self.runs.clear()
         return found
 
 
 class Bench:
-    """A folder of agent files, the host that serves them, and who calls them by `name`."""
+    """A folder of agent files, the host that serves them, and a caller."""
 
     def __init__(self, configure: Configure, mesh: AgentMesh, name: str, folder: Path) -> None:
         self.name = name
@@ -62,21 +62,21 @@ class Bench:
     def path(self, file: str) -> Path:
         return self._folder / file
 
-    async def reloaded(self, files: Mapping[str, str] | None = None) -> Outcome:
-        """A reload that has to be carried out, after these files were written."""
+    async def reloaded(self, files: Mapping[str, str] | None = None) -> ReloadResult:
+        """Write files and reload; the reload has to succeed."""
         self.write(files or {})
-        outcome = await self.host.reload()
-        assert outcome is not None
-        assert ("", "") == (outcome.error, outcome.details)
-        return outcome
+        result = await self.host.reload()
+        assert result is not None
+        assert ("", "") == (result.error, result.details)
+        return result
 
-    async def refused(self, files: Mapping[str, str] | None = None) -> Outcome:
-        """A reload that has to fail, after these files were written."""
+    async def refused(self, files: Mapping[str, str] | None = None) -> ReloadResult:
+        """Write files and reload; the reload has to be refused."""
         self.write(files or {})
-        outcome = await self.host.reload()
-        assert outcome is not None
-        assert outcome.error
-        return outcome
+        result = await self.host.reload()
+        assert result is not None
+        assert result.error
+        return result
 
     async def call(self, suffix: str = "", request: object = None) -> Any:
         return await self._mesh.call(self.name + suffix, request or {})
@@ -88,7 +88,7 @@ class Bench:
         return request
 
     async def listed(self, *suffixes: str) -> None:
-        """Wait until the catalog has these agents, and no others."""
+        """Wait until the catalog has exactly these agents."""
         wanted = [self.name + suffix for suffix in suffixes]
         while wanted != sorted(entry.name for entry in await self._mesh.catalog(channel=self.name)):
             await asyncio.sleep(0.01)

@@ -1,0 +1,82 @@
+"""A plugin that records what passes it, and a mesh with plugins."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from openagentmesh import (
+    Agent,
+    AgentMesh,
+    AgentSpec,
+    Call,
+    Caller,
+    ClientMiddleware,
+    ClientOperation,
+    Endpoint,
+    Middleware,
+    PermissionDenied,
+    current_call,
+    hookimpl,
+)
+
+Events = list[Any]
+
+
+class Recorder:
+    """Records requests and operations; headers named `raises`, `refuses` and `stops` let it fail."""
+
+    def __init__(self, tag: str, events: Events) -> None:
+        self.tag = tag
+        self.events = events
+
+    @hookimpl
+    def mesh_middleware(self, agent: Agent) -> Middleware:
+        """Records requests."""
+
+        def middleware(inner: Endpoint) -> Endpoint:
+            async def endpoint(call: Call) -> Any:
+                self.events.append((self.tag, "in", call.verb, agent.name))
+                if call.headers.get("raises") == self.tag:
+                    raise ValueError("a plugin's own failure")
+                if call.headers.get("refuses") == self.tag:
+                    raise PermissionDenied("not for you")
+                call.identity = Caller(call.caller.instance_id, subject=self.tag)
+                return await inner(call)
+
+            return endpoint
+
+        return middleware
+
+    @hookimpl
+    def mesh_client_middleware(self) -> ClientMiddleware:
+        """Records operations."""
+
+        @asynccontextmanager
+        async def middleware(operation: ClientOperation) -> AsyncIterator[None]:
+            self.events.append((self.tag, "out", operation.verb, operation.target))
+            operation.headers["x-tag"] = operation.headers.get("x-tag", "") + self.tag
+            if operation.headers.get("stops") == self.tag:
+                raise KeyError("a plugin's own failure")
+            yield
+            self.events.append((self.tag, "done", operation.verb, operation.chunks))
+
+        return middleware
+
+
+@asynccontextmanager
+async def mesh_with_plugins(url: str, name: str, *plugins: object) -> AsyncIterator[AgentMesh]:
+    """A mesh with a responder that returns its headers and caller, and a streamer."""
+    mesh = AgentMesh(url, plugins=plugins)
+
+    @mesh.agent(AgentSpec(name=f"{name}.asked"))
+    async def asked(number: int) -> list[Any]:
+        call = current_call()
+        return [number, call.headers.get("x-tag"), str(call.caller)]
+
+    @mesh.agent(AgentSpec(name=f"{name}.counts"))
+    async def counts(number: int) -> AsyncIterator[int]:
+        for each in range(number):
+            yield each
+
+    async with mesh:
+        yield mesh

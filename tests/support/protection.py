@@ -1,0 +1,68 @@
+"""Agents behind the plugin auth, and signed requests."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from oam_auth import Auth
+from oam_auth.signatures import Signer
+from openagentmesh import (
+    AgentMesh,
+    AgentSpec,
+    Call,
+    ClientOperation,
+    current_call,
+)
+
+from tests.support.credentials import seed
+
+
+class ProtectedAgents:
+    """Agents of all kinds behind the plugin auth; `handled` has the inputs of their handlers."""
+
+    def __init__(self, url: str, name: str, auth: Auth) -> None:
+        self.mesh = mesh = AgentMesh(url, plugins=[auth])
+        self.handled: list[Any] = []
+        self.name = name
+
+        @mesh.agent(AgentSpec(name=f"{name}.asked"))
+        async def asked(what: str) -> str:
+            self.handled.append(what)
+            caller = current_call().caller
+            return f"{caller} {caller.subject} {sorted(caller.scopes)}"
+
+        @mesh.agent(AgentSpec(name=f"{name}.counts"))
+        async def counts(what: str) -> AsyncIterator[str]:
+            self.handled.append(what)
+            yield what
+
+        @mesh.agent(AgentSpec(name=f"{name}.plain"))
+        def plain(what: str) -> str:
+            self.handled.append(what)
+            return str(current_call().caller.subject)
+
+        @mesh.agent(AgentSpec(name=f"{name}.reads"), sources=[mesh.subject_source(f"{name}.news")])
+        async def reads(what: str) -> None:
+            self.handled.append((what, current_call().caller.subject))
+
+        @mesh.agent(AgentSpec(name=f"{name}.keys"), sources=[mesh.kv_source(f"{name}.key")])
+        async def keys(what: str) -> None:
+            self.handled.append(what)
+
+        gate = mesh.subject_condition(f"{name}.gate", lambda on: on == "open")
+
+        @mesh.agent(AgentSpec(name=f"{name}.gated"), active_when=gate)
+        async def gated(what: str) -> str:
+            self.handled.append(what)
+            return what
+
+
+SEED, PUBLIC = seed()
+SIGNER, EVE = Signer(SEED), Signer(seed()[0])
+
+
+def signed(verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', by: Signer = SIGNER) -> Call:
+    """A request as it arrives, signed when it was sent."""
+    operation = ClientOperation(verb, target, "r1", body, {"X-Mesh-Request-Id": "r1"})
+    by.sign(operation)
+    received: Any = "source" if verb == "publish" else verb
+    return Call(target, "r1", body, dict(operation.headers), verb=received, subject=operation.subject)
