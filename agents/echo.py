@@ -1,4 +1,4 @@
-"""Gives back what it gets: to see whether the mesh works, and what a call looks like."""
+"""Returns its input, for a first test of a mesh, and shows the data of a call."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class Echo(BaseModel):
     seconds_left: float
 
 
-@mesh.agent(AgentSpec(name="echo", description="Gives back any JSON it gets, and who asked."))
+@mesh.agent(AgentSpec(name="echo", description="Returns any JSON input, and the caller."))
 async def echo(req: Any) -> Echo:
     call = current_call()
     return Echo(said=req, caller=call.caller, request_id=call.request_id, seconds_left=call.remaining)

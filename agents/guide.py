@@ -14,15 +14,15 @@ class Question(BaseModel):
 
 
 class Answers(BaseModel):
-    asked: list[str]
+    called: list[str]
     answers: dict[str, Any]
 
 
-@mesh.agent(AgentSpec(name="guide", description="Asks every agent with a tag the same text."))
+@mesh.agent(AgentSpec(name="guide", description="Calls every agent with a tag, with the same text."))
 async def guide(req: Question) -> Answers:
     found = await mesh.catalog(tags=[req.tag], invocable=True, streaming=False)
     answers = {entry.name: await mesh.call(entry.name, {"text": req.text}) for entry in found}
-    return Answers(asked=[entry.name for entry in found], answers=answers)
+    return Answers(called=[entry.name for entry in found], answers=answers)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Settings(BaseModel):
         total_burst: how many of them at once; None for those of one second.
         share: the part of an agent's `concurrency` that one caller may use, waiting requests included;
             without `rate` also of its `total_rate`.
-        callers: how many callers are remembered; the least recently used are dropped.
+        callers: how many pairs of a caller and an agent are remembered; the least recently used are
+            dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -18,8 +18,10 @@ from openagentmesh import (
     Agent,
     Call,
     Endpoint,
+    InvocationMismatch,
     MeshError,
     Middleware,
+    Overloaded,
     RecordedRequest,
     ReloadResult,
     hookimpl,
@@ -97,7 +99,7 @@ class Replay:
 
     @hookimpl
     def mesh_configure(self, settings: Settings) -> None:
-        """Apply new settings; `keep` applies to the next version of an agent."""
+        """Apply new settings."""
         self._settings = settings
 
     @hookimpl(trylast=True)  # innermost: requests that other plugins refuse are not recorded
@@ -112,6 +114,8 @@ class Replay:
                 started = perf_counter()
                 try:
                     result = await endpoint(call)
+                except (Overloaded, InvocationMismatch):  # the handler was not reached
+                    raise
                 except Exception as exc:
                     self._record(agent, call, Outcome(b"", _error_text(exc), perf_counter() - started))
                     raise

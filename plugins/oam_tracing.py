@@ -1,8 +1,8 @@
 """Tracing: OpenTelemetry spans of all requests and events, in one trace across hosts.
 
 Calls and streams have spans of kind CLIENT and SERVER, sends and events of kind PRODUCER and CONSUMER.
-The context travels in W3C headers. Spans are exported as the environment says, `OTEL_…`, or as the
-program has set up OpenTelemetry itself.
+The context travels in W3C headers. Spans are exported according to the environment, `OTEL_…`, or to the
+program's own set-up of OpenTelemetry.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Watchdog: reports which agent blocks the event loop, for how long, and where in its code.
 
-A thread asks the loop for a sign of life at intervals; without an answer it reads the stack of the loop's
+A thread schedules a callback on the loop at intervals; when that is late, it reads the stack of the loop's
 thread. Requests do not pass through the plugin.
 """
 
@@ -15,7 +15,7 @@ from itertools import islice, takewhile
 from threading import Event, Thread, get_ident
 from time import monotonic
 from types import CodeType, FrameType
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from openagentmesh import Agent, Call, hookimpl
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # How many of the innermost frames of a stack are shown.
 _MAX_FRAMES: Final = 20
-# How often the loop is asked for a sign of life, per threshold.
+# How often the loop is checked, per threshold.
 _CHECKS_PER_THRESHOLD: Final = 2
 _MINUTE_S: Final = 60.0
 _ADVICE: Final = "Use `await` for what takes time, or `def` instead of `async def`: it then runs in a thread."
@@ -112,19 +112,19 @@ class _LoopWatch:
     def run(self) -> None:
         """Check the loop until the watch is stopped."""
         while not self.stopped.wait(self._settings().threshold / _CHECKS_PER_THRESHOLD):
-            alive, asked = Event(), monotonic()
+            alive, started = Event(), monotonic()
             try:
                 self._loop.call_soon_threadsafe(alive.set)
             except RuntimeError:  # the loop is closed
                 return
             if not alive.wait(self._settings().threshold):
                 try:
-                    self._on_blocked(alive, asked)
+                    self._on_blocked(alive, started)
                 # One check ends here: a stack may hold any objects, and the next check may succeed.
                 except Exception:
                     log.exception("watchdog: the event loop was blocked, and reading its stack failed")
 
-    def _on_blocked(self, alive: Event, asked: float) -> None:
+    def _on_blocked(self, alive: Event, started: float) -> None:
         may_report = self._may_report()
         blocker, stack = self._find_blocker() if may_report else ("", "")
         if alive.is_set():  # this thread was delayed itself
@@ -132,13 +132,13 @@ class _LoopWatch:
         if may_report:
             log.warning(
                 "event loop blocked for %.2f s by %s; no agent answers meanwhile.%s %s\n%s",
-                monotonic() - asked, blocker, self._skipped_text(), _ADVICE, stack,
+                monotonic() - started, blocker, self._skipped_text(), _ADVICE, stack,
             )  # fmt: skip
         # Until it is closed: with asyncio's loop the callback may never run.
         while not alive.wait(1.0) and not self._loop.is_closed():
             pass
         if may_report:
-            log.warning("event loop running again: blocked by %s for %.2f s", blocker, monotonic() - asked)
+            log.warning("event loop running again: blocked by %s for %.2f s", blocker, monotonic() - started)
 
     def _may_report(self) -> bool:
         now = monotonic()
@@ -174,9 +174,9 @@ class _LoopWatch:
             if handlers:
                 begin = i
                 break
-        # Frames that answer a request have it in a variable of this name.
-        calls = (frame.f_locals.get("call") for frame in frames)
-        answering = next((call.agent for call in calls if isinstance(call, Call)), "")
+        # Frames that answer a request have it in a variable of this name; an author's may be any object.
+        calls: Iterable[Any] = (frame.f_locals.get("call") for frame in frames)
+        answering = next((call.agent for call in calls if issubclass(type(call), Call)), "")
         if answering:
             return f"agent '{answering}'", begin
         return (_listed(handlers), begin) if handlers else None

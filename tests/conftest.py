@@ -3,14 +3,18 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib import import_module
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from openagentmesh import AgentMesh
+from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
+from tests.support.modules import Configure, write
 from tests.support.servers import running_server
 
 _NUMBERS = count()
@@ -54,6 +58,18 @@ def new_mesh(url: str) -> Callable[[], AgentMesh]:
 @pytest.fixture
 async def mesh(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AgentMesh]:
     """A connected mesh that waits a second, not half a minute, for handlers that hang."""
-    monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT", 1.0)
+    monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT_S", 1.0)
     async with AgentMesh(url) as connected:
         yield connected
+
+
+@pytest.fixture
+def configure(tmp_path: Path, url: str) -> Configure:
+    """Write files below `agents/` and make the config of a host that serves them."""
+
+    def configure_(files: Mapping[str, str], *, folder: Path = tmp_path, **more: Any) -> Config:
+        write(folder / "agents", files)
+        host = {"agents": ["agents"], "entry_points": False, "drain_timeout": 1.0, **more.pop("host", {})}
+        return Config(folder=folder, mesh=MeshSection(url=url), host=HostSection(**host), **more)
+
+    return configure_

@@ -1,4 +1,4 @@
-"""A caller's patience is everybody's: nested calls get what is left, and a cancel stops the work.
+"""Timeouts and cancellation: nested calls get the time that is left, and a cancelled call stops its handler.
 
 oam agent call relay '"hello"' --timeout 5
 """
@@ -11,17 +11,17 @@ mesh = AgentMesh()
 started, stopped = asyncio.Event(), asyncio.Event()
 
 
-@mesh.agent(AgentSpec(name="inner", description="Says how long its caller still waits."))
+@mesh.agent(AgentSpec(name="inner", description="Returns whether at most five seconds are left."))
 async def inner(text: str) -> bool:
     return current_call().remaining <= 5
 
 
-@mesh.agent(AgentSpec(name="relay", description="Asks another agent, within its own caller's patience."))
+@mesh.agent(AgentSpec(name="relay", description="Calls another agent within the timeout of its own caller."))
 async def relay(text: str) -> bool:
     return bool(await mesh.call("inner", text, timeout=60))
 
 
-@mesh.agent(AgentSpec(name="sleeper", description="Sleeps until nobody waits any more."))
+@mesh.agent(AgentSpec(name="sleeper", description="Sleeps until its caller cancels."))
 async def sleeper() -> str:
     try:
         started.set()

@@ -1,4 +1,6 @@
-"""On and off without leaving the catalog: an agent that serves while a condition holds.
+"""Activation by a condition: an agent that is active while a key has a value.
+
+While it is inactive it stays in the catalog, and calls get `not_available`.
 
 oam agent call desk.trade '"sell"'
 """
@@ -29,14 +31,14 @@ async def main() -> None:
     async with mesh.local():
         print(await attempt("buy"), [entry.name for entry in await mesh.catalog()])
 
-        opened = mesh.observe.logs("desk.trade")
-        listening = asyncio.ensure_future(anext(opened))
+        events = mesh.observe.logs("desk.trade")
+        listening = asyncio.ensure_future(anext(events))
         await mesh.kv.put("desk.status", "open")
         print((await listening).event, await attempt("buy"))
 
         await mesh.kv.put("desk.status", "closed")
-        print((await anext(opened)).event, await attempt("sell"))
-        await opened.aclose()
+        print((await anext(events)).event, await attempt("sell"))
+        await events.aclose()
 
 
 if __name__ == "__main__":

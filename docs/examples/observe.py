@@ -1,4 +1,4 @@
-"""Looking at agents at work: log events whose level changes live, and what requests cost.
+"""Log events of agents, with a level that is changed while they run, and the usage that requests report.
 
 oam observe set nlp.echo --log-level debug && oam observe logs nlp.echo
 """
@@ -11,7 +11,7 @@ from openagentmesh import AgentMesh, AgentSpec, MeshError, Usage, report_usage
 mesh = AgentMesh()
 
 
-@mesh.agent(AgentSpec(name="nlp.echo", description="Gives back a text, and what it cost."))
+@mesh.agent(AgentSpec(name="nlp.echo", description="Returns a text, and reports its usage."))
 async def echo(text: str) -> str:
     if not text:
         raise ValueError("there is nothing to echo")

@@ -1,6 +1,6 @@
-"""Events for whoever listens: a function that takes nothing and yields.
+"""Publish and subscribe: a function without input that yields events.
 
-It runs as long as its host, and is started again when it fails.
+It runs as long as its host, and is restarted when it fails.
 
 oam agent subscribe market.gold
 """
@@ -19,7 +19,7 @@ class Price(BaseModel):
     price: float
 
 
-@mesh.agent(AgentSpec(name="market.gold", description="The price of gold, as it changes."))
+@mesh.agent(AgentSpec(name="market.gold", description="Publishes the price of gold."))
 async def gold() -> AsyncIterator[Price]:
     price = 100.0
     while True:
@@ -28,7 +28,7 @@ async def gold() -> AsyncIterator[Price]:
         await asyncio.sleep(0.05)
 
 
-@mesh.agent(AgentSpec(name="market.silver", description="The price of silver, as it changes."))
+@mesh.agent(AgentSpec(name="market.silver", description="Publishes the price of silver."))
 async def silver() -> AsyncIterator[Price]:
     while True:
         yield Price(item="silver", price=20.0)

@@ -1,4 +1,4 @@
-"""Request and reply: a typed function that others call by its name.
+"""Request and reply: a typed function that is called by its agent's name.
 
 oam agent call geo.distance '{"x": 3, "y": 4}'
 """
@@ -24,7 +24,7 @@ async def distance(point: Point) -> float:
 
 async def main() -> None:
     async with mesh.local():
-        print(await mesh.call("geo.distance", Point(x=3, y=4)))
+        print(await mesh.call("geo.distance", Point(x=3, y=4), returns=float))
         try:
             await mesh.call("geo.distance", {"x": "far"})
         except InvalidInput as error:

@@ -1,4 +1,4 @@
-"""Send and go on: the reply, if there is one, comes to a function.
+"""Send without waiting: the reply, if one is wanted, is passed to a function.
 
 oam agent send jobs.render '{"page": 1}'
 """
@@ -25,16 +25,16 @@ async def render(job: Job) -> str:
 
 async def main() -> None:
     async with mesh.local():
-        answers: asyncio.Queue[Any] = asyncio.Queue()
+        replies: asyncio.Queue[Any] = asyncio.Queue()
 
         async def failed(error: MeshError) -> None:
-            await answers.put(f"{error.code}: {error.message}")
+            await replies.put(f"{error.code}: {error.message}")
 
         for page in (7, 0):
-            await mesh.send("jobs.render", Job(page=page), on_reply=answers.put, on_error=failed)
-            print(await answers.get())
+            await mesh.send("jobs.render", Job(page=page), on_reply=replies.put, on_error=failed)
+            print(await replies.get())
 
-        await mesh.send("jobs.render", Job(page=8))  # nobody waits for this one
+        await mesh.send("jobs.render", Job(page=8))  # its reply is discarded
         try:
             await mesh.send("jobs.print", Job(page=9))
         except MeshError as error:

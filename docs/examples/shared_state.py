@@ -1,4 +1,4 @@
-"""State that all agents share: texts and models under keys, changed without losing an update.
+"""Shared state: texts and models under keys, changed concurrently without a lost update.
 
 oam agent call plan.add '"step"'
 """
@@ -16,7 +16,7 @@ class Plan(BaseModel):
     steps: list[str] = []
 
 
-@mesh.agent(AgentSpec(name="plan.add", description="Adds a step to the plan that all share."))
+@mesh.agent(AgentSpec(name="plan.add", description="Adds a step to the shared plan."))
 async def add(step: str) -> int:
     with suppress(KVKeyExists):
         await mesh.kv.create("plan", Plan().model_dump_json())

@@ -1,6 +1,6 @@
-"""Driven by what happens: messages on a subject, and changes of the shared state.
+"""Sources: agents that are driven by messages of a subject and by changes of the shared state.
 
-oam mesh listen 'mesh.errors.>'        # what they could not handle
+oam mesh listen 'mesh.errors.>'        # the errors of their handlers
 """
 
 import asyncio
@@ -16,7 +16,7 @@ class Order(BaseModel):
     item: str
 
 
-# Of all hosts that run this agent, one handles each order.
+# The queue group delivers each order to one of the hosts that serve this agent.
 @mesh.agent(
     AgentSpec(name="shop.packer", description="Packs orders."),
     sources=[mesh.subject_source("shop.orders.*", queue_group="packers")],
@@ -25,9 +25,9 @@ async def pack(order: MeshMessage[Order]) -> None:
     happened.put_nowait(f"{order.subject}: {order.data.item}")
 
 
-# Each host follows the settings: as they are at first, then each change; None when one is deleted.
+# Without a queue group each host gets the existing keys, then each change; a deletion has the value None.
 @mesh.agent(
-    AgentSpec(name="shop.settings", description="Follows the shop's settings."),
+    AgentSpec(name="shop.settings", description="Applies the settings of the shop."),
     sources=[mesh.kv_source("shop.settings.>")],
 )
 async def settings(entry: KVEntry[str | None]) -> None:

@@ -1,4 +1,4 @@
-"""One request, many chunks: whoever stops reading stops the agent within one window of 64.
+"""One request, many chunks: a reader that closes the stream stops the agent within one window of 64 chunks.
 
 oam agent stream numbers.up '{"to": 3}'
 """
@@ -19,7 +19,7 @@ class Upto(BaseModel):
     to: int
 
 
-@mesh.agent(AgentSpec(name="numbers.up", description="Counts up, a number a chunk."))
+@mesh.agent(AgentSpec(name="numbers.up", description="Counts up, one number per chunk."))
 async def up(request: Upto) -> AsyncIterator[int]:
     global produced
     try:

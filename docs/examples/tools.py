@@ -1,4 +1,4 @@
-"""Agents as tools of a language model, in the form each API wants."""
+"""Agents as tools of a language model, in the format of each API."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ mesh = AgentMesh()
 
 
 class Query(BaseModel):
-    city: str = Field(description="Where.")
+    city: str = Field(description="Name of the city.")
     days: int = 1
 
 
@@ -30,7 +30,7 @@ async def main() -> None:
         print(tool["name"], "|", tool["description"].replace("\n", " "))
         print(sorted(tool["parameters"]["required"]))
 
-        # What the model gave back as the tool's arguments:
+        # The arguments of the tool call, as the model returned them:
         arguments = json.loads('{"city": "Oslo", "days": null}')
         print(await mesh.call("weather.forecast", contract.tool_input(arguments)))
         print(sorted(contract.to_agent_card(url="https://agents.example.com/weather")))

@@ -1,6 +1,6 @@
-"""Work in the background: a function that takes nothing and gives nothing back.
+"""Work in the background: a function without input and output.
 
-It runs once per host, and is started again with growing pauses when it raises.
+It runs once per host. When it raises an exception it is restarted, after a pause that doubles each time.
 
 oam status
 """
@@ -14,12 +14,12 @@ attempts = 0
 settled = asyncio.Event()
 
 
-@mesh.agent(AgentSpec(name="ops.janitor", description="Tidies up; fails the first time."))
+@mesh.agent(AgentSpec(name="ops.janitor", description="Removes old files; fails the first time."))
 async def janitor() -> None:
     global attempts
     attempts += 1
     if attempts == 1:
-        raise RuntimeError("the broom is not there yet")
+        raise RuntimeError("the folder is not mounted")
     settled.set()
     await asyncio.sleep(3600)
 

@@ -1,4 +1,4 @@
-"""Files that all agents share, of any size: large ones go in and out piece by piece.
+"""Shared files of any size: large ones are written and read piece by piece.
 
 oam agent call report.write '{"lines": 3}'
 """
@@ -17,7 +17,7 @@ class Report(BaseModel):
     lines: int
 
 
-@mesh.agent(AgentSpec(name="report.write", description="Writes a report and says where it is."))
+@mesh.agent(AgentSpec(name="report.write", description="Writes a report and returns its key."))
 async def write(report: Report) -> str:
     def lines() -> Iterator[bytes]:
         for number in range(report.lines):
@@ -29,7 +29,7 @@ async def write(report: Report) -> str:
 
 async def main() -> None:
     async with mesh.local():
-        key = await mesh.call("report.write", Report(lines=3))
+        key = await mesh.call("report.write", Report(lines=3), returns=str)
         print((await mesh.workspace.get(key)).decode().splitlines())
 
         await mesh.call("report.write", Report(lines=200_000))

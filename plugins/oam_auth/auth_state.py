@@ -92,7 +92,7 @@ class AuthState:
             "requests carry": signer or ("a token" if credentials.token else "nothing"),
         }
 
-    def read_again(self) -> None:
+    def reload(self) -> None:
         """Read all files again; an invalid one keeps its previous state."""
         self._authenticator = Authenticator.load(
             self.settings, self.folder, self._nonces, self._fetched, previous=self._authenticator
@@ -118,7 +118,7 @@ class AuthState:
             files = changes(lambda: self._authenticator.files, self._authenticator.stamps)
             async with aclosing(files) as changed:
                 async for _ in changed:
-                    self.read_again()
+                    self.reload()
 
     async def _follow_issuer(self) -> None:
         tokens = self.settings.tokens

@@ -15,7 +15,7 @@ from oam_auth.settings import TokenSettings
 
 log = logging.getLogger(__name__)
 
-# Keys are fetched at most this often, whatever tokens strangers send.
+# Keys are fetched at most this often, whatever tokens arrive.
 _MIN_FETCH_INTERVAL_S: Final = 10.0
 # Requests that wait for a fetch; further ones are verified with the known keys.
 _MAX_WAITING: Final = 100

@@ -109,9 +109,8 @@ class Tokens:
         except MissingClaimError as exc:
             raise unauthenticated(f"token.{exc.claim}", f"the token has no '{exc.claim}'") from None
         except InvalidClaimError as exc:
-            raise unauthenticated(
-                f"token.{exc.claim}", f"the token's '{exc.claim}' has another value than expected"
-            ) from None
+            problem = "is in the future" if exc.claim in {"nbf", "iat"} else "has another value than expected"
+            raise unauthenticated(f"token.{exc.claim}", f"the token's '{exc.claim}' {problem}") from None
         except ClaimError as exc:
             raise unauthenticated("token.claims", f"the token's claims are invalid: {exc.error}") from None
         subject, scopes = claims["sub"], claims.get(expected.scopes, "")

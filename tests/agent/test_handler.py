@@ -300,7 +300,7 @@ def returning(hint: Any) -> AgentVersion:
 )
 def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) -> None:
     """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""
-    with pytest.raises(HandlerError, match="what it does not declare"):
+    with pytest.raises(HandlerError, match="another type than declared"):
         returning(hint).encode(result)
 
 
@@ -371,14 +371,14 @@ async def takes_an_entry(entry: KVEntry[str]) -> None:
         (synchronous_generator, "`async def`"),
         (synchronous_watcher, "`async def`"),
         (untyped, "write `req: MyInput`"),
-        (two, "put what it needs into one pydantic model"),
-        (keyword_only, "must be an ordinary one, as in `req: MyInput`"),
-        (variadic, "must be an ordinary one, as in `req: MyInput`"),
-        (unknown_type, "'Nowhere' is not known; define or import it"),
-        (unknown_result, "'Nowhere' is not known; define or import it"),
-        (strange_type, "pydantic cannot use the type"),
-        (no_schema, "pydantic cannot use the type"),
-        (takes_an_entry, "it takes what comes from a source, but has none: `sources=[...]`"),
+        (two, "use one pydantic model instead"),
+        (keyword_only, "must be positional, as in `req: MyInput`"),
+        (variadic, "must be positional, as in `req: MyInput`"),
+        (unknown_type, "'Nowhere' is unknown; define or import it at the top of the module"),
+        (unknown_result, "'Nowhere' is unknown; define or import it at the top of the module"),
+        (strange_type, "pydantic does not support the type"),
+        (no_schema, "pydantic does not support the type"),
+        (takes_an_entry, "it takes what a source delivers, but has none: `sources=[...]`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -406,7 +406,7 @@ def test_a_name_no_agent_may_have_is_refused_where_it_is_declared(name: str) -> 
     """The message has the name and the function's file and line."""
     with pytest.raises(InvalidAgent) as caught:
         AgentMesh().agent(AgentSpec(name=name))(responder)
-    assert f"{name!r} ({__file__}:{responder.__code__.co_firstlineno}) cannot be used" in caught.value.message
+    assert f"{name!r} ({__file__}:{responder.__code__.co_firstlineno}) is invalid" in caught.value.message
 
 
 def test_an_agent_knows_where_its_function_stands() -> None:

@@ -178,7 +178,7 @@ async def test_one_idle_thread_is_not_taken_for_two() -> None:
 async def test_who_gives_up_is_answered_at_once(
     mesh: AgentMesh, name: str, go: threading.Event, pool: ThreadPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A timeout and a cancel end the request though its thread runs on, which is counted and logged."""
+    """A timeout and a cancel end the request though thread abandoned, which is counted and logged."""
     caplog.set_level(logging.WARNING)
     began = threading.Semaphore(0)
 
@@ -191,10 +191,10 @@ async def test_who_gives_up_is_answered_at_once(
     with pytest.raises(MeshTimeout):
         await mesh.call(name, timeout=0.05)
     await until(lambda: pool.abandoned[name] == 1)
-    assert f"{name}: its thread runs on" in caplog.text
+    assert f"{name}: thread abandoned" in caplog.text
     go.set()
     await until(lambda: not pool.abandoned)
-    assert f"{name}: a thread ended" in caplog.text
+    assert f"{name}: abandoned thread ended" in caplog.text
     go.clear()
     calling = asyncio.create_task(mesh.call(name))
     await until(lambda: pool.status().busy == 1)
@@ -236,7 +236,7 @@ async def test_stopping_waits_for_no_thread(
     url: str, name: str, go: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mesh that is left gives its handlers their time, and then goes, whatever runs on."""
-    monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT", 0.05)
+    monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT_S", 0.05)
     mesh, began = AgentMesh(url), threading.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -249,7 +249,7 @@ async def test_stopping_waits_for_no_thread(
         async with mesh:
             calling = asyncio.create_task(caller.call(name))
             await until(began.is_set)
-        with pytest.raises(Exception, match="stopped before it had answered"):
+        with pytest.raises(Exception, match="stopped before it answered"):
             await calling
     assert not go.is_set()
 

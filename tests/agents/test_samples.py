@@ -53,11 +53,11 @@ async def test_the_guide_finds_others_by_tag() -> None:
     mesh = mesh_of("guide")
     summarizer = mesh_of("summarizer")
     async with mesh.local():
-        assert {"asked": [], "answers": {}} == await mesh.call("guide", {"text": "x"})
+        assert {"called": [], "answers": {}} == await mesh.call("guide", {"text": "x"})
         async with AgentMesh(mesh.url) as second:
             assert second._node is not None
             for agent in summarizer._agents.values():
                 second._node.serve(agent)
             await second._node.wait_served()
             answer = await mesh.call("guide", {"text": "hello"})
-    assert {"asked": ["nlp.summarizer"], "answers": {"nlp.summarizer": {"summary": "hello"}}} == answer
+    assert {"called": ["nlp.summarizer"], "answers": {"nlp.summarizer": {"summary": "hello"}}} == answer

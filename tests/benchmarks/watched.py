@@ -16,7 +16,7 @@ from openagentmesh import AgentMesh
 from openagentmesh.cli.connecting import connected
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.registry.presence import instances
+from openagentmesh.registry.presence import read_records
 from pydantic_core import from_json
 
 from tests.benchmarks.competitors import Unavailable
@@ -129,7 +129,7 @@ class Observer:
 
     async def _history(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for instance in await instances(self._node.buckets):
+        for instance in await read_records(self._node.buckets):
             answer = await self._node.inbox.request(subjects.host(instance, "info"), timeout=_LONGEST_START)
             found += from_json(codec.decode_reply(answer.head, answer.body).body).get("reloads", [])
         return found

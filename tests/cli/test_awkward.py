@@ -34,7 +34,7 @@ def test_what_is_no_json_is_bad_usage(tmp_path: Path) -> None:
     call = "agent", "call", "echo", "--url", UNREACHABLE
     for result in side_by_side((*call, "{bad"), (*call, "NaN"), cwd=tmp_path):
         assert (2, "") == (result.code, result.out)
-        assert "the input is no JSON" in result.err
+        assert "the input is not JSON" in result.err
 
 
 def test_chunks_are_printed_as_they_come(hosted: Up) -> None:

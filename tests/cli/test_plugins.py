@@ -65,7 +65,7 @@ def test_check_says_what_would_fail(tmp_path: Path) -> None:
     """Nothing, a module, a plugin's settings: with the exit code, and nothing is started."""
     project(tmp_path)
     fine = oam("check", cwd=tmp_path)
-    assert (0, "nothing would fail: 1 module, 2 plugins") == (fine.code, fine.err.strip())
+    assert (0, "no problems: 1 module, 2 plugins") == (fine.code, fine.err.strip())
     write(tmp_path, {"agents/b.py": "1/0"})
     failing = oam("check", cwd=tmp_path)
     assert (1, True) == (failing.code, failing.out.startswith("agents/b.py: ZeroDivisionError"))

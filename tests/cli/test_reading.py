@@ -43,5 +43,5 @@ def test_a_contract(hosted: Up) -> None:
     assert ("nlp.summarizer", "0.1.0") == (document["name"], document["version"])
     text = for_people.out
     assert text.startswith("nlp.summarizer 0.1.0 (responder)\n")
-    assert "takes:\n  text: string\n  max_length: integer = 200\n" in text
-    assert "gives:\n  summary: string\n" in text
+    assert "input:\n  text: string\n  max_length: integer = 200\n" in text
+    assert "output:\n  summary: string\n" in text

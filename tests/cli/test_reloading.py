@@ -37,14 +37,14 @@ def test_a_file_is_edited_broken_mended_deleted_and_restored(tmp_path: Path) -> 
         edit(host, 'tags=["text"]', 'tags=["text"], version="0.2.0"')
         host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0)")
         edit(host, "return Summ", "return return Summ")
-        host.wait_for_line(f"{SAMPLE} not reloaded: SyntaxError: invalid syntax")
+        host.wait_for_line(f"reload refused: {SAMPLE}: SyntaxError: invalid syntax")
         assert any("return return Summ" in line for line in host.err)
         assert any(line.strip() == "^^^^^^" for line in host.err)
         call, status = host.run_all(("agent", "call", "nlp.summarizer", '{"text": "still"}'), ("status",))
         assert '{"summary": "still"}\n' == call.out
-        assert f"✗ {SAMPLE}: SyntaxError: invalid syntax (the version before it goes on)" in status.out
+        assert f"✗ {SAMPLE}: SyntaxError: invalid syntax (an older version serves)" in status.out
         edit(host, "return return Summ", "return Summ")
-        host.wait_for_line(f"{SAMPLE} is again what is being served")
+        host.wait_for_line(f"{SAMPLE}: file matches the running version again")
         (host.folder / SAMPLE).unlink()
         host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer withdrawn)")
         (host.folder / SAMPLE).write_text(source)
@@ -72,14 +72,14 @@ def test_a_reload_by_hand(unwatched: Up) -> None:
     anyway = unwatched.run("reload", "summarizer", "--json")
     [answer] = anyway.json
     assert ("p", ["nlp.summarizer 0.2.0"], "") == (
-        answer["host"], answer["outcome"]["agents"], answer["outcome"]["error"],
+        answer["host"], answer["reload"]["agents"], answer["reload"]["error"],
     )  # fmt: skip
     edit(unwatched, "from pydantic", "from nowhere")
     failed = unwatched.run("reload")
     assert (1, "ModuleNotFoundError: No module named 'nowhere'") == (
         failed.code, failed.out.splitlines()[-1].strip(),
     )  # fmt: skip
-    assert failed.err.startswith(f"Error [reload_refused] {SAMPLE} not reloaded: ModuleNotFoundError")
+    assert failed.err.startswith(f"Error [reload_refused] reload refused: {SAMPLE}: ModuleNotFoundError")
     again = unwatched.run("reload")
     assert f"p: nothing has changed; not loaded: {SAMPLE}\n" == again.err
     unknown = unwatched.run("reload", "summariser", "--json")
@@ -87,16 +87,20 @@ def test_a_reload_by_hand(unwatched: Up) -> None:
 
 
 def test_requests_are_replayed_before_a_reload(tmp_path: Path) -> None:
-    """What a new version answers differently is told; with --replay-strict a new error refuses it."""
+    """What a new version answers differently is told; when strict, a new error refuses it."""
     folder = write_project(tmp_path / "p", "summarizer")
     path = folder / SAMPLE
     path.write_text(path.read_text().replace('tags=["text"]', "replayable=True"))
-    with Up(folder, "--replay", "5", "--replay-strict") as host:
+    toml = (folder / "mesh.toml").read_text()
+    (folder / "mesh.toml").write_text(
+        toml.replace("[host]", "[host]\nplugins = ['replay']") + "[plugins.replay]\nstrict = true\n"
+    )
+    with Up(folder) as host:
         assert 0 == host.run("agent", "call", "nlp.summarizer", '{"text": "keep me"}').code
         edit(host, ".rstrip()", ".upper()")
         host.wait_for_line(
             'nlp.summarizer: {"text":"keep me"} → {"summary":"KEEP ME"} (was {"summary":"keep me"})'
         )
         edit(host, "req.text[", "req.txet[")
-        host.wait_for_line("nlp.summarizer fails on what the version before it answers: ")
+        host.wait_for_line("reload refused: agents/summarizer.py: nlp.summarizer: ")
         assert '{"summary": "HI"}\n' == host.run("agent", "call", "nlp.summarizer", '{"text": "hi"}').out

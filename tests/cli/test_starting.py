@@ -99,7 +99,7 @@ def test_strict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "told"),
     [
-        ("[server", "mesh.toml is no TOML"),
+        ("[server", "mesh.toml is not TOML"),
         ('[server]\nstre = ""\n', "server.stre: unknown key; did you mean 'store'?"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     """An `--url` that nobody answers at ends the start with a message that names it."""
     result = oam("up", "--url", UNREACHABLE, cwd=write_project(tmp_path / "p", "echo"))
     assert (1, "") == (result.code, result.out)
-    told = f"Error [connection_failed] No NATS server can be reached at {UNREACHABLE}: Connection refused."
+    told = f"Error [connection_failed] No NATS server is reachable at {UNREACHABLE}: Connection refused."
     assert told in result.err
     assert "Traceback" not in result.err
 
@@ -147,9 +147,9 @@ def test_a_module_that_hangs_can_be_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "source", "advice"),
     [
-        ("", None, "Put a Python file with an agent into agents/ and start again."),
-        ("", "x = 1\n", "The modules declare no agent: put @mesh.agent(…) above a function and start again."),
-        ("", BROKEN, "Mend what failed and start again."),
+        ("", None, "Put a Python file with an agent into agents/, then restart."),
+        ("", "x = 1\n", "The modules declare no agent: put @mesh.agent(…) above a function, then restart."),
+        ("", BROKEN, "Fix the errors above, then restart."),
         ("[agents.narrow]\nenabled = false\n", TYPED.format(type="int"), "mesh.toml disables every agent;"),
     ],
 )
@@ -174,7 +174,7 @@ def test_refused_agents_are_told(tmp_path: Path) -> None:
         Up(first) as running,
         Process("up", "--url", running.url, "--log-format", "pretty", cwd=second) as host,
     ):
-        host.wait_for_line("narrow is refused: its contract does not go together")
+        host.wait_for_line("narrow not served: contract incompatible")
         host.wait_for_line('or set [host] contract = "warn"')
         host.wait_for_line("Ctrl-C finishes")
         assert "Put a Python file" not in "".join(host.err)

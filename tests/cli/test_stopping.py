@@ -86,7 +86,7 @@ def test_a_killed_server_comes_back(tmp_path: Path) -> None:
     with Up(write_project(tmp_path / "p", "echo", "ticker")) as host:
         before = host.status
         os.kill(before["embedded_server"]["pid"], signal.SIGKILL)
-        host.wait_for_line(f"connected to {host.url} again")
+        host.wait_for_line(f"reconnected: {host.url}")
         call, catalog = host.run_all(("agent", "call", "echo", "1"), ("mesh", "catalog", "--json"))
         told, shown = host.run_all(("status", "--json"), ("status",))
     assert '"said": 1' in call.out
@@ -107,7 +107,7 @@ def test_a_host_that_vanished(tmp_path: Path, url: str, name: str) -> None:
     call, status = ("agent", "call", name, "{}", "--url", url), ("status", "--url", url)
     result, shown = side_by_side(call, status, cwd=tmp_path)
     assert 1 == result.code
-    assert result.err.startswith(f"Error [not_available] Agent '{name}' is in the catalog, but nobody")
+    assert result.err.startswith(f"Error [not_available] Agent '{name}' is in the catalog, but no instance")
     assert f"{name}: recorded with 3 agents, but does not answer" in shown.out
 
 

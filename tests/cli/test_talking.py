@@ -73,7 +73,7 @@ def test_levels_change_live_and_events_come_one_a_line(talking: Up) -> None:
     with Process(
         "observe", "logs", "nlp.echo", "--json", "--url", talking.url, cwd=talking.folder
     ) as process:
-        process.wait_for_line("Ctrl-C stops")
+        process.wait_for_line("stop with Ctrl-C")
         assert until(
             lambda: talking.run("agent", "call", "nlp.echo", '"hello"').code == 0 and len(process.out) >= 3
         )
@@ -101,8 +101,8 @@ def test_status_tells_what_runs_by_itself(talking: Up) -> None:
     lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
     assert "publisher  running" in lines["market.gold"]
     assert "watcher  running  1 restart" in lines["ops.janitor"]
-    assert "RuntimeError: the broom is not there yet" in lines["ops.janitor"]
-    assert "off: its condition does not hold" in lines["desk.trade"]
+    assert "RuntimeError: the folder is not mounted" in lines["ops.janitor"]
+    assert "inactive: its condition is false" in lines["desk.trade"]
 
 
 def test_sources_and_gates_are_driven_by_hand(talking: Up) -> None:
@@ -116,7 +116,7 @@ def test_sources_and_gates_are_driven_by_hand(talking: Up) -> None:
     assert (1, "") == (missing.code, missing.out)
     assert missing.err.startswith("Error [not_found]")
     with Process("mesh", "listen", "by.hand", "--json", "--url", talking.url, cwd=talking.folder) as process:
-        process.wait_for_line("Ctrl-C stops")
+        process.wait_for_line("stop with Ctrl-C")
         assert 0 == talking.run("mesh", "publish", "by.hand", '{"item": "tea"}').code
         assert '{\\"item\\":\\"tea\\"}' in process.wait_for_line('by.hand"')
     assert 2 == talking.run("mesh", "publish", "by.*", "{}").code

@@ -223,7 +223,7 @@ async def test_only_those_who_understand_it_hear_accepted(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks for it hears at once and again who has the request; a stock caller hears the reply only."""
-    monkeypatch.setattr("openagentmesh.serving.keepalive._BEAT", 0.05)
+    monkeypatch.setattr("openagentmesh.serving.keepalive._INTERVAL_S", 0.05)
     go = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))

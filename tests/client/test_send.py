@@ -183,7 +183,7 @@ async def test_publishers_and_watchers_take_no_requests(
     declare_background(mesh, name, shape, run_forever)
     await mesh.catalog()
     done = {"call": "called", "stream": "streamed"}.get(how, "sent to")
-    what = f"is a background_of task and cannot be {done}"
+    what = f"is a background task and cannot be {done}"
     if shape == "publisher":
         what = f"is a publisher and cannot be {done}. Subscribe to its events instead"
     async with new_mesh() as other:
@@ -340,7 +340,7 @@ async def test_a_reply_goes_where_it_is_wanted(mesh: AgentMesh, name: str) -> No
     assert f"somewhere.{name}" == request.reply
     headers, body = await next_frame(replies)
     assert ("ok", name, b'{"text":"ok"}') == (headers["X-Mesh-Status"], headers["X-Mesh-Source"], body)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="mutually exclusive"):
         await mesh.send(name, {}, reply_to="x", on_reply=print)
 
 

@@ -107,7 +107,7 @@ async def test_those_who_emit_nothing_are_refused(
         for agent, suffix in (
             ("streamer", "streams responses to requests. Use stream() instead"),
             ("responder", "does not publish events. Use call() instead"),
-            ("watcher", "is a background_of task and does not publish events"),
+            ("watcher", "is a background task and does not publish events"),
         ):
             with pytest.raises(InvocationMismatch) as caught:
                 await read((mesh if owner else other).subscribe(agent=f"{name}.{agent}"))
@@ -176,7 +176,7 @@ async def test_silence_is_a_timeout(mesh: AgentMesh, name: str, wanted: str, sub
     assert f"No message on {subject.format(name)} within 0.3s" == caught.value.message
 
 
-@pytest.mark.parametrize("bound", [{"_MOST_WAITING": 5}, {"_MOST_BYTES": 50}], ids=["messages", "bytes"])
+@pytest.mark.parametrize("bound", [{"_MAX_BUFFERED": 5}, {"_MAX_BYTES": 50}], ids=["messages", "bytes"])
 @pytest.mark.parametrize("goes_on", [False, True], ids=["a-burst", "more-comes-while-it-reads"])
 async def test_a_slow_subscriber_is_told_so(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, goes_on: bool, bound: dict[str, int]

@@ -35,10 +35,10 @@ async def test_a_middleware_that_raises_is_named_and_lets_nothing_through(
                     pass
 
         with pytest.raises(
-            HandlerError, match="the plugin 'watching' failed: a plugin's own failure"
+            HandlerError, match="the plugin 'recorder' failed: a plugin's own failure"
         ) as caught:
             await ask(raises="a")
-        assert {"plugin": "watching"} == caught.value.details
+        assert {"plugin": "recorder"} == caught.value.details
         with pytest.raises(PermissionDenied, match="not for you"):
             await ask(refuses="b")
         await ask()
@@ -100,6 +100,6 @@ async def test_a_client_middleware_that_fails_sends_nothing(url: str, name: str)
     """It is named, and the request does not leave."""
     told: Events = []
     async with mesh_with_plugins(url, name, Recorder("a", told)) as mesh:
-        with pytest.raises(PluginFailed, match="the plugin 'watching' failed before the call of"):
+        with pytest.raises(PluginFailed, match="the plugin 'recorder' failed before the call of"):
             await mesh.call(f"{name}.asked", 1, headers={"stops": "a"})
         assert [("a", "out", "call", f"{name}.asked")] == told

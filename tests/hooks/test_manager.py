@@ -201,8 +201,8 @@ def test_what_is_no_plugin_is_refused(plugin: Callable[[], object], why: str) ->
     ("hook", "why"),
     [
         (lambda _: 1 / 0, "failed in mesh_middleware: division by zero"),
-        (lambda _: lambda _: 1 / 0, "cannot be put around .*: division by zero"),
-        (lambda _: lambda _: None, "cannot be put around .*: its middleware gave None"),
+        (lambda _: lambda _: 1 / 0, "cannot be applied to .*: division by zero"),
+        (lambda _: lambda _: None, "cannot be applied to .*: its middleware returned None"),
     ],
 )
 async def test_an_agent_that_a_plugin_cannot_take_does_not_serve(
@@ -224,7 +224,7 @@ async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
     url: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that raises and one that hangs are named; the mesh is left all the same."""
-    monkeypatch.setattr("openagentmesh.hooks.manager._GRACE", 0.1)
+    monkeypatch.setattr("openagentmesh.hooks.manager._STOP_TIMEOUT_S", 0.1)
 
     class Raising:
         @hookimpl
@@ -251,5 +251,5 @@ async def test_a_plugin_that_fails_to_stop_holds_up_nothing(
 
     async with mesh_with_plugins(url, name, Raising(), Hanging(), Cancelling()) as mesh:
         await mesh.call(f"{name}.asked", 1)
-    assert "the plugin 'raising' did not stop as it should" in caplog.text
-    assert "the plugin 'hanging' did not stop as it should" in caplog.text
+    assert "plugin 'raising' did not stop cleanly" in caplog.text
+    assert "plugin 'hanging' did not stop cleanly" in caplog.text

@@ -132,7 +132,7 @@ async def test_an_absence_of_the_server_is_nobodys_death(
     hold: Hold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it is, and also when who waits is back before the instance that works for it."""
-    monkeypatch.setattr("openagentmesh.registry.liveness._ASK_EVERY", 0.02)
+    monkeypatch.setattr("openagentmesh.registry.liveness._PING_S", 0.02)
     monkeypatch.setattr("openagentmesh.transport.connection._RECOVERY_S", 10.0)
     begun, go = asyncio.Event(), asyncio.Event()
     async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
@@ -230,6 +230,6 @@ async def test_a_catalog_waits_once_for_a_revision_that_was_purged(monkeypatch: 
         await node_of(stays).buckets._open[REGISTRY_BUCKET].purge_deletes(olderthan=-1)
         async with reader, asyncio.timeout(10):
             for standstill in (0.1, 60):
-                monkeypatch.setattr("openagentmesh.registry.directory._STANDSTILL", standstill)
+                monkeypatch.setattr("openagentmesh.registry.directory._MAX_SILENCE_S", standstill)
                 assert ["stays"] == [entry.name for entry in await reader.catalog()]
     await server.stop()

@@ -243,13 +243,13 @@ async def test_what_changes_on_disk_counts_and_what_breaks_does_not(
         return not await allowed()
 
     async def told() -> bool:
-        return "what was read before stays in force" in caplog.text
+        return "the previous state stays in force" in caplog.text
 
     async with Host(config(tmp_path, url, auth)):
         assert await allowed()
         policy.write_text("[[rules")
         await until(told)
-        assert "policy.toml is no TOML" in caplog.text
+        assert "policy.toml is not TOML" in caplog.text
         assert await allowed()
         policy.write_text(rule.format(verb="stream"))
         await until(refused)
@@ -285,7 +285,7 @@ async def test_settings_that_cannot_protect_change_nothing(
         (tmp_path / "mesh.toml").write_text(toml + '[[plugins.auth.rules]]\nname = "r"\nagents = [">"]\n')
         outcome = await host.reload()
         assert outcome is not None
-        assert "who may?" in outcome.error
+        assert "give subjects" in outcome.error
         assert "one" == await mesh.call(name, {}, headers=bearer())
         with pytest.raises(Unauthenticated):
             await mesh.call(name, {})

@@ -87,7 +87,7 @@ async def test_a_new_key_counts_as_soon_as_it_is_used(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token signed with a key that is not known yet has the keys fetched; the old one counts no more."""
-    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
     async with ProtectedAgents(url, name, auth(publisher)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
@@ -100,7 +100,7 @@ async def test_keys_are_fetched_again_by_themselves(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key that is withdrawn counts no more after `refresh` seconds, though nobody asks for another one."""
-    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
     async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.publish(NEXT)
@@ -124,7 +124,7 @@ async def test_keys_from_before_stay_when_the_issuer_is_gone(
     url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An issuer that fails for a while, or answers nonsense, locks nobody out who has a good token."""
-    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
+    monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
     async with ProtectedAgents(url, name, auth(publisher)).mesh:
         for answer in ((500, b""), (200, b"<html>")):
             publisher.answer = answer
@@ -138,7 +138,7 @@ async def test_without_keys_it_does_not_start(url: str, name: str, publisher: Pu
     """An issuer that is not there, has no keys, or sends elsewhere, stops the start by the plugin's name."""
     for answer, why in (
         ((404, b""), "404"),
-        ((200, b'{"keys": []}'), "holds 0 keys"),
+        ((200, b'{"keys": []}'), "contains 0 keys"),
         ((302, b""), "redirects"),
     ):
         publisher.answer = answer
@@ -165,7 +165,7 @@ async def test_other_settings_keep_the_keys(
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         elsewhere = auth(publisher).state.settings.model_dump()
         elsewhere["tokens"]["jwks_url"] += "/other"
-        with pytest.raises(ValueError, match="another issuer needs a restart"):
+        with pytest.raises(ValueError, match="another issuer takes effect after a restart"):
             plugin.mesh_configure(Settings.model_validate(elsewhere), tmp_path)
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
 
@@ -176,7 +176,7 @@ async def test_who_gives_up_throws_no_keys_away(
     """A stranger has the keys fetched and goes before they come: they count for the others all the same."""
     async with ProtectedAgents(url, name, auth(publisher)).mesh as provider:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        monkeypatch.setattr("oam_auth.file_watch._PAUSE", 3600.0)
+        monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 3600.0)
         plugin = provider._plugins.all[0].implementation
         assert isinstance(plugin, Auth)
         plugin.state.issuer._next_fetch = 0.0
@@ -195,8 +195,8 @@ async def test_an_issuer_that_speaks_no_http_ends_nothing(
     url: str, mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, publisher: Publisher
 ) -> None:
     """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
-    monkeypatch.setattr("oam_auth.file_watch._PAUSE", 0.0)
-    monkeypatch.setattr("oam_auth.auth_state._AGAIN", 0.01)
+    monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
+    monkeypatch.setattr("oam_auth.auth_state._RETRY_S", 0.01)
     async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
         assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
         publisher.garbage = True
@@ -213,7 +213,7 @@ def test_an_answer_that_drips_is_not_waited_for(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time is for all of it, not for each byte."""
-    monkeypatch.setattr("oam_auth.keys._PATIENCE", 0.2)
+    monkeypatch.setattr("oam_auth.keys._FETCH_TIMEOUT_S", 0.2)
     publisher.drips = True
     with pytest.raises(ValueError, match="takes longer than"):
         fetch_keys(publisher.url)
@@ -232,5 +232,5 @@ def test_keys_of_kinds_yet_unknown_are_ignored(publisher: Publisher) -> None:
     publisher.answer = 200, json.dumps({"keys": [unknown, KEY.as_dict(private=False)]}).encode()
     assert ["first"] == [key.kid for key in fetch_keys(publisher.url)]
     publisher.answer = 200, json.dumps({"keys": [unknown]}).encode()
-    with pytest.raises(ValueError, match="holds no key that can be used"):
+    with pytest.raises(ValueError, match="contains no usable key"):
         fetch_keys(publisher.url)

@@ -97,13 +97,13 @@ def test_patterns_match_as_those_of_nats(name: list[str], pattern: list[str], op
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"subjects": ()}, "who may?"),
+        ({"subjects": ()}, "give subjects"),
         ({"anonymous": True}, "neither subjects nor scopes"),
         ({"agents": ()}, "agents"),
-        ({"agents": ("nlp.",)}, "no pattern"),
-        ({"agents": ("nl*",)}, "no pattern"),
-        ({"agents": ("a.>.b",)}, "no pattern"),
-        ({"agents": ("",)}, "no pattern"),
+        ({"agents": ("nlp.",)}, "is not a pattern"),
+        ({"agents": ("nl*",)}, "is not a pattern"),
+        ({"agents": ("a.>.b",)}, "is not a pattern"),
+        ({"agents": ("",)}, "is not a pattern"),
         ({"verbs": ()}, "verbs"),
         ({"verbs": ("cal",)}, "verbs"),
         ({"scopes": ("two words",)}, "scopes"),
@@ -120,13 +120,16 @@ def test_a_rule_that_says_too_little_or_too_much_is_refused(changed: dict[str, A
 @pytest.mark.parametrize(
     ("made", "why"),
     [
-        (lambda _: Settings(rules=(READ,)), "'readers' is for proven subjects, but nothing proves any"),
+        (
+            lambda _: Settings(rules=(READ,)),
+            "for verified subjects, but no credentials are accepted",
+        ),
         (lambda folder: settings(folder, rules=(READ, READ)), "two rules have the name 'readers'"),
         (lambda folder: settings(folder, policy=Path("gone.toml")), "gone.toml cannot be read"),
         (lambda folder: Settings(tokens=token_settings(folder, keys=(Path("no.pem"),))), "no.pem cannot be"),
-        (lambda _: Settings(signatures=signers(bob="UABC")), "the key of 'bob' is no public NKey"),
+        (lambda _: Settings(signatures=signers(bob="UABC")), "the key of 'bob' is not a public NKey"),
         (lambda _: Settings.model_validate({"caller": {"token_file": "no"}}), "no cannot be read"),
-        (lambda _: Settings.model_validate({"caller": {"nkey_file": "keys.json"}}), "no NKey seed"),
+        (lambda _: Settings.model_validate({"caller": {"nkey_file": "keys.json"}}), "not an NKey seed"),
     ],
 )
 def test_what_cannot_protect_does_not_start(
@@ -155,9 +158,9 @@ def test_a_policy_file_adds_rules(tmp_path: Path) -> None:
     assert ["readers", "in the file"] == [rule.name for rule in guard.policy.rules]
     for text, why in (
         ("[[rules]]\nname = 1", r"policy\.toml: rules\.0\.name"),
-        ("[[rules]", r"policy\.toml is no TOML"),
+        ("[[rules]", r"policy\.toml is not TOML"),
         ("rule = []", r"policy\.toml: rules: Field required; rule: Extra"),
-        ("\xff", r"policy\.toml is no TOML"),
+        ("\xff", r"policy\.toml is not TOML"),
     ):
         (tmp_path / "policy.toml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=why):
@@ -205,5 +208,6 @@ async def test_who_nobody_may_ask_is_told_at_the_start(
         pass
     told = [record.message for record in caplog.records if record.name.startswith("oam_auth")]
     assert sorted(told) == [
-        f"auth: no rule names '{name}.{agent}', so nobody may ask it" for agent in ("driven", "mispelled")
+        f"auth: no rule covers '{name}.{agent}', so all requests to it are refused"
+        for agent in ("driven", "mispelled")
     ]

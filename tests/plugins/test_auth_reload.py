@@ -26,15 +26,13 @@ async def health(req: dict) -> int:
 """
 
 
-class ProtectedAgents:
+class ProtectedHost:
     """A host whose policy lets everybody ask `health`, and nobody `secret`."""
 
     def __init__(self, folder: Path, url: str, name: str) -> None:
         self.folder, self.names = folder, {"secret": f"{name}.secret", "health": f"{name}.health"}
-        self._head = (
-            f"[mesh]\nurl = {url!r}\n[host]\nreplay = 5\nreplay_strict = true\nentry_points = false\n"
-        )
-        self._head += 'plugins = ["auth", "limits"]\nagents = ["agents"]\n'
+        self._head = f"[mesh]\nurl = {url!r}\n[plugins.replay]\nstrict = true\n[host]\nentry_points = false\n"
+        self._head += 'plugins = ["auth", "limits", "replay"]\nagents = ["agents"]\n'
         self.save("return 1", "policy")
         self.policy(f"[[rules]]\nname = 'h'\nanonymous = true\nagents = [{self.names['health']!r}]\n")
 
@@ -63,12 +61,12 @@ class ProtectedAgents:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path, url: str, name: str) -> ProtectedAgents:
-    return ProtectedAgents(tmp_path, url, name)
+def guarded(tmp_path: Path, url: str, name: str) -> ProtectedHost:
+    return ProtectedHost(tmp_path, url, name)
 
 
 async def test_a_refused_change_opens_nothing(
-    guarded: ProtectedAgents, mesh: AgentMesh, tmp_path: Path
+    guarded: ProtectedHost, mesh: AgentMesh, tmp_path: Path
 ) -> None:
     """Though the files of what was in force cannot be read again at that moment."""
     limits = f"[agents.'{guarded.names['secret']}'.plugins.limits]\nrate = -1\n"
@@ -91,7 +89,7 @@ async def test_a_refused_change_opens_nothing(
 
 
 async def test_what_is_only_tried_opens_nothing(
-    guarded: ProtectedAgents, mesh: AgentMesh, tmp_path: Path
+    guarded: ProtectedHost, mesh: AgentMesh, tmp_path: Path
 ) -> None:
     """While requests are replayed to a new version, the rules that come with it hold for nobody yet."""
     async with guarded.host() as host:
@@ -124,12 +122,12 @@ async def test_each_file_has_its_own_last_good_one(tmp_path: Path, caplog: pytes
     (tmp_path / "token").write_text("")
     policy.write_text("rules = [[[")
     write_keys(tmp_path / "keys.json", KEY.generate_key("Ed25519", parameters={"kid": "next"}))
-    protection.read_again()
+    protection.reload()
     with pytest.raises(Unauthenticated):
         protection.authenticator.tokens.verify(token())
     assert ["in the file"] == [rule.name for rule in protection.authenticator.policy.rules]
     assert protection.authenticator.credentials.token
-    assert 2 == caplog.text.count("what was read before stays in force")
+    assert 2 == caplog.text.count("the previous state stays in force")
 
 
 async def test_who_may_nothing_takes_no_room(url: str) -> None:

@@ -210,7 +210,7 @@ def test_what_is_refused_takes_no_room() -> None:
 )
 def test_keys_that_are_none_are_named(key: str) -> None:
     """Cut, misspelt, a secret instead of the public part, another kind of key."""
-    with pytest.raises(ValueError, match="is no public NKey") as caught:
+    with pytest.raises(ValueError, match="is not a public NKey") as caught:
         Signatures(SignatureSettings.model_validate({"users": {key: {"subject": "bob"}}}), Nonces())
     assert SEED.decode() not in str(caught.value)
 

@@ -156,7 +156,7 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert "token.signature" == refusal(made(tmp_path, keys=(Path("keys.json"),)), token())
     encrypting = {**KEY.as_dict(private=False), "use": "enc"}
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [encrypting]}))
-    with pytest.raises(ValueError, match="holds 0 keys"):
+    with pytest.raises(ValueError, match="contains 0 keys"):
         read_keys(Path("keys.json"), tmp_path)
 
 
@@ -209,15 +209,15 @@ def test_a_changed_token_proves_nothing_else(tokens: Tokens, data: st.DataObject
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("", "holds no key"),
-        ("{}", "holds no key|holds 0 keys"),
-        ('{"keys": []}', "holds 0 keys"),
-        ('{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!"}]}', "holds no key"),
-        ('{"keys": 7}', "holds no key"),
-        ("[" * 5000, "holds no key"),
+        ("", "contains no usable key"),
+        ("{}", "contains no usable key|contains 0 keys"),
+        ('{"keys": []}', "contains 0 keys"),
+        ('{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!"}]}', "contains no usable key"),
+        ('{"keys": 7}', "contains no usable key"),
+        ("[" * 5000, "contains no usable key"),
         (json.dumps(KEY.as_dict(private=True)), "private key"),
         (2 * (PEM.decode() + "\n"), "several keys"),
-        ("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "holds no key"),
+        ("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "contains no usable key"),
         (PEM.decode(), "private key"),
     ],
     ids=[
@@ -246,7 +246,7 @@ def test_any_key_file_is_refused_in_words(tmp_path_factory: pytest.TempPathFacto
     """Whatever is in a file of keys, it is refused and named."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "any.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"any\.json holds"):
+    with pytest.raises(ValueError, match=r"any\.json contains"):
         read_keys(Path("any.json"), folder)
 
 
@@ -271,7 +271,7 @@ def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
         ({"issuer": ""}, "issuer"),
         ({"keys": ()}, "give the issuer's keys"),
         ({"jwks_url": "http://id.example/keys"}, "not encrypted"),
-        ({"jwks_url": "file:///etc/passwd"}, "no address of keys"),
+        ({"jwks_url": "file:///etc/passwd"}, "is not a url of keys"),
         ({"leeway": 1e9}, "leeway"),
         ({"colour": "red"}, "colour"),
     ],

@@ -128,7 +128,7 @@ async def test_a_standstill_is_seen_by_whoever_looks_later(
 ) -> None:
     """The worst lag of the last minute, not only of the last measurement."""
     beat = 0.02
-    monkeypatch.setattr("oam_metrics._BEAT", beat)
+    monkeypatch.setattr("oam_metrics._LAG_PERIOD_S", beat)
     async with AgentMesh(url, plugins=[metrics]):
         await asyncio.sleep(beat / 2)  # within a measurement
         time.sleep(0.3)
@@ -182,7 +182,7 @@ async def test_a_scrape_does_not_wait_for_a_blocked_loop(
     counted: AgentMesh, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the event loop stands still the counts of requests are there all the same."""
-    monkeypatch.setattr("oam_metrics._PATIENCE", 0.05)
+    monkeypatch.setattr("oam_metrics._SCRAPE_TIMEOUT_S", 0.05)
     address = f"http://127.0.0.1:{metrics.port}/metrics"
     # On the loop's own thread: nothing else runs on it meanwhile.
     text = urllib.request.urlopen(address, timeout=5).read().decode()
@@ -214,7 +214,7 @@ async def test_kinds_of_errors_are_bounded(
     url: str, name: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An agent that makes up codes fills no memory: from some number on they are counted together."""
-    monkeypatch.setattr("oam_metrics._MOST_CODES", 2)
+    monkeypatch.setattr("oam_metrics._MAX_CODES", 2)
     mesh = AgentMesh(url, plugins=[metrics])
 
     @mesh.agent(AgentSpec(name=name))

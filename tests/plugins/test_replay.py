@@ -1,20 +1,12 @@
 """Recorded requests that a new version handles before it serves."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from openagentmesh import Agent, AgentMesh, Host, MeshError, MeshTimeout, Redactor, ReloadResult, hookimpl
 
 from tests.support.modules import Configure, write
-from tests.support.reloads import replayable_agent
-
-
-def replay(keep: int, **more: object) -> dict[str, Any]:
-    """The settings of a host with the plugin; without it when `keep` is 0."""
-    if not keep:
-        return {}
-    return {"host": {"plugins": ["replay"]}, "plugins": {"replay": {"keep": keep, **more}}}
+from tests.support.reloads import replay_settings, replayable_agent
 
 
 class Plugin:
@@ -35,8 +27,8 @@ class Plugin:
         return redact
 
     @hookimpl
-    def mesh_reload_failed(self, outcome: ReloadResult) -> None:
-        self.failed.append(outcome.error)
+    def mesh_reload_failed(self, result: ReloadResult) -> None:
+        self.failed.append(result.error)
         raise RuntimeError("a plugin's own failure")
 
 
@@ -65,7 +57,7 @@ async def test_the_last_requests_are_answered_by_the_new_version(  # noqa: PLR09
 ) -> None:
     """As many as are kept, of agents that allow it, when it is on; what differs is told."""
     more = "replayable=True" if allowed else ""
-    config = configure({"a.py": replayable_agent(name, "req['n'] * 2", more=more)}, **replay(keep))
+    config = configure({"a.py": replayable_agent(name, "req['n'] * 2", more=more)}, **replay_settings(keep))
     async with Host(config) as host:
         for number in (1, 2, 3):
             await mesh.call(name, {"n": number})
@@ -83,7 +75,7 @@ async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
 ) -> None:
     """An error that the old version had too is none; a new one refuses it only when strict."""
     source = replayable_agent(name, "1 / req['n']")
-    config = configure({"a.py": source}, **replay(5, strict=strict))
+    config = configure({"a.py": source}, **replay_settings(5, strict=strict))
     async with Host(config) as host:
         with pytest.raises(MeshError, match="division by zero"):
             await mesh.call(name, {"n": 0})
@@ -101,7 +93,7 @@ async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
 ) -> None:
     """What is kept is what its redactor leaves, and no reply; a plugin's failures harm nobody."""
     plugin = Plugin()
-    config = configure({"a.py": replayable_agent(name, "req['word']")}, **replay(5))
+    config = configure({"a.py": replayable_agent(name, "req['word']")}, **replay_settings(5))
     async with Host(config, plugins=[plugin]) as host:
         for word in ("geheim", "private", "broken"):
             assert word == await mesh.call(name, {"word": word})
@@ -119,7 +111,7 @@ async def test_a_candidate_may_raise_anything(
 ) -> None:
     """What a new version raises is a difference, and ends nothing but its own run."""
     source = replayable_agent(name, "req['word']")
-    config = configure({"a.py": source}, **replay(5, strict=True))
+    config = configure({"a.py": source}, **replay_settings(5, strict=True))
     async with Host(config) as host:
         await mesh.call(name, {"word": "hi"})
         raising = source.replace("    return", f"    import asyncio\n    raise {error}\n    return")
@@ -134,14 +126,14 @@ async def test_all_that_is_kept_has_one_limit(
     """A version that hangs is run until the limit, and what was not replayed is told."""
     monkeypatch.setattr("oam_replay._TIMEOUT_S", 0.2)
     source = replayable_agent(name, "req['word']")
-    async with Host(configure({"a.py": source}, **replay(5))) as host:
+    async with Host(configure({"a.py": source}, **replay_settings(5))) as host:
         for word in ("one", "two", "three"):
             await mesh.call(name, {"word": word})
         hanging = source.replace("    return", "    import asyncio\n    await asyncio.sleep(9)\n    return")
         outcome = await reloaded(host, tmp_path / "agents/a.py", hanging)
         assert [
             f'{name}: {{"word":"one"}} → no answer within 0.2s (was "one")',
-            f"{name}: 2 of 3 requests are not replayed: there are 0.2s for all",
+            f"{name}: 2 of 3 requests are not replayed, the limit is 0.2s for all",
         ] == outcome.notes
 
 
@@ -150,7 +142,7 @@ async def test_what_its_caller_gave_up_is_not_replayed(
 ) -> None:
     """A request that ran into its time limit says nothing of a version, so it is not kept."""
     source = "import asyncio\n" + replayable_agent(name, "await asyncio.sleep(req['pause'])")
-    async with Host(configure({"a.py": source}, **replay(5))) as host:
+    async with Host(configure({"a.py": source}, **replay_settings(5))) as host:
         await mesh.call(name, {"pause": 0})
         with pytest.raises(MeshTimeout):
             await mesh.call(name, {"pause": 9}, timeout=0.2)

@@ -123,4 +123,4 @@ def test_a_collector_that_is_not_there_holds_nobody_up(tmp_path: Path) -> None:
         up.signal(signal.SIGTERM)
         left = up.finish(10)
     assert 0 == left.code
-    assert "spans could not be sent" in left.out + left.err
+    assert "spans could not be exported" in left.out + left.err

@@ -34,7 +34,7 @@ def watched(url: str) -> Callable[..., AgentMesh]:
 
 def named(told: Told, who: str) -> str:
     """The report that `who` blocks the loop; empty when there is none."""
-    return next((text for text in told() if f"{who} blocks it" in text), "")
+    return next((text for text in told() if f" s by {who};" in text), "")
 
 
 async def stand_still(told: Told, who: str) -> None:
@@ -64,10 +64,10 @@ async def test_an_agent_that_blocks_is_named(
 
     async with mesh:
         assert "awake" == await mesh.call(name, timeout=30)
-        await until(lambda: any("goes on; agent" in text for text in told()))
+        await until(lambda: any("running again: blocked by agent" in text for text in told()))
     assert "time.sleep(0.05)" in during
     assert "route.py" not in during  # from the handler on
-    over = next(text for text in told() if f"goes on; {agent} had blocked it for" in text)
+    over = next(text for text in told() if f"running again: blocked by {agent} for" in text)
     assert float(over.split()[-2]) >= 0.3
 
 
@@ -194,7 +194,7 @@ async def test_the_program_that_runs_the_loop_is_not_blamed(
     done = await asyncio.to_thread(
         subprocess.run, run, capture_output=True, text=True, timeout=60, check=True
     )
-    assert "something outside of all agents blocks it" in done.stdout
+    assert " s by code outside of all agents;" in done.stdout
     assert name not in done.stdout
 
 
@@ -240,9 +240,9 @@ async def test_no_more_reports_than_there_may_be(
             time.sleep(0.1)
             await asyncio.sleep(0.1)
         assert 4 == len(told())
-        monkeypatch.setattr("oam_watchdog._MINUTE", 0.0)
+        monkeypatch.setattr("oam_watchdog._MINUTE_S", 0.0)
         await stand_still_for_reports(3)
-    assert "times more in between.)" in told()[4]
+    assert "reports skipped.)" in told()[4]
 
 
 async def test_its_threshold_follows_and_its_thread_ends(

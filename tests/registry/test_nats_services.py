@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from nats.micro import add_service
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats, ServiceVerb, control_subject
 from openagentmesh import AgentMesh, AgentSpec, ConnectionFailed, Host, MeshError, PermissionDenied
-from openagentmesh.registry import nats_services as micro
+from openagentmesh.registry import nats_services
 from openagentmesh.registry.presence import Presence
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
@@ -226,7 +226,7 @@ async def test_questions_have_a_bound(
     serving: AgentMesh, client: Client, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks too much at once is not answered; the next question is."""
-    monkeypatch.setattr(micro, "_MOST_ASKED", 0)
+    monkeypatch.setattr(nats_services, "_MAX_WAITING", 0)
     assert [] == await ours(client, "PING", name)
     monkeypatch.undo()
     assert 2 == len(await ours(client, "PING", name))

@@ -50,7 +50,7 @@ async def test_after_a_killed_process_others_clear_up(
     mesh: AgentMesh, url: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A provider that is killed leaves no ghost, and its waiting caller is told that it died."""
-    monkeypatch.setattr(presence, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(presence, "HEARTBEAT_S", 0.1)
     script = tmp_path / "provider.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -179,7 +179,7 @@ async def test_a_record_of_a_stranger_costs_nobody_the_connection(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names that cannot be part of a subject are none: whoever clears up after them stays connected."""
-    monkeypatch.setattr(presence, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(presence, "HEARTBEAT_S", 0.1)
     node, stranger = node_of(mesh), f"0{name}"
     serve(mesh, name)
     await mesh.catalog()

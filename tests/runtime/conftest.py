@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openagentmesh import AgentMesh
 from openagentmesh.mesh.node import Node
-from openagentmesh.runtime.config import Config, HostSection, MeshSection
+from openagentmesh.runtime.config import Config, HostSection
 from openagentmesh.runtime.loading.loader import Loader, Module
 from openagentmesh.runtime.loading.origins import find_origins
 from openagentmesh.runtime.reload.changes import Changes
@@ -57,18 +57,6 @@ def load(tmp_path: Path) -> Iterator[Load]:
     yield load_
     for loader in loaders:
         loader.close()
-
-
-@pytest.fixture
-def configure(tmp_path: Path, url: str) -> Configure:
-    """Write files below `agents/` and make the config of a host that serves them."""
-
-    def configure_(files: Mapping[str, str], *, folder: Path = tmp_path, **more: Any) -> Config:
-        write(folder / "agents", files)
-        host = {"agents": ["agents"], "entry_points": False, "drain_timeout": 1.0, **more.pop("host", {})}
-        return Config(folder=folder, mesh=MeshSection(url=url), host=HostSection(**host), **more)
-
-    return configure_
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ async def test_what_a_host_tells_of_itself_is_json(configure: Configure, mesh: A
     config = configure({"a.py": MESH + agent(name), "b.py": "1/0"}, host={"name": "dev"})
     async with Host(config) as host:
         await mesh.call(name, {})
-        told = json.loads(json.dumps(host.status(), allow_nan=False))
+        told = json.loads(host.status().model_dump_json())
     assert ("dev", os.getpid(), None) == (told["host"], told["pid"], told["embedded_server"])
     (only,) = told["agents"]
     assert (name, 1, 0) == (only["name"], only["requests"], only["errors"])
@@ -189,7 +189,7 @@ async def test_without_a_url_the_host_brings_its_server(tmp_path: Path, name: st
             assert "ok" == await mesh.call(name, {})
         assert (server := host.status().embedded_server) is not None
         assert host.server.pid == server.pid
-        json.dumps(host.status(), allow_nan=False)
+        host.status().model_dump_json()
     assert not alive(host.server.pid)
 
 

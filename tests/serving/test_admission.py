@@ -1,6 +1,7 @@
 """How many requests an agent has room for, and who takes it, when plugins stand before it."""
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, KVEntry, Middleware, Overloaded, hookimpl
@@ -76,17 +77,13 @@ async def test_a_change_of_a_key_waits_for_room(small: AgentMesh, name: str) -> 
         route = node_of(small).router.get(name)
         assert route is not None
 
-        async def pass_through() -> None:
-            async with route._limiter:
-                pass
-
-        async with route._limiter:
-            waiting = asyncio.create_task(pass_through())
-            await asyncio.sleep(0)
-            assert route._limiter.is_full
-            await small.kv.put(f"{name}.key", "1")
-            async with asyncio.timeout(10):
-                while not route.in_flight:
-                    await asyncio.sleep(0.001)
-        await waiting
+        limiter = route._limiter
+        limiter.admit()
+        limiter.admit()
+        async with limiter:
+            assert limiter.is_full
+            async with aclosing(small.kv.watch(f"{name}.key")) as values:
+                await small.kv.put(f"{name}.key", "1")
+                await anext(values)  # so the agent's source has received the change too
+            assert not changed.is_set()
         await asyncio.wait_for(changed.wait(), 10)

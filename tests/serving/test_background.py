@@ -35,7 +35,7 @@ def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop waits only so long for what swallows its cancellation, and for what is on its way."""
-    monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE", 0.1)
+    monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE_S", 0.1)
     monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
@@ -231,7 +231,7 @@ async def test_one_that_is_deaf_is_left_and_named(
         await started.wait()
         left = background_of(provider, name)._task
         assert left is not None
-    assert [name] == [r.message.split()[0] for r in caplog.records if "does not stop" in r.message]
+    assert [name] == [r.message.split()[0] for r in caplog.records if "did not stop" in r.message]
     assert not left.done()
     release.set()
     await left

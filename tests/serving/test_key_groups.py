@@ -86,7 +86,7 @@ async def test_a_group_waits_as_long_as_its_agents_may_take_now(
     """A longer timeout after a restart keeps changes from being given to another member too early."""
     waits = []
     for grace in (10.0, 20.0):
-        monkeypatch.setattr("openagentmesh.serving.triggers._GROUP_GRACE", grace)
+        monkeypatch.setattr("openagentmesh.serving.feeds._GROUP_GRACE_S", grace)
         async with new_mesh() as mesh:
             got = declare_driven(mesh, name, KVEntry[str], mesh.kv_source(f"{name}.*", queue_group=name))
             await mesh.kv.put(f"{name}.a", str(grace))

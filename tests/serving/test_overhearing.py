@@ -31,13 +31,13 @@ async def test_a_burst_waits_for_its_turn(mesh: AgentMesh, name: str) -> None:
     assert list(range(ROOM * 3)) == sorted(got)
 
 
-@pytest.mark.parametrize("bound", [{"_MOST_WAITING": 1}, {"_MOST_BYTES": 3}], ids=["messages", "bytes"])
+@pytest.mark.parametrize("bound", [{"_MAX_WAITING": 1}, {"_MAX_BYTES": 3}], ids=["messages", "bytes"])
 async def test_what_waits_is_bounded(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, bound: dict[str, int]
 ) -> None:
     """More than may wait is `overloaded`, and told as such."""
     for key, value in bound.items():
-        monkeypatch.setattr(f"openagentmesh.serving.triggers.{key}", value)
+        monkeypatch.setattr(f"openagentmesh.serving.feeds.{key}", value)
     release, got = asyncio.Event(), 0
 
     @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
@@ -139,4 +139,4 @@ async def test_those_who_hear_of_requests_set_off_nobody(
         await flush(mesh)
         await asyncio.sleep(0.01)
     assert sorted(map(str, expected)) == sorted(map(str, got))
-    assert f"{name}.0 failed on what it heard on mesh.{told}.{name}.bad" in caplog.text
+    assert f"{name}.0 failed on a message of mesh.{told}.{name}.bad" in caplog.text

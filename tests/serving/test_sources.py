@@ -198,7 +198,7 @@ async def test_changes_of_keys_come_in_order_one_at_a_time(mesh: AgentMesh, name
 
 @pytest.mark.parametrize("hint", [Order, KVEntry[Order], Strict])
 async def test_deletions_come_to_those_who_can_take_them(mesh: AgentMesh, name: str, hint: Any) -> None:
-    """A handler for values only is not bothered; values are read as its model."""
+    """A handler for values only is mutually exclusiveered; values are read as its model."""
     await mesh.kv.put_model(f"{name}.a", Order(item="1"))
     got = declare_driven(mesh, name, hint, mesh.kv_source(f"{name}.*", on_init="skip"))
     await mesh.catalog()
@@ -248,7 +248,7 @@ async def message_handler(message: MeshMessage[str]) -> None:
 @pytest.mark.parametrize(
     ("handler", "sources", "told"),
     [
-        (streamer, [SubjectSource("a")], "nobody would read"),
+        (streamer, [SubjectSource("a")], "is not sent anywhere"),
         (entry_handler, [SubjectSource("a")], "takes entry"),
         (message_handler, [KVSource("a")], "takes message"),
         (message_handler, [], "has none"),
@@ -271,7 +271,7 @@ def test_sources_that_cannot_be_are_refused(subject: Any) -> None:
     """A bad subject, pattern, group or word never reaches the server."""
     mesh = AgentMesh()
     for make in (mesh.subject_source, mesh.kv_source):
-        with pytest.raises(InvalidAgent, match="cannot be used"):
+        with pytest.raises(InvalidAgent, match="is invalid"):
             make(subject)
     with pytest.raises(InvalidAgent, match="queue group"):
         mesh.subject_source("a", queue_group=subject)

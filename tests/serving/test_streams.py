@@ -213,7 +213,7 @@ async def test_a_slow_reader_keeps_its_stream(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host's patience is for the handler: a reader may take longer than that over many chunks."""
-    monkeypatch.setattr("openagentmesh.serving.streams._GRANT_WITHIN", 0.1)
+    monkeypatch.setattr("openagentmesh.serving.streams._MAX_GRANT_INTERVAL_S", 0.1)
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.5))
 
     @mesh.agent(AgentSpec(name=name))
@@ -232,7 +232,7 @@ async def test_a_reader_that_takes_nothing_is_named(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The handler is stopped in the end, and it is not said that it was too slow."""
-    monkeypatch.setattr("openagentmesh.serving.route._SETTLING", 0.1)
+    monkeypatch.setattr("openagentmesh.serving.deadline._RECOVERY_S", 0.1)
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.2))
     stopped = asyncio.Event()
 

@@ -192,7 +192,7 @@ async def test_models(mesh: AgentMesh, name: str) -> None:
 async def test_what_is_no_such_model_is_told(mesh: AgentMesh, name: str, stored: bytes) -> None:
     """Anybody may have written there: the error names the key and the model, and is JSON."""
     await mesh.kv.put(name, stored)
-    with pytest.raises(InvalidInput, match=f"'{name}' is no Plan") as caught:
+    with pytest.raises(InvalidInput, match=f"'{name}' is not a Plan") as caught:
         await mesh.kv.get_model(name, Plan)
     json.dumps(caught.value.details)
 

@@ -217,7 +217,7 @@ async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch:
         await settle_level(mesh, name, "warn")
         buckets = node_of(mesh).buckets
         with monkeypatch.context() as patch:
-            patch.setattr(buckets, "_using", away)
+            patch.setattr(buckets, "_operation", away)
             for watcher in list(buckets._watchers):
                 await watcher.stop()
             await asyncio.wait_for(failed.wait(), 10)
@@ -241,7 +241,7 @@ async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch:
 async def test_bad_names_and_levels_are_refused(mesh: AgentMesh, agent: Any, level: Any) -> None:
     """In words, before anything is written."""
     before = await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
-    with pytest.raises(InvalidInput, match=r"names no agent|no log level"):
+    with pytest.raises(InvalidInput, match=r"is not an agent's name|Unknown log level"):
         await mesh.observe.set(agent, log_level=level)
     assert before == await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
 

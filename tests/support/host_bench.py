@@ -51,9 +51,16 @@ class Bench:
         self._mesh = mesh
         self._folder = folder / "agents"
 
-    def serve(self, files: Mapping[str, str], **host: Any) -> Host:
-        """The host, not started yet."""
-        self.host = Host(self._configure(files, host=host))
+    def serve(
+        self,
+        files: Mapping[str, str],
+        *,
+        host: dict[str, Any] | None = None,
+        plugins: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Host:
+        """The host, not started yet; `settings` are those of `[host]`."""
+        self.host = Host(self._configure(files, host=(host or {}) | settings, plugins=plugins or {}))
         return self.host
 
     def write(self, files: Mapping[str, str]) -> None:

@@ -54,3 +54,10 @@ def replayable_agent(name: str, result: str, *, more: str = "replayable=True") -
 async def handler(req: dict) -> object:
     return {result}
 """
+
+
+def replay_settings(keep: int = 5, **more: object) -> dict[str, Any]:
+    """The settings of a host with the plugin `replay`; without it when `keep` is 0."""
+    if not keep:
+        return {}
+    return {"host": {"plugins": ["replay"]}, "plugins": {"replay": {"keep": keep, **more}}}

@@ -65,7 +65,7 @@ DEFAULT_LIMITS: Final = Limits()
 
 @dataclass(slots=True, frozen=True)
 class RecordedRequest:
-    """A request that was recorded, without what proved its caller."""
+    """A recorded request; `identity` is its verified caller."""
 
     body: bytes
     headers: Mapping[str, str]
@@ -206,7 +206,7 @@ class AgentVersion(Agent):
         for frame, _ in traceback.walk_tb(exc.__traceback__):
             if frame.f_code is AgentVersion.run.__code__:
                 return ""
-            # Each entered middleware has a frame, so that two with the same code are told apart.
+            # Each entered middleware has a frame, so two with the same code are distinct.
             if at := [i for i, one in enumerate(inner) if one.endpoint.__code__ is frame.f_code]:
                 found, inner = inner[at[0]].plugin, inner[at[0] + 1 :]
         return found

@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
-from types import MappingProxyType
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 from openagentmesh.agent.concurrency import Limiter
 from openagentmesh.protocol.codec import Request
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 DoneCallback = Callable[[MeshError | None], object]
 # What a source delivered: a message of a subject, or a change of a key.
 Trigger = Message | Entry
-_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 async def _not_a_stream(chunk: object) -> None:
@@ -85,7 +83,7 @@ class Call:
     agent: str
     request_id: str = ""
     body: bytes = b""
-    headers: Mapping[str, str] = _NO_HEADERS
+    headers: Mapping[str, str] = field(default_factory=dict)
     instance_id: str = ""
     verb: Verb | Literal["source"] = "call"
     subject: str = ""
@@ -129,7 +127,7 @@ class ServedCall(Call):
         request: the decoded request.
         limiter: of the agent's version.
         trigger: what a source delivered; None for a request.
-        started: when it arrived, by the event loop's clock in seconds.
+        started: when it arrived, by `time.monotonic`: the clock of uvloop counts whole milliseconds.
         timeout_s: how long it may take; for a stream, from chunk to chunk.
         is_admitted: the limiter counts it.
         is_done: it is answered, so its deadline does not apply any more.

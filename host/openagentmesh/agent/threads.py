@@ -25,7 +25,7 @@ _RETRY_AFTER_MS: Final = 1000
 class ThreadPool:
     """Runs functions in threads; functions above the maximum wait for a thread.
 
-    A thread cannot be stopped. When nobody awaits its function any more, it is *abandoned*: another thread
+    A thread cannot be stopped. When its request has ended, it is *abandoned*: another thread
     takes its place, and it is counted and logged until it ends.
 
     `concurrent.futures` does not fit: the interpreter waits for its threads at exit.

@@ -14,7 +14,7 @@ from openagentmesh.transport.connection import Target
 
 
 class WrongAddress(ConnectionFailed):
-    """A configured address does not work; the message says where it comes from and what to do."""
+    """A configured address does not work; the message contains its origin and a remedy."""
 
     hint = ""
 

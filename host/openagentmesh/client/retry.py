@@ -80,7 +80,7 @@ class _Budget:
         )
 
     def _pause(self, state: RetryCallState) -> float:
-        """At least as long as the host asks for, plus jitter."""
+        """At least the host's `retry_after_ms`, plus jitter."""
         error = state.outcome.exception() if state.outcome else None
         requested = getattr(error, "details", {}).get("retry_after_ms")
         at_least = requested / 1000 if isinstance(requested, int | float) else 0.0

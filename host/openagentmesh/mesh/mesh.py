@@ -263,7 +263,8 @@ class AgentMesh(Verbs, ReloadAPI):
         async with self:
             node = await self._ready()
             stop = stop_event()
-            log.info("serving %d agents on %s", len(node.router), node.connection.target.display_url)
+            count = len(node.router)
+            log.info("serving %d %s on %s", count, "agent" if count == 1 else "agents", node.connection.target.display_url)
             await wait_for_stop(stop, node.connection.closed)
 
 

@@ -319,7 +319,7 @@ class Node:
         self.events.fail_all()
 
     async def _restore(self) -> None:
-        """After a reconnect: make everything true again that was true before."""
+        """Restore buckets, contracts, records and watches after a reconnect."""
         await self.buckets.restore()
         await self._republish()
         await self.presence.restore()

@@ -125,8 +125,8 @@ class Reconciler:
                 try:
                     await self._serve(self._current)
                 except BaseException:
-                    again = {name: None for name in self._current if name in self.wanted}
-                    self._pending = again | self._pending
+                    unserved = {name: None for name in self._current if name in self.wanted}
+                    self._pending = unserved | self._pending
                     raise
         finally:
             self._task, self._current = None, {}

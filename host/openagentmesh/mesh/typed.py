@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.agent.handler import PayloadType, TypeCache
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import InvalidInput, InvalidReply, validation_problems
 
 _ATTRIBUTE: Final = "__openagentmesh__"
@@ -31,9 +32,10 @@ class AgentReference:
             return None
         try:
             return self.input.encode(payload)
-        except ValueError as exc:
+        except ValidationError as exc:
+            problems = validation_problems(exc)
             raise InvalidInput(
-                f"The payload does not match the input type of agent '{self.name}': {exc}"
+                f"Input failed validation for agent '{self.name}'", details={"errors": problems}
             ) from exc
 
 
@@ -59,6 +61,12 @@ def get_reference(function: object) -> AgentReference:
             f"{function!r} is neither an agent's name nor a function decorated with @mesh.agent(…)."
         )
     return reference
+
+
+def decode_untyped(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
+    """The reply of a function without a return type; None when it returned None, which is sent as `{}`."""
+    value = codec.decode(body)
+    return None if value == {} else value
 
 
 def decoder(returns: Any, types: TypeCache) -> Callable[[bytes], Any]:  # noqa: ANN401 - any annotation

@@ -12,7 +12,7 @@ from openagentmesh.agent.handler import TypeCache
 from openagentmesh.client import retry as retries
 from openagentmesh.client.replies import Callback
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.typed import decoder, get_reference, typed_decoder
+from openagentmesh.mesh.typed import decode_untyped, decoder, get_reference, typed_decoder
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry
 from openagentmesh.protocol.messages import MeshMessage
@@ -90,6 +90,14 @@ class Verbs(ABC):
         self,
         name: Callable[[], Awaitable[OutputT]],
         payload: None = None,
+        timeout: float | None = 30.0,
+        **options: Unpack[CallOptions],
+    ) -> OutputT: ...
+    @overload
+    async def call(
+        self,
+        name: Callable[[InputT], OutputT],
+        payload: InputT,
         timeout: float | None = 30.0,
         **options: Unpack[CallOptions],
     ) -> OutputT: ...
@@ -217,7 +225,7 @@ class Verbs(ABC):
         if isinstance(name, str):
             return name, payload, codec.decode if returns is None else decoder(returns, self._types)
         agent = get_reference(name)
-        decode = codec.decode if agent.output is None else typed_decoder(agent.output)
+        decode = decode_untyped if agent.output is None else typed_decoder(agent.output)
         return agent.name, agent.encode(payload), decode
 
     async def send(  # noqa: PLR0913 - the published signature, and headers

@@ -126,8 +126,8 @@ def request_headers(  # noqa: PLR0913 - one parameter per header
         timeout: seconds that the caller waits; None for ever.
         streaming: whether chunks are expected.
         credit: chunks that may be unacknowledged.
-        accept: ACK asks the host to acknowledge the request and to listen for a cancel; NO_REPLY asks
-            for no answer: the reply subject serves for NATS' 503 alone.
+        accept: ACK requests acknowledgements, and that the host listens for a cancel; NO_REPLY requests no
+            answer: the reply subject serves for NATS' 503 alone.
         reply_to: the subject of `send(reply_to=…)`.
         extra: the caller's own headers.
     """

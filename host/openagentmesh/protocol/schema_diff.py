@@ -4,11 +4,11 @@ One side produces values and the other accepts them: callers produce the input, 
 accepts; the new version produces the output, which callers accept. A value that may be produced and is
 not accepted breaks callers.
 
-ObjectStore are read as pydantic means them: without `additionalProperties`, extra keys are neither produced
+Objects are read as pydantic means them: without `additionalProperties`, extra keys are neither produced
 nor rejected. A missing schema produces `{}`, the reply for None, and requires nothing as an input; old
 peers publish no input schema at all. A missing schema on the accepting side accepts anything.
 
-Schemas are foreign data: nothing here raises, work and result are bounded, and what is not a schema
+Schemas come from other peers: nothing here raises, work and result are bounded, and what is not a schema
 stands for any value. `not`, `if`, `contains`, `dependent…` and `unevaluated…`, which pydantic never
 writes, are ignored.
 """
@@ -24,7 +24,7 @@ from openagentmesh.protocol.json_schema import resolve_ref
 
 Part = Literal["input", "output", "chunk", "kind"]
 # A schema without references and unions, of one type or of any, reduced to the keywords compared here.
-# `required` and `enum` are dicts, for look-ups; enum values are keyed by `repr`, which tells True from 1.
+# `required` and `enum` are dicts, for look-ups; enum values are keyed by `repr`, so that True and 1 differ.
 _Plain = dict[str, Any]
 _Pairs = frozenset[tuple[int, int]]
 
@@ -390,6 +390,6 @@ def _join(path: str, name: str) -> str:
 
 
 def _text(value: object, max_length: int = 60) -> str:
-    """Foreign text, shortened and safe to print."""
+    """Text of a peer, shortened and safe to print."""
     text = repr(f"{value}"[: max_length + 1])[1:-1]
     return text if len(text) <= max_length else f"{text[: max_length - 1]}…"

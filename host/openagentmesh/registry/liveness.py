@@ -114,7 +114,7 @@ def _unused_subject(name: str) -> str:
 async def served_without_record(
     connection: Connection, inbox: Inbox, contracts: Iterable[AgentContract]
 ) -> set[str]:
-    """Which of these agents have a subscription though no record lists them: peers of other makes.
+    """Which of these agents have a subscription though no record lists them: instances of other hosts.
 
     Each gets a request with the wrong verb, which runs nothing: only NATS' 503 matters. Where an unused
     subject beside it gets no 503, a subscription matches everything, and nothing can be concluded.

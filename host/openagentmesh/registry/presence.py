@@ -63,7 +63,7 @@ class Presence:
     async def restore(self) -> None:
         """Write the record again, if there was one."""
         if self._has_record:
-            # Only instances that say so answer pings; peers of other makes do not.
+            # Instances of other hosts have no such key and do not answer pings.
             record = self._about | {"answers_pings": True, "agents": sorted(self._agents)}
             await self._buckets.put(subjects.INSTANCES_BUCKET, self._instance_id, to_json(record))
 

@@ -87,7 +87,7 @@ class RequestDeadline(Deadline):
         self._limit_s = limit_s
 
     def caller_gone(self, timed_out: bool) -> None:  # noqa: FBT001 - passed as a callback
-        """Stop the request: no one waits for its answer."""
+        """Stop the request: its caller does not wait for the answer."""
         if timed_out:  # the caller's clock was ahead
             self.expire()
         else:

@@ -54,7 +54,7 @@ class Target(Protocol):
 class SubjectFeed:
     """Delivers the messages of a subject, each as a request.
 
-    Messages are not repeated by anyone, so those above the agent's capacity wait.
+    Messages are not sent again, so those above the agent's capacity wait.
     """
 
     def __init__(self, source: SubjectSource, agent: str, target: Target, connection: Connection) -> None:

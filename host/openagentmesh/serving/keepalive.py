@@ -22,7 +22,7 @@ _MAX_UNHEARD: Final = 2
 
 
 class Keepalive:
-    """Acknowledges a request repeatedly; `on_gone` is called once no one waits for its answer.
+    """Acknowledges a request repeatedly; `on_gone` is called once its caller does not wait any more.
 
     Either the caller cancels, and states whether its timeout expired, or NATS reports repeatedly that
     the reply subject has no subscription.

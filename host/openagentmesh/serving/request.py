@@ -1,10 +1,11 @@
-"""The walk of one request: from its message to its reply (protocol §7–§9)."""
+"""Answers one request: from its message to its reply (protocol §7–§9)."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from time import monotonic
 from typing import Final, Literal, Self
 
 from openagentmesh.agent.agent import AgentVersion
@@ -101,7 +102,7 @@ def receive(
         request=request,
         limiter=limiter,
         trigger=trigger,
-        started=now,
+        started=monotonic(),
         timeout_s=timeout,
     )
     return call, to
@@ -116,7 +117,7 @@ class Responder:
         self._resources = resources
 
     async def answer(self, call: ServedCall, agent: AgentVersion, to: Destination) -> None:
-        """Walk one request from the decoded call to its reply, all of it on one version of the agent."""
+        """Handle one request, from the decoded call to its reply, on one version of the agent."""
         set_current_call(call)
         self.stats.requests += 1
         deadline, error = RequestDeadline(call, agent.limits.timeout), None
@@ -139,7 +140,7 @@ class Responder:
             await self._log_completed(call)
         finally:
             call.finish(error)
-            self.stats.seconds += asyncio.get_running_loop().time() - call.started
+            self.stats.seconds += monotonic() - call.started
 
     async def reject(self, call: ServedCall, agent: AgentVersion, to: Destination) -> None:
         """Answer a request above the limits."""
@@ -222,8 +223,7 @@ class Responder:
             usage = call.usage.model_dump(exclude_none=True)
             await self._publish_event(call, "info", "usage_reported", data=usage)
         if self._is_logged(call, "debug"):
-            seconds = asyncio.get_running_loop().time() - call.started
-            duration: dict[str, object] = {"duration_ms": round(seconds * 1000, 3)}
+            duration: dict[str, object] = {"duration_ms": round((monotonic() - call.started) * 1000, 3)}
             await self._publish_event(call, "debug", "request_completed", data=duration)
 
     async def _publish_event(
@@ -244,7 +244,7 @@ def _as_mesh_error(
 ) -> MeshError:
     """The error that the caller gets for `exc`."""
     if call.is_abandoned:
-        return Cancelled(f"The caller of agent '{call.agent}' does not wait any more.")
+        return Cancelled(f"The caller of agent '{call.agent}' has cancelled the request.")
     if isinstance(exc, MeshError):
         return exc
     if isinstance(exc, TimeoutError) and deadline.expired:

@@ -49,7 +49,7 @@ exit $status
 
 
 class ServerFailed(ConnectionFailed):
-    """The embedded server cannot run; the message says what to do."""
+    """The embedded server cannot run; the message contains a remedy."""
 
     hint = ""
 

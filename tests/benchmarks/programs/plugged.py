@@ -18,7 +18,9 @@ from oam_limits import Settings as LimitSettings
 from oam_metrics import Metrics
 from oam_metrics import Settings as MetricsSettings
 from oam_tracing import Tracing
-from openagentmesh import Agent, AgentMesh, AgentSpec, Call, Endpoint, Middleware, hookimpl
+from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, Middleware, hookimpl
+from openagentmesh.agent.agent import AgentVersion
+from openagentmesh.agent.call import ServedCall
 from openagentmesh.hooks.manager import Plugins
 from openagentmesh.protocol import codec
 from opentelemetry.sdk.trace import TracerProvider
@@ -75,19 +77,29 @@ async def layer(plugins: list[object]) -> float:
         return req
 
     bare = mesh._agents["bench.layer"]
-    layered = Plugins.of(plugins).around(bare, {})
+    layered = Plugins.of(plugins).wrap(bare, {})
     more = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"} | {
         "Authorization": f"Bearer {os.environ.get('OAM_TOKEN', '')}"
     }
     head = codec.request_headers("bench", "caller", timeout=1.0, extra=more)
     request = codec.decode_request(head, b'"hi"')
 
-    async def turn(agent: Agent) -> float:
+    limiter = bare.limits.limiter()
+
+    async def turn(agent: AgentVersion) -> float:
         began = perf_counter()
         for _ in range(_CALLS):
-            call = Call(agent.name, request, 0.0)
+            call = ServedCall(
+                agent.name,
+                request.request_id,
+                request.body,
+                request.headers,
+                request.caller,
+                request=request,
+                limiter=limiter,
+            )
             await agent.outermost(call)
-            call.end(None)
+            call.finish(None)
         return (perf_counter() - began) / _CALLS * 1e6
 
     return median([-await turn(bare) + await turn(layered) for _ in range(TURNS)])

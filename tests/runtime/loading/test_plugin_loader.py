@@ -24,6 +24,7 @@ from openagentmesh.runtime.config import Config, ConfigError, load_config
 from openagentmesh.runtime.loading import plugin_loader as finding
 
 from tests.support.modules import MESH, WORD_PLUGIN, Configure, agent, write
+from tests.support.reloads import replay_settings
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ async def test_agents_have_settings_of_their_own(
         with pytest.raises(PermissionDenied):
             await mesh.call(f"{name}.b", {})
         toml(table + "[]")
-        assert f'[agents."{name}.a".plugins.word] does not fit: free' in (await reloaded(host)).error
+        assert f'[agents."{name}.a".plugins.word] is invalid: free' in (await reloaded(host)).error
         toml(table + "false")
         assert [f"{name}.a 0.1.0"] == (await reloaded(host)).agents
         with pytest.raises(PermissionDenied):
@@ -129,7 +130,7 @@ async def test_an_agent_that_cannot_be_protected_does_not_serve(
 @pytest.mark.parametrize(
     ("plugins", "text", "why"),
     [
-        ('["nope"]', "", "no plugin 'nope' is installed"),
+        ('["nope"]', "", "the plugin 'nope' is not installed"),
         ('["./nope.py"]', "", "there is no file"),
         ('["./broken.py"]', "", "ZeroDivisionError"),
         (
@@ -139,8 +140,8 @@ async def test_an_agent_that_cannot_be_protected_does_not_serve(
         ),
         ('["./word.py"]', "plugins.word.word = 'cursed'", "not this word"),
         ('["./quits.py"]', "", "'./quits.py' cannot be loaded: SystemExit"),
-        ('["./models.py"]', "", "gives 7 in mesh_settings, where a pydantic model is wanted"),
-        ('["./word.py", "./team/word.py"]', "", "two plugins are called 'word'"),
+        ('["./models.py"]', "", "returned 7 from mesh_settings; expected a pydantic model"),
+        ('["./word.py", "./team/word.py"]', "", "two plugins are named 'word'"),
     ],
 )
 async def test_a_plugin_that_cannot_be_used_stops_the_start(
@@ -184,13 +185,13 @@ class Recorder:
         self.told: list[Any] = []
 
     @hookimpl
-    def mesh_reloaded(self, outcome: ReloadResult) -> None:
-        self.told.append(("reloaded", outcome.files))
+    def mesh_reloaded(self, result: ReloadResult) -> None:
+        self.told.append(("reloaded", result.files))
         raise RuntimeError("a plugin's own failure")
 
     @hookimpl
-    def mesh_reload_failed(self, outcome: ReloadResult) -> None:
-        self.told.append(("failed", outcome.files))
+    def mesh_reload_failed(self, result: ReloadResult) -> None:
+        self.told.append(("failed", result.files))
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
@@ -234,7 +235,7 @@ async def test_replays_pass_no_plugin(
     recorder = Recorder()
     source = f"{MESH}@mesh.agent(AgentSpec(name={name!r}, replayable=True))\n"
     source += "async def handler(req: dict) -> int:\n    return 1\n"
-    async with Host(configure({"a.py": source}, host={"replay": 5}), plugins=[recorder]) as host:
+    async with Host(configure({"a.py": source}, **replay_settings()), plugins=[recorder]) as host:
         await mesh.call(name, {})
         await mesh.call(name, {})
         write(tmp_path / "agents", {"a.py": source.replace("return 1", "return 2")})
@@ -245,7 +246,7 @@ async def test_replays_pass_no_plugin(
 async def test_plugins_without_settings_take_none(toml: Toml, tmp_path: Path) -> None:
     """A table of a plugin that has no settings is named."""
     write(tmp_path, {"plain.py": "from openagentmesh import hookimpl\n@hookimpl\ndef mesh_cli(app): ...\n"})
-    with pytest.raises(MeshError, match="The plugin 'plain' takes no settings"):
+    with pytest.raises(MeshError, match="The plugin 'plain' has no settings"):
         await hosting(toml("plugins.plain.x = 1", '["./plain.py"]')).start()
 
 
@@ -282,6 +283,7 @@ FILE = """
 from pathlib import Path
 from pydantic import BaseModel, FilePath
 from openagentmesh import hookimpl
+from tests.support.reloads import replay_settings
 class Settings(BaseModel):
     file: FilePath
 @hookimpl
@@ -307,7 +309,7 @@ async def test_settings_that_did_not_change_are_not_looked_at(
         toml(f"plugins.key.file = '{tmp_path}/two'", '["./key.py"]')
         write(tmp_path, {"agents/a.py": MESH + agent(name) + agent(f"{name}.unwatchable")})
         assert "cannot watch this one" in (await reloaded(host)).error
-    assert "what was in force before is not again" in caplog.text
+    assert "previous settings not restored" in caplog.text
 
 
 async def test_disabled_agents_are_nobodys_business(
@@ -375,7 +377,7 @@ async def test_a_module_brings_no_plugin_that_is_not_enabled(
     async with hosting(toml()) as host:
         [module] = host.modules
         assert "failed" == module.state
-        assert "brings the plugin 'limits'" in module.error
+        assert "uses the plugin 'limits'" in module.error
         assert "[host] plugins" in module.error
     async with hosting(toml(plugins="['limits']")) as host:
         assert ["serving"] == [module.state for module in host.modules]

@@ -136,7 +136,7 @@ async def test_folders_come_and_go(
 
 
 INVALID = {
-    "syntax": ("[host\n", "is no TOML"),
+    "syntax": ("[host\n", "is not TOML"),
     "unknown": ("host.nam = 'x'", "host.nam: unknown key; did you mean 'name'?"),
     "type": ("limits.timeout = 'soon'", "limits.timeout"),
     "variable": ("host.name = '${OAM_TEST_IS_NOT_SET}'", "OAM_TEST_IS_NOT_SET"),
@@ -178,9 +178,7 @@ async def test_what_needs_a_restart_is_said(serve: Serve, edit: Edit, name: str)
     """Keys that a running host does not follow are named while they differ from those it started with."""
     async with serve({"a.py": MESH + agent(name)}) as host:
         outcome = await edit(host, "server.port = 5\nhost.name = 'other'\nhost.drain_timeout = 3")
-        assert [
-            "mesh.toml: the host follows [server] port, [host] name after a restart only"
-        ] == outcome.notes
+        assert ["mesh.toml: restart the host to apply [server] port, [host] name"] == outcome.notes
         assert 3 == host.config.host.drain_timeout
         assert [] == (await edit(host, "host.drain_timeout = 4")).notes
 

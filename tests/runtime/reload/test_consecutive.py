@@ -10,23 +10,22 @@ from typing import Any, NoReturn
 
 import pytest
 from openagentmesh import AgentMesh, Host, MeshTimeout
-from openagentmesh.mesh import reconciler as binding
+from openagentmesh.mesh import reconciler
 from openagentmesh.registry.presence import Presence
 from openagentmesh.registry.registry import Registry
 from openagentmesh.runtime.config import load_config
 from openagentmesh.runtime.loading.files import DigestCache
-from openagentmesh.runtime.reload import retirement as retire
-from openagentmesh.runtime.reload import watcher
+from openagentmesh.runtime.reload import retirement, watcher
 
 from tests.support.host_bench import Bench
 from tests.support.modules import MESH, Configure, agent, write
-from tests.support.reloads import reloads_of, until_answers, watched_host
+from tests.support.reloads import reloads_of, replay_settings, until_answers, watched_host
 from tests.support.waiting import until
 
 
 @pytest.fixture
 def _brief_probation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retire, "_PROBATION", 0.3)
+    monkeypatch.setattr(retirement, "_PROBATION_S", 0.3)
 
 
 def watcher_agent(name: str, word: str, body: str) -> str:
@@ -113,7 +112,7 @@ async def test_what_could_not_be_made_known_is_tried_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write that fails while the connection stays is tried again, without a reconnect."""
-    monkeypatch.setattr(binding, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(reconciler, "_FIRST_RETRY_S", 0.05)
     async with bench.serve({"a.py": MESH + agent(f"{bench.name}.a")}) as host:
         real, failed = Presence.restore, list[int]()
 
@@ -138,7 +137,7 @@ async def test_a_contract_that_fits_no_message_is_refused(bench: Bench) -> None:
             {"big.py": f"{MESH}{big}async def big(req: dict) -> int:\n    return 1\n"}
         )
         assert "its contract has 2400" in outcome.error
-        assert "the server takes 1048576 in a message" in outcome.error
+        assert "the server's max_payload is 1048576" in outcome.error
         await bench.reloaded({"c.py": MESH + agent(f"{bench.name}.c")})
         await bench.listed(".a", ".c")
 
@@ -153,7 +152,7 @@ async def test_replays_are_of_the_requests_they_are_told_of(bench: Bench, more: 
         second = spec.format("b") + "async def b(req: dict) -> object:\n    await asyncio.sleep(0.3)\n"
         return f"import asyncio\n{MESH}{first}{second}# {note}\n"
 
-    async with bench.serve({"x.py": source(0)}, replay=5) as host:
+    async with bench.serve({"x.py": source(0)}, **replay_settings()) as host:
         for number in range(5):
             await bench.call(".a", {"n": number})
         await bench.call(".b", {})
@@ -226,7 +225,7 @@ async def test_a_folder_made_anew_has_its_bell(
         shutil.rmtree(tmp_path / "agents")
         write(tmp_path / "agents", {"a.py": MESH + agent(name, "2")})
         await until_answers(mesh, name, 2)
-        monkeypatch.setattr(watcher, "_SWEEP", 60.0)
+        monkeypatch.setattr(watcher, "_SWEEP_S", 60.0)
         write(tmp_path / "agents", {"a.py": MESH + agent(name, "3")})
         await until_answers(mesh, name, 3)
         write(tmp_path / "agents", {"a.py": MESH + agent(name, "4")})

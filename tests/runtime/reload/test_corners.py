@@ -8,7 +8,7 @@ import pytest
 from openagentmesh import AgentMesh, Host
 
 from tests.support.modules import MESH, Configure, agent, write
-from tests.support.reloads import reload, replayable_agent
+from tests.support.reloads import reload, replay_settings, replayable_agent
 from tests.support.waiting import until
 
 
@@ -23,7 +23,7 @@ async def test_a_home_that_is_away_takes_no_agents_with_it(
     async with Host(config) as host:
         home.rename(tmp_path / "away")
         outcome = await reload(host, tmp_path)
-        assert "'~/agents' is no folder" in outcome.error
+        assert "'~/agents' is neither a folder nor a Python file" in outcome.error
         outcome = await reload(host, tmp_path, MESH + agent(f"{name}.b", "2"), file="b.py")
         assert [f"{name}.b 0.1.0"] == outcome.agents
         assert ("ok", 2) == (await mesh.call(f"{name}.a", {}), await mesh.call(f"{name}.b", {}))
@@ -83,7 +83,7 @@ async def test_what_finishes_on_the_old_version_is_no_measure_of_the_next(
     wait = f"import asyncio, pathlib\nGO = pathlib.Path({str(go)!r})\nasync def wait(req):\n"
     wait += "    while req and not GO.exists():\n        await asyncio.sleep(0.005)\n"
     source = wait + replayable_agent(name, "await wait(req) or 'old'")
-    async with Host(configure({"a.py": source}, host={"replay": 5})) as host:
+    async with Host(configure({"a.py": source}, **replay_settings())) as host:
         slow = asyncio.create_task(mesh.call(name, {"slow": True}))
         await until(lambda: bool(host.node.router.get(name) and host.status().agents[0].in_flight))
         new = source.replace("'old'", "'new'")
@@ -114,7 +114,7 @@ async def test_what_a_new_version_imports_before_it_serves_is_new(
 
     asked = lazily.strip() if when == "replay" else "from _h import number"
     files = {"a.py": source("0.1.0", asked), "_h.py": "number = 1\n"}
-    async with Host(configure(files, host={"replay": 5})) as host:
+    async with Host(configure(files, **replay_settings())) as host:
         assert [1, 0] == await mesh.call(name, {})
         write(tmp_path / "agents", {"_h.py": "number = 2\n"})
         outcome = await reload(host, tmp_path, source("0.2.0", asked))
@@ -158,6 +158,6 @@ async def test_what_a_refused_version_leaves_behind_is_named(
         vars(threading).pop("over").set()
         assert "NameError" in outcome.error
         assert [
-            f"what was tried left behind: the thread worker-{name}",
-            f"what was tried left behind: the logging handler H of '{name}'",
+            f"the refused version left behind: the thread worker-{name}",
+            f"the refused version left behind: the logging handler H of '{name}'",
         ] == outcome.notes

@@ -269,7 +269,7 @@ async def test_a_folder_that_is_gone_stops_no_other_reloads(
         (tmp_path / "more").rmdir()
         outcome = await host.reload()
         assert outcome is not None
-        assert "no folder" in outcome.error
+        assert "neither a folder" in outcome.error
         assert await host.reload() is None
         write(tmp_path / "agents", {"a.py": MESH + agent(f"{name}.a", "2")})
         await host.reload()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -324,7 +325,7 @@ async def test_a_package_that_is_edited_where_it_lies_is_reloaded(
     package = elsewhere / "openmesh_sample"
     write(package, PACKAGE)
     write(package, {"agents.py": PACKAGE["agents.py"] + agent(bench.name, "[M, N]")})
-    more: dict[str, object] = {"agents": [place]}
+    more: dict[str, Any] = {"agents": [place]}
     if place == "entry point":
         write(
             elsewhere / "openmesh_sample-1.dist-info",

@@ -106,7 +106,7 @@ async def test_after_the_deadline_callers_are_told(  # noqa: PLR0913 - fixtures
         assert 2 == outcome.in_flight
         assert "2 in flight on the old version" in outcome.text
         for call in calls:
-            with pytest.raises(Cancelled, match="was stopped before it had answered") as caught:
+            with pytest.raises(Cancelled, match="was stopped before it answered") as caught:
                 await call
             assert (f"{name}.call", True) == (caught.value.agent, bool(caught.value.request_id))
         await host.wait_retired()
@@ -167,8 +167,8 @@ async def test_one_that_swallows_its_cancellation_is_named(  # noqa: PLR0913, PL
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The new one starts after the grace, not later, and the reload's notes say what is left."""
-    monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE", 0.05)
-    monkeypatch.setattr("openagentmesh.runtime.reload.retirement._PROBATION", 0.05)
+    monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE_S", 0.05)
+    monkeypatch.setattr("openagentmesh.runtime.reload.retirement._PROBATION_S", 0.05)
     async with Host(configure({"a.py": by_itself(name, shape, DEAF.strip(), "old")})) as host:
         await until(lambda: heard)
         outcome = await reload(host, tmp_path, by_itself(name, shape, FOR_EVER, "new"))
@@ -178,7 +178,7 @@ async def test_one_that_swallows_its_cancellation_is_named(  # noqa: PLR0913, PL
         (note,) = outcome.notes
         assert note.startswith("the task ")
         assert note.endswith("(runs)")
-        assert f"{name} does not stop within 0.05s and is left" in caplog.messages
+        assert f"{name} did not stop within 0.05s and is left running" in caplog.messages
         open_gate()
         await until(lambda: "-old" in heard)
 
@@ -283,7 +283,7 @@ async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 -
     """Tasks, threads, logging handlers, and who else holds it: in the reload's notes and in the log."""
     monkeypatch.setattr(asyncio, "stop", threading.Event(), raising=False)
     monkeypatch.setattr(logging, "forgotten", None, raising=False)
-    monkeypatch.setattr("openagentmesh.runtime.reload.retirement._SEARCH", 10.0)
+    monkeypatch.setattr("openagentmesh.runtime.reload.leftovers._MAX_SEARCH_S", 10.0)
     monkeypatch.setattr(logging.getLogger("forgotten"), "handlers", [])
     source = LEAVES.format(mesh=MESH, name=name)
     async with Host(configure({"a.py": source})) as host:

@@ -169,7 +169,7 @@ async def test_folders_come_and_go(configure: Configure, mesh: AgentMesh, name: 
         elsewhere.rename(folder / "again")
         await until_answers(mesh, f"{name}.b", [0] * 3)
         shutil.rmtree(folder)  # agents go on without their folder: who names it is to decide
-        await until(lambda: "is no folder" in reloads_of(host)[-1].error)
+        await until(lambda: "neither a folder" in reloads_of(host)[-1].error)
         assert [0] * 3 == await mesh.call(f"{name}.a", {})
         write(folder, {"a.py": version(f"{name}.a", 1)})
         await until_answers(mesh, f"{name}.a", [1] * 3)
@@ -231,7 +231,7 @@ async def test_who_edits_is_heard_sooner(
         in_place(tmp_path / "agents/a.py", version(name, 1))
         await until_answers(mesh, name, [1] * 3)
         assert await asked.get() < calm
-        monkeypatch.setattr("openagentmesh.runtime.reload.watcher._SESSION", 0.0)
+        monkeypatch.setattr("openagentmesh.runtime.reload.watcher._SESSION_S", 0.0)
         async with asyncio.timeout(TIMEOUT_S):
             assert calm == await asked.get()
 

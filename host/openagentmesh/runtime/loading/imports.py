@@ -154,7 +154,7 @@ class Imports(MetaPathFinder):
 
     @contextmanager
     def staged(self, names: set[str]) -> Iterator[ImportTransaction]:
-        """Take modules out, so that imports in the block execute them again; an error puts them back.
+        """Take modules out, so that imports in the block execute them again; an error restores them.
 
         Code of the old modules keeps what it has imported.
         """
@@ -298,7 +298,7 @@ class _FileLoader(SourceFileLoader):
         except BaseException:
             if imports.modules.get(managed.name) is managed:
                 del imports.modules[managed.name]
-            # Python would remove the module that was put back. The importing module ends by itself.
+            # Python would remove the restored module. The importing module ends by itself.
             if not managed.is_abandoned:
                 raise
         finally:

@@ -54,7 +54,7 @@ def configure(plugins: Plugins, config: Config) -> None:
             known = getattr(plugins.settings_model(plugin), "model_fields", {})
             problems = config_problems(exc, ("plugins", plugin.name), known)
             listed = "\n".join(f"  {problem}" for problem in problems)
-            raise ConfigError(f"mesh.toml is invalid:\n{listed}") from exc
+            raise ConfigError(f"The settings of the plugin '{plugin.name}' are invalid:\n{listed}") from exc
     plugins.configure(config.plugins, config.folder)
 
 

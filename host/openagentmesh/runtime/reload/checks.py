@@ -219,7 +219,7 @@ def _uses_all_settings(candidate: Candidate) -> Iterator[str]:
     agents = [agent.name for found in candidate.agents.values() for agent in found]
     yield from config.unused({module.origin.key for module in candidate.modules}, agents)
     if keys := keys_that_need_restart(candidate.serving.started, config):
-        yield f"mesh.toml: {', '.join(keys)} take effect after a restart"
+        yield f"mesh.toml: restart the host to apply {', '.join(keys)}"
 
 
 _RULES: Final[tuple[Callable[[Candidate], Iterator[str]], ...]] = (

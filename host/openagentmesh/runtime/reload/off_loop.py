@@ -38,7 +38,7 @@ async def run_off_loop(
     Args:
         work: the work. What it raises is raised here, KeyboardInterrupt and SystemExit as RuntimeError:
             they would end the event loop.
-        limit_s: seconds after which the thread is asked to end, and abandoned.
+        limit_s: seconds after which the thread is interrupted and abandoned.
         is_slow: it is known to take longer than a moment, so the loop does not block for it.
         on_late_end: called on the loop when an abandoned thread has ended.
 

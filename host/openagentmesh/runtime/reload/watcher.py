@@ -1,4 +1,4 @@
-"""When to look at the disk: the system's watcher is a doorbell, a scan of our own decides."""
+"""Triggers reloads: after an event of the system's file watcher, a scan finds what has changed."""
 
 import asyncio
 import logging
