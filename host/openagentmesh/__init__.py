@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 from openagentmesh.agent.agent import Agent, RecordedRequest, Redactor
 from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, current_call, report_usage
 from openagentmesh.agent.client_middleware import ClientMiddleware, ClientOperation
-from openagentmesh.agent.sources import (
-    Condition,
-    KVCondition,
-    KVSource,
-    SubjectCondition,
-    SubjectSource,
-)
+from openagentmesh.agent.sources import Condition, KVCondition, KVSource, SubjectCondition, SubjectSource
 from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.hooks.specs import Instance, hookimpl
 from openagentmesh.mesh.mesh import AgentMesh
@@ -42,14 +36,7 @@ from openagentmesh.protocol.errors import (
     PluginFailed,
     Unauthenticated,
 )
-from openagentmesh.protocol.messages import (
-    DeathNotice,
-    KVEntry,
-    LogEvent,
-    MeshMessage,
-    ObserveConfig,
-    Usage,
-)
+from openagentmesh.protocol.messages import DeathNotice, KVEntry, LogEvent, MeshMessage, ObserveConfig, Usage
 from openagentmesh.protocol.objects import Artifact
 from openagentmesh.protocol.status import HostStatus, NodeStatus
 

@@ -67,12 +67,7 @@ class Report:
         for way, delays in self.edits.delays.items():
             target = "≤ 30 / 50" if way == "atomic rename" else "≤ 60 / 80" if way in SAVES else ""
             peer = self.peer.delays.get(way, []) if self.peer else []
-            yield (
-                f"first new answer, {way}: p50 / p95 / max, ms",
-                _spread(delays),
-                target,
-                _spread(peer),
-            )
+            yield (f"first new answer, {way}: p50 / p95 / max, ms", _spread(delays), target, _spread(peer))
 
     def _reloads(self) -> Iterator[Line]:
         took = [*self.observed.reloads.values()]

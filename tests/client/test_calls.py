@@ -101,11 +101,7 @@ async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
 )
 @pytest.mark.parametrize("verb", ["call", "stream"])
 async def test_agents_that_take_no_requests(
-    mesh: AgentMesh,
-    name: str,
-    verb: str,
-    streaming: bool,
-    what: str,
+    mesh: AgentMesh, name: str, verb: str, streaming: bool, what: str
 ) -> None:
     """A peer's publisher or watcher has nobody at its subject; the contract says why."""
     serve(mesh, name)

@@ -337,10 +337,7 @@ async def test_leaving_the_mesh_ends_every_feed(
     assert [ConnectionFailed] * 3 == [type(result) for result in results]
 
 
-@settings(
-    max_examples=20,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(HEADS, st.binary(max_size=30)), max_size=20))
 def test_strangers_break_no_feed_of_a_channel(url: str, junk: list[tuple[bytes, bytes]]) -> None:
     """Whatever comes on a channel's subjects, the next event is heard."""

@@ -32,10 +32,7 @@ def test_a_callback_hears_the_reply(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("agent", "code", "message"),
-    [
-        ("fail", "handler_error", "no wine today"),
-        ("quota", "quota_used_up", "Try again tomorrow"),
-    ],
+    [("fail", "handler_error", "no wine today"), ("quota", "quota_used_up", "Try again tomorrow")],
 )
 def test_a_callback_hears_an_error(pair: Pair, agent: str, code: str, message: str) -> None:
     """`on_error` is called with what the handler raised."""

@@ -120,10 +120,7 @@ def test_a_rule_that_says_too_little_or_too_much_is_refused(changed: dict[str, A
 @pytest.mark.parametrize(
     ("made", "why"),
     [
-        (
-            lambda _: Settings(rules=(READ,)),
-            "for verified subjects, but no credentials are accepted",
-        ),
+        (lambda _: Settings(rules=(READ,)), "for verified subjects, but no credentials are accepted"),
         (lambda folder: settings(folder, rules=(READ, READ)), "two rules have the name 'readers'"),
         (lambda folder: settings(folder, policy=Path("gone.toml")), "gone.toml cannot be read"),
         (lambda folder: Settings(tokens=token_settings(folder, keys=(Path("no.pem"),))), "no.pem cannot be"),

@@ -55,9 +55,7 @@ def test_the_document_is_the_protocols(
         "description": "Does a.",
         "version": "2.0.0",
         "capabilities": {"streaming": streaming, "invocable": True},
-        "skills": [
-            {"id": "nlp.a", "name": "nlp.a", "description": "Does a.", "tags": ["x", "y"], **schemas},
-        ],
+        "skills": [{"id": "nlp.a", "name": "nlp.a", "description": "Does a.", "tags": ["x", "y"], **schemas}],
         "x-agentmesh": {"subject": "mesh.agent.nlp.a", "tags": ["x", "y"], **own},
     } == document
     assert registered.endswith("+00:00")

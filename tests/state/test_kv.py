@@ -364,10 +364,7 @@ async def test_a_write_waits_for_a_server_that_comes_back(name: str, tmp_path: P
         assert "2" == await mesh.kv.get(name)
 
 
-@settings(
-    max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(text=st.text(max_size=200))
 def test_any_text_survives(url: str, text: str) -> None:
     """Texts of any characters come back, but for those that UTF-8 has no bytes for."""

@@ -5,13 +5,7 @@ from typing import Any
 
 from oam_auth import Auth
 from oam_auth.signatures import Signer
-from openagentmesh import (
-    AgentMesh,
-    AgentSpec,
-    Call,
-    ClientOperation,
-    current_call,
-)
+from openagentmesh import AgentMesh, AgentSpec, Call, ClientOperation, current_call
 
 from tests.support.credentials import seed
 

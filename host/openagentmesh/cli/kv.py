@@ -46,11 +46,7 @@ def get(key: Key, url: Url = None, *, json_: Json = False) -> None:
 
 @app.command()
 def put(
-    key: Key,
-    value: Annotated[str, typer.Argument(help="The text.")],
-    url: Url = None,
-    *,
-    json_: Json = False,
+    key: Key, value: Annotated[str, typer.Argument(help="The text.")], url: Url = None, *, json_: Json = False
 ) -> None:
     """Set a key."""
 

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from tenacity import (
-    AsyncRetrying,
-    TryAgain,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_fixed,
-)
+from tenacity import AsyncRetrying, TryAgain, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from openagentmesh.cli.connecting import connected, with_advice
 from openagentmesh.cli.output import (

@@ -172,11 +172,7 @@ class AgentMesh(Verbs, ReloadAPI):
         return SubjectSource(subject, queue_group)
 
     def kv_source(
-        self,
-        pattern: str,
-        *,
-        queue_group: str | None = None,
-        on_init: Literal["replay", "skip"] = "replay",
+        self, pattern: str, *, queue_group: str | None = None, on_init: Literal["replay", "skip"] = "replay"
     ) -> KVSource:
         """For `sources=`: every change of the keys of the shared state that match a pattern."""
         return KVSource(pattern, queue_group, on_init)
@@ -264,7 +260,12 @@ class AgentMesh(Verbs, ReloadAPI):
             node = await self._ready()
             stop = stop_event()
             count = len(node.router)
-            log.info("serving %d %s on %s", count, "agent" if count == 1 else "agents", node.connection.target.display_url)
+            log.info(
+                "serving %d %s on %s",
+                count,
+                "agent" if count == 1 else "agents",
+                node.connection.target.display_url,
+            )
             await wait_for_stop(stop, node.connection.closed)
 
 

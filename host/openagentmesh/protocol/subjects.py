@@ -17,13 +17,7 @@ REGISTRY_BUCKET: Final = "mesh-registry"
 INSTANCES_BUCKET: Final = "mesh-instances"
 OBSERVABILITY_BUCKET: Final = "mesh-observability"
 CONTEXT_BUCKET: Final = "mesh-context"
-KV_BUCKETS: Final = (
-    CATALOG_BUCKET,
-    REGISTRY_BUCKET,
-    INSTANCES_BUCKET,
-    OBSERVABILITY_BUCKET,
-    CONTEXT_BUCKET,
-)
+KV_BUCKETS: Final = (CATALOG_BUCKET, REGISTRY_BUCKET, INSTANCES_BUCKET, OBSERVABILITY_BUCKET, CONTEXT_BUCKET)
 ARTIFACTS_BUCKET: Final = "mesh-artifacts"
 # NATS service discovery (§10).
 SERVICES: Final = "$SRV.>"

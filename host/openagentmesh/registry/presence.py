@@ -88,10 +88,7 @@ class Presence:
         return _agents_of(records)
 
     async def notify_deaths(
-        self,
-        agents: Iterable[str],
-        instance_id: str,
-        reason: Literal["graceful_shutdown", "disconnect"],
+        self, agents: Iterable[str], instance_id: str, reason: Literal["graceful_shutdown", "disconnect"]
     ) -> None:
         """Publish death notices: the last instance of these agents is gone."""
         now = datetime.now(UTC).isoformat()

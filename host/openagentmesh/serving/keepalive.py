@@ -36,12 +36,7 @@ class Keepalive:
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        inbox: Inbox,
-        head: bytes,
-        reply: str,
-        on_gone: Callable[[bool], object],
+        self, connection: Connection, inbox: Inbox, head: bytes, reply: str, on_gone: Callable[[bool], object]
     ) -> None:
         self._connection = connection
         self._inbox = inbox

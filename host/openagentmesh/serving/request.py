@@ -160,13 +160,7 @@ class Responder:
         writer_class = ChunkWriter if to.chunks else DiscardingWriter
         prefix = codec.frame_prefix(call.request_id, resources.instance_id)
         writer = writer_class(
-            resources.connection,
-            resources.inbox,
-            to.chunks,
-            prefix,
-            agent.encode,
-            request.credit,
-            deadline,
+            resources.connection, resources.inbox, to.chunks, prefix, agent.encode, request.credit, deadline
         )
         call.send = writer.send
         try:

@@ -184,8 +184,7 @@ class KV:
             yield draft
         if not draft.committed:
             raise KVConflict(
-                f"The key '{key}' was changed concurrently",
-                details={"key": key, "revision": draft.revision},
+                f"The key '{key}' was changed concurrently", details={"key": key, "revision": draft.revision}
             )
 
     @asynccontextmanager

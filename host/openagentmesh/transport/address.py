@@ -53,8 +53,7 @@ def _read(path: Path) -> Address:
         ) from exc
     creds = values.get("creds")
     return Address(
-        str(values["url"]) if "url" in values else None,
-        str(path.parent / str(creds)) if creds else None,
+        str(values["url"]) if "url" in values else None, str(path.parent / str(creds)) if creds else None
     )
 
 

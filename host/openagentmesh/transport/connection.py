@@ -18,12 +18,7 @@ from nats.js import JetStreamContext
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import (
-    ConnectionDenied,
-    ConnectionFailed,
-    InvalidInput,
-    PayloadTooLarge,
-)
+from openagentmesh.protocol.errors import ConnectionDenied, ConnectionFailed, InvalidInput, PayloadTooLarge
 from openagentmesh.transport.backoff import jittered_backoff
 from openagentmesh.transport.nats_client import MessageCallback, NatsClient
 from openagentmesh.transport.tasks import cancel_and_wait

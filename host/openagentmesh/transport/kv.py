@@ -13,10 +13,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy, KeyValueConfig
-from nats.js.errors import (
-    BucketNotFoundError,
-    KeyWrongLastSequenceError,
-)
+from nats.js.errors import BucketNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 from pydantic_core import from_json
 

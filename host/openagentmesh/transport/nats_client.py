@@ -124,12 +124,7 @@ class NatsClient(Client):
         return True
 
     async def _send_publish(
-        self,
-        subject: str,
-        reply: str,
-        payload: bytes,
-        payload_size: int,
-        headers: dict[str, Any] | None,
+        self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, Any] | None
     ) -> None:
         # The base class checks the body alone; the server counts the headers too, and
         # closes the connection.

@@ -29,11 +29,7 @@ NEVER_AWAITED = pytest.mark.filterwarnings("ignore:coroutine .* was never awaite
             "it ends the program while it is imported (sys.exit('bye'))",
         ),
         (HALF + "import sys\nsys.exit()\n", 8, "it ends the program while it is imported (sys.exit(None))"),
-        (
-            "import asyncio\nraise asyncio.CancelledError\n",
-            2,
-            "CancelledError",
-        ),
+        ("import asyncio\nraise asyncio.CancelledError\n", 2, "CancelledError"),
         ("raise GeneratorExit\n", 1, "GeneratorExit"),
         (
             "raise ExceptionGroup('several', [ValueError(1)])\n",

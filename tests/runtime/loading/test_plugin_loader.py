@@ -133,11 +133,7 @@ async def test_an_agent_that_cannot_be_protected_does_not_serve(
         ('["nope"]', "", "the plugin 'nope' is not installed"),
         ('["./nope.py"]', "", "there is no file"),
         ('["./broken.py"]', "", "ZeroDivisionError"),
-        (
-            '["./word.py"]',
-            "plugins.word.word = 5",
-            "plugins.word.word: input should be a valid string",
-        ),
+        ('["./word.py"]', "plugins.word.word = 5", "plugins.word.word: input should be a valid string"),
         ('["./word.py"]', "plugins.word.word = 'cursed'", "not this word"),
         ('["./quits.py"]', "", "'./quits.py' cannot be loaded: SystemExit"),
         ('["./models.py"]', "", "returned 7 from mesh_settings; expected a pydantic model"),

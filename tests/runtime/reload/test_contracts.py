@@ -240,13 +240,7 @@ async def driven(message: MeshMessage[int]) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 async def test_sources_lose_nothing_over_reloads(  # noqa: PLR0913 - fixtures
-    configure: Configure,
-    mesh: AgentMesh,
-    name: str,
-    tmp_path: Path,
-    heard: list[str],
-    *,
-    gated: bool,
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], *, gated: bool
 ) -> None:
     """Each message that comes while its agent is reloaded again and again is handled once."""
     more = f", active_when=mesh.kv_condition('{name}', lambda text: text == 'on')" if gated else ""

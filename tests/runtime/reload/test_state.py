@@ -58,11 +58,7 @@ async def test_what_is_kept_goes_on(
             assert [number, True] == await mesh.call(name, {})
 
 
-@pytest.mark.parametrize(
-    ("name_then", "expected"),
-    [("kept", 2), ("other", 1)],
-    ids=["same", "renamed"],
-)
+@pytest.mark.parametrize(("name_then", "expected"), [("kept", 2), ("other", 1)], ids=["same", "renamed"])
 async def test_a_name_that_nothing_is_kept_under_begins_anew(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, name_then: str, expected: int
 ) -> None:
@@ -86,13 +82,7 @@ async def test_a_name_that_nothing_is_kept_under_begins_anew(  # noqa: PLR0913, 
     ids=["new field with a default", "new field without", "tighter", "other kind"],
 )
 async def test_a_changed_class_takes_what_fits_it(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure,
-    mesh: AgentMesh,
-    name: str,
-    tmp_path: Path,
-    then: str,
-    number: int,
-    why: str,
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, then: str, number: int, why: str
 ) -> None:
     """New fields get their defaults; what the new class refuses refuses the reload, and the old counts on."""
     make = "Tally.model_construct(count=0)" if why else "Tally()"
