@@ -28,7 +28,7 @@ def start(stock_python: Path, stock: Peer, url: str, name: str) -> Iterator[Star
             env = interop_environment(url, name, who)
             replica = stack.enter_context(Script(python, "replica.py", env))
             if who == "ours":
-                replica.wait_for_log("serving 1 agents")
+                replica.wait_for_log("serving 1 agent")
             else:
                 wait_listed(stock, name, replica)
             return replica

@@ -583,7 +583,7 @@ class Kind(NamedTuple):
 
 LEFT_OUT = "\x00left out"
 COUNT = itertools.count()
-# TypeCache of types that are known only when a test runs.
+# Types of types that are known only when a test runs.
 LIST, TUPLE, UNION = cast("Any", list), cast("Any", tuple), cast("Any", Union)
 LEAVES = [
     Kind(str, st.text(max_size=5)),

@@ -111,11 +111,11 @@ def test_limits_are_defaulted_one_by_one(read: Read) -> None:
     [
         ("[host]\nnaem = 'x'", "host.naem: unknown key; did you mean 'name'?"),
         ("[hots]\nname = 'x'", "hots: unknown key; did you mean 'host'?"),
-        ("[zzzzz]", "zzzzz: unknown key; known here: agents, host, limits, mesh, plugins, server, settings"),
-        ("[mesh]\nzzzzz = 1", "mesh.zzzzz: unknown key; known here: creds, tls_ca, tls_cert, tls_key, url"),
+        ("[zzzzz]", "zzzzz: unknown key; known keys: agents, host, limits, mesh, plugins, server, settings"),
+        ("[mesh]\nzzzzz = 1", "mesh.zzzzz: unknown key; known keys: creds, tls_ca, tls_cert, tls_key, url"),
         (
             "folder = 'x'",
-            "folder: unknown key; known here: agents, host, limits, mesh, plugins, server, settings",
+            "folder: unknown key; known keys: agents, host, limits, mesh, plugins, server, settings",
         ),
         ("[agents.x]\nconcurency = 1", "agents.x.concurency: unknown key; did you mean 'concurrency'?"),
         ("[agents.'a.b']\nqueu = 1", "agents.\"a.b\".queu: unknown key; did you mean 'queue'?"),
@@ -147,7 +147,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(read: Read, text: st
         ("[limits]\ntimeout = inf", "limits.timeout", "", "inf"),
         ("[agents.x]\nqueue = -1", "agents.x.queue", "greater than or equal to 0", "-1"),
         ("[agents]\nx = 5", "agents.x", "a table, [agents.x]", "5"),
-        ("[agents]\nqueue = 5", "agents.queue", "stands in [limits]", "5"),
+        ("[agents]\nqueue = 5", "agents.queue", "belong into [limits]", "5"),
         ("[[server]]", "server", "a table, [server]", "[{}]"),
         ("[settings]\nx = 5", "settings.x", "a table, [settings.x]", "5"),
     ],
@@ -188,7 +188,7 @@ def test_a_restart_pause_above_its_own_bound(
     """The first pause may not be longer than the longest; the message has the key that was set and both."""
     (line,) = problems(read, text)
     assert line.startswith(
-        f"{key}: restart_pause ({pauses[0]}) is longer than restart_pause_max ({pauses[1]})"
+        f"{key}: restart_pause ({pauses[0]}) is longer than its maximum, restart_pause_max ({pauses[1]})"
     )
 
 

@@ -40,7 +40,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
-    """Events count from 0, belong to no request, and the end next_frame is empty and has the count."""
+    """Events count from 0, belong to no request, and the end frame is empty and has the count."""
     heard = await listen(mesh, subjects.events(name))
 
     @mesh.agent(AgentSpec(name=name))
@@ -327,10 +327,7 @@ async def test_one_that_never_awaits_starves_nobody(mesh: AgentMesh, name: str) 
 
 @pytest.mark.parametrize(
     ("value", "code", "says"),
-    [
-        ("text", "handler_error", "declare_background"),
-        (Text(text="x" * 2_000_000), "payload_too_large", "larger"),
-    ],
+    [("text", "handler_error", "declared"), (Text(text="x" * 2_000_000), "payload_too_large", "larger")],
     ids=["type", "size"],
 )
 async def test_an_event_that_cannot_be_sent(

@@ -1,4 +1,4 @@
-"""Agents declare_driven by messages and by changes of the shared state."""
+"""Agents driven by messages and by changes of the shared state."""
 
 import asyncio
 import json

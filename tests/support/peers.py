@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -86,9 +87,15 @@ class Running:
         assert text in self.log, self.log
 
     def interrupt(self) -> int:
-        """Stop it as Ctrl-C does; returns its exit code."""
+        """Stop it as Ctrl-C does; returns its exit code.
+
+        The published SDK loses a signal now and then, so it gets a second one; ours would exit with an error.
+        """
         self._process.send_signal(signal.SIGINT)
-        return self._process.wait(TIMEOUT_S)
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(TIMEOUT_S / 2)
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(TIMEOUT_S / 2)
 
     def kill(self) -> None:
         """Kill it."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from openagentmesh import AgentMesh, Host, NotAvailable, NotFound, ReloadResult
-from openagentmesh.protocol.status import ReloadStatus
 
 from tests.support.modules import MESH, Configure, write
 from tests.support.waiting import TIMEOUT_S
@@ -42,9 +41,10 @@ async def until_answers(mesh: AgentMesh, name: str, expected: object) -> None:
             await asyncio.sleep(0.01)
 
 
-def reloads_of(host: Host) -> list[ReloadStatus]:
-    """The reloads of a host so far, completed and refused."""
-    return host.status().reloads
+def reloads_of(host: Host) -> list[ReloadResult]:
+    """The last reloads of a host, completed and refused; its status has fewer."""
+    assert host._reloader is not None
+    return list(host._reloader.history)
 
 
 def replayable_agent(name: str, result: str, *, more: str = "replayable=True") -> str:

@@ -139,7 +139,7 @@ class Presence:
         record = records.pop(instance_id)
         await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [instance_id])
         unlisted = set(record.agents) - _agents_of(records)
-        log.warning("instance %s died; %d agents have no instance now", instance_id[:8], len(unlisted))
+        log.warning("instance died: %s; agents without an instance: %d", instance_id[:8], len(unlisted))
         await self.notify_deaths(await remove_agents(unlisted), instance_id, "disconnect")
 
 

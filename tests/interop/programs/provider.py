@@ -39,7 +39,7 @@ async def echo(req: Text) -> Text:
     return Text(text=req.text * req.times)
 
 
-@mesh.agent(spec("length", "RouteStats characters.", "text"))
+@mesh.agent(spec("length", "Counts characters.", "text"))
 async def length(req: str) -> int:
     return len(req)
 
@@ -89,7 +89,7 @@ async def count(req: Count) -> Number:  # type: ignore[misc] # the published SDK
         yield Number(number=number)
 
 
-@mesh.agent(spec("endless", "RouteStats until its reader leaves.", "numbers"))
+@mesh.agent(spec("endless", "Counts until its reader leaves.", "numbers"))
 async def endless(req: Count) -> Number:  # type: ignore[misc] # as above
     try:
         while True:

@@ -257,7 +257,7 @@ def test_the_same_file_loads_hosted_and_runs_alone(load: Load, url: str, name: s
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stderr is not None
         said = next(line for line in process.stderr if "serving" in line or "Error" in line)
-        assert f"serving 1 agents on {url}" in said
+        assert f"serving 1 agent on {url}" in said
         caller = f"""
 import asyncio
 from openagentmesh import AgentMesh

@@ -89,7 +89,7 @@ async def test_whatever_the_new_version_imports_the_old_one_comes_back(
 async def test_a_module_may_write_what_it_imports(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """Each load writes the file anew, which is no save of anybody's: there is an end of reloads_of."""
+    """Each load writes the file anew, which is no save of anybody's: there is an end of reloads."""
     count = tmp_path / "count"
     source = (
         f"from pathlib import Path\nhere = Path(__file__).parent\nwith open({str(count)!r}, 'a') as f:\n"

@@ -148,7 +148,7 @@ async def test_secrets_and_deques_are_kept(
 async def test_what_a_refused_version_leaves_behind_is_named(
     configure: Configure, name: str, tmp_path: Path
 ) -> None:
-    """ThreadPool and logging handlers of a version that never served are in nobody's way, but there."""
+    """Threads and logging handlers of a version that never served are in nobody's way, but there."""
     begun = "import logging, threading\nclass H(logging.Handler): ...\ndef wait(): over.wait()\n"
     begun += "over = threading.Event()\nthreading.over = over\n"
     begun += f"threading.Thread(target=wait, daemon=True, name='worker-{name}').start()\n"

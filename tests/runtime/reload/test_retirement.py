@@ -265,7 +265,7 @@ async def leave(what: str) -> None:
         ("task", "the task forgotten (later)"),
         ("thread", "the thread forgotten"),
         ("handler", "the logging handler Handler of 'forgotten'"),
-        ("held", "oam_agents.a in memory, held by logging.forgotten"),
+        ("held", "oam_agents.a in memory, referenced by logging.forgotten"),
         ("nothing", ""),
     ],
 )
@@ -288,8 +288,10 @@ async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 -
     source = LEAVES.format(mesh=MESH, name=name)
     async with Host(configure({"a.py": source})) as host:
         await mesh.call(name, what)
-        outcome = await reload(host, tmp_path, source + "#\n")
+        write(tmp_path / "agents", {"a.py": source + "#\n"})
+        outcome = await host.reload(finds_references=what == "held")
         await host.wait_retired()
+        assert outcome is not None
         assert ([note] if note else []) == outcome.notes
         logged = [message for message in caplog.messages if "left behind" in message]
         assert ([f"the old version of {name} left behind: {note}"] if note else []) == logged

@@ -101,10 +101,10 @@ async def test_a_plain_class_of_the_file_cannot_be_kept(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
     """It is refused when it is first loaded and when it is reloaded, saying what can be kept."""
-    says = "Only pydantic models, dataclasses and what other packages define can be kept"
+    says = "Keep a pydantic model, a dataclass, or an object of another package"
     async with Host(configure({"a.py": counter(name, PLAIN, "Tally()")})) as host:
         assert says in host.modules[0].error
-        assert "'kept' is kept and a Tally" in host.modules[0].error
+        assert "'kept' is kept and is a Tally" in host.modules[0].error
         assert not (await reload(host, tmp_path, counter(name, *KINDS["model"]))).error
         assert says in (await reload(host, tmp_path, counter(name, PLAIN, "Tally()"))).error
         assert [1, True] == await mesh.call(name, {})
@@ -115,7 +115,7 @@ async def test_a_plain_class_of_the_file_cannot_be_kept(
     [
         ("dict", ("class Tally(BaseModel):\n    count: int\n", "Tally(count=0)", ".count"), 2),
         ("model", ("", "{'count': 0}", "['count']"), 2),
-        ("foreign", KINDS["model"], "'kept' was kept as a SimpleNamespace"),
+        ("foreign", KINDS["model"], "'kept' was a SimpleNamespace"),
         ("model", KINDS["foreign"], "whose content a SimpleNamespace cannot take over"),
     ],
 )
@@ -196,7 +196,7 @@ async def test_migrate_moves_what_is_kept_once(
         ("old['kept']['count'] = 99; 1 / 0", "ZeroDivisionError"),
         ("import time\n    while True: time.sleep(0.01)", "migrate takes longer than 0.3s"),
         ("return {'kept': {'calls': 'many'}}", "calls"),
-        ("return {'talley': {}}", "migrate returned 'talley', and nothing is kept under that name"),
+        ("return {'talley': {}}", "migrate returned 'talley', but nothing of that name is kept"),
         ("return None", "migrate returned None, not a dict"),
         ("raise SystemExit(1)", "SystemExit: 1"),
     ],
@@ -242,7 +242,7 @@ async def test_migrate_sees_what_passes_and_may_not_change_it(
     kept += "\n@mesh.keep\ndef lock() -> object:\n    import threading\n    return threading.Lock()\n"
     body = "old['seen'] = {{'a': {value}}}\n    assert 'lock' not in old\n    return {{'seen': old['seen']}}"
     async with Host(configure({"a.py": counter(name, *KINDS["model"], more=kept)})) as host:
-        for value, why in ((2, "migrate changes 'seen', a dict that passes as it is"), (1, "")):
+        for value, why in ((2, "migrate changes 'seen', a dict that is passed on as it is"), (1, "")):
             source = migrating(name, "2.0.0", body.format(value=value)).replace(
                 "\n@mesh.migrate", kept + "\n@mesh.migrate"
             )
@@ -311,7 +311,7 @@ async def waits(req: dict) -> str:
     assert "r1r2" == told.read_text()
     failed = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert (0 if then == "pass" else 2) == len(failed)
-    assert all("over, called when nothing ran on its module any more" in r.getMessage() for r in failed)
+    assert all("disposal function over failed" in r.getMessage() for r in failed)
 
 
 async def test_a_module_that_declines_is_not_replaced(

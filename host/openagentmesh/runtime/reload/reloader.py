@@ -353,6 +353,7 @@ class Reloader:
         is_clean: bool = False,
     ) -> ReloadResult:
         """Remember and report that a version does not serve; one that `is_clean` left nothing behind."""
+        clear_typing_caches()
         files = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.add_failure(plan.causes, executed, files, plan.names)
         error, details, line = checks.explain(exc)

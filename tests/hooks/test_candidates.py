@@ -1,0 +1,51 @@
+"""Plugins check new versions of agents before they serve."""
+
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+import pytest
+from openagentmesh import Agent, AgentMesh, Host, MeshError, RecordedRequest, hookimpl
+
+from tests.support.modules import MESH, Configure, agent
+from tests.support.reloads import reload
+
+
+class Check:
+    """Compares the answers of both versions; refuses `13`, and raises for `0`."""
+
+    @hookimpl
+    def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]] | None:
+        """None for agents that are new."""
+        return None if serving is None else self._compare(agent, serving)
+
+    async def _compare(self, agent: Agent, serving: Agent) -> list[str]:
+        request = RecordedRequest(b"{}", {})
+        before, after = await serving.answer(request, 5), await agent.answer(request, 5)
+        if after == b"13":
+            raise MeshError("unlucky", "13 is refused")
+        return [f"{1 // int(after)} {before.decode()} → {after.decode()}"]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "notes"),
+    [
+        ("2", "", ["0 1 → 2"]),
+        ("13", "13 is refused", []),
+        ("0", "The plugin 'check' failed in mesh_check_candidate", []),
+    ],
+    ids=["note", "refused", "failed"],
+)
+async def test_a_plugin_checks_a_new_version(  # noqa: PLR0913, PLR0917 - fixtures and parameters
+    configure: Configure,
+    mesh: AgentMesh,
+    name: str,
+    tmp_path: Path,
+    result: str,
+    error: str,
+    notes: list[str],
+) -> None:
+    """It runs both versions while the old one serves; its notes are part of the result, errors refuse it."""
+    async with Host(configure({"a.py": MESH + agent(name, "1")}), plugins=[Check()]) as host:
+        reloaded = await reload(host, tmp_path, MESH + agent(name, result))
+        assert (error in reloaded.error, bool(error), notes) == (True, bool(reloaded.error), reloaded.notes)
+        assert int(1 if error else result) == await mesh.call(name, {})
