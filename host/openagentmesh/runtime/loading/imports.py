@@ -52,6 +52,11 @@ class ImportTransaction:
     executed: list[ManagedModule] = field(default_factory=list)
     is_abandoned: bool = False
 
+    def clear(self) -> None:
+        """Hold no modules any more; timers and tasks of the authors may keep the object in their contexts."""
+        for each in (self.modules, self.attributes, self.replaced, self.executed):
+            each.clear()
+
 
 class Imports(MetaPathFinder):
     """The managed modules of one host.
@@ -163,7 +168,7 @@ class Imports(MetaPathFinder):
             with self.loading(transaction):
                 yield transaction
         except BaseException:
-            self._put_back(transaction)
+            self._restore(transaction)
             raise
         finally:
             self.transaction = ImportTransaction()  # holds no modules
@@ -172,7 +177,7 @@ class Imports(MetaPathFinder):
         """Undo a transaction that was completed; returns the transaction that describes it."""
         executed, transaction.executed = transaction.executed, []
         undone = self._take_out({managed.name for managed in executed})
-        self._put_back(transaction)
+        self._restore(transaction)
         return ImportTransaction(undone.modules, replaced=undone.replaced)
 
     def _take_out(self, names: set[str]) -> ImportTransaction:
@@ -183,7 +188,7 @@ class Imports(MetaPathFinder):
         pinned = {name: sys.modules[name] for name in imported if name in sys.modules}
         for managed in replaced.values():
             managed.pinned = pinned
-        self._forget_listings()
+        self._clear_path_caches()
         for name, module in modules.items():
             parent, child = _parent(name)
             # A package that is replaced, too, keeps its modules: running requests use it.
@@ -199,13 +204,13 @@ class Imports(MetaPathFinder):
             self.modules.pop(name, None)
         return transaction
 
-    def _forget_listings(self) -> None:
+    def _clear_path_caches(self) -> None:
         """Let Python list our folders again: it compares their times, which two changes may share."""
         own = tuple(f"{root.path}{os.sep}" for root in self.roots)
         for place in [place for place in sys.path_importer_cache if f"{place}{os.sep}".startswith(own)]:
             del sys.path_importer_cache[place]
 
-    def _put_back(self, transaction: ImportTransaction) -> None:
+    def _restore(self, transaction: ImportTransaction) -> None:
         """Undo `_take_out`, and all imports since."""
         transaction.is_abandoned = True
         for managed in transaction.executed:
@@ -232,7 +237,7 @@ class Imports(MetaPathFinder):
                 setattr(package, child, sys.modules[name])
 
     def repair(self) -> None:
-        """Put back what an abandoned load removed from `sys.modules` when it ended at last."""
+        """Restore what an abandoned load removed from `sys.modules` when it ended at last."""
         for name, managed in self.modules.items():
             if managed.module is not None:
                 sys.modules.setdefault(name, managed.module)

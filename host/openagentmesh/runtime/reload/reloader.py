@@ -171,9 +171,12 @@ class Reloader:
         # Authors' code may raise anything.
         except BaseException as exc:
             task = asyncio.current_task()
-            if isinstance(exc, UnstableFiles) or (task is not None and task.cancelling()):
-                raise
-            return self._refuse(plan, transaction.executed, exc, began)
+            try:
+                if isinstance(exc, UnstableFiles) or (task is not None and task.cancelling()):
+                    raise
+                return self._refuse(plan, transaction.executed, exc, began)
+            finally:
+                transaction.clear()
         # Above this line anything may fail, and nothing has changed.
         return self._commit(candidate, serve, transaction, began, finds_references=finds_references)
 

@@ -124,7 +124,7 @@ async def retire(
     marks = mark(retiring.transaction.modules) if retiring.finds_references and not found else {}
     # From here on nothing of ours refers to the old version.
     retiring.agents, retiring.removed, retiring.modules = [], [], []
-    retiring.transaction = ImportTransaction()
+    retiring.transaction.clear()
     if marks:
         await asyncio.sleep(0)  # what has just ended is released in the loop's next turn
         found = find_references(marks)
