@@ -1,0 +1,155 @@
+"""Typed calls: what type checkers infer, what they refuse, and what is checked at run time."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, assert_type, cast
+
+import pytest
+from mypy import api
+from openagentmesh import AgentMesh, AgentSpec, InvalidInput, InvalidReply
+from pydantic import BaseModel
+
+ROOT = Path(__file__).parents[2]
+
+
+class Question(BaseModel):
+    text: str
+
+
+class Answer(BaseModel):
+    length: int
+
+
+class Agents:
+    """A responder, a streamer, and an agent that takes no input, all typed."""
+
+    def __init__(self, mesh: AgentMesh, name: str) -> None:
+        @mesh.agent(AgentSpec(name=f"{name}.measure"))
+        async def measure(req: Question) -> Answer:
+            return Answer(length=len(req.text))
+
+        @mesh.agent(AgentSpec(name=f"{name}.count"))
+        async def count(req: Question) -> AsyncIterator[Answer]:
+            for length in range(len(req.text)):
+                yield Answer(length=length)
+
+        @mesh.agent(AgentSpec(name=f"{name}.now"))
+        async def now() -> Answer:
+            return Answer(length=0)
+
+        @mesh.agent(AgentSpec(name=f"{name}.plain"))
+        def plain(req: Question) -> list[int]:
+            return [len(req.text)]
+
+        @mesh.agent(AgentSpec(name=f"{name}.silent"))
+        async def silent(req: Question) -> None: ...
+
+        self.measure, self.count, self.now, self.plain, self.silent = measure, count, now, plain, silent
+
+
+async def test_returns_decides_the_type_of_the_reply(mesh: AgentMesh, name: str) -> None:
+    """With a model or a list of models the reply is one; without `returns` it is JSON of type Any."""
+    agents, question = Agents(mesh, name), {"text": "four"}
+    answer = await mesh.call(f"{name}.measure", question, returns=Answer)
+    assert_type(answer, Answer)
+    numbers = await mesh.call(f"{name}.plain", question, returns=list[int])
+    assert_type(numbers, list[int])
+    either = await mesh.call(f"{name}.measure", question, returns=Question | Answer)
+    assert_type(either, Any)
+    assert Answer(length=4) == either
+    untyped = await mesh.call(f"{name}.measure", question)
+    assert_type(untyped, Any)
+    chunks = mesh.stream(f"{name}.count", question, returns=Answer)
+    lengths = [assert_type(chunk, Answer).length async for chunk in chunks]
+    assert (4, [4], {"length": 4}, [0, 1, 2, 3]) == (answer.length, numbers, untyped, lengths)
+    assert agents
+
+
+async def test_a_function_stands_for_its_agent(mesh: AgentMesh, name: str) -> None:
+    """Its types are those of payload and reply: of coroutines, generators, blocking functions and None."""
+    agents, question = Agents(mesh, name), Question(text="four")
+    assert_type(await mesh.call(agents.measure, question), Answer)
+    assert_type(await mesh.call(agents.plain, question), list[int])
+    assert_type(await mesh.call(agents.now), Answer)
+    assert Answer(length=4) == await mesh.call(agents.measure, question)
+    assert [4] == await mesh.call(agents.plain, question)
+    assert Answer(length=0) == await mesh.call(agents.now)
+    nothing: object = await mesh.call(agents.silent, question)
+    assert nothing is None
+    lengths = [assert_type(chunk, Answer).length async for chunk in mesh.stream(agents.count, question)]
+    assert [0, 1, 2, 3] == lengths
+
+
+async def test_a_reply_of_another_type_is_an_error(mesh: AgentMesh, name: str) -> None:
+    """The error names the expected type and the fields, for replies and for chunks."""
+    agents = Agents(mesh, name)
+    with pytest.raises(InvalidReply, match="does not match") as caught:
+        await mesh.call(f"{name}.measure", {"text": "x"}, returns=Question)
+    assert [["text"]] == [problem["loc"] for problem in caught.value.details["errors"]]
+    with pytest.raises(InvalidReply):
+        _ = [chunk async for chunk in mesh.stream(f"{name}.count", {"text": "x"}, returns=Question)]
+    assert agents
+
+
+async def test_a_wrong_payload_for_a_function_is_not_sent(mesh: AgentMesh, name: str) -> None:
+    """The error is the one of the agent, with the invalid fields, but raised by the caller."""
+    agents, not_an_agent = Agents(mesh, name), cast("Any", Agents)
+    with pytest.raises(InvalidInput, match=f"agent '{name}.measure'") as caught:
+        await mesh.call(agents.measure, Answer(length=1))  # type: ignore[arg-type]
+    assert caught.value.details["errors"]
+    with pytest.raises(InvalidInput, match="is neither an agent's name nor a function decorated"):
+        await mesh.call(not_an_agent, None)
+
+
+SNIPPET = """
+from pydantic import BaseModel
+from openagentmesh import AgentMesh, AgentSpec
+
+mesh = AgentMesh()
+
+class Question(BaseModel):
+    text: str
+
+class Answer(BaseModel):
+    length: int
+
+@mesh.agent(AgentSpec(name="measure"))
+async def measure(req: Question) -> Answer:
+    return Answer(length=len(req.text))
+
+async def main() -> None:
+    await mesh.call(measure, Question(text="x"), retry=1, headers={"a": "b"})
+    LINE
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("await mesh.call(measure, Answer(length=1))", "arg-type"),
+        ("await mesh.call(measure)", "arg-type"),
+        ("answer: Question = await mesh.call(measure, Question(text=''))", "arg-type"),
+        ("answer: Question = await mesh.call('measure', {}, returns=Answer)", "assignment"),
+        ("mesh.agent(AgentSpec(name='x'))(lambda one, two: one)", "type-var"),
+        ("mesh.agent(AgentSpec(name='x'))(7)", "type-var"),
+        ("mesh.agent(measure)", "arg-type"),
+        ("mesh.agent(AgentSpec(name='x'), sources=['news'])", "list-item"),
+    ],
+    ids=[
+        "payload", "missing payload", "reply", "returns", "two parameters", "not a function", "no spec",
+        "not a source",
+    ],
+)  # fmt: skip
+def test_mypy_refuses_what_fails_at_run_time(
+    line: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong payload, reply or handler is an error in the line, and nothing else is."""
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "snippet.py"
+    file.write_text(dedent(SNIPPET.replace("LINE", line)))
+    out, _, _ = api.run(["--strict", "--no-error-summary", "--hide-error-context", str(file)])
+    errors = [found for found in out.splitlines() if ": error:" in found]
+    assert errors, out
+    number = len(file.read_text().splitlines())
+    assert {(str(number), f"[{error}]")} == {(e.split(":")[1], e.rpartition(" ")[2]) for e in errors}, out
