@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
+from types import UnionType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from pydantic import BaseModel
@@ -118,7 +119,7 @@ class Verbs(ABC):
         payload: object = None,
         timeout: float | None = 30.0,
         *,
-        returns: Any = None,  # noqa: ANN401 - any annotation
+        returns: UnionType | None = None,
         **options: Unpack[CallOptions],
     ) -> Any: ...  # noqa: ANN401 - a JSON value of any shape
     async def call(  # noqa: PLR0913 - the published signature, and ours
@@ -180,7 +181,7 @@ class Verbs(ABC):
         payload: object = None,
         timeout: float | None = 60.0,
         *,
-        returns: Any = None,  # noqa: ANN401 - any annotation
+        returns: UnionType | None = None,
         **options: Unpack[StreamOptions],
     ) -> AsyncGenerator[Any, None]: ...
     async def stream(  # noqa: PLR0913 - the published signature, and ours
