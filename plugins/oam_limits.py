@@ -102,13 +102,7 @@ class RunningRequests:
 
 
 class RateLimit:
-    """One rate of one agent; its state is in the store, by key.
-
-    Args:
-        rate: requests per second.
-        burst: how many at once; None for those of one second.
-        store: the state of all keys.
-    """
+    """`rate` requests per second, `burst` of them at once; the state of each key is in the store."""
 
     def __init__(self, rate: float, burst: int | None, store: MemoryStore) -> None:
         self._rate, self._burst = rate, burst or math.ceil(rate)
@@ -167,7 +161,7 @@ class Limits:
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
-        """Forget an agent."""
+        """Drop the requests of a removed agent."""
         self._running.pop(name, None)
 
     @hookimpl
@@ -254,5 +248,5 @@ def _store(max_keys: int) -> MemoryStore:
 
 
 def _rate_limit(rate: float, burst: int | None, store: MemoryStore) -> list[RateLimit]:
-    """The rate limit of a rate; none if there is no limit."""
+    """One rate limit, or none if the rate is no limit."""
     return [RateLimit(rate, burst, store)] if rate <= _MAX_RATE else []

@@ -126,16 +126,15 @@ class Metrics:
 
     def _count_error(self, call: Call, streams: bool, error: MeshError | None) -> None:  # noqa: FBT001 - bound to it
         codes = self._codes.get(call.agent)  # a removed agent has no series any more
-        # A caller that stops reading a stream is no error.
+        # That a caller stops reading a stream is no error.
         if error is None or codes is None or (streams and call.is_abandoned):
             return
-        # Authors and peers choose codes, of any length and content.
+        # Authors choose codes, of any length and content.
         code = error.code[:_MAX_CODE].encode("utf-8", "replace").decode()
-        if code in codes or len(codes) < _MAX_CODES:
-            codes.add(code)
-            self._errors.labels(call.agent, code).inc()
-        else:
-            self._errors.labels(call.agent, "others").inc()
+        if code not in codes and len(codes) >= _MAX_CODES:
+            code = "others"
+        codes.add(code)
+        self._errors.labels(call.agent, code).inc()
 
     @hookimpl
     def mesh_agent_unloaded(self, name: str) -> None:
@@ -144,7 +143,7 @@ class Metrics:
             self._requests.remove(name, verb)
             self._seconds.remove(name, verb)
         self._chunks.remove(name)
-        for code in {*self._codes.pop(name, ()), "others"}:
+        for code in self._codes.pop(name, ()):
             self._errors.remove(name, code)
 
     @hookimpl
@@ -160,11 +159,7 @@ class Metrics:
     @hookimpl
     @asynccontextmanager
     async def mesh_lifespan(self, instance: Instance) -> AsyncIterator[None]:
-        """Serve `/metrics`.
-
-        Raises:
-            OSError: the port is taken.
-        """
+        """Serve `/metrics`; OSError if the port is in use."""
         status = StatusCollector(instance, asyncio.get_running_loop())
         self.registry.register(status)
         settings = self._settings
@@ -200,9 +195,7 @@ class StatusCollector(Collector):
     """The node's own counts: read on its event loop, served in the server's thread."""
 
     def __init__(self, instance: Instance, loop: asyncio.AbstractEventLoop) -> None:
-        self._instance = instance
-        self._loop = loop
-        self._status = NodeStatus()
+        self._instance, self._loop, self._status = instance, loop, NodeStatus()
 
     async def _read(self) -> None:
         self._status = self._instance.status()
@@ -232,8 +225,8 @@ class StatusCollector(Collector):
             if agent.background:
                 restarts.add_metric(name, agent.background.restarts)
         yield from (in_flight, waiting, overloaded, restarts)
-        connected = GaugeMetricFamily("oam_connected", "1 while connected to NATS.")
-        connected.add_metric([], self._status.connection.connected)
-        reconnects = CounterMetricFamily("oam_reconnects", "How often the connection was restored.")
-        reconnects.add_metric([], self._status.connection.reconnects)
-        yield from (connected, reconnects)
+        connection = self._status.connection
+        yield GaugeMetricFamily("oam_connected", "1 while connected to NATS.", connection.connected)
+        yield CounterMetricFamily(
+            "oam_reconnects", "How often the connection was restored.", connection.reconnects
+        )

@@ -1,4 +1,4 @@
-"""Replay: run an agent's latest requests against its next version before that serves.
+"""Replay: run an agent's latest requests against its next version before that version serves.
 
 Requests of agents with `replayable=True` are recorded in memory. During a reload the new version handles
 them as well, and the result of the reload names the differences. Streams and sources are not recorded.
@@ -70,9 +70,9 @@ class Outcome:
     seconds: float
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Recording:
-    """A recorded request; without `outcome` the serving version is run again for the comparison."""
+    """A recorded request; without `outcome` the serving version handles it once more for the comparison."""
 
     request: RecordedRequest
     outcome: Outcome | None
@@ -90,7 +90,7 @@ class Replay:
         self._recordings: dict[str, deque[Recording]] = {}
         # The versions whose requests are recorded, and how candidates answered during a reload.
         self._current: dict[str, Agent] = {}
-        self._checked: dict[str, tuple[Agent, list[tuple[Recording, Outcome]]]] = {}
+        self._checked: dict[str, tuple[Agent, dict[Recording, Outcome]]] = {}
 
     @hookimpl
     def mesh_settings(self) -> type[Settings]:
@@ -129,14 +129,7 @@ class Replay:
     def _record(self, agent: Agent, call: Call, outcome: Outcome) -> None:
         if call.is_abandoned or len(call.body) + len(outcome.reply) > _MAX_SIZE:
             return
-        body: bytes | None = call.body
-        if agent.redactor is not None:
-            try:
-                body = agent.redactor(call.body)
-            # Another plugin's failure ends here: what should have been redacted is not stored.
-            except Exception:
-                log.exception("%s: request not recorded for replay, its redactor failed", agent.name)
-                return
+        body = _redacted(agent, call.body)
         if body is None:
             return
         headers = {name: value for name, value in call.headers.items() if name.lower() != "authorization"}
@@ -161,13 +154,14 @@ class Replay:
         """
         recordings = list(self._recordings.get(agent.name, ()))
         notes: list[str] = []
-        checked: list[tuple[Recording, Outcome]] = []
-        self._checked[agent.name] = agent, checked
+        outcomes: dict[Recording, Outcome] = {}
+        self._checked[agent.name] = agent, outcomes
         if not agent.replayable:
             return []
-        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _TIMEOUT_S
         for i, recording in enumerate(recordings):
-            if asyncio.get_running_loop().time() >= deadline:
+            if loop.time() >= deadline:
                 skipped = f"{len(recordings) - i} of {len(recordings)} requests are not replayed"
                 return [*notes, f"{agent.name}: {skipped}, the limit is {_TIMEOUT_S:g}s for all"]
             before = recording.outcome
@@ -175,8 +169,7 @@ class Replay:
                 before = await _run(serving, recording.request, deadline)
             if before is None:
                 continue
-            after = await _run(agent, recording.request, deadline)
-            checked.append((recording, after))
+            outcomes[recording] = after = await _run(agent, recording.request, deadline)
             if difference := _difference(recording.request, before, after):
                 notes.append(f"{agent.name}: {difference}")
             if self._settings.strict and after.error and not before.error:
@@ -186,18 +179,13 @@ class Replay:
     @hookimpl
     def mesh_reloaded(self, result: ReloadResult) -> None:
         """Compare the next versions with those that serve now."""
-        for name in result.names:
-            if name in self._checked:
-                self._accept(name, *self._checked[name])
+        for name in self._checked.keys() & result.names:
+            self._current[name], outcomes = self._checked[name]
+            recordings = self._recordings.get(name, deque())
+            for i, recording in enumerate(recordings):
+                if recording.outcome is not None and recording in outcomes:
+                    recordings[i] = Recording(recording.request, outcomes[recording])
         self._checked.clear()
-
-    def _accept(self, name: str, agent: Agent, checked: list[tuple[Recording, Outcome]]) -> None:
-        self._current[name] = agent
-        recordings = self._recordings.get(name, deque())
-        fresh = {id(recording): outcome for recording, outcome in checked}
-        for i, recording in enumerate(recordings):
-            if recording.outcome is not None and id(recording) in fresh:
-                recordings[i] = Recording(recording.request, fresh[id(recording)])
 
     @hookimpl
     def mesh_reload_failed(self) -> None:
@@ -211,12 +199,24 @@ class Replay:
         self._current.pop(name, None)
 
 
+def _redacted(agent: Agent, body: bytes) -> bytes | None:
+    """A request's body without secrets; None if the request must not be recorded."""
+    if agent.redactor is None:
+        return body
+    try:
+        return agent.redactor(body)
+    # Another plugin's failure ends here: what should have been redacted is not stored.
+    except Exception:
+        log.exception("%s: request not recorded for replay, its redactor failed", agent.name)
+        return None
+
+
 async def _run(agent: Agent, request: RecordedRequest, deadline: float) -> Outcome:
     """One request in a task of its own: it has a current call, and it may ignore its cancellation."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.create_task(_answer(agent, request, deadline - loop.time()))
+    timeout = deadline - asyncio.get_running_loop().time()
+    task = asyncio.create_task(_answer(agent, request, timeout))
     try:
-        await asyncio.wait([task], timeout=deadline - loop.time())
+        await asyncio.wait([task], timeout=timeout)
     finally:
         task.cancel()
         await asyncio.wait([task], timeout=_CANCEL_TIMEOUT_S)
@@ -237,9 +237,7 @@ async def _answer(agent: Agent, request: RecordedRequest, timeout: float) -> Out
 
 
 def _error_text(exc: BaseException) -> str:
-    if isinstance(exc, MeshError):
-        return f"[{exc.code}] {exc.message}"
-    return f"{type(exc).__name__}: {exc}"
+    return f"[{exc.code}] {exc.message}" if isinstance(exc, MeshError) else f"{type(exc).__name__}: {exc}"
 
 
 def _difference(request: RecordedRequest, before: Outcome, after: Outcome) -> str:
@@ -248,20 +246,16 @@ def _difference(request: RecordedRequest, before: Outcome, after: Outcome) -> st
     if after.error != before.error:
         old, new = (each.error or _shortened(each.reply) for each in (before, after))
         return f"{body} → {new} (was {old})"
-    if not _equal(after.reply, before.reply):
+    if _normalized(after.reply) != _normalized(before.reply):
         return f"{body} → {_shortened(after.reply)} (was {_shortened(before.reply)})"
     if after.seconds > max(before.seconds * _SLOWER_FACTOR, before.seconds + _SLOWER_BY_S):
         return f"{body} takes {after.seconds * 1000:.0f} ms (was {before.seconds * 1000:.0f} ms)"
     return ""
 
 
-def _equal(one: bytes, other: bytes) -> bool:
-    """Whether two replies are the same JSON, in any order of keys; 1 equals neither true nor 1.0."""
-    return one == other or (bool(one and other) and _sorted(one) == _sorted(other))
-
-
-def _sorted(body: bytes) -> str:
-    return json.dumps(json.loads(body), sort_keys=True)
+def _normalized(reply: bytes) -> str:
+    """A reply with sorted keys, to compare it; unlike in Python, 1 equals neither true nor 1.0."""
+    return json.dumps(json.loads(reply), sort_keys=True) if reply else ""
 
 
 def _shortened(body: bytes) -> str:

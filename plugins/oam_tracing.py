@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points, version
 from typing import Any, Final
@@ -25,7 +24,6 @@ from openagentmesh import (
     Instance,
     MeshError,
     Middleware,
-    Usage,
     hookimpl,
 )
 from opentelemetry import trace
@@ -76,15 +74,6 @@ class _Headers(Getter[Mapping[str, str]]):
 _HEADERS: Final = _Headers()
 
 
-@dataclass(slots=True, frozen=True)
-class _SpanTemplate:
-    """What all spans of one verb of one agent have in common."""
-
-    name: str
-    kind: SpanKind
-    attributes: dict[str, str]
-
-
 class Tracing:
     """The plugin.
 
@@ -107,8 +96,8 @@ class Tracing:
             async def traced(call: Call) -> Any:  # noqa: ANN401 - the handler's result
                 # An empty context: the span that was current when the mesh started is no parent.
                 parent = extract(call.headers, Context(), _HEADERS)
-                template = templates[call.verb]
-                span = tracer.start_span(template.name, parent, template.kind, template.attributes)
+                span_name, kind, attributes = templates[call.verb]
+                span = tracer.start_span(span_name, parent, kind, attributes)
                 chunks = _count_chunks(call) if streams else None
                 call.add_done_callback(partial(_end, span, call, chunks))
                 token = attach(trace.set_span_in_context(span, parent))
@@ -165,8 +154,7 @@ class Tracing:
     async def mesh_lifespan(self, instance: Instance) -> AsyncIterator[None]:
         """Set up OpenTelemetry if it is not set up, and export the last spans at the end.
 
-        Raises:
-            ValueError: the environment names an exporter that is not installed.
+        ValueError if the environment names an exporter that is not installed.
         """
         is_set_up = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
         # Without exporters the API alone passes the context on, which costs less.
@@ -178,7 +166,8 @@ class Tracing:
             await _flush(self._provider or trace.get_tracer_provider())
 
 
-def _template_of(agent: Agent, verb: str) -> _SpanTemplate:
+def _template_of(agent: Agent, verb: str) -> tuple[str, SpanKind, dict[str, str]]:
+    """Name, kind and attributes of all spans of one verb of an agent."""
     prefix, kind, common = _AGENT_SPANS[verb]
     attributes = common | {"openagentmesh.agent.version": agent.contract.version}
     if kind is SpanKind.SERVER:
@@ -187,11 +176,10 @@ def _template_of(agent: Agent, verb: str) -> _SpanTemplate:
         attributes |= {"messaging.operation.name": prefix.strip()}
         if verb == "send":
             attributes |= {"messaging.consumer.group.name": f"q.{agent.name}"}
-    return _SpanTemplate(prefix + agent.name, kind, attributes)
+    return prefix + agent.name, kind, attributes
 
 
 def _attributes_of(operation: ClientOperation, common: Mapping[str, str]) -> dict[str, str]:
-    """The attributes of an operation."""
     own = {"openagentmesh.request_id": operation.request_id} if operation.request_id else {}
     if operation.verb in _CALLS:
         return {**common, "rpc.method": operation.target, **own}
@@ -232,30 +220,20 @@ def _end(span: Span, call: Call, chunks: list[int] | None, error: MeshError | No
     if error is not None and (chunks is None or not call.is_abandoned):
         _set_error_reply(span, call.verb, error)
     if span.is_recording():
-        _describe(span, call, chunks)
+        attributes: dict[str, str | float | None] = {
+            "openagentmesh.request_id": call.request_id or None,
+            "messaging.destination.name": call.subject if call.verb in {"send", "source"} else None,
+            "openagentmesh.chunks": chunks[0] if chunks is not None else None,
+        }
+        if (usage := call.usage) is not None:
+            attributes |= {
+                "gen_ai.usage.input_tokens": usage.input_tokens,
+                "gen_ai.usage.output_tokens": usage.output_tokens,
+                "gen_ai.response.model": usage.model,
+                "openagentmesh.usage.cost_usd": usage.estimated_cost_usd,
+            }
+        span.set_attributes({key: value for key, value in attributes.items() if value is not None})
     span.end()
-
-
-def _describe(span: Span, call: Call, chunks: list[int] | None) -> None:
-    """Add what is known at the end of a request."""
-    if call.request_id:
-        span.set_attribute("openagentmesh.request_id", call.request_id)
-    if call.verb in {"send", "source"}:
-        span.set_attribute("messaging.destination.name", call.subject)
-    if chunks is not None:
-        span.set_attribute("openagentmesh.chunks", chunks[0])
-    if call.usage is not None:
-        span.set_attributes(_usage_attributes(call.usage))
-
-
-def _usage_attributes(usage: Usage) -> dict[str, str | int | float]:
-    attributes = {
-        "gen_ai.usage.input_tokens": usage.input_tokens,
-        "gen_ai.usage.output_tokens": usage.output_tokens,
-        "gen_ai.response.model": usage.model,
-        "openagentmesh.usage.cost_usd": usage.estimated_cost_usd,
-    }
-    return {key: value for key, value in attributes.items() if value is not None}
 
 
 def _set_error_reply(span: Span, verb: str, error: MeshError) -> None:
@@ -287,8 +265,7 @@ def _exporters_of_environment() -> list[Callable[[], Any]]:
 
 def _otlp_protocol() -> str:
     of_traces = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
-    protocol = of_traces or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
-    return protocol.partition("/")[0]
+    return (of_traces or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf").partition("/")[0]
 
 
 def _provider(instance_id: str, exporters: Iterable[Callable[[], Any]]) -> TracerProvider:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import islice, takewhile
 from threading import Event, Thread, get_ident
 from time import monotonic
@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
     Attributes:
         threshold: seconds that the loop may be blocked before that is reported.
-        reports: how many reports there are per minute, at most.
+        reports: the maximum number of reports per minute.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,12 +77,9 @@ class Watchdog:
         self._sources.pop(name, None)
 
     @hookimpl
-    def mesh_lifespan(self) -> AbstractAsyncContextManager[None]:
-        """Watch the loop while agents serve."""
-        return self._watching()
-
     @asynccontextmanager
-    async def _watching(self) -> AsyncIterator[None]:
+    async def mesh_lifespan(self) -> AsyncIterator[None]:
+        """Watch the loop while agents serve."""
         watch = _LoopWatch(lambda: self._settings, self._sources)
         Thread(target=watch.run, name="oam-watchdog", daemon=True).start()
         try:
@@ -96,10 +93,8 @@ class _LoopWatch:
 
     def __init__(self, settings: Callable[[], Settings], sources: dict[str, str]) -> None:
         self.stopped = Event()
-        self._settings = settings
-        self._sources = sources
-        self._loop = asyncio.get_running_loop()
-        self._thread = get_ident()
+        self._settings, self._sources = settings, sources
+        self._loop, self._thread = asyncio.get_running_loop(), get_ident()
         # The frames below everything that runs on the loop: the loop itself, and the program that runs it.
         self._outer: set[CodeType] = set()
         self._loop.call_soon(self._record_outer)
@@ -170,8 +165,7 @@ class _LoopWatch:
         begin, handlers = len(frames), []
         for i, frame in enumerate(frames):
             location = f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}"
-            handlers = [name for name, source in list(self._sources.items()) if source == location]
-            if handlers:
+            if handlers := [name for name, source in list(self._sources.items()) if source == location]:
                 begin = i
                 break
         # Frames that answer a request have it in a variable of this name; an author's may be any object.

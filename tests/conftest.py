@@ -1,4 +1,4 @@
-"""One real nats-server for the whole run, unique names for each test."""
+"""Fixtures of all tests: one nats-server per run, and unique names for each test."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.support.modules import Configure, write
 from tests.support.servers import running_server
 
 _NUMBERS = count()
-# How long examples take says how busy the machine is, and nothing of what is tested.
+# Examples have no deadline: their duration depends on the load of the machine.
 settings.register_profile(
     "openagentmesh",
     max_examples=60,
@@ -28,19 +28,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("openagentmesh")
-# With uvloop the whole suite runs as hosts do that have the extra `fast`.
+# With OAM_TEST_LOOP=uvloop all tests run on the event loop of hosts with the extra `fast`.
 if os.environ.get("OAM_TEST_LOOP") == "uvloop":
     asyncio.set_event_loop_policy(import_module("uvloop").EventLoopPolicy())
 
 
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
-    """The address of the run's server."""
+    """The URL of the run's server."""
     with (
         tempfile.TemporaryDirectory(prefix="oam-tests-") as store,
-        running_server("-js", "-sd", store) as found,
+        running_server("-js", "-sd", store) as server_url,
     ):
-        yield found
+        yield server_url
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def name() -> str:
 
 @pytest.fixture
 def new_mesh(url: str) -> Callable[[], AgentMesh]:
-    """Makes meshes that are not connected yet."""
+    """Creates meshes that are not connected yet."""
     return lambda: AgentMesh(url)
 
 
 @pytest.fixture
 async def mesh(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AgentMesh]:
-    """A connected mesh that waits a second, not half a minute, for handlers that hang."""
+    """A connected mesh that waits for running handlers for a second when it closes."""
     monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT_S", 1.0)
     async with AgentMesh(url) as connected:
         yield connected
@@ -65,7 +65,7 @@ async def mesh(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent
 
 @pytest.fixture
 def configure(tmp_path: Path, url: str) -> Configure:
-    """Write files below `agents/` and make the config of a host that serves them."""
+    """Writes files below `agents/`, and returns the config of a host that serves them."""
 
     def configure_(files: Mapping[str, str], *, folder: Path = tmp_path, **more: Any) -> Config:
         write(folder / "agents", files)

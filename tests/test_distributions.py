@@ -1,4 +1,4 @@
-"""A plugin and agents that others have packaged, in an environment of their own."""
+"""Distributions with a plugin and agents, installed in an environment of their own."""
 
 from pathlib import Path
 
@@ -42,12 +42,12 @@ class Word:
     def mesh_middleware(self, agent):
         def middleware(inner):
             async def endpoint(call):
-                if call.input_word() != self.word:
-                    raise PermissionDenied("say the word")
+                if call.headers.get("word") != self.word:
+                    raise PermissionDenied("the header `word` is missing")
                 return await inner(call)
             return endpoint
         return middleware
-""".replace("call.input_word()", "call.headers.get('word')")
+"""
 AGENT = """
 from openagentmesh import AgentMesh, AgentSpec
 mesh = AgentMesh()
@@ -56,7 +56,7 @@ mesh = AgentMesh()
 async def packaged(name: str) -> str:
     return f"hello {name}"
 """
-# Its folder is elsewhere, so that it is found by an import hook of its own.
+# Its package has another name than its folder, so that setuptools installs an import hook for it.
 EDITABLE = """
 [build-system]
 requires = ["setuptools>=77"]
@@ -104,7 +104,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of a fresh environment with all of them, one to be edited where it is."""
+    """The interpreter of a new environment with all distributions, one of them editable."""
     plugin = PROJECT.format(
         name="word-plugin", group="plugins", entry='word = "word_plugin:Word"', module="word_plugin"
     )
@@ -122,12 +122,12 @@ def python(tmp_path: Path) -> Path:
         pytest.skip(str(exc))
 
 
-def test_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: Path) -> None:
-    """`oam up` serves installed agents within an installed plugin, and reloads an editable one."""
+def test_installed_agents_and_plugins_are_loaded(python: Path, tmp_path: Path) -> None:
+    """`oam up` serves installed agents with an installed plugin, and reloads an editable distribution."""
     write(tmp_path / "project", {"mesh.toml": TOML, "call.py": CALL})
     folder = tmp_path / "project"
 
-    def called(url: str) -> list[str]:
+    def results(url: str) -> list[str]:
         script = str(folder / "call.py")
         with Process(script, url, cwd=folder, program=str(python), env=environment()) as call:
             result = call.finish()
@@ -136,7 +136,7 @@ def test_distributions_work_with_nothing_but_mesh_toml(python: Path, tmp_path: P
 
     with Process("up", cwd=folder, program=str(python.with_name("oam"))) as up:
         url = up.wait_for_line("serving ").rpartition(" on ")[2].strip()
-        assert ["say the word", "hello you", "bye you"] == called(url)
+        assert ["the header `word` is missing", "hello you", "bye you"] == results(url)
         write(tmp_path / "editable", {"code/words.py": "WORD = 'good night'"})
         assert "edited" in up.wait_for_line("reloaded ")
-        assert ["say the word", "hello you", "good night you"] == called(url)
+        assert ["the header `word` is missing", "hello you", "good night you"] == results(url)

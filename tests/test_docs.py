@@ -1,4 +1,4 @@
-"""What the docs show is what happens."""
+"""The programs and settings of the documentation work as it says."""
 
 import json
 import subprocess
@@ -15,15 +15,15 @@ from openagentmesh.runtime.loading.plugin_loader import installed_plugins
 from tests.support.documents import BLOCK, ROOT, blocks
 
 
-def promised() -> list[tuple[str, str]]:
-    """Each complete program of docs/agents.md with the output printed after it."""
+def programs() -> list[tuple[str, str]]:
+    """Each complete program of docs/agents.md, with the output that follows it."""
     found = BLOCK.findall((ROOT / "docs/agents.md").read_text())
     return [(code, output) for (kind, code), (_, output) in pairwise(found) if kind == "python"]
 
 
-@pytest.mark.parametrize(("code", "output"), promised(), ids=range(len(promised())))
-def test_programs_print_what_the_docs_say(code: str, output: str, tmp_path: Path) -> None:
-    """A program of docs/agents.md, saved and run, prints what stands below it."""
+@pytest.mark.parametrize(("code", "output"), programs(), ids=range(len(programs())))
+def test_programs_print_the_documented_output(code: str, output: str, tmp_path: Path) -> None:
+    """Each program of docs/agents.md prints the output that follows it."""
     (tmp_path / "program.py").write_text(code)
     ran = subprocess.run(
         [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30
@@ -32,7 +32,7 @@ def test_programs_print_what_the_docs_say(code: str, output: str, tmp_path: Path
 
 
 def test_the_recipe_runs_as_two_processes(tmp_path: Path, url: str) -> None:
-    """Provider and consumer of docs/multi-process.md print what it says, knowing only a name."""
+    """The consumer of docs/multi-process.md calls the provider by name, and prints the documented output."""
     provider, consumer = (
         code.replace("AgentMesh()", f"AgentMesh({url!r})") for code in blocks("docs/multi-process.md")
     )
@@ -70,7 +70,7 @@ def test_the_recipe_runs_as_two_processes(tmp_path: Path, url: str) -> None:
 
 
 def test_the_configuration_in_the_docs_is_valid(tmp_path: Path) -> None:
-    """All of docs/mesh-toml.md can be loaded, with the defaults it says."""
+    """The mesh.toml of docs/mesh-toml.md can be loaded, and its values are the defaults."""
     [text] = blocks("docs/mesh-toml.md", "toml")
     (tmp_path / "mesh.toml").write_text(text)
     documented = load_config(tmp_path / "mesh.toml", {})
@@ -79,15 +79,15 @@ def test_the_configuration_in_the_docs_is_valid(tmp_path: Path) -> None:
     assert default.host == documented.host.model_copy(update={"name": "", "agents": None})
 
 
-def test_the_readme_names_both_commands() -> None:
-    """The two commands of the README are there as written, for people and for CI."""
+def test_the_readme_has_the_commands_to_start_and_to_test() -> None:
+    """Both commands are in the README exactly once; CI runs the test command from there."""
     lines = (ROOT / "README.md").read_text().splitlines()
     assert lines.count("    pip install uv && uv run oam up") == 1
     assert lines.count("    pip install uv && uv run pytest") == 1
 
 
-def test_the_tour_of_the_readme(tmp_path: Path) -> None:
-    """The greeter of the README runs as a module of a test, as the README says."""
+def test_the_programs_of_the_readme_run(tmp_path: Path) -> None:
+    """The agent of the README, and the code that calls it, run as one program."""
     agent, _, use = blocks("README.md")
     program = agent.partition('\n\nif __name__ == "__main__"')[0] + (
         "\n\nasync def main():\n    " + use.replace("\n", "\n    ") + "\n    print('fine')\n"
@@ -100,8 +100,8 @@ def test_the_tour_of_the_readme(tmp_path: Path) -> None:
     assert "fine\n" == ran.stdout, ran.stderr
 
 
-async def test_state_is_kept_and_moved_as_the_docs_say(tmp_path: Path, url: str) -> None:
-    """The two versions of docs/reloading.md, one saved over the other, answer what stands there."""
+async def test_state_is_kept_as_documented(tmp_path: Path, url: str) -> None:
+    """After a reload from the first version in docs/reloading.md to the second, the answer is as documented."""
     first, second = blocks("docs/reloading.md")
     [answer] = blocks("docs/reloading.md", "json")
     path = tmp_path / "agents" / "counter.py"
@@ -119,8 +119,8 @@ async def test_state_is_kept_and_moved_as_the_docs_say(tmp_path: Path, url: str)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "plugins").glob("*.md")), ids=lambda page: page.stem)
-def test_the_settings_in_a_plugins_page_are_valid(page: Path, tmp_path: Path) -> None:
-    """Each mesh.toml in docs/plugins is one that enables the plugin, whose model takes the tables shown."""
+def test_the_settings_on_the_page_of_a_plugin_are_valid(page: Path, tmp_path: Path) -> None:
+    """The mesh.toml on each page of docs/plugins enables the plugin, and has valid settings of it."""
     [text] = blocks(f"docs/plugins/{page.name}", "toml")
     (tmp_path / "mesh.toml").write_text(text)
     config = load_config(tmp_path / "mesh.toml", {})

@@ -1,4 +1,4 @@
-"""The example files of docs/, one a way to talk: each prints what it says it prints."""
+"""The programs in docs/examples print the output in their comments."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("*.py")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_prints_what_it_says(path: Path) -> None:
-    """Run alone, with a server of its own, the file prints the lines of its last comment."""
+def test_an_example_prints_its_documented_output(path: Path) -> None:
+    """Run alone, with a server of its own, a program prints the lines of its last comment."""
     _, _, expected = path.read_text(encoding="utf-8").partition("# prints\n")
     ran = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60, check=False)
     assert (0, [line.removeprefix("# ") for line in expected.splitlines()]) == (
@@ -19,6 +19,6 @@ def test_an_example_prints_what_it_says(path: Path) -> None:
     ), ran.stderr  # fmt: skip
 
 
-def test_there_are_examples() -> None:
-    """A moved folder does not make all of these pass by being empty."""
+def test_examples_exist() -> None:
+    """The folder of the examples is not empty, so that the test above does run."""
     assert len(EXAMPLES) >= 11

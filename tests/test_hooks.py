@@ -1,4 +1,4 @@
-"""Every hook has a page and a test, and the plugins of the page do what it says."""
+"""Every hook is documented and tested, and the plugins in the documentation work."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ async def clock(req: dict) -> str:
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_has_a_section_with_its_arguments(hook: str) -> None:
-    """A heading of the page shows the hook as it is asked, and an example implements it."""
+    """A heading of the page has the hook with its arguments, and an example implements it."""
     function = getattr(Hooks, hook)
     arguments = function.__code__.co_varnames[1 : function.__code__.co_argcount]
     headings = [line for line in (ROOT / PAGE).read_text().splitlines() if line.startswith("### ")]
@@ -45,15 +45,15 @@ def test_every_hook_has_a_section_with_its_arguments(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_is_implemented_by_a_test(hook: str) -> None:
-    """Somewhere in the tests a plugin implements it."""
+    """A plugin in another test file implements the hook."""
     tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name]
     assert any(f"def {hook}(" in path.read_text() for path in tests)
 
 
-async def test_the_plugins_of_the_page_do_what_it_says(
+async def test_the_documented_plugins_print_the_documented_output(
     tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of them together, in one host that serves, reloads and stops, print what stands below each."""
+    """All plugins of the page, in one host that serves, reloads and stops, print the output below them."""
     write(tmp_path, {f"p{number}.py": code for number, code in enumerate(blocks(PAGE))})
     write(tmp_path / "agents", {"greeter.py": GREETER, "clock.py": CLOCK})
     plugins = [f"./p{number}.py" for number in range(len(blocks(PAGE)))]
@@ -68,13 +68,13 @@ async def test_the_plugins_of_the_page_do_what_it_says(
         (tmp_path / "agents/clock.py").unlink()
         await host.reload()
         await host.wait_retired()
-    printed = capsys.readouterr().out.splitlines() + commands(host.plugins)
-    promised = [line for block in blocks(PAGE, "") for line in block.splitlines()]
-    assert [] == [line for line in promised if line not in printed]
+    printed = capsys.readouterr().out.splitlines() + output_of_commands(host.plugins)
+    documented = [line for block in blocks(PAGE, "") for line in block.splitlines()]
+    assert [] == [line for line in documented if line not in printed]
 
 
-def commands(plugins: Plugins) -> list[str]:
-    """What the commands that plugins add to `oam` print."""
+def output_of_commands(plugins: Plugins) -> list[str]:
+    """The output of the command that plugins add to `oam`."""
     app = typer.Typer()
     app.callback()(lambda: None)
     plugins.add_commands(app)

@@ -1,4 +1,4 @@
-"""The recipe the project was asked to make work, in one process and as two."""
+"""The recipe of docs/multi-process.md, in one process."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ class SummarizeOutput(BaseModel):
 
 
 async def main(mesh: AgentMesh) -> None:
-    """Register on a connected mesh, look into the catalog, call by name."""
+    """Register an agent on a connected mesh, read the catalog, call the agent by name."""
 
     @mesh.agent(AgentSpec(name="nlp.summarizer", description="Summarizes text to a target length."))
     async def summarize(req: SummarizeInput) -> SummarizeOutput:
@@ -31,8 +31,8 @@ async def main(mesh: AgentMesh) -> None:
     print(f"\nResult: {result['summary']}")
 
 
-async def test_the_recipe_prints_its_catalog_line_and_its_result(capsys: pytest.CaptureFixture[str]) -> None:
-    """Provider and consumer in one process, on a local mesh."""
+async def test_the_recipe_prints_the_catalog_and_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    """With provider and consumer in one process, it prints the catalog and the result, and leaves no task."""
     async with AgentMesh.local() as mesh:
         await main(mesh)
     assert (

@@ -23,13 +23,10 @@ _RETRY_S: Final = 5.0
 
 
 class AuthState:
-    """One configuration in force.
+    """One configuration in force; relative paths in it start at `folder`.
 
     Args:
-        settings: the configuration.
-        folder: where its relative paths start.
-        nonces: the used signatures.
-        issuer: the issuer of its tokens, when its keys were fetched for another configuration already.
+        issuer: the issuer of its tokens, if its keys were fetched for another configuration already.
 
     Raises:
         ValueError: something in the settings is missing or invalid.
@@ -47,9 +44,9 @@ class AuthState:
     @property
     def authenticator(self) -> Authenticator:
         """Verifies callers, with the issuer's current keys."""
-        if self._fetched is not self.issuer.keys and self.settings.tokens is not None:
+        if self._fetched is not self.issuer.keys:
             self._fetched = self.issuer.keys
-            self._authenticator = self._authenticator.with_fetched(self.settings.tokens, self._fetched)
+            self._authenticator = self._authenticator.with_fetched(self._fetched)
         return self._authenticator
 
     async def admit(self, call: Call) -> Identity | None:
@@ -60,25 +57,20 @@ class AuthState:
             PermissionDenied: no rule permits the request.
             Overloaded: too many signed requests are remembered.
         """
-        tokens, token = self.authenticator.tokens, bearer_token(call) if self.issuer.url else ""
-        if token and tokens is not None and not tokens.has_key_for(token):
-            await self.issuer.fetch_for_request()  # the issuer may have a new one
         authenticator = self.authenticator
+        token = bearer_token(call) if self.issuer.url else ""
+        if token and authenticator.tokens is not None and not authenticator.tokens.has_key_for(token):
+            await self.issuer.fetch_for_request()  # the issuer may have a new one
+            authenticator = self.authenticator
         identity = authenticator.verify(call)
         authenticator.policy.permit(identity, call.agent, call.verb)
         authenticator.use_signature(call)  # only now: refused requests must not fill the memory
         return identity
 
     def fetched_tokens(self) -> Tokens | None:
-        """Verifies tokens, with newly fetched keys of the issuer; blocks meanwhile.
-
-        Raises:
-            ValueError: they cannot be fetched.
-        """
-        tokens = self.settings.tokens
-        if tokens is None or tokens.jwks_url is None:
-            return self.authenticator.tokens
-        return self.authenticator.with_fetched(tokens, fetch_keys(tokens.jwks_url)).tokens
+        """Verifies tokens, with newly fetched keys of the issuer; blocks, and raises as `fetch_keys` does."""
+        fetched = fetch_keys(self.issuer.url) if self.issuer.url else ()
+        return self.authenticator.with_fetched(fetched).tokens
 
     def describe(self) -> dict[str, Any]:
         """Rules, keys, signers, and the credentials of this node's requests; no secrets."""
@@ -93,11 +85,11 @@ class AuthState:
         }
 
     def reload(self) -> None:
-        """Read all files again; an invalid one keeps its previous state."""
+        """Reload all files; an invalid one keeps its previous state."""
         self._authenticator = Authenticator.load(
             self.settings, self.folder, self._nonces, self._fetched, previous=self._authenticator
         )
-        log.info("auth: files read again, %d rules", len(self._authenticator.policy.rules))
+        log.info("auth: files reloaded, %d rules", len(self._authenticator.policy.rules))
 
     def follow(self) -> None:
         """Follow the files and the issuer, until `unfollow`."""

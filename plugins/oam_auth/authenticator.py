@@ -17,7 +17,7 @@ from oam_auth.credentials import AUTHORIZATION, Credentials, authorization_names
 from oam_auth.file_watch import Stamps, stamps
 from oam_auth.keys import read_file, read_keys
 from oam_auth.policy import Identity, Policy, Rule
-from oam_auth.settings import Settings, TokenSettings
+from oam_auth.settings import Settings
 from oam_auth.signatures import KEY, SIGNATURE, Nonces, Signatures
 from oam_auth.tokens import Tokens, unauthenticated
 
@@ -37,13 +37,11 @@ class Authenticator:
     """Verifies callers. Immutable: a changed file makes a new one.
 
     Attributes:
-        policy: the permissions.
-        tokens: verifies bearer tokens; None when they are not accepted.
-        signatures: verifies signed requests; None when they are not accepted.
+        tokens: verifies bearer tokens; None if they are not accepted.
+        signatures: verifies signed requests; None if they are not accepted.
         credentials: what requests of this node carry.
         keys: the keys of each file.
-        files: what it was read from.
-        stamps: of these files, from before they were read.
+        stamps: of all files, from before they were read.
     """
 
     policy: Policy
@@ -74,17 +72,13 @@ class Authenticator:
         key_files = tokens.keys if tokens else ()
         named = [*key_files, settings.policy, caller.token_file, caller.nkey_file]
         files = tuple(folder / path.expanduser() for path in named if path is not None)
-        seen = stamps(files)
-        policy = _or_previous(partial(_policy, settings, folder), previous.policy if previous else None)
-        keys = {
-            file: _or_previous(
-                partial(read_keys, file, folder), previous.keys.get(file) if previous else None
-            )
-            for file in key_files
-        }
-        credentials = _or_previous(
-            partial(Credentials.load, caller, folder), previous.credentials if previous else None
+        before = stamps(files)
+        policy, credentials, known = (
+            (previous.policy, previous.credentials, previous.keys) if previous else (None, None, {})
         )
+        policy = _or_previous(partial(_policy, settings, folder), policy)
+        keys = {file: _or_previous(partial(read_keys, file, folder), known.get(file)) for file in key_files}
+        credentials = _or_previous(partial(Credentials.load, caller, folder), credentials)
         return cls(
             policy,
             Tokens(tokens, [*chain(*keys.values()), *fetched]) if tokens else None,
@@ -92,7 +86,7 @@ class Authenticator:
             credentials,
             keys,
             files,
-            seen,
+            before,
         )
 
     @property
@@ -100,26 +94,19 @@ class Authenticator:
         """The keys of all files."""
         return list(chain(*self.keys.values()))
 
-    def with_fetched(self, settings: TokenSettings, fetched: Sequence[Key]) -> "Authenticator":
+    def with_fetched(self, fetched: Sequence[Key]) -> "Authenticator":
         """The same with these keys of the issuer, in addition to those in files."""
-        return replace(self, tokens=Tokens(settings, [*self.keys_in_files, *fetched]))
+        if self.tokens is None:
+            return self
+        return replace(self, tokens=Tokens(self.tokens.settings, [*self.keys_in_files, *fetched]))
 
     def use_signature(self, call: Call) -> None:
-        """Mark a verified signature as used.
-
-        Raises:
-            Unauthenticated: it has been used before.
-            Overloaded: too many signatures of this signer are remembered.
-        """
+        """Mark the signature of a verified request as used; raises as `Signatures.use` does."""
         if self.signatures is not None and KEY in call.headers:
             self.signatures.use(call)
 
     def verify(self, call: Call) -> Identity | None:
-        """The verified identity of a caller; None for a request without credentials.
-
-        Raises:
-            Unauthenticated: its credentials are invalid.
-        """
+        """The verified identity of a caller, None without credentials; raises Unauthenticated."""
         headers, token = call.headers, bearer_token(call)
         is_signed = KEY in headers or SIGNATURE in headers
         if token and is_signed:
@@ -138,11 +125,7 @@ class Authenticator:
 
 
 def bearer_token(call: Call) -> str:
-    """The token of a request; empty when it has none.
-
-    Raises:
-        Unauthenticated: its Authorization header is something else.
-    """
+    """The token of a request, or an empty text; raises Unauthenticated for another Authorization header."""
     found = authorization_names(call.headers)
     if not found:
         return ""

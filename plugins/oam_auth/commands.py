@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def add_commands(app: typer.Typer, state: Callable[[], AuthState]) -> None:
     """Add the commands; `state` returns the configuration in force."""
-    commands = typer.Typer(no_args_is_help=True, help="Permissions on this mesh.")
+    commands = typer.Typer(no_args_is_help=True)
     app.add_typer(commands, name="auth")
 
     @commands.callback()
@@ -51,7 +51,8 @@ def add_commands(app: typer.Typer, state: Callable[[], AuthState]) -> None:
             _fail(exc.message, {"refused": exc.code, "why": exc.message, **exc.details}, json_=json_)
         except ValueError as exc:
             _fail(str(exc), {"why": str(exc)}, json_=json_)
-        typer.echo(json.dumps(found) if json_ else "\n".join(f"{key}: {_text(found[key])}" for key in found))
+        lines = (f"{key}: {_text(value)}" for key, value in found.items())
+        typer.echo(json.dumps(found) if json_ else "\n".join(lines))
 
 
 def _identity(state: AuthState, token: Path | None, subject: str | None, scopes: str) -> Identity | None:
@@ -77,9 +78,7 @@ def _check(state: AuthState, agent: str | None, verb: Verb, identity: Identity |
 
 
 def _text(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_text, value)) or "none"
-    return str(value)
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def _fail(text: str, facts: dict[str, Any], *, json_: bool) -> NoReturn:

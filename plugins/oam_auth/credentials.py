@@ -29,11 +29,7 @@ class Credentials:
 
     @classmethod
     def load(cls, settings: CallerSettings, folder: Path) -> "Credentials":
-        """The credentials of the settings; relative paths start at the folder.
-
-        Raises:
-            ValueError: a file cannot be read, or contains something else.
-        """
+        """The credentials of the settings; ValueError if a file is unreadable, or contains something else."""
         if settings.nkey_file is not None:
             path = folder / settings.nkey_file.expanduser()
             try:

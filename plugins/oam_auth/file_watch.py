@@ -37,18 +37,14 @@ class Issuer:
         self._waiting = 0
 
     async def fetch(self) -> None:
-        """Fetch the keys, unless that was done recently.
-
-        Raises:
-            ValueError: they cannot be fetched; the previous ones are kept.
-        """
-        loop = asyncio.get_running_loop()
+        """Fetch the keys, unless that was done recently; ValueError if that fails, and the keys are kept."""
         if self.url is None:
             return
         if self._fetching is None or self._fetching.done():
-            if self.keys and loop.time() < self._next_fetch:
+            now = asyncio.get_running_loop().time()
+            if self.keys and now < self._next_fetch:
                 return
-            self._next_fetch = loop.time() + _MIN_FETCH_INTERVAL_S
+            self._next_fetch = now + _MIN_FETCH_INTERVAL_S
             self._fetching = asyncio.create_task(self._fetch(self.url))
         # Shielded: a cancelled request must not cancel the fetch for the others.
         await asyncio.shield(self._fetching)
@@ -84,15 +80,14 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-async def changes(files: Callable[[], Sequence[Path]], seen: Stamps) -> AsyncGenerator[None, None]:
-    """Yield each time that the files differ from what was `seen`; the list of files may change."""
+async def changes(files: Callable[[], Sequence[Path]], last: Stamps) -> AsyncGenerator[None, None]:
+    """Yield each time that the stamps of the files differ from the last ones; the list of files may vary."""
     while True:
         folders = _folders(files())
         async with aclosing(_ticks(folders)) as ticks:
             async for _ in ticks:
-                found = stamps(files())
-                if found != seen:
-                    seen = found
+                if (found := stamps(files())) != last:
+                    last = found
                     yield
                 if _folders(files()) != folders:
                     break
@@ -104,11 +99,10 @@ async def _ticks(folders: set[Path]) -> AsyncGenerator[None, None]:
     if not folders:
         await asyncio.sleep(_SWEEP_MS / 1000)
         return
-    watching = awatch(
+    async for _ in awatch(
         *folders, recursive=False, watch_filter=None, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
         rust_timeout=_SWEEP_MS, yield_on_timeout=True,
-    )  # fmt: skip
-    async for _ in watching:
+    ):  # fmt: skip
         yield
 
 
@@ -117,7 +111,7 @@ def _folders(files: Sequence[Path]) -> set[Path]:
     found: set[Path] = set()
     for file in files:
         try:
-            found |= {place for place in (file.parent, file.resolve().parent) if place.is_dir()}
+            found |= {folder for folder in (file.parent, file.resolve().parent) if folder.is_dir()}
         except (OSError, RuntimeError):  # as in `_stamp`
             continue
     return found

@@ -1,4 +1,4 @@
-"""The issuer's keys: from files, and from its url."""
+"""The issuer's keys: from files, and from its URL."""
 
 import json
 import time
@@ -18,20 +18,12 @@ _FETCH_TIMEOUT_S: Final = 5.0
 
 
 def read_keys(file: Path, folder: Path) -> tuple[Key, ...]:
-    """The keys in a file; a relative path starts at the folder.
-
-    Raises:
-        ValueError: it cannot be read, or contains no usable key.
-    """
+    """The keys in a file; ValueError if it cannot be read, or contains no usable key."""
     return tuple(_keys_of(str(file), read_file(folder / file.expanduser())))
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a small file.
-
-    Raises:
-        ValueError: it is missing, cannot be read, or is too large.
-    """
+    """The content of a small file; ValueError if it is missing, cannot be read, or is too large."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -43,17 +35,13 @@ def read_file(path: Path) -> bytes:
 
 
 def fetch_keys(url: str) -> list[Key]:
-    """The keys at a url; blocks for up to some seconds.
-
-    Raises:
-        ValueError: they cannot be fetched, or none is usable.
-    """
+    """The keys at a URL; blocks for some seconds. ValueError if they cannot be fetched, or none is usable."""
     # Unencrypted requests stay on this machine, whatever proxy the environment names.
     direct = [urllib.request.ProxyHandler({})] if urlsplit(url).scheme == "http" else []
     opener = urllib.request.build_opener(_NoRedirects, *direct)
     try:
-        with opener.open(url, timeout=_FETCH_TIMEOUT_S) as answer:
-            content = _read(answer)
+        with opener.open(url, timeout=_FETCH_TIMEOUT_S) as response:
+            content = _read(response)
     except HTTPError as exc:
         with exc:  # it holds the connection
             raise ValueError(f"the keys cannot be fetched from {url}: {exc}") from None
@@ -64,45 +52,45 @@ def fetch_keys(url: str) -> list[Key]:
     return _keys_of(url, content)
 
 
-def _read(answer: HTTPResponse) -> bytes:
-    """The body of an answer, up to the maximum, if it arrives in time."""
-    until, content = time.monotonic() + _FETCH_TIMEOUT_S, b""
-    while len(content) <= _MAX_BYTES and (more := answer.read1(_MAX_BYTES)):
+def _read(response: HTTPResponse) -> bytes:
+    """The body of a response, up to the maximum, if it arrives in time."""
+    deadline, content = time.monotonic() + _FETCH_TIMEOUT_S, b""
+    while len(content) <= _MAX_BYTES and (more := response.read1(_MAX_BYTES)):
         content += more
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TimeoutError(f"the answer takes longer than {_FETCH_TIMEOUT_S:g} s")
     return content
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: keys come from the configured url only."""
+    """Refuses redirects: keys come from the configured URL only."""
 
     def redirect_request(self, *arguments: Any, **_: Any) -> NoReturn:  # noqa: ANN401 - as urllib calls it
-        answer: IO[bytes] = arguments[1]
-        answer.close()
+        response: IO[bytes] = arguments[1]
+        response.close()
         raise OSError(f"it redirects to {arguments[-1]}; configure that url if it is the right one")
 
 
-def _keys_of(where: str, content: bytes) -> list[Key]:
+def _keys_of(source: str, content: bytes) -> list[Key]:
     if content.count(b"-----BEGIN") > 1:
-        raise ValueError(f"{where} contains several keys or certificates; expected a PEM file with one key")
+        raise ValueError(f"{source} contains several keys or certificates; expected a PEM file with one key")
     try:
         found = _from_pem(content) if b"-----BEGIN" in content else _from_json(content)
     except (JoseError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # The library's message may quote the key.
-        raise ValueError(f"{where} contains no usable key; expected a JWK, a JWK Set or a PEM") from None
+        raise ValueError(f"{source} contains no usable key; expected a JWK, a JWK Set or a PEM") from None
     if not found or len(found) > _MAX_KEYS:
-        raise ValueError(f"{where} contains {len(found)} keys to verify with; expected 1 to {_MAX_KEYS}")
+        raise ValueError(f"{source} contains {len(found)} keys to verify with; expected 1 to {_MAX_KEYS}")
     if any(key.is_private and not isinstance(key, OctKey) for key in found):
         raise ValueError(
-            f"{where} contains a private key, which only the issuer should have. Give the public one"
+            f"{source} contains a private key, which only the issuer should have. Give the public one"
         )
     return found
 
 
 def _from_json(content: bytes) -> list[Key]:
-    read: Any = json.loads(content)
-    entries = read.get("keys", [read])
+    loaded: Any = json.loads(content)
+    entries = loaded.get("keys", [loaded])
     # By the standard, other keys of a set are ignored: keys to encrypt, or of unknown types.
     usable = [entry for entry in entries if entry.get("use", "sig") == "sig" and _verifies(entry)]
     found, error = [], None

@@ -58,12 +58,12 @@ class Auth:
         """Read all files of the settings; they are in force once the reload is complete."""
         if (settings, folder) == (self.state.settings, self.state.folder):
             return
-        wanted = self._in_force
-        if (settings, folder) != (wanted.settings, wanted.folder):
-            wanted = self._new_state(settings, folder)
+        state = self._in_force
+        if (settings, folder) != (state.settings, state.folder):
+            state = self._new_state(settings, folder)
         if self.state is not self._in_force:
             self.state.unfollow()
-        self.state = wanted
+        self.state = state
         if self._is_running:
             self.state.follow()
 
@@ -124,11 +124,7 @@ class Auth:
     @hookimpl
     @asynccontextmanager
     async def mesh_lifespan(self) -> AsyncIterator[None]:
-        """Fetch the issuer's keys before agents serve, and follow changes.
-
-        Raises:
-            ValueError: they cannot be fetched.
-        """
+        """Fetch the issuer's keys before agents serve, and follow changes; raises as `Issuer.fetch` does."""
         self._in_force = self.state
         await self.state.issuer.fetch()
         self._is_running = True

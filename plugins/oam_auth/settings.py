@@ -37,9 +37,8 @@ class TokenSettings(_Table):
     Attributes:
         issuer: the required `iss`.
         audience: required among the token's `aud`.
-        algorithms: the accepted algorithms.
         keys: files with the issuer's keys: JWK or JWK Set as JSON, or PEM with a public key.
-        jwks_url: the url of the issuer's keys; https, or this machine.
+        jwks_url: the URL of the issuer's keys; https, or this machine.
         refresh: seconds until they are fetched again.
         leeway: seconds that the clocks may differ.
         scopes: the claim with the scopes, a list or text separated by blanks.
@@ -113,13 +112,9 @@ class CallerSettings(_Table):
 
 
 class Settings(_Table):
-    """`[plugins.auth]`.
+    """`[plugins.auth]`; without `tokens` or `signatures` these are not accepted.
 
     Attributes:
-        tokens: the accepted bearer tokens; None for none.
-        signatures: the accepted signatures; None for none.
-        caller: the credentials of this node's requests.
-        rules: the permissions.
         policy: a TOML file with more `[[rules]]`.
     """
 
@@ -130,13 +125,8 @@ class Settings(_Table):
     policy: Path | None = None
 
     def check_rules(self, rules: tuple[Rule, ...]) -> None:
-        """Check the rules' names, and that their subjects can be verified.
-
-        Raises:
-            ValueError: two have one name, or no credentials are accepted.
-        """
-        twice = [name for name, times in Counter(rule.name for rule in rules).items() if times > 1]
-        if twice:
+        """Raise ValueError if two rules have one name, or if their subjects cannot be verified."""
+        if twice := [name for name, count in Counter(rule.name for rule in rules).items() if count > 1]:
             raise ValueError(f"two rules have the name '{twice[0]}'")
         named = next((rule.name for rule in rules if not rule.anonymous), None)
         if named and self.tokens is None and self.signatures is None:

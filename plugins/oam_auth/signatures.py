@@ -30,16 +30,11 @@ _KIND: Final = "openagentmesh request 1"
 _MAX_NONCE: Final = 64
 _MAX_TIME_DIGITS: Final = 15
 _MILLISECONDS: Final = 1000
-# Bytes of a public NKey.
-_KEY_BYTES: Final = 35
+_PUBLIC_KEY_BYTES: Final = 35
 
 
 class Signer:
-    """Signs operations with one NKey.
-
-    Raises:
-        ValueError: the seed is invalid.
-    """
+    """Signs operations with one NKey; ValueError for an invalid seed."""
 
     def __init__(self, seed: bytes) -> None:
         try:
@@ -70,15 +65,15 @@ class _Used:
 
     Attributes:
         nonces: by agent and nonce: when it was signed, and until when it is remembered.
-        forgotten: when the latest of the forgotten ones was signed.
+        dropped: when the latest one that is no longer remembered was signed.
     """
 
     nonces: OrderedDict[tuple[str, str], tuple[float, float]] = field(default_factory=OrderedDict)
-    forgotten: float = 0.0
+    dropped: float = 0.0
 
 
 class Nonces:
-    """The used signatures; none is forgotten while it would be accepted."""
+    """The used signatures; none is dropped while it would be accepted."""
 
     def __init__(self) -> None:
         self._used: defaultdict[str, _Used] = defaultdict(_Used)
@@ -88,13 +83,8 @@ class Nonces:
     ) -> None:
         """Remember a nonce, which may be used once for each agent: several may receive one message.
 
-        Args:
-            agent: the requested agent.
-            key: the signer's key.
-            nonce: distinguishes the signature from others.
-            signed: when it was signed, in seconds since 1970.
-            window: seconds for which it is accepted, before and after that.
-            limit: how many nonces of one key are remembered.
+        It is accepted for `window` seconds before and after `signed`, in seconds since 1970. At most `limit`
+        nonces of one key are remembered.
 
         Raises:
             Unauthenticated: it has been used, or may have been.
@@ -103,42 +93,33 @@ class Nonces:
         used, now = self._used[key], time.monotonic()
         while used.nonces and (oldest := next(iter(used.nonces.values())))[1] <= now:
             used.nonces.popitem(last=False)
-            used.forgotten = max(used.forgotten, oldest[0])
-        # With a wider window, or another clock, a forgotten one would be accepted again.
-        if (agent, nonce) in used.nonces or signed <= used.forgotten:
+            used.dropped = max(used.dropped, oldest[0])
+        # With a wider window, or another clock, a dropped one would be accepted again.
+        if (agent, nonce) in used.nonces or signed <= used.dropped:
             raise unauthenticated("signature.replayed", "this signature has been used before")
         if len(used.nonces) >= limit:
-            left = next(iter(used.nonces.values()))[1] - now
+            wait = next(iter(used.nonces.values()))[1] - now
             raise Overloaded(
                 f"At most {limit} signed requests of one key in {2 * window:g} s are accepted. "
                 "Try again later.",
-                details={"retry_after_ms": int(left * _MILLISECONDS) + 1},
+                details={"retry_after_ms": int(wait * _MILLISECONDS) + 1},
             )
         # Its clock may be ahead by a window, and it is accepted until it is a window old.
         used.nonces[agent, nonce] = signed, now + 2 * window
 
 
 class Signatures:
-    """Verifies signed requests.
-
-    Raises:
-        ValueError: a user's key is not a public NKey.
-    """
+    """Verifies signed requests; ValueError if a user's key is not a public NKey."""
 
     def __init__(self, settings: SignatureSettings, nonces: Nonces) -> None:
-        self._settings = settings
-        self._nonces = nonces
+        self._settings, self._nonces = settings, nonces
         self._users = {
             key: (_verify_key(key, user.subject), Identity(user.subject, frozenset(user.scopes)))
             for key, user in settings.users.items()
         }
 
     def verify(self, call: Call) -> Identity:
-        """The identity of a request's signer.
-
-        Raises:
-            Unauthenticated: the signature is invalid; `details["rule"]` is the failed check.
-        """
+        """The identity of a request's signer; raises Unauthenticated, with the failed check as its `rule`."""
         headers, window = call.headers, self._settings.window
         key, nonce = headers.get(KEY, ""), headers.get(NONCE, "")
         # A source does not know the verb of the message's sender.
@@ -163,12 +144,7 @@ class Signatures:
         return identity
 
     def use(self, call: Call) -> None:
-        """Mark a verified signature as used.
-
-        Raises:
-            Unauthenticated: it has been used before.
-            Overloaded: no more of this key can be remembered.
-        """
+        """Mark a verified signature as used; raises as `Nonces.use` does."""
         key, nonce, signed = (call.headers[name] for name in (KEY, NONCE, TIME))
         window, limit = self._settings.window, self._settings.remembered
         self._nonces.use(call.agent, key, nonce, signed=_seconds(signed), window=window, limit=limit)
@@ -186,7 +162,7 @@ def _verify_key(public: str, subject: str) -> VerifyKey:
         decoded = base64.b32decode(public.encode())
     except (binascii.Error, ValueError):
         decoded = b""
-    is_valid = len(decoded) == _KEY_BYTES and nkeys.crc16_checksum(decoded[:-2]) == decoded[-2:]
+    is_valid = len(decoded) == _PUBLIC_KEY_BYTES and nkeys.crc16_checksum(decoded[:-2]) == decoded[-2:]
     if not is_valid or decoded[0] != nkeys.PREFIX_BYTE_USER:
         # Not quoted: it may be the seed.
         raise ValueError(f"signatures.users: the key of '{subject}' is not a public NKey of a user (U…)")

@@ -25,8 +25,7 @@ from oam_auth.settings import TokenSettings
 
 _MAX_TOKEN: Final = 16 * 1024
 _MAX_SUBJECT: Final = 256
-# Tokens whose verification is cached.
-_MAX_CACHED: Final = 10_000
+_MAX_CACHED_TOKENS: Final = 10_000
 
 
 def unauthenticated(rule: str, reason: str) -> Unauthenticated:
@@ -47,17 +46,13 @@ class Tokens:
     """Verifies tokens with a set of keys."""
 
     def __init__(self, settings: TokenSettings, keys: Sequence[Key]) -> None:
-        self._settings = settings
+        self.settings = settings
         self._keys = tuple(keys)
-        self._verified = lru_cache(maxsize=_MAX_CACHED)(self._verify)
+        self._verified = lru_cache(maxsize=_MAX_CACHED_TOKENS)(self._verify)
 
     def verify(self, token: str) -> Identity:
-        """The identity of a token.
-
-        Raises:
-            Unauthenticated: the token is invalid; `details["rule"]` is the failed check.
-        """
-        now, leeway = time.time(), self._settings.leeway
+        """The identity of a token; raises Unauthenticated, with the failed check as its `rule`."""
+        now, leeway = time.time(), self.settings.leeway
         verified = self._verified(token)
         if now >= verified.ends + leeway:
             raise unauthenticated("token.expired", "the token has expired")
@@ -75,26 +70,25 @@ class Tokens:
     def _verify(self, token: str) -> Verified:
         header = _header_of(token)
         algorithm = header.get("alg")
-        if algorithm not in self._settings.algorithms:
+        if algorithm not in self.settings.algorithms:
             raise unauthenticated("token.algorithm", "the token's algorithm is not accepted")
         candidates = self._candidates(header)
         if not candidates:
             raise unauthenticated("token.key", "the token is signed with an unknown key")
         for key in candidates:
-            claims = _claims(token, key, str(algorithm))
-            if claims is not None:
+            if (claims := _claims(token, key, str(algorithm))) is not None:
                 return self._checked(claims)
         raise unauthenticated("token.signature", "the token's signature is wrong")
 
     def _candidates(self, header: dict[str, Any]) -> list[Key]:
-        """The keys that may have signed a token: the one it names, else those without a name."""
-        named = header.get("kid")
-        if named is None:
+        """The keys that may have signed a token: those with its `kid`, else those without one."""
+        kid = header.get("kid")
+        if kid is None:
             return list(self._keys)
-        return [key for key in self._keys if key.kid == named] or [key for key in self._keys if not key.kid]
+        return [key for key in self._keys if key.kid == kid] or [key for key in self._keys if not key.kid]
 
     def _checked(self, claims: dict[str, Any]) -> Verified:
-        expected = self._settings
+        expected = self.settings
         registry = jwt.JWTClaimsRegistry(
             leeway=int(expected.leeway),
             iss={"essential": True, "value": expected.issuer},
@@ -135,7 +129,7 @@ def _header_of(token: str) -> dict[str, Any]:
         raise malformed
     try:
         return dict(jws.extract_compact(token.encode()).headers())
-    # Foreign bytes.
+    # Unverified bytes of any kind.
     except (JoseError, ValueError, TypeError, AttributeError, RecursionError):
         raise malformed from None
 
@@ -148,11 +142,7 @@ class _Registry(JWSRegistry):
     """
 
     def get_alg(self, name: str) -> Any:  # noqa: ANN401 - the library does not export its type
-        """The algorithm of this name.
-
-        Raises:
-            UnsupportedAlgorithmError: it is not accepted.
-        """
+        """The algorithm of this name, if it is accepted."""
         if name not in (self.allowed or ()) or name not in self.algorithms:
             raise UnsupportedAlgorithmError(f"Algorithm of '{name}' is not allowed")
         return self.algorithms[name]

@@ -1,4 +1,4 @@
-"""An author's function: its shape, its types, and what goes in and comes out."""
+"""Handlers: their kinds and types, and the encoding of inputs and results."""
 
 import json
 import math
@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, HandlerError, InvalidAgent, InvalidInput, KVEntry
-from openagentmesh.agent.agent import AgentVersion
+from openagentmesh.agent.agent import AgentVersion, declare
+from openagentmesh.agent.handler import TypeCache
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -39,20 +40,18 @@ Handler = Callable[..., Any]
 
 
 def declared(function: Handler) -> AgentVersion:
-    mesh = AgentMesh()
-    mesh.agent(AgentSpec(name="a"))(function)
-    return mesh._agents["a"]
+    return declare(AgentSpec(name="a"), function, TypeCache())
 
 
 async def responder(req: In) -> Out:
     return Out(length=len(req.text))
 
 
-async def silent(req: In) -> None:
+async def returns_none(req: In) -> None:
     assert req
 
 
-async def unsaid(req: In):  # type: ignore[no-untyped-def]  # noqa: ANN201 - what is tested
+async def without_annotation(req: In):  # type: ignore[no-untyped-def]  # noqa: ANN201 - what is tested
     assert req
 
 
@@ -75,8 +74,8 @@ async def generator(req: In) -> AsyncGenerator[Out, None]:
         yield Out(length=ord(letter))
 
 
-class Team:
-    async def member(self, req: In) -> Out:
+class Service:
+    async def method(self, req: In) -> Out:
         return Out(length=len(req.text))
 
 
@@ -84,7 +83,7 @@ async def with_prefix(prefix: str, req: In) -> Out:
     return Out(length=len(prefix + req.text))
 
 
-def counted(function: Handler) -> Handler:
+def wrapped(function: Handler) -> Handler:
     @wraps(function)
     async def wrapper(*args: Any) -> Any:
         return await function(*args)
@@ -99,18 +98,18 @@ IN, OUT = In.model_json_schema(), Out.model_json_schema()
     ("function", "streaming", "takes", "output", "chunk"),
     [
         (responder, False, IN, OUT, None),
-        (silent, False, IN, None, None),
-        (unsaid, False, IN, None, None),
+        (returns_none, False, IN, None, None),
+        (without_annotation, False, IN, None, None),
         (trigger, False, None, OUT, None),
         (chunks, True, IN, None, OUT),
         (iterator, True, IN, None, OUT),
         (generator, True, IN, None, OUT),
-        (Team().member, False, IN, OUT, None),
+        (Service().method, False, IN, OUT, None),
         (partial(with_prefix, "p"), False, IN, OUT, None),
-        (counted(responder), False, IN, OUT, None),
+        (wrapped(responder), False, IN, OUT, None),
     ],
 )
-def test_a_signature_makes_the_contract(
+def test_the_contract_follows_from_the_signature(
     function: Handler,
     takes: dict[str, Any] | None,
     output: dict[str, Any] | None,
@@ -118,7 +117,7 @@ def test_a_signature_makes_the_contract(
     *,
     streaming: bool,
 ) -> None:
-    """Shape and types of a function are what its contract says (protocol §5)."""
+    """The contract has the kind and the types of the function (protocol §5)."""
     contract = declared(function).contract
     assert {"streaming": streaming, "invocable": True} == contract.capabilities
     assert (takes, output, chunk) == (contract.input_schema, contract.output_schema, contract.chunk_schema)
@@ -136,8 +135,8 @@ def test_a_signature_makes_the_contract(
         (Any, {}),
     ],
 )
-def test_schemas_are_pydantics_and_not_wrapped(hint: Any, schema: dict[str, Any]) -> None:
-    """Any type pydantic knows is published as its own schema, on both sides."""
+def test_schemas_are_published_unwrapped(hint: Any, schema: dict[str, Any]) -> None:
+    """Any type that pydantic supports is published as its own schema, for input and output."""
 
     async def handler(req: Any) -> Any:
         return req
@@ -149,27 +148,27 @@ def test_schemas_are_pydantics_and_not_wrapped(hint: Any, schema: dict[str, Any]
 
 CALLS: list[tuple[Handler, object, object]] = [
     (responder, {"text": "abc"}, {"length": 3}),
-    (silent, {"text": "abc"}, {}),
-    (unsaid, {"text": "abc"}, {}),
+    (returns_none, {"text": "abc"}, {}),
+    (without_annotation, {"text": "abc"}, {}),
     (trigger, None, {"length": 1}),
     (trigger, {"ignored": 1}, {"length": 1}),
     (trigger, b"not even JSON", {"length": 1}),
-    (Team().member, {"text": "abc"}, {"length": 3}),
+    (Service().method, {"text": "abc"}, {"length": 3}),
     (partial(with_prefix, "pre"), {"text": "abc"}, {"length": 6}),
-    (counted(responder), {"text": "abc"}, {"length": 3}),
+    (wrapped(responder), {"text": "abc"}, {"length": 3}),
 ]
 
 
-async def test_a_call_gets_the_functions_result(mesh: AgentMesh, name: str) -> None:
-    """Every shape of responder replies the JSON of its type, `{}` for nothing."""
+async def test_a_call_returns_the_result_of_the_function(mesh: AgentMesh, name: str) -> None:
+    """Each form of responder replies the JSON of its type, `{}` for None."""
     for number, (function, _, _) in enumerate(CALLS):
         mesh.agent(AgentSpec(name=f"{name}.{number}"))(function)
     replies = [await mesh.call(f"{name}.{number}", payload) for number, (_, payload, _) in enumerate(CALLS)]
     assert [reply for _, _, reply in CALLS] == replies
 
 
-async def test_a_stream_gets_what_the_function_yields(mesh: AgentMesh, name: str) -> None:
-    """The chunk's type may stand in the annotation by itself or in an iterator."""
+async def test_a_stream_yields_the_chunks_of_the_function(mesh: AgentMesh, name: str) -> None:
+    """The annotation is the type of the chunks, or an iterator of that type."""
     streamed = []
     for number, function in enumerate((chunks, iterator, generator)):
         mesh.agent(AgentSpec(name=f"{name}.{number}"))(function)
@@ -187,7 +186,7 @@ async def test_an_optional_result_is_an_empty_object_for_none(mesh: AgentMesh, n
     assert [{}, {"length": 1}] == [await mesh.call(name, {"text": text}) for text in ("", "x")]
 
 
-async def test_an_empty_body_uses_the_default_or_is_none(mesh: AgentMesh, name: str) -> None:
+async def test_an_empty_body_is_the_default_or_none(mesh: AgentMesh, name: str) -> None:
     """A parameter with a default, or one that may be None, makes the body optional."""
 
     @mesh.agent(AgentSpec(name=f"{name}.default"))
@@ -203,7 +202,7 @@ async def test_an_empty_body_uses_the_default_or_is_none(mesh: AgentMesh, name: 
     assert ["none", "given"] == [await mesh.call(f"{name}.none", payload) for payload in given]
 
 
-async def oddly(req: Odd) -> Odd:
+async def return_odd(req: Odd) -> Odd:
     return req
 
 
@@ -223,10 +222,10 @@ async def oddly(req: Odd) -> Odd:
         (b"\xff\xfe", "json_invalid", []),
     ],
 )
-def test_input_that_does_not_fit_is_the_callers_fault(body: bytes, kind: str, loc: list[str]) -> None:
-    """Whatever is wrong with a body, its details are pydantic's list as plain JSON, without urls."""
+def test_an_invalid_body_raises_invalid_input(body: bytes, kind: str, loc: list[str]) -> None:
+    """For any malformed body the details are pydantic's list of problems as plain JSON, without URLs."""
     with pytest.raises(InvalidInput) as caught:
-        declared(oddly).handler.decode("a", body)
+        declared(return_odd).handler.decode("a", body)
     assert "Input failed validation for agent 'a'" == caught.value.message
     (found,) = json.loads(json.dumps(caught.value.details["errors"]))
     assert (kind, loc) == (found["type"], found["loc"])
@@ -234,13 +233,13 @@ def test_input_that_does_not_fit_is_the_callers_fault(body: bytes, kind: str, lo
 
 
 @pytest.mark.parametrize(
-    "payload", [{"n": 2}, None, b'{"n":"\xff"}'], ids=["raising-validator", "empty", "no-utf8"]
+    "payload", [{"n": 2}, None, b'{"n":"\xff"}'], ids=["raising-validator", "empty", "invalid-utf8"]
 )
-async def test_the_caller_is_told_at_once_what_does_not_fit(
+async def test_the_caller_of_an_invalid_request_gets_invalid_input(
     mesh: AgentMesh, name: str, payload: object
 ) -> None:
-    """A validator that raises (fault 5), an empty body (fault 6), bytes that are no text: `invalid_input`."""
-    mesh.agent(AgentSpec(name=name))(oddly)
+    """A raising validator, an empty body and invalid UTF-8 are rejected; the next request is served."""
+    mesh.agent(AgentSpec(name=name))(return_odd)
     with pytest.raises(InvalidInput) as caught:
         await mesh.call(name, payload)
     error = caught.value
@@ -264,13 +263,13 @@ async def test_the_caller_is_told_at_once_what_does_not_fit(
         (Out, None, {}),
     ],
 )
-def test_a_result_goes_out_as_its_declared_type(hint: Any, result: object, body: object) -> None:
-    """What comes close is made into the declared type; without one, any JSON value goes, never NaN."""
+def test_a_result_is_encoded_as_its_declared_type(hint: Any, result: object, body: object) -> None:
+    """Similar values are converted to the declared type; without one, NaN is encoded as null."""
 
-    def refuse(constant: str) -> None:
+    def reject_constant(constant: str) -> None:
         raise AssertionError(constant)
 
-    assert body == json.loads(returning(hint).encode(result), parse_constant=refuse)
+    assert body == json.loads(returning(hint).encode(result), parse_constant=reject_constant)
 
 
 def returning(hint: Any) -> AgentVersion:
@@ -299,14 +298,14 @@ def returning(hint: Any) -> AgentVersion:
     ],
 )
 def test_a_result_of_another_type_is_a_handler_error(hint: Any, result: object) -> None:
-    """A handler that breaks its own contract is told so; its caller gets nothing that does not fit."""
+    """A result that cannot be converted to the declared type is not sent, but raises `HandlerError`."""
     with pytest.raises(HandlerError, match="another type than declared"):
         returning(hint).encode(result)
 
 
 @pytest.mark.parametrize("hint", [Out, list[Out]], ids=["alone", "in a list"])
-def test_an_object_that_does_not_hold_what_it_declares_is_a_handler_error(hint: Any) -> None:
-    """Pydantic only warns of such an object; it is refused though the author's module ignores warnings."""
+def test_a_model_with_a_value_of_another_type_is_a_handler_error(hint: Any) -> None:
+    """Pydantic only warns about such a model; it is rejected even if the author's module ignores warnings."""
     broken = Out(length=1)
     broken.length = "x"  # type: ignore[assignment] # what is tested
     with warnings.catch_warnings():
@@ -333,7 +332,7 @@ async def untyped(req) -> Out:  # type: ignore[no-untyped-def]  # noqa: ANN001 -
     return Out(length=len(req))
 
 
-async def two(req: In, more: int) -> Out:
+async def two_parameters(req: In, more: int) -> Out:
     return Out(length=len(req.text) + more)
 
 
@@ -353,11 +352,11 @@ async def unknown_result(req: In) -> "Nowhere":  # type: ignore[name-defined]  #
     return req
 
 
-async def strange_type(req: Team) -> Out:
+async def unsupported_type(req: Service) -> Out:
     return Out(length=len(repr(req)))
 
 
-async def no_schema(req: Callable[[int], int]) -> Out:
+async def type_without_schema(req: Callable[[int], int]) -> Out:
     return Out(length=req(1))
 
 
@@ -371,46 +370,48 @@ async def takes_an_entry(entry: KVEntry[str]) -> None:
         (synchronous_generator, "`async def`"),
         (synchronous_watcher, "`async def`"),
         (untyped, "write `req: MyInput`"),
-        (two, "use one pydantic model instead"),
+        (two_parameters, "use one pydantic model instead"),
         (keyword_only, "must be positional, as in `req: MyInput`"),
         (variadic, "must be positional, as in `req: MyInput`"),
         (unknown_type, "'Nowhere' is unknown; define or import it at the top of the module"),
         (unknown_result, "'Nowhere' is unknown; define or import it at the top of the module"),
-        (strange_type, "pydantic does not support the type"),
-        (no_schema, "pydantic does not support the type"),
+        (unsupported_type, "pydantic does not support the type"),
+        (type_without_schema, "pydantic does not support the type"),
         (takes_an_entry, "it takes what a source delivers, but has none: `sources=[...]`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_function_that_cannot_serve_is_refused_where_it_is_declared(function: Handler, remedy: str) -> None:
-    """The message names agent, function, file and line, and says what to do (fault 17)."""
+def test_an_unsuitable_function_is_rejected_at_its_declaration(function: Handler, remedy: str) -> None:
+    """The message contains agent, function, file and line, and the remedy."""
     with pytest.raises(InvalidAgent) as caught:
-        declared(function)
+        AgentMesh().agent(AgentSpec(name="a"))(function)
     message = caught.value.message
-    place = f"{__file__}:{function.__code__.co_firstlineno}"
-    assert f"The handler '{function.__name__}' of agent 'a' ({place}) cannot serve" in message
+    location = f"{__file__}:{function.__code__.co_firstlineno}"
+    assert f"The handler '{function.__name__}' of agent 'a' ({location}) cannot serve" in message
     assert remedy in message
 
 
 @pytest.mark.parametrize(
     ("function", "remedy"), [(around_async, "it must be an `async def` itself"), (In, "must be a function")]
 )
-def test_what_only_looks_like_a_def_is_refused(function: Callable[..., Any], remedy: str) -> None:
-    """A `def` around an `async def` would give back a coroutine, and a class is no function."""
+def test_a_def_around_an_async_def_and_a_class_are_rejected(
+    function: Callable[..., Any], remedy: str
+) -> None:
+    """A `def` around an `async def` would return a coroutine, and a class is not a function."""
     with pytest.raises(InvalidAgent, match=remedy):
         AgentMesh().agent(AgentSpec(name="a"))(function)
 
 
 @pytest.mark.parametrize("name", ["x.events", "global", "a b", "", "a..b"])
-def test_a_name_no_agent_may_have_is_refused_where_it_is_declared(name: str) -> None:
-    """The message has the name and the function's file and line."""
+def test_an_invalid_agent_name_is_rejected_at_its_declaration(name: str) -> None:
+    """The message contains the name and the function's file and line."""
     with pytest.raises(InvalidAgent) as caught:
         AgentMesh().agent(AgentSpec(name=name))(responder)
     assert f"{name!r} ({__file__}:{responder.__code__.co_firstlineno}) is invalid" in caught.value.message
 
 
-def test_an_agent_knows_where_its_function_stands() -> None:
-    """File and line of an agent are its function's own, through decorators and partials."""
+def test_the_source_of_an_agent_is_the_location_of_its_function() -> None:
+    """File and line are those of the function itself, through decorators and partials."""
     expected = [f"{__file__}:{f.__code__.co_firstlineno}" for f in (responder, with_prefix, responder)]
-    found = (responder, partial(with_prefix, "p"), counted(responder))
+    found = (responder, partial(with_prefix, "p"), wrapped(responder))
     assert expected == [declared(function).source for function in found]

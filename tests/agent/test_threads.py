@@ -1,4 +1,4 @@
-"""Handlers that block run in threads, so many at once, and hold up nobody."""
+"""Blocking handlers run in a bounded number of threads, and do not block the event loop."""
 
 import asyncio
 import gc
@@ -17,6 +17,7 @@ import pytest
 from openagentmesh import (
     AgentMesh,
     AgentSpec,
+    Cancelled,
     HandlerError,
     InvalidAgent,
     KVEntry,
@@ -26,9 +27,13 @@ from openagentmesh import (
     current_call,
     report_usage,
 )
+from openagentmesh.agent.agent import declare
+from openagentmesh.agent.handler import TypeCache
 from openagentmesh.agent.threads import ThreadPool
+from openagentmesh.protocol import subjects
 from openagentmesh.protocol.status import ThreadPoolStatus
 
+from tests.support.meshes import listen, next_log_event, pending_instance
 from tests.support.waiting import until
 
 _colour: ContextVar[str] = ContextVar("colour", default="none")
@@ -36,59 +41,65 @@ _colour: ContextVar[str] = ContextVar("colour", default="none")
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> ThreadPool:
-    """Four threads of a test's own."""
-    own = ThreadPool(4)
-    monkeypatch.setattr("openagentmesh.agent.handler.pool", own)
-    return own
+    """A pool of four threads for the handlers of one test."""
+    small_pool = ThreadPool(4)
+    monkeypatch.setattr("openagentmesh.agent.handler.pool", small_pool)
+    return small_pool
 
 
 @pytest.fixture
-def go() -> Iterator[threading.Event]:
-    """What handlers wait for; set at last, so that no thread outlives its test."""
+def release() -> Iterator[threading.Event]:
+    """An event for handlers to wait for; it is set in the end, so that no thread outlives its test."""
     event = threading.Event()
     yield event
     event.set()
 
 
-async def test_a_handler_that_blocks_holds_up_nobody(mesh: AgentMesh, name: str, go: threading.Event) -> None:
-    """While a `def` waits in its thread, others answer on the loop; then it answers, too."""
+async def test_a_blocking_handler_does_not_delay_other_agents(
+    mesh: AgentMesh, name: str, release: threading.Event
+) -> None:
+    """While a `def` blocks its thread, other agents answer on the event loop; then it answers too."""
 
     @mesh.agent(AgentSpec(name=f"{name}.slow"))
     def slow(number: int) -> int:
         assert threading.current_thread() is not threading.main_thread()
-        go.wait()
+        release.wait()
         return number + 1
 
     @mesh.agent(AgentSpec(name=f"{name}.quick"))
     async def quick() -> str:
-        return "here"
+        return "quick"
 
     calling = asyncio.create_task(mesh.call(f"{name}.slow", 1))
-    assert ["here"] * 20 == [await mesh.call(f"{name}.quick") for _ in range(20)]
+    assert ["quick"] * 20 == [await mesh.call(f"{name}.quick") for _ in range(20)]
     assert not calling.done()
-    go.set()
+    release.set()
     assert 2 == await calling
 
 
-async def test_a_thread_knows_the_request(mesh: AgentMesh, name: str) -> None:
-    """`current_call`, what is left of its time, usage and context variables are as in an `async def`."""
+async def test_the_request_is_available_in_its_thread(mesh: AgentMesh, name: str) -> None:
+    """`current_call`, the remaining time, usage and context variables work as in an `async def`."""
+    events = await listen(mesh, subjects.logs(name))
 
     @mesh.agent(AgentSpec(name=name, thread=True))
-    def look() -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
         call = current_call()
         report_usage(Usage(input_tokens=3))
         _colour.set("red")  # for this request alone
-        return {"mine": call.headers["X-Mine"], "left": call.remaining, "agent": call.agent}
+        return {"header": call.headers["X-Custom"], "remaining": call.remaining, "agent": call.agent}
 
     for _ in range(2):
-        seen = await mesh.call(name, headers={"X-Mine": "yes"}, timeout=9)
-        assert ("yes", name) == (seen["mine"], seen["agent"])
-        assert 8 < seen["left"] <= 9
+        described = await mesh.call(name, headers={"X-Custom": "yes"}, timeout=9)
+        assert ("yes", name) == (described["header"], described["agent"])
+        assert 8 < described["remaining"] <= 9
     assert "none" == _colour.get()
+    logged = [await next_log_event(events) for _ in range(3)]
+    assert ["agent_registered", "usage_reported", "usage_reported"] == [event["event"] for event in logged]
+    assert [{"input_tokens": 3}] * 2 == [event["data"] for event in logged[1:]]
 
 
-async def test_a_def_may_be_driven_by_a_source(mesh: AgentMesh, name: str) -> None:
-    """A change of the shared state is handled in a thread."""
+async def test_a_source_may_trigger_a_def(mesh: AgentMesh, name: str) -> None:
+    """A `def` handles a change of the shared state in a thread."""
     got: list[tuple[str, bool]] = []
 
     @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.*")])
@@ -102,7 +113,7 @@ async def test_a_def_may_be_driven_by_a_source(mesh: AgentMesh, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (ValueError("boom"), "boom"),
         (SystemExit(3), "3"),
@@ -111,10 +122,10 @@ async def test_a_def_may_be_driven_by_a_source(mesh: AgentMesh, name: str) -> No
         (asyncio.CancelledError(), "CancelledError"),
     ],
 )
-async def test_whatever_a_thread_raises_is_told(
-    mesh: AgentMesh, name: str, raised: BaseException, told: str
+async def test_any_exception_in_a_thread_is_a_handler_error(
+    mesh: AgentMesh, name: str, raised: BaseException, message: str
 ) -> None:
-    """Its caller gets it as `handler_error`, and the next request is answered."""
+    """The caller gets `handler_error` with its message, and the next request is answered."""
 
     @mesh.agent(AgentSpec(name=name))
     def fail(fails: int) -> str:
@@ -122,98 +133,98 @@ async def test_whatever_a_thread_raises_is_told(
             raise raised
         return "fine"
 
-    with pytest.raises(HandlerError, match=told):
+    with pytest.raises(HandlerError, match=message):
         await mesh.call(name, 1, timeout=5)
     assert "fine" == await mesh.call(name, 0)
 
 
-async def test_a_coroutine_is_no_result(mesh: AgentMesh, name: str) -> None:
-    """A `def` that forgets to wait for what it calls is told so."""
+async def test_a_coroutine_as_a_result_is_a_handler_error(mesh: AgentMesh, name: str) -> None:
+    """The error of a `def` that returns a coroutine recommends an `async def`."""
 
     async def other() -> str:
         return ""
 
     @mesh.agent(AgentSpec(name=name))
-    def forgets() -> str:
+    def without_await() -> str:
         return other()  # type: ignore[return-value]
 
     with pytest.raises(HandlerError, match="must be an `async def`"):
         await mesh.call(name)
 
 
-async def test_no_more_threads_than_there_may_be(mesh: AgentMesh, name: str, pool: ThreadPool) -> None:
-    """Forty requests are answered by four threads, which are used again and do not grow in number."""
-    used, now, most, lock = set(), 0, 0, threading.Lock()
-    meet = threading.Barrier(4)
+async def test_the_number_of_threads_is_bounded(mesh: AgentMesh, name: str, pool: ThreadPool) -> None:
+    """Four threads answer forty requests, and the same four answer forty more."""
+    used, running, maximum, lock = set(), 0, 0, threading.Lock()
+    barrier = threading.Barrier(4)
 
     @mesh.agent(AgentSpec(name=name))
     def count() -> str:
-        nonlocal now, most
+        nonlocal running, maximum
         with lock:
             used.add(threading.get_ident())
-            now += 1
-            most = max(most, now)
-        meet.wait(10)  # four are there, or nobody goes on
+            running += 1
+            maximum = max(maximum, running)
+        barrier.wait(10)  # for four threads at once
         with lock:
-            now -= 1
+            running -= 1
         return "ok"
 
     for _ in range(2):
         assert ["ok"] * 40 == await asyncio.gather(*[mesh.call(name) for _ in range(40)])
-    assert (4, 4) == (most, len(used))
+    assert (4, 4) == (maximum, len(used))
     await until(lambda: pool.status().busy == 0)
     assert ThreadPoolStatus(max=4) == pool.status()
 
 
-async def test_one_idle_thread_is_not_taken_for_two() -> None:
-    """Two that come at once while one thread is idle run side by side, also when both wait for the other."""
-    meet = threading.Barrier(2)
+async def test_two_functions_do_not_wait_for_one_idle_thread() -> None:
+    """Two functions that arrive at once while one thread is idle run concurrently."""
+    barrier = threading.Barrier(2)
     for _ in range(20):
         pool = ThreadPool(4)
         await pool.run("a", lambda: None)
-        await until(lambda: pool._idle == 1)  # noqa: B023 - of this round
-        await asyncio.gather(*[pool.run("a", lambda: meet.wait(5)) for _ in range(2)])
+        await until(lambda: pool.status().busy == 0)  # noqa: B023 - the pool of this iteration
+        await asyncio.gather(*[pool.run("a", lambda: barrier.wait(5)) for _ in range(2)])
 
 
-async def test_who_gives_up_is_answered_at_once(
-    mesh: AgentMesh, name: str, go: threading.Event, pool: ThreadPool, caplog: pytest.LogCaptureFixture
+async def test_a_timeout_or_a_cancellation_does_not_wait_for_the_thread(
+    mesh: AgentMesh, name: str, release: threading.Event, pool: ThreadPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A timeout and a cancel end the request though thread abandoned, which is counted and logged."""
+    """The request ends immediately; its thread is abandoned, which is counted and logged."""
     caplog.set_level(logging.WARNING)
     began = threading.Semaphore(0)
 
     @mesh.agent(AgentSpec(name=name))
     def hang() -> str:
         began.release()
-        go.wait()
+        release.wait()
         return "late"
 
     with pytest.raises(MeshTimeout):
         await mesh.call(name, timeout=0.05)
     await until(lambda: pool.abandoned[name] == 1)
     assert f"{name}: thread abandoned" in caplog.text
-    go.set()
+    release.set()
     await until(lambda: not pool.abandoned)
     assert f"{name}: abandoned thread ended" in caplog.text
-    go.clear()
+    release.clear()
     calling = asyncio.create_task(mesh.call(name))
     await until(lambda: pool.status().busy == 1)
-    await asyncio.sleep(0.1)  # until the caller knows who has it, which is how a cancel gets there
+    await pending_instance(mesh)  # a cancellation is sent to the instance that has acknowledged the request
     calling.cancel()
     await until(lambda: pool.abandoned[name] == 1)
-    go.set()
+    release.set()
     await until(lambda: not pool.abandoned)
     assert "late" == await mesh.call(name)
 
 
-async def test_threads_that_hang_are_replaced(
-    mesh: AgentMesh, name: str, go: threading.Event, pool: ThreadPool
+async def test_hanging_threads_are_replaced(
+    mesh: AgentMesh, name: str, release: threading.Event, pool: ThreadPool
 ) -> None:
-    """An agent that never ends takes no thread from others, and is refused when it has left its part."""
+    """A hanging agent takes no thread from others, and is `overloaded` once it has abandoned its part."""
 
     @mesh.agent(AgentSpec(name=f"{name}.hangs"))
     def hang() -> str:
-        go.wait()
+        release.wait()
         return "ended"
 
     @mesh.agent(AgentSpec(name=f"{name}.works"))
@@ -221,46 +232,44 @@ async def test_threads_that_hang_are_replaced(
         return number
 
     hanging = [mesh.call(f"{name}.hangs", timeout=0.2) for _ in range(8)]
-    refused = await asyncio.gather(*hanging, return_exceptions=True)
-    assert {MeshTimeout} == {type(each) for each in refused}
+    results = await asyncio.gather(*hanging, return_exceptions=True)
+    assert {MeshTimeout} == {type(result) for result in results}
     with pytest.raises(Overloaded, match="threads that do not end"):
         await mesh.call(f"{name}.hangs")
     assert list(range(9)) == await asyncio.gather(*[mesh.call(f"{name}.works", n) for n in range(9)])
-    go.set()
+    release.set()
     await until(lambda: not pool.abandoned)
     assert "ended" == await mesh.call(f"{name}.hangs")
     assert pool._threads <= 4
 
 
-async def test_stopping_waits_for_no_thread(
-    url: str, name: str, go: threading.Event, monkeypatch: pytest.MonkeyPatch
+async def test_closing_a_mesh_does_not_wait_for_threads(
+    url: str, name: str, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mesh that is left gives its handlers their time, and then goes, whatever runs on."""
+    """After the drain timeout the mesh closes, and a handler that still runs is answered as cancelled."""
     monkeypatch.setattr("openagentmesh.mesh.mesh.DRAIN_TIMEOUT_S", 0.05)
     mesh, began = AgentMesh(url), threading.Event()
 
     @mesh.agent(AgentSpec(name=name))
     def hang() -> str:
         began.set()
-        go.wait()
+        release.wait()
         return "late"
 
     async with AgentMesh(url) as caller, asyncio.timeout(10):
         async with mesh:
             calling = asyncio.create_task(caller.call(name))
             await until(began.is_set)
-        with pytest.raises(Exception, match="stopped before it answered"):
+        with pytest.raises(Cancelled, match="stopped before it answered"):
             await calling
-    assert not go.is_set()
+    assert not release.is_set()
 
 
-def test_a_process_ends_though_a_thread_hangs(tmp_path: Path, url: str, name: str) -> None:
-    """Nothing at the interpreter's end waits for a handler that does not return."""
+def test_a_process_exits_while_a_thread_hangs(tmp_path: Path, url: str, name: str) -> None:
+    """The interpreter does not wait at its exit for a handler that does not return."""
     program = f"""
 import asyncio, time
 from openagentmesh import AgentMesh, AgentSpec, MeshTimeout
-from openagentmesh.protocol.status import ThreadPoolStatus
-from openagentmesh.protocol.status import ThreadPoolStatus
 mesh = AgentMesh({url!r})
 @mesh.agent(AgentSpec(name={name!r}))
 def hang() -> str:
@@ -281,16 +290,16 @@ asyncio.run(main())
     assert ("in time\n", 0) == (ran.stdout, ran.returncode), ran.stderr
 
 
-async def test_an_idle_thread_holds_nothing(mesh: AgentMesh, name: str) -> None:
-    """What a handler was given and gave back is let go of, though its thread stays."""
-    kept: list[weakref.ref[object]] = []
+async def test_an_idle_thread_holds_no_references(mesh: AgentMesh, name: str) -> None:
+    """A replaced handler is released, although the thread that ran it remains."""
+    references: list[weakref.ref[object]] = []
 
     class Thing:
         pass
 
     def declare() -> None:
         thing = Thing()
-        kept.append(weakref.ref(thing))
+        references.append(weakref.ref(thing))
 
         @mesh.agent(AgentSpec(name=name))
         def uses() -> str:
@@ -307,12 +316,11 @@ async def test_an_idle_thread_holds_nothing(mesh: AgentMesh, name: str) -> None:
     for _ in range(3):
         await asyncio.sleep(0.01)
         gc.collect()
-    assert [None] == [reference() for reference in kept]
+    assert [None] == [reference() for reference in references]
 
 
-def test_thread_is_for_a_def_and_nobody_elses_business() -> None:
-    """An `async def` with `thread=True` is refused in words, and a contract says nothing of threads."""
-    mesh = AgentMesh()
+def test_thread_is_for_a_def_and_is_not_published() -> None:
+    """`thread=True` is rejected for an `async def`, and no contract contains it."""
 
     async def on_the_loop() -> str:
         return ""
@@ -321,16 +329,15 @@ def test_thread_is_for_a_def_and_nobody_elses_business() -> None:
         return ""
 
     with pytest.raises(InvalidAgent, match="thread=True is for a `def`"):
-        mesh.agent(AgentSpec(name="a", thread=True))(on_the_loop)
-    mesh.agent(AgentSpec(name="a", thread=True))(in_a_thread)
-    mesh.agent(AgentSpec(name="b"))(in_a_thread)
-    one, other = (agent.contract for agent in mesh._agents.values())
-    assert "thread" not in one.to_registry_json()
-    assert one.skills[0].keys() == other.skills[0].keys()
+        AgentMesh().agent(AgentSpec(name="a", thread=True))(on_the_loop)
+    specs = AgentSpec(name="a", thread=True), AgentSpec(name="a")
+    contract, expected = (declare(spec, in_a_thread, TypeCache()).contract for spec in specs)
+    assert "thread" not in contract.to_registry_json()
+    assert expected.skills == contract.skills
 
 
-def test_there_are_as_many_threads_as_processors_and_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty-two at most, unless somebody says how many."""
+def test_the_default_maximum_is_four_more_than_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at most 32; an explicit maximum replaces it."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert (6, 3) == (ThreadPool().max_threads, ThreadPool(3).max_threads)
     monkeypatch.setattr(os, "cpu_count", lambda: 96)

@@ -1,4 +1,4 @@
-"""What only a host has: a start, many agents, a command."""
+"""Measurements of a host: its start, many agents, and the command `oam up`."""
 
 import asyncio
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
-from tests.benchmarks.competitors import Competitor, Unavailable
+from tests.benchmarks.candidates import Candidate, Unavailable
 from tests.benchmarks.processes import ROOT, Program, nats_server, program, started
 
-_ASKED: Final = 20
-# Long enough for what a start leaves to be done, and for the first heartbeat.
-_IDLE: Final = 5.0
+_CALLED_AGENTS: Final = 20
+# Long enough for the remaining work of a start, and for the first heartbeat.
+_IDLE_S: Final = 5.0
 _HEAD: Final = """\
 from openagentmesh import AgentMesh, AgentSpec
 from pydantic import BaseModel
@@ -46,67 +46,68 @@ async def agent{number}(req: Text) -> {output}:
 _OUTPUTS: Final = (("Short", "short=req.text[: req.length]"), ("Size", "size=len(req.text)"))
 
 
-async def start(count: int, competitor: Competitor, python: Path) -> float:
-    """Seconds from `Host.start` until it has returned and agents all over answer another process."""
-    names = [f"many.agent{number}" for number in sorted({*range(0, count, count // _ASKED), count - 1})]
-    async with nats_server() as server, started(program("asker", server.port, *names)) as asker:
-        await asker.said()
-        async with _host(count, competitor, python, server.url) as (_, began):
-            await asker.go()
-            answered: float = (await asker.said())["answered"]
+async def start(count: int, candidate: Candidate, python: Path) -> float:
+    """Seconds from `Host.start` until it has returned and a sample of all agents answers another process."""
+    numbers = sorted({*range(0, count, count // _CALLED_AGENTS), count - 1})
+    names = [f"many.agent{number}" for number in numbers]
+    async with nats_server() as server, started(program("poller", server.port, *names)) as poller:
+        await poller.read()
+        async with _host(count, candidate, python, server.url) as (_, began):
+            await poller.signal()
+            answered: float = (await poller.read())["answered"]
             return answered - began
 
 
-async def catalog(count: int, competitor: Competitor, python: Path) -> float:
-    """Seconds in which a new client has connected and read the catalog of `count` agents."""
+async def catalog(count: int, candidate: Candidate, python: Path) -> float:
+    """Seconds until a new client has connected and read the catalog of `count` agents."""
     async with (
         nats_server() as server,
-        _host(count, competitor, python, server.url),
+        _host(count, candidate, python, server.url),
         started(program("reader", server.url, count)) as reader,
     ):
-        value: float = (await reader.said())["value"]
+        value: float = (await reader.read())["value"]
         return value
 
 
-async def memory(count: int, competitor: Competitor, python: Path) -> float:
-    """KiB of a host's resident memory that each of `count` idle agents takes."""
+async def memory(count: int, candidate: Candidate, python: Path) -> float:
+    """KiB of a host's resident memory per idle agent, of `count` agents."""
     sizes = []
     for agents in (0, count):
-        async with nats_server() as server, _host(agents, competitor, python, server.url) as (host, _):
-            await asyncio.sleep(_IDLE)
+        async with nats_server() as server, _host(agents, candidate, python, server.url) as (host, _):
+            await asyncio.sleep(_IDLE_S)
             sizes.append(resident(host.pid))
     return (sizes[1] - sizes[0]) / 1024 / count
 
 
-async def up(_: Competitor, python: Path) -> float:
+async def up(_: Candidate, python: Path) -> float:
     """Seconds from spawning `oam up` until a sample agent has answered another process."""
     command = python.with_name("oam")
     if not command.exists():
-        raise Unavailable("no `oam` beside this Python")
+        raise Unavailable("`oam` is not installed with this Python")
     port, agents = _free_port(), json.dumps(str(ROOT / "agents"))
-    async with started(program("asker", port, "nlp.summarizer")) as asker:
-        await asker.said()
+    async with started(program("poller", port, "nlp.summarizer")) as poller:
+        await poller.read()
         with tempfile.TemporaryDirectory(prefix="oam-bench-") as folder:
             (Path(folder) / "mesh.toml").write_text(
                 f'[server]\nport = {port}\nstore = ""\n[host]\nagents = [{agents}]\n'
             )
             began = monotonic()
             async with started([command, "up"], Path(folder)):
-                await asker.go()
-                answered: float = (await asker.said())["answered"]
+                await poller.signal()
+                answered: float = (await poller.read())["answered"]
                 return answered - began
 
 
 @asynccontextmanager
 async def _host(
-    count: int, competitor: Competitor, python: Path, url: str
+    count: int, candidate: Candidate, python: Path, url: str
 ) -> AsyncIterator[tuple[Program, float]]:
     """A started host with `count` agents, and when its start began."""
     with _module(count) as folder:
-        async with started(program(competitor.program, url, folder, python=python)) as host:
-            said = await host.said()
-            assert said["agents"] == count
-            yield host, said["began"]
+        async with started(program(candidate.program, url, folder, python=python)) as host:
+            message = await host.read()
+            assert message["agents"] == count
+            yield host, message["began"]
 
 
 @contextmanager
@@ -124,12 +125,12 @@ def _module(count: int) -> Iterator[Path]:
 def resident(pid: int) -> int:
     """The resident memory of a process, in bytes."""
     if not sys.platform.startswith("linux"):
-        raise Unavailable("resident memory is read from /proc, which only Linux has")
+        raise Unavailable("resident memory is read from /proc, which exists only on Linux")
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
         return port

@@ -1,4 +1,4 @@
-"""Processes of a benchmark: started, listened to, stopped by their pid."""
+"""Processes of a benchmark, and their messages."""
 
 import asyncio
 import contextlib
@@ -15,65 +15,65 @@ from typing import IO, Any, Final
 from openagentmesh.transport.server import EmbeddedServer
 
 ROOT: Final = Path(__file__).parents[2]
-_LONGEST: Final = 120.0
-_STOP: Final = 15.0
+_MESSAGE_TIMEOUT_S: Final = 120.0
+_STOP_TIMEOUT_S: Final = 15.0
 
 
 class ProgramFailed(Exception):
-    """A program ended or said nothing for too long; the message is what it wrote last."""
+    """A program exited, or sent no message in time; the error contains what it logged."""
 
 
 class Program:
-    """A running process that says JSON lines."""
+    """A running process that writes messages, one JSON object per line."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, errors: IO[bytes], *, foreign: bool = False
+        self, process: asyncio.subprocess.Process, errors: IO[bytes], *, is_external: bool = False
     ) -> None:
         self.pid = process.pid
-        self._foreign = foreign
+        self._is_external = is_external
         self._process = process
         self._errors = errors
 
-    async def said(self) -> dict[str, Any]:
-        """The next thing it says.
+    async def read(self) -> dict[str, Any]:
+        """Its next message.
 
         Raises:
-            ProgramFailed: it ended, or took too long.
+            ProgramFailed: it exited, or the timeout was exceeded.
         """
         assert self._process.stdout is not None
         try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), _LONGEST)
+            line = await asyncio.wait_for(self._process.stdout.readline(), _MESSAGE_TIMEOUT_S)
         except TimeoutError:
-            raise ProgramFailed(f"it said nothing for {_LONGEST:g} s") from None
+            raise ProgramFailed(f"no message of the program within {_MESSAGE_TIMEOUT_S:g} s") from None
         if not line:
-            raise ProgramFailed(self.wrote().strip() or "it ended")
+            raise ProgramFailed(self.log().strip() or "the program exited")
         values: dict[str, Any] = json.loads(line)
         return values
 
-    def wrote(self) -> str:
-        """What it has written to its standard error so far."""
+    def log(self) -> str:
+        """Its standard error so far."""
         number = self._errors.fileno()
-        # It shares our place in the file: a seek would make it write over what is there.
+        # Not `seek` and `read`, which would move the position at which the process writes.
         return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", "replace")
 
-    async def go(self) -> None:
-        """Tell it to go on."""
+    async def signal(self) -> None:
+        """Send it a line, for which it waits before its next step."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"go\n")
         await self._process.stdin.drain()
 
     async def stop(self) -> None:
-        """End it, and wait until it has ended."""
+        """Terminate it, and wait until it has exited."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:
-            await asyncio.wait_for(self._process.wait(), _STOP)
+            await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
         except TimeoutError:
             self._kill()
             await self._process.wait()
 
     def _kill(self) -> None:
-        if self._foreign:
+        if self._is_external:
             os.killpg(self.pid, signal.SIGKILL)
         else:
             self._process.kill()
@@ -85,11 +85,11 @@ async def started(
     folder: Path = ROOT,
     environ: Mapping[str, str] | None = None,
     *,
-    foreign: bool = False,
+    is_external: bool = False,
 ) -> AsyncIterator[Program]:
-    """A process, from its start to its end; `environ` is added to our own environment.
+    """A process, which is stopped at the end; `environ` is added to our own environment.
 
-    A `foreign` one is none of our programs: nobody reads what it says, and what it started ends with it.
+    An external one is not one of our programs: it sends no messages, and its children are stopped, too.
     """
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
@@ -97,12 +97,12 @@ async def started(
             cwd=folder,
             env=os.environ | (environ or {}),
             stdin=asyncio.subprocess.PIPE,
-            # A pipe that nobody reads fills, and then its writer waits for ever.
-            stdout=asyncio.subprocess.DEVNULL if foreign else asyncio.subprocess.PIPE,
+            # A pipe that is not read would fill and block its writer.
+            stdout=asyncio.subprocess.DEVNULL if is_external else asyncio.subprocess.PIPE,
             stderr=errors,
-            start_new_session=foreign,
+            start_new_session=is_external,
         )
-        program = Program(process, errors, foreign=foreign)
+        program = Program(process, errors, is_external=is_external)
         try:
             yield program
         finally:
@@ -116,7 +116,7 @@ def program(name: str, *arguments: object, python: Path = Path(sys.executable)) 
 
 @asynccontextmanager
 async def nats_server() -> AsyncIterator[EmbeddedServer]:
-    """A fresh nats-server: nothing of the one before is left."""
+    """A new nats-server with an empty store."""
     server = EmbeddedServer()
     await server.start()
     try:

@@ -1,4 +1,4 @@
-"""What was measured: collected, compared, shown."""
+"""The measurements: collected, compared with targets, shown as a table."""
 
 import os
 import platform
@@ -13,32 +13,32 @@ from openagentmesh.transport.server import find_binary
 from rich.box import SIMPLE
 from rich.table import Table
 
-from tests.benchmarks.competitors import Competitor
+from tests.benchmarks.candidates import Candidate
 from tests.benchmarks.rows import Row, Target
 
-HEADERS = ("row", "who", "median", "range", "ratio (range)", "target", "reached")
+HEADERS = ("row", "candidate", "median", "range", "ratio (range)", "target", "reached")
 
 
 @dataclass
 class Results:
-    """The samples of each row and competitor, one a round, and why others have none."""
+    """The samples of each row and candidate, one per round, or the reason why there are none."""
 
     samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     skipped: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def lines(self, rows: list[Row]) -> list[tuple[str, ...]]:
-        """The table, a line for each row and competitor."""
-        return [self._line(row, competitor) for row in rows for competitor in row.who]
+        """The lines of the table, one for each row and candidate."""
+        return [self._line(row, candidate) for row in rows for candidate in row.candidates]
 
-    def _line(self, row: Row, competitor: Competitor) -> tuple[str, ...]:
-        key = row.name, competitor.name
+    def _line(self, row: Row, candidate: Candidate) -> tuple[str, ...]:
+        key = row.name, candidate.name
         if key in self.skipped:
-            return row.name, competitor.name, "–", self.skipped[key], "", "", ""
+            return row.name, candidate.name, "–", self.skipped[key], "", "", ""
         found, ratios = self.samples[key], self._ratios(row, key)
-        ours = row.target is not None and competitor.name.startswith("our")
+        ours = row.target is not None and candidate.name.startswith("our")
         return (
             row.name,
-            competitor.name,
+            candidate.name,
             _number(median(found)),
             f"{_number(min(found))} – {_number(max(found))}",
             f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "",
@@ -47,13 +47,13 @@ class Results:
         )
 
     def _ratios(self, row: Row, key: tuple[str, str]) -> list[float]:
-        """Each round's ratio: what disturbs a round disturbs both sides of it."""
+        """The ratio to the base in each round: a disturbance of a round affects both values."""
         base = self.samples[row.base[0], row.base[1].name] if row.base else []
         return [a / b for a, b in zip(self.samples[key], base, strict=False)]
 
 
 def _verdict(target: Target, found: list[float], ratios: list[float]) -> str:
-    """Whether the median reaches the target, and how many of the rounds do: few, and it may be luck."""
+    """Whether the median reaches the target, and how many of the rounds do."""
     values = ratios if target.of_base else found
     if not values:
         return "no base"
@@ -66,12 +66,12 @@ def _number(value: float) -> str:
 
 
 def legend(rows: list[Row]) -> list[str]:
-    """What the rows measure."""
+    """The titles of the rows."""
     return [f"{row.name}: {row.title}{row.base_text}" for row in rows]
 
 
 def machine(load: float) -> list[str]:
-    """What the numbers depend on; `load` is how busy the machine was before."""
+    """Facts on the machine and its software; `load` is its load average before the benchmark."""
     server = subprocess.run([find_binary(), "--version"], check=True, capture_output=True, text=True).stdout
     return [
         f"{datetime.now(UTC):%Y-%m-%d}",
@@ -94,21 +94,21 @@ def as_table(lines: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def as_markdown(lines: list[tuple[str, ...]], about: list[str], facts: list[str]) -> str:
-    """The table for a document, below what it depends on."""
+def as_markdown(lines: list[tuple[str, ...]], notes: list[str], facts: list[str]) -> str:
+    """The table for a document, with facts on the machine above it and notes below it."""
     body = [HEADERS, ("---",) * len(HEADERS), *lines]
     return "\n".join(
         [
             "# Benchmarks",
             "",
             "Written by `python -m tests.benchmarks`. Compare ratios: the times are those of one machine.",
-            "Where the ranges are wide or few rounds reach a target, the machine was busy: measure again.",
+            "If ranges are wide, or few rounds reach a target, the machine was busy: repeat the benchmark.",
             "",
             *[f"- {fact}" for fact in facts],
             "",
             *[f"| {' | '.join(line)} |" for line in body],
             "",
-            *[f"- {line}" for line in about],
+            *[f"- {note}" for note in notes],
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""What is edited: agents as texts, the ways editors save them, and what goes wrong in them."""
+"""The edited agents as texts, the methods by which editors save files, and invalid edits."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,20 +8,20 @@ from time import monotonic
 from typing import Final
 
 Save = Callable[[Path, str], Awaitable[float]]
-"""Saves a text; returns when the last step of that began, by the machine's monotonic clock."""
+"""Saves a text; returns when its last step began, by the machine's monotonic clock."""
 
-# Shorter than what a host takes for the end of a save, longer than it takes to notice one.
-_BETWEEN: Final = 0.02
-# Up to here a file is an agent that compiles, and answers with nothing.
-_SEAM: Final = "    return "
+# Shorter than the time after which a host considers a save as complete, longer than it takes to notice one.
+_BETWEEN_PARTS_S: Final = 0.02
+# Up to here a file compiles, and its agent returns nothing.
+_SPLIT: Final = "    return "
 
 
 async def rename(path: Path, text: str) -> float:
-    """Write beside it, and rename that over it."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
+    """Write a new file, and rename it over the old one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
     began = monotonic()
-    beside.replace(path)
+    new.replace(path)
     return began
 
 
@@ -33,7 +33,7 @@ async def in_place(path: Path, text: str) -> float:
 
 
 async def backup(path: Path, text: str) -> float:
-    """Rename it to a backup, write a new file, and delete the backup."""
+    """Rename the file to a backup, write a new file, and delete the backup."""
     old = path.with_name(f"{path.name}~")
     path.rename(old)
     began = monotonic()
@@ -43,14 +43,14 @@ async def backup(path: Path, text: str) -> float:
 
 
 async def in_parts(path: Path, text: str) -> float:
-    """Truncate, write, and write the rest a moment later."""
-    head, seam, tail = text.rpartition(_SEAM)
+    """Truncate, write a part, and write the rest a moment later."""
+    head, split, tail = text.rpartition(_SPLIT)
     with path.open("w") as file:
         file.write(head)
         file.flush()
-        await asyncio.sleep(_BETWEEN)  # this is what a slow writer does
+        await asyncio.sleep(_BETWEEN_PARTS_S)  # as a slow writer
         began = monotonic()
-        file.write(seam + tail)
+        file.write(split + tail)
     return began
 
 
@@ -94,7 +94,7 @@ FASTSTREAM: Final = _ANSWER.format(
     serving='\n@broker.subscriber("bench.edited", "workers")',
 )
 
-# Measures by how much the loop is late, and keeps what is worth looking at until it is asked.
+# Measures the delays of the event loop, and keeps the longer ones until they are requested.
 PROBE: Final = """\
 import asyncio
 import time
@@ -106,31 +106,31 @@ mesh = AgentMesh()
 STEP, LONG = 0.001, 0.003
 
 
-class Late(BaseModel):
-    late: list[tuple[float, float]] = []
+class Delays(BaseModel):
+    delays: list[tuple[float, float]] = []
 
 
-kept = Late()
+kept = Delays()
 
 
-@mesh.agent(AgentSpec(name="bench.probe", description="Measures how late the loop is."))
+@mesh.agent(AgentSpec(name="bench.probe", description="Measures the delays of the event loop."))
 async def probe() -> None:
     while True:
         began = time.perf_counter()
         await asyncio.sleep(STEP)
-        late = time.perf_counter() - began - STEP
-        if late > LONG and len(kept.late) < 5000:
-            kept.late.append((time.time(), late))
+        delay = time.perf_counter() - began - STEP
+        if delay > LONG and len(kept.delays) < 5000:
+            kept.delays.append((time.time(), delay))
 
 
-@mesh.agent(AgentSpec(name="bench.late", description="Gives what was measured since the last call."))
-async def late() -> Late:
+@mesh.agent(AgentSpec(name="bench.delays", description="Returns the delays since the last call."))
+async def delays() -> Delays:
     global kept
-    found, kept = kept, Late()
+    found, kept = kept, Delays()
     return found
 """
 
-# Modules that nobody manages, and that take a second: one waits as for a disk, one computes.
+# Modules outside the watched folders whose import takes a second: one sleeps, one computes.
 SLOW_IMPORTS: Final = {
     "bench_waits": "import time\ntime.sleep(1)\n",
     "bench_computes": "import time\nend = time.time() + 1\nwhile time.time() < end:\n    pass\n",
@@ -138,22 +138,22 @@ SLOW_IMPORTS: Final = {
 
 
 class Faults:
-    """Breaks a text in another way each time, and saves it in another way each time."""
+    """Saves invalid files: each time with the next fault and the next method."""
 
     def __init__(self) -> None:
-        ways = list(SAVES.values())
-        self._turns = cycle([(fault, save) for save in ways for fault in (_unfinished, _missing, None)])
+        faults = (_with_syntax_error, _with_missing_import, None)
+        self._pairs = cycle([(fault, save) for save in SAVES.values() for fault in faults])
 
     async def save(self, path: Path, text: str) -> bool:
-        """Save a broken file; returns whether it is more than a file that is empty for a moment."""
-        fault, save = next(self._turns)
+        """Save an invalid file; returns False if it is only empty for a moment."""
+        fault, save = next(self._pairs)
         await (save(path, fault(text)) if fault else in_place(path, ""))
         return fault is not None
 
 
-def _unfinished(text: str) -> str:
-    return text.replace(_SEAM, f"{_SEAM}return ")
+def _with_syntax_error(text: str) -> str:
+    return text.replace(_SPLIT, f"{_SPLIT}return ")
 
 
-def _missing(text: str) -> str:
+def _with_missing_import(text: str) -> str:
     return f"import no_such_module\n{text}"

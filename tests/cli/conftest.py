@@ -1,4 +1,4 @@
-"""Projects on disk, and one `oam up` for all tests that only ask."""
+"""Servers and hosts that tests of commands share."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,14 @@ from tests.support.servers import running_server
 
 @pytest.fixture(scope="session")
 def hosted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A running `oam up`; tests only ask it."""
+    """A running `oam up` with a module that fails to load; tests do not change it."""
     folder = write_project(
         tmp_path_factory.mktemp("hosted") / "dev",
         "echo",
         "summarizer",
         "ticker",
-        holds=("hold", "narrow"),
+        holding=("hold", "narrow"),
+        failing=True,
         broken=True,
         toml="[agents.narrow]\nconcurrency = 1\nqueue = 0\n",
     )
@@ -26,7 +27,7 @@ def hosted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 @pytest.fixture(scope="session")
 def narrow_is_busy(hosted: Up) -> Iterator[None]:
-    """The agent `narrow` has as many requests as it takes."""
+    """The agent `narrow` is at its limit of requests."""
     release = hosted.folder / "release-narrow"
     with Process(
         "agent", "call", "narrow", f'{{"until": "{release}"}}', "--url", hosted.url, cwd=hosted.folder
@@ -37,7 +38,7 @@ def narrow_is_busy(hosted: Up) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def guarded() -> Iterator[str]:
-    """The address of a server that wants the user `u` with the password `geheim`."""
-    with running_server("--user", "u", "--pass", "geheim") as found:
+def protected_url() -> Iterator[str]:
+    """The address of a server that requires the user `u` and the password `correct`."""
+    with running_server("--user", "u", "--pass", "correct") as found:
         yield found

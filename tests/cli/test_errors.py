@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests.support.commands import UNREACHABLE, Process, Up, oam, side_by_side
+from tests.support.commands import UNREACHABLE, Process, Up, oam, run_parallel
 
 LARGE = json.dumps("x" * 2_000_000)
 
 
 def check(code: str, *arguments: str, host: Up, given: str = "") -> str:
     """Run a command for people and for programs side by side; both tell the code and end with 1."""
-    shown, envelope = side_by_side(arguments, (*arguments, "--json"), cwd=host.folder, stdin_text=given)
+    shown, envelope = run_parallel(arguments, (*arguments, "--json"), cwd=host.folder, stdin_text=given)
     assert (1, "") == (shown.code, shown.out)
     assert shown.err.startswith(f"Error [{code}] ")
     assert "Traceback" not in shown.err + envelope.err
@@ -61,9 +61,9 @@ def test_connection_failed(hosted: Up) -> None:
     assert "oam up" in check("connection_failed", "status", "--url", UNREACHABLE, host=hosted)
 
 
-def test_connection_denied(hosted: Up, guarded: str) -> None:
+def test_connection_denied(hosted: Up, protected_url: str) -> None:
     """A server that wants credentials is told with how to give them."""
-    assert "OAM_CREDS" in check("connection_denied", "mesh", "catalog", "--url", guarded, host=hosted)
+    assert "OAM_CREDS" in check("connection_denied", "mesh", "catalog", "--url", protected_url, host=hosted)
 
 
 def test_errors_are_heard_by_all(hosted: Up) -> None:

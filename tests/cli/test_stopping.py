@@ -19,7 +19,7 @@ from tests.support.commands import (
     has_exited,
     is_closed,
     oam,
-    side_by_side,
+    run_parallel,
     until,
     write_project,
 )
@@ -35,7 +35,7 @@ def holding(host: Up, name: str, release: Path) -> Process:
 
 def test_sigterm_lets_requests_finish(tmp_path: Path, url: str, name: str) -> None:
     """After SIGTERM a running request is answered; then the agents leave the catalog, exit code 0."""
-    folder = write_project(tmp_path / "p", holds=(name,))
+    folder = write_project(tmp_path / "p", holding=(name,))
     with Up(folder, "--url", url) as host, holding(host, name, tmp_path / "release") as caller:
         assert name in oam("mesh", "catalog", "--url", url, cwd=tmp_path).out
         host.signal(signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_sigterm_lets_requests_finish(tmp_path: Path, url: str, name: str) -> No
 
 def test_a_stop_that_takes_too_long(tmp_path: Path) -> None:
     """A request still running after `drain_timeout` is cancelled; its caller is told so."""
-    folder = write_project(tmp_path / "p", holds=("hold",), toml="drain_timeout = 0.1\n")
+    folder = write_project(tmp_path / "p", holding=("hold",), toml="drain_timeout = 0.1\n")
     with Up(folder) as host, holding(host, "hold", tmp_path / "never") as caller:
         host.signal(signal.SIGTERM)
         told = caller.finish()
@@ -62,7 +62,7 @@ def test_a_stop_that_takes_too_long(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     """The second SIGINT does not wait for what runs, and takes the server with it."""
-    folder = write_project(tmp_path / "p", holds=("hold",), toml="drain_timeout = 600\n")
+    folder = write_project(tmp_path / "p", holding=("hold",), toml="drain_timeout = 600\n")
     with Up(folder) as host, holding(host, "hold", tmp_path / "never"):
         host.signal(signal.SIGINT)
         host.wait_for_line("stopping: finishing 1 request; Ctrl-C again stops at once")
@@ -101,14 +101,14 @@ def test_a_killed_server_comes_back(tmp_path: Path) -> None:
 
 def test_a_host_that_vanished(tmp_path: Path, url: str, name: str) -> None:
     """What a killed host leaves behind is told as such: `not_available`, and a host that does not answer."""
-    with Up(write_project(tmp_path / name, holds=(name,)), "--url", url) as host:
+    with Up(write_project(tmp_path / name, holding=(name,)), "--url", url) as host:
         host.signal(signal.SIGKILL)
         host.finish()
     call, status = ("agent", "call", name, "{}", "--url", url), ("status", "--url", url)
-    result, shown = side_by_side(call, status, cwd=tmp_path)
+    result, shown = run_parallel(call, status, cwd=tmp_path)
     assert 1 == result.code
     assert result.err.startswith(f"Error [not_available] Agent '{name}' is in the catalog, but no instance")
-    assert f"{name}: recorded with 3 agents, but does not answer" in shown.out
+    assert f"{name}: recorded with 1 agent, but does not answer" in shown.out
 
 
 # Makes the terminal at its input the one that controls it, as in a new window, and runs the rest.

@@ -1,4 +1,4 @@
-"""Callers: what they are told, and how soon."""
+"""Calls and streams as the caller sees them: payloads, errors, and how soon they are raised."""
 
 import asyncio
 import time
@@ -27,16 +27,16 @@ from pydantic import BaseModel
 from tests.support.meshes import Text, flush, node_of, reconnects, serve
 
 
-async def use(mesh: AgentMesh, verb: str, name: str, payload: object = None) -> object:
-    """Call or stream to the end."""
+async def request(mesh: AgentMesh, verb: str, name: str, payload: object = None) -> object:
+    """Call, or stream to the end."""
     if verb == "call":
         return await mesh.call(name, payload, timeout=20)
     return [chunk async for chunk in mesh.stream(name, payload, timeout=20)]
 
 
-@pytest.fixture(params=[False, True], ids=["quiet", "somebody-listens-to-everything"])
-async def crowd(request: pytest.FixtureRequest, mesh: AgentMesh) -> AsyncIterator[None]:
-    """With and without a subscriber on `mesh.>`, which keeps NATS from saying that nobody is there."""
+@pytest.fixture(params=[False, True], ids=["no-subscriber", "subscriber-of-all-subjects"])
+async def wildcard_subscriber(request: pytest.FixtureRequest, mesh: AgentMesh) -> AsyncIterator[None]:
+    """With and without a subscription to `mesh.>`, which keeps NATS from answering 503."""
     if request.param:
         sid = await node_of(mesh).connection.subscribe("mesh.>", lambda _: None)
         await flush(mesh)
@@ -46,22 +46,22 @@ async def crowd(request: pytest.FixtureRequest, mesh: AgentMesh) -> AsyncIterato
         yield
 
 
-@pytest.mark.usefixtures("crowd")
+@pytest.mark.usefixtures("wildcard_subscriber")
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_an_unknown_agent_is_not_found_at_once(mesh: AgentMesh, name: str, verb: str) -> None:
-    """A name that nobody registered fails long before the timeout."""
+async def test_an_unknown_agent_is_reported_immediately(mesh: AgentMesh, name: str, verb: str) -> None:
+    """A request to an unregistered name raises NotFound long before its timeout."""
     began = time.perf_counter()
     with pytest.raises(NotFound) as caught:
-        await use(mesh, verb, name)
+        await request(mesh, verb, name)
     assert time.perf_counter() - began < 5
     assert (name, 32) == (caught.value.agent, len(caught.value.request_id))
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_a_registered_agent_that_is_away_is_not_available(
+async def test_a_registered_agent_without_an_instance_is_not_available(
     mesh: AgentMesh, name: str, verb: str
 ) -> None:
-    """In the catalog but with nobody there: another error, as soon."""
+    """A request to an agent that is in the catalog, but that no instance serves, raises NotAvailable."""
     serve(mesh, name)
     await mesh.catalog()
     contract = (await mesh.contract(name)).model_copy(update={"name": f"{name}.ghost"})
@@ -69,20 +69,20 @@ async def test_a_registered_agent_that_is_away_is_not_available(
         contract.capabilities["streaming"] = True
     await node_of(mesh).registry.publish([AgentContract.from_document(contract.to_registry_json().encode())])
     with pytest.raises(NotAvailable):
-        await use(mesh, verb, f"{name}.ghost")
+        await request(mesh, verb, f"{name}.ghost")
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "a..b", ".a", "a.", "*", "a.>", "a\r\nPUB x", "ä", "x" * 300])
-async def test_bad_names_are_refused_here(mesh: AgentMesh, bad: str) -> None:
-    """What cannot be a subject never reaches the server, and the connection lives on."""
+async def test_an_invalid_name_is_rejected_by_the_caller(mesh: AgentMesh, bad: str) -> None:
+    """A name that cannot be part of a subject is not sent, and the connection stays open."""
     for verb in ("call", "stream"):
         with pytest.raises(InvalidInput, match="is not an agent's name"):
-            await use(mesh, verb, bad)
+            await request(mesh, verb, bad)
     assert reconnects(mesh) == 0
 
 
-async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
-    """The texts that tools match on."""
+async def test_a_wrong_verb_for_an_agent_of_this_node_is_rejected(mesh: AgentMesh, name: str) -> None:
+    """The error names the verb to use instead, in the text that tools match on."""
     serve(mesh, name)
 
     @mesh.agent(AgentSpec(name=f"{name}.s"))
@@ -90,9 +90,9 @@ async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
         yield req
 
     with pytest.raises(InvocationMismatch, match=r"does not support streaming\. Use call\(\) instead"):
-        await use(mesh, "stream", name, {})
+        await request(mesh, "stream", name, {})
     with pytest.raises(InvocationMismatch, match=r"is streaming-only\. Use stream\(\) instead"):
-        await use(mesh, "call", f"{name}.s", {})
+        await request(mesh, "call", f"{name}.s", {})
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ async def test_wrong_verbs_of_own_agents(mesh: AgentMesh, name: str) -> None:
     [(True, "is a publisher and cannot be"), (False, "is a background task and cannot be")],
 )
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_agents_that_take_no_requests(
+async def test_a_request_to_a_publisher_or_watcher_of_a_peer_is_rejected(
     mesh: AgentMesh, name: str, verb: str, streaming: bool, what: str
 ) -> None:
-    """A peer's publisher or watcher has nobody at its subject; the contract says why."""
+    """It has no subscription; the error follows from its contract."""
     serve(mesh, name)
     contract = await mesh.contract(name)
     contract.name, contract.capabilities = f"{name}.p", {"invocable": False, "streaming": streaming}
     await node_of(mesh).registry.publish([AgentContract.from_document(contract.to_registry_json().encode())])
     with pytest.raises(InvocationMismatch, match=what):
-        await use(mesh, verb, f"{name}.p")
+        await request(mesh, verb, f"{name}.p")
 
 
-async def test_payloads(mesh: AgentMesh, name: str) -> None:
-    """Models, JSON values, bytes and nothing go out as the protocol says."""
+async def test_json_values_bytes_and_no_payload_are_sent(mesh: AgentMesh, name: str) -> None:
+    """JSON values are encoded, bytes are sent unchanged; a payload without a JSON form is InvalidInput."""
 
     @mesh.agent(AgentSpec(name=name))
     async def length(req: list[int] | str | None = None) -> object:
@@ -129,26 +129,26 @@ async def test_payloads(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name, b"{")
 
 
-async def test_headers_that_would_break_the_message_are_refused(mesh: AgentMesh, name: str) -> None:
-    """A line break in a header is an error of the caller, not a second header."""
+async def test_a_header_with_a_line_break_is_rejected(mesh: AgentMesh, name: str) -> None:
+    """It raises InvalidInput and does not become a second header."""
     with pytest.raises(InvalidInput, match="line break"):
         await mesh.call(name, {}, headers={"X-Mine": "a\r\nX-Mesh-Stream: true"})
 
 
-async def test_a_request_that_is_too_large(mesh: AgentMesh, name: str) -> None:
-    """The caller is told both sizes, nothing is sent, and the connection lives on."""
+async def test_a_request_above_the_size_limit_is_rejected(mesh: AgentMesh, name: str) -> None:
+    """The error has the size and the limit, nothing is sent, and the connection stays open."""
     serve(mesh, name)
     for verb in ("call", "stream"):
         with pytest.raises(PayloadTooLarge) as caught:
-            await use(mesh, verb, f"{name}.x", {"text": "x" * 2_000_000})
+            await request(mesh, verb, f"{name}.x", {"text": "x" * 2_000_000})
         assert caught.value.details["size"] > caught.value.details["limit"] == 1_048_576
     assert {"text": "ok"} == await mesh.call(name, {})
     assert reconnects(mesh) == 0
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_timeouts_are_mesh_errors(mesh: AgentMesh, name: str, verb: str) -> None:
-    """No answer in time is MeshTimeout with the subject, never the bare builtin."""
+async def test_an_expired_timeout_raises_mesh_timeout(mesh: AgentMesh, name: str, verb: str) -> None:
+    """The error is MeshTimeout with the agent, not the built-in TimeoutError."""
 
     @mesh.agent(AgentSpec(name=f"{name}.call"))
     async def hang(req: Text) -> Text:
@@ -169,8 +169,8 @@ async def test_timeouts_are_mesh_errors(mesh: AgentMesh, name: str, verb: str) -
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_a_death_notice_ends_the_wait(mesh: AgentMesh, name: str, verb: str) -> None:
-    """When the last instance of an agent dies, those who wait for it are told at once."""
+async def test_a_death_notice_fails_pending_requests(mesh: AgentMesh, name: str, verb: str) -> None:
+    """When the last instance of an agent dies, requests to it raise AgentDied with the notice."""
     started = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=f"{name}.call"))
@@ -185,21 +185,21 @@ async def test_a_death_notice_ends_the_wait(mesh: AgentMesh, name: str, verb: st
         await asyncio.sleep(60)
         yield req
 
-    waiting = asyncio.create_task(use(mesh, verb, f"{name}.{verb}", {}))
+    waiting = asyncio.create_task(request(mesh, verb, f"{name}.{verb}", {}))
     await started.wait()
     notice = DeathNotice(agent=f"{name}.{verb}", reason="disconnect", detected_at="now", instance_id="i")
-    await node_of(mesh).connection.publish(subjects.death("x"), b"no notice")
+    await node_of(mesh).connection.publish(subjects.death("x"), b"not a notice")
     await node_of(mesh).connection.publish(subjects.death(notice.agent), notice.model_dump_json().encode())
     with pytest.raises(AgentDied) as caught:
         await waiting
     assert notice.model_dump() == caught.value.details
 
 
-async def test_a_reply_that_is_no_json(mesh: AgentMesh, name: str) -> None:
-    """A peer that answers nonsense is an error of the mesh."""
+async def test_a_reply_that_is_not_json_raises_a_mesh_error(mesh: AgentMesh, name: str) -> None:
+    """A malformed reply of a peer is reported as such."""
 
     async def answer(reply: str) -> None:
-        await node_of(mesh).connection.publish(reply, b"{nonsense")
+        await node_of(mesh).connection.publish(reply, b"{malformed")
 
     answers: list[asyncio.Task[None]] = []
     await node_of(mesh).connection.subscribe(
@@ -212,8 +212,8 @@ async def test_a_reply_that_is_no_json(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name)
 
 
-async def test_a_cancelled_call_leaves_nothing_behind(mesh: AgentMesh, name: str) -> None:
-    """After a cancel the caller waits for nothing and expects nothing."""
+async def test_a_cancelled_call_is_not_pending_any_more(mesh: AgentMesh, name: str) -> None:
+    """A cancelled call is removed from the pending requests."""
     started = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -226,14 +226,13 @@ async def test_a_cancelled_call_leaves_nothing_behind(mesh: AgentMesh, name: str
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    node = node_of(mesh)
-    assert not node.pending._pending
+    assert not node_of(mesh).pending._pending
 
 
-async def test_a_stopping_host_ends_its_streams(
+async def test_a_stream_of_a_stopping_host_ends_with_cancelled(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """The reader of a stream that a stopping host cuts is told so, after its chunks."""
+    """The reader gets the chunks that were sent, then the error Cancelled."""
     provider = new_mesh()
 
     @provider.agent(AgentSpec(name=name))
@@ -249,10 +248,10 @@ async def test_a_stopping_host_ends_its_streams(
         await anext(stream)
 
 
-async def test_a_call_is_one_message_and_no_subscription(
+async def test_a_repeated_call_sends_one_message_and_subscribes_to_nothing(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first call of an agent, each is one message out; deaths are heard of without asking."""
+    """After the first call of an agent, each further one writes a single HPUB."""
     serve(mesh, name)
     await mesh.call(name, {})
     async with AgentMesh(mesh.url) as caller:
@@ -270,10 +269,10 @@ async def test_a_call_is_one_message_and_no_subscription(
         assert [b"HPUB"] * 50 == [command[:4] for command in written]
 
 
-async def test_leaving_a_mesh_ends_its_own_calls(
+async def test_closing_a_mesh_fails_its_pending_calls(
     new_mesh: Callable[[], AgentMesh], mesh: AgentMesh, name: str
 ) -> None:
-    """Who waits for an answer on a connection that closes is told at once."""
+    """A call that waits for its answer when the connection is closed raises ConnectionFailed."""
     started = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -290,8 +289,8 @@ async def test_leaving_a_mesh_ends_its_own_calls(
         await call
 
 
-async def test_a_streams_request_id_must_fit_into_a_subject(mesh: AgentMesh, name: str) -> None:
-    """An id of the caller's own that would break the wire is refused here."""
+async def test_the_request_id_of_a_stream_must_be_valid_in_a_subject(mesh: AgentMesh, name: str) -> None:
+    """An invalid id of the caller's own is rejected, and the connection stays open."""
     for bad in ("a b", ">", "a.*"):
         with pytest.raises(InvalidInput, match="request id"):
             await anext(mesh.stream(name, {}, headers={"X-Mesh-Request-Id": bad}))

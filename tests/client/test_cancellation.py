@@ -1,4 +1,4 @@
-"""Nobody works for a caller that is gone, and nobody waits for a host that is."""
+"""Cancelled and expired requests stop their handlers; requests to dead instances fail."""
 
 import asyncio
 import signal
@@ -17,12 +17,12 @@ from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.transport.nats_client import Message
 
-from tests.support.meshes import Text, listen, node_of, pending_instance, serve
+from tests.support.meshes import Text, listen, node_of, pending_instance, route_of
 from tests.support.waiting import until
 
 
 class Hanging:
-    """An agent `{name}.call` and a streamer `{name}.stream` that hang, and tell what becomes of them."""
+    """A responder `{name}.call` and a streamer `{name}.stream` that hang; events show their state."""
 
     def __init__(self, mesh: AgentMesh, name: str) -> None:
         self.started, self.stopped = asyncio.Event(), asyncio.Event()
@@ -44,19 +44,19 @@ class Hanging:
         finally:
             self.stopped.set()
 
-    async def stops(self, seconds: float = 2) -> None:
+    async def wait_stopped(self, seconds: float = 2) -> None:
         async with asyncio.timeout(seconds):
             await self.stopped.wait()
 
 
-async def ask(
+async def request(
     mesh: AgentMesh,
     verb: str,
     name: str,
     timeout: float | None = 60,
     headers: Mapping[str, str] | None = None,
 ) -> object:
-    """Call or stream one of the agents that hang."""
+    """Call, or stream, one of the agents that hang."""
     if verb == "call":
         return await mesh.call(f"{name}.call", {}, timeout=timeout, headers=headers)
     return [chunk async for chunk in mesh.stream(f"{name}.stream", {}, timeout=timeout, headers=headers)]
@@ -72,62 +72,62 @@ async def line(process: "subprocess.Popen[str]") -> str:
     return (await asyncio.to_thread(process.stdout.readline)).strip()
 
 
-@pytest.mark.parametrize("accepted", [False, True], ids=["at-once", "after-it-was-accepted"])
+@pytest.mark.parametrize("accepted", [False, True], ids=["immediately", "after-acknowledgement"])
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_a_cancelled_caller_stops_the_handler(
+async def test_cancelling_a_request_stops_the_handler(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, verb: str, accepted: bool
 ) -> None:
-    """Whoever stops waiting ends the work, also before the host said that it has it in hand."""
+    """The handler is cancelled, also when the host has not acknowledged the request yet."""
     hanging = Hanging(mesh, name)
     await mesh.catalog()
     async with new_mesh() as caller:
-        asking = asyncio.create_task(ask(caller, verb, name))
+        pending = asyncio.create_task(request(caller, verb, name))
         await hanging.started.wait()
         if accepted:
             await pending_instance(caller)
-        assert asking.cancel()
+        assert pending.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asking
-        await hanging.stops()
+            await pending
+        await hanging.wait_stopped()
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-@pytest.mark.parametrize("how", ["timeout", "asyncio.timeout", "left"])
-async def test_a_caller_that_gives_up_stops_the_handler(
+@pytest.mark.parametrize("how", ["timeout", "asyncio.timeout", "close"])
+async def test_an_expired_request_and_a_closed_mesh_stop_the_handler(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, verb: str, how: str
 ) -> None:
-    """A timeout of the verb, one around it, and leaving the mesh end the work as well."""
+    """A timeout of the request, one around it, and closing the caller's mesh cancel the handler."""
     hanging = Hanging(mesh, name)
     await mesh.catalog()
     async with new_mesh() as caller:
         if how == "timeout":
             with pytest.raises(MeshTimeout):
-                await ask(caller, verb, name, timeout=0.2)
+                await request(caller, verb, name, timeout=0.2)
         elif how == "asyncio.timeout":
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await ask(caller, verb, name)
+                    await request(caller, verb, name)
         else:
-            asking = asyncio.create_task(ask(caller, verb, name))
+            pending = asyncio.create_task(request(caller, verb, name))
             await hanging.started.wait()
-    await hanging.stops(10 if how == "left" else 2)  # when it is left, NATS tells
-    if how == "left":
-        await asyncio.wait([asking])
-        assert asking.exception() is not None
+    await hanging.wait_stopped(10 if how == "close" else 2)  # after a close, the host gets a 503 from NATS
+    if how == "close":
+        await asyncio.wait([pending])
+        assert pending.exception() is not None
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_who_waited_in_vain_says_so(
+async def test_a_cancel_after_a_timeout_is_reported_as_a_timeout(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, verb: str
 ) -> None:
-    """A request whose caller's time is up is reported as that, though the host saw time left."""
+    """The host publishes the error `timeout` though the request's own deadline has not expired."""
     hanging = Hanging(mesh, name)
     copies = await listen(mesh, subjects.errors(f"{name}.{verb}"))
     await mesh.catalog()
     async with new_mesh() as caller:
         with pytest.raises(MeshTimeout):
-            await ask(caller, verb, name, timeout=0.2, headers={subjects.TIMEOUT_MS: "60000"})
-        await hanging.stops()
+            await request(caller, verb, name, timeout=0.2, headers={subjects.TIMEOUT_MS: "60000"})
+        await hanging.wait_stopped()
         async with asyncio.timeout(2):
             copy = await copies.get()
     assert MeshTimeout.code == codec.decode_error(copy.body).code
@@ -137,7 +137,7 @@ async def test_who_waited_in_vain_says_so(
 async def test_a_killed_caller_stops_the_handler(
     mesh: AgentMesh, url: str, name: str, verb: str, tmp_path: Path
 ) -> None:
-    """A caller that can say nothing any more is noticed within seconds."""
+    """A caller that cannot send a cancel is detected within seconds."""
     hanging = Hanging(mesh, name)
     await mesh.catalog()
     process = start(
@@ -158,11 +158,13 @@ async def test_a_killed_caller_stops_the_handler(
         await hanging.started.wait()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    await hanging.stops(10)
+    await hanging.wait_stopped(10)
 
 
-async def test_the_cancel_travels_on(mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str) -> None:
-    """A handler that is stopped while it waits for another agent's answer stops that one too."""
+async def test_a_cancel_is_propagated_to_nested_requests(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """A handler that is cancelled while it waits for another agent's answer cancels that request, too."""
     hanging, first_stopped = Hanging(mesh, name), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=f"{name}.first"))
@@ -177,15 +179,15 @@ async def test_the_cancel_travels_on(mesh: AgentMesh, new_mesh: Callable[[], Age
         call = asyncio.create_task(caller.call(f"{name}.first", {}))
         await hanging.started.wait()
         call.cancel()
-        await hanging.stops()
+        await hanging.wait_stopped()
         async with asyncio.timeout(2):
             await first_stopped.wait()
 
 
-async def test_a_request_that_waits_for_its_turn_is_never_begun(
+async def test_a_request_that_is_cancelled_in_the_queue_does_not_run(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """What is cancelled while it queues gives up its place, and its handler does not run."""
+    """A queued request that is cancelled is removed from the queue, and its handler is not called."""
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(concurrency=1))
     started, go, ran = asyncio.Event(), asyncio.Event(), list[str]()
 
@@ -197,32 +199,24 @@ async def test_a_request_that_waits_for_its_turn_is_never_begun(
         return req
 
     await mesh.catalog()
-    route = node_of(mesh).router.get(name)
-    assert route is not None
-
-    async def runs(requests: int) -> None:
-        async def as_many() -> bool:
-            return route.in_flight == requests
-
-        await until(as_many)
-
+    route = route_of(mesh, name)
     async with new_mesh() as caller:
         first = asyncio.create_task(caller.call(name, {"text": "first"}))
         await started.wait()
         second = asyncio.create_task(caller.call(name, {"text": "second"}))
-        await runs(2)
+        await until(lambda: route.in_flight == 2)
         second.cancel()
-        await runs(1)
+        await until(lambda: route.in_flight == 1)
         go.set()
         assert {"text": "first"} == await first
         assert {"text": "third"} == await caller.call(name, {"text": "third"})
     assert ["first", "third"] == ran
 
 
-async def test_only_those_who_understand_it_hear_accepted(
+async def test_acknowledgements_are_sent_only_to_callers_that_accept_them(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who asks for it hears at once and again who has the request; a stock caller hears the reply only."""
+    """A request with `X-Mesh-Accept: ack` is acknowledged repeatedly; without it there is only the reply."""
     monkeypatch.setattr("openagentmesh.serving.keepalive._INTERVAL_S", 0.05)
     go = asyncio.Event()
 
@@ -239,16 +233,16 @@ async def test_only_those_who_understand_it_hear_accepted(
         await node.connection.publish(
             subjects.agent(name), b"{}", head, node.inbox.register(answers.put_nowait)
         )
-    word = {"X-Mesh-Request-Id": f"{name}-1", "X-Mesh-Instance-Id": mesh.instance_id}
+    expected = {"X-Mesh-Request-Id": f"{name}-1", "X-Mesh-Instance-Id": mesh.instance_id}
     async with asyncio.timeout(10):
         for _ in range(3):
             accepted = await ours.get()
-            assert word | {"X-Mesh-Status": "accepted"} == read_headers(accepted.head)
+            assert expected | {"X-Mesh-Status": "accepted"} == read_headers(accepted.head)
             assert (b"", True) == (accepted.body, bool(accepted.reply))
         go.set()
         while (answer := await ours.get()).body == b"":
             pass
-        assert word | {"X-Mesh-Status": "ok", "X-Mesh-Source": name} == read_headers(answer.head)
+        assert expected | {"X-Mesh-Status": "ok", "X-Mesh-Source": name} == read_headers(answer.head)
         only = await stock.get()
     assert ("ok", f"{name}-0") == tuple(
         read_headers(only.head)[key] for key in ("X-Mesh-Status", "X-Mesh-Request-Id")
@@ -259,10 +253,10 @@ async def test_only_those_who_understand_it_hear_accepted(
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_the_death_of_one_of_two_replicas(
+async def test_a_request_to_a_killed_replica_fails_while_the_other_one_serves(
     mesh: AgentMesh, url: str, name: str, verb: str, tmp_path: Path
 ) -> None:
-    """Who waits for a killed instance is told within seconds, though the agent itself lives on."""
+    """A request that a killed instance handled raises AgentDied; the next one is answered."""
     process = start(
         tmp_path / "replica.py",
         f"""
@@ -300,28 +294,28 @@ async def test_the_death_of_one_of_two_replicas(
     await mesh.catalog()
     async with AgentMesh(url) as caller:
         working = asyncio.create_task(line(process))
-        for _ in range(200):  # until NATS happens to choose the other replica
-            asking = asyncio.create_task(ask(caller, verb, name))
-            await asyncio.wait([asking, working], return_when=asyncio.FIRST_COMPLETED)
+        for _ in range(200):  # until NATS chooses the other replica
+            pending = asyncio.create_task(request(caller, verb, name))
+            await asyncio.wait([pending, working], return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 break
-            assert alive == await asking
+            assert alive == await pending
         assert ("working", instance) == (await working, await pending_instance(caller))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         async with asyncio.timeout(10):
             with pytest.raises(AgentDied) as caught:
-                await asking
+                await pending
         notice = DeathNotice.model_validate(caught.value.details)
         assert (f"{name}.{verb}", "disconnect", instance) == (
             notice.agent, notice.reason, notice.instance_id
         )  # fmt: skip
-        assert alive == await ask(caller, verb, name)
+        assert alive == await request(caller, verb, name)
 
 
-async def test_a_nested_request_has_what_is_left(mesh: AgentMesh, name: str) -> None:
-    """What a handler asks of others is bound by its own deadline; a task it leaves behind is not."""
-    go, left_behind = asyncio.Event(), list[asyncio.Task[list[float]]]()
+async def test_a_nested_request_inherits_the_deadline(mesh: AgentMesh, name: str) -> None:
+    """Requests of a handler have at most its remaining time; a task that outlives the handler does not."""
+    go, outliving = asyncio.Event(), list[asyncio.Task[list[float]]]()
 
     @mesh.agent(AgentSpec(name=f"{name}.b"))
     async def b(req: Text) -> list[float]:
@@ -338,37 +332,37 @@ async def test_a_nested_request_has_what_is_left(mesh: AgentMesh, name: str) -> 
 
     @mesh.agent(AgentSpec(name=f"{name}.a"))
     async def a(req: Text) -> list[object]:
-        left_behind.append(asyncio.create_task(later()))
+        outliving.append(asyncio.create_task(later()))
         found = [await mesh.call(f"{name}.b", {}, timeout=timeout) for timeout in (30, None)]
         return found + [chunk async for chunk in mesh.stream(f"{name}.s", {}, timeout=30)]
 
     found = await mesh.call(f"{name}.a", {}, timeout=2)
     assert 3 == len(found)
-    assert all(0 < remaining <= 2 and milliseconds <= 2000 for remaining, milliseconds in found)
+    assert all(0 < seconds <= 2 and announced <= 2000 for seconds, announced in found)
     assert (await mesh.call(f"{name}.b", {}, timeout=1))[0] <= 1
     go.set()
-    [free, announced] = await left_behind[0]
-    assert free > 2
-    assert announced > 2000
+    [remaining, milliseconds] = await outliving[0]
+    assert remaining > 2
+    assert milliseconds > 2000
 
 
 @pytest.mark.parametrize(
-    ("produces", "reads"),
+    ("produce_s", "read_s"),
     [(0.01, 0), (0, 0), (0, 0.01), (60, 0)],
     ids=["steady", "fast", "slow-reader", "hanging"],
 )
-async def test_a_stream_has_so_long_in_total(
-    mesh: AgentMesh, name: str, produces: float, reads: float
+async def test_a_stream_is_stopped_after_its_total_time(
+    mesh: AgentMesh, name: str, produce_s: float, read_s: float
 ) -> None:
-    """After `total` seconds a stream ends with MeshTimeout, however well its chunks come, and is stopped."""
+    """After `total` seconds a stream raises MeshTimeout and stops its handler, also while chunks arrive."""
     stopped = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
     async def endless(req: Text) -> AsyncIterator[int]:
         try:
             while True:
-                if produces:
-                    await asyncio.sleep(produces)
+                if produce_s:
+                    await asyncio.sleep(produce_s)
                 yield 0
         finally:
             stopped.set()
@@ -376,18 +370,17 @@ async def test_a_stream_has_so_long_in_total(
     async with asyncio.timeout(5), aclosing(mesh.stream(name, {}, timeout=30, total=0.3)) as chunks:
         with pytest.raises(MeshTimeout):
             async for _ in chunks:
-                await asyncio.sleep(reads)
+                await asyncio.sleep(read_s)
     async with asyncio.timeout(2):
         await stopped.wait()
 
 
-async def test_a_stream_that_ends_in_time_minds_no_total(mesh: AgentMesh, name: str) -> None:
-    """`total` shortens nothing that is done before; without a `timeout` it is the only bound."""
+async def test_a_stream_that_ends_within_its_total_time_is_complete(mesh: AgentMesh, name: str) -> None:
+    """With `total` and without `timeout`, all chunks are read."""
 
     @mesh.agent(AgentSpec(name=name))
     async def two(req: Text) -> AsyncIterator[int]:
         yield 1
         yield 2
 
-    serve(mesh, f"{name}.other")
     assert [1, 2] == [chunk async for chunk in mesh.stream(name, {}, timeout=None, total=30)]

@@ -1,8 +1,8 @@
-"""The border that all that leaves a mesh passes: what its middlewares change, and when they fail or hang."""
+"""Client middlewares: what they may change, and what happens when they fail or hang."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
 import pytest
@@ -23,78 +23,76 @@ from openagentmesh import (
 from tests.support.meshes import flush, start_reading
 from tests.support.plugins import mesh_with_plugins
 
-Leaving = Callable[[ClientOperation], AbstractAsyncContextManager[object]]
 
-
-def at_the_border(middleware: Leaving) -> object:
-    class Leaver:
+def plugin_with(middleware: ClientMiddleware) -> object:
+    class Outgoing:
         @hookimpl
         def mesh_client_middleware(self) -> ClientMiddleware:
             return middleware
 
-    return Leaver()
+    return Outgoing()
 
 
-async def test_a_client_middleware_makes_no_success_of_a_failure(url: str, name: str) -> None:
-    """One that swallows what passes it changes nothing: calls, streams and sends fail as they did."""
+async def test_a_client_middleware_cannot_suppress_an_error(url: str, name: str) -> None:
+    """With a middleware that suppresses all errors, calls, streams and sends still fail."""
 
     @asynccontextmanager
-    async def swallowing(outgoing: ClientOperation) -> AsyncIterator[None]:
+    async def suppressing(operation: ClientOperation) -> AsyncIterator[None]:
         with suppress(Exception):
             yield
 
-    async with mesh_with_plugins(url, name, at_the_border(swallowing)) as mesh:
+    async with mesh_with_plugins(url, name, plugin_with(suppressing)) as mesh:
         with pytest.raises(NotFound):
-            await mesh.call(f"{name}.nobody", 1)
+            await mesh.call(f"{name}.unknown", 1)
         with pytest.raises(InvalidInput):
-            _ = [chunk async for chunk in mesh.stream(f"{name}.counts", "x")]
+            _ = [chunk async for chunk in mesh.stream(f"{name}.streamer", "x")]
         with pytest.raises(NotFound):
-            await mesh.send(f"{name}.nobody", 1)
+            await mesh.send(f"{name}.unknown", 1)
 
 
-async def test_a_client_middleware_that_fails_afterwards_is_named(url: str, name: str) -> None:
-    """What it raises when the answer is there is a MeshError with its name; so is a failing answer's."""
+async def test_a_client_middleware_that_fails_after_the_answer_is_named(url: str, name: str) -> None:
+    """Its exception is a PluginFailed with the plugin's name, after a reply as after an error."""
 
     @asynccontextmanager
-    async def failing(outgoing: ClientOperation) -> AsyncIterator[None]:
+    async def failing(operation: ClientOperation) -> AsyncIterator[None]:
         try:
             yield
         finally:
             raise KeyError("span")
 
-    async with mesh_with_plugins(url, name, at_the_border(failing)) as mesh:
-        for agent in ("asked", "nobody"):
-            with pytest.raises(PluginFailed, match="'leaver' failed after the call of"):
+    async with mesh_with_plugins(url, name, plugin_with(failing)) as mesh:
+        for agent in ("responder", "unknown"):
+            with pytest.raises(PluginFailed, match="'outgoing' failed after the call of"):
                 await mesh.call(f"{name}.{agent}", 1)
 
 
-async def test_a_client_middleware_that_hangs_is_out_of_time(url: str, name: str) -> None:
-    """It has as long as the call has, and is named then."""
+async def test_a_client_middleware_that_hangs_before_a_call_times_out(url: str, name: str) -> None:
+    """After the call's timeout MeshTimeout is raised, with the plugin's name."""
 
     @asynccontextmanager
-    async def hanging(outgoing: ClientOperation) -> AsyncIterator[None]:
+    async def hanging(operation: ClientOperation) -> AsyncIterator[None]:
         await asyncio.Event().wait()
         yield
 
-    async with mesh_with_plugins(url, name, at_the_border(hanging)) as mesh:
-        with pytest.raises(MeshTimeout, match="The plugin 'leaver' took too long before the call"):
-            await mesh.call(f"{name}.asked", 1, timeout=0.1)
+    async with mesh_with_plugins(url, name, plugin_with(hanging)) as mesh:
+        with pytest.raises(MeshTimeout, match="The plugin 'outgoing' took too long before the call"):
+            await mesh.call(f"{name}.responder", 1, timeout=0.1)
 
 
-async def test_events_may_be_changed_and_refused_at_the_border(
+async def test_a_client_middleware_may_change_and_reject_events(
     url: str, mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A changed body is what is sent; a subscriber misses what is refused, and gets the next one."""
+    """A published event is sent with the changed body; a rejected one is logged and not delivered."""
 
     @asynccontextmanager
-    async def changing(outgoing: ClientOperation) -> AsyncIterator[None]:
-        if outgoing.verb == "publish":
-            outgoing.body = outgoing.body.replace(b"1", b"42")
-        elif outgoing.body == b"13":
+    async def changing(operation: ClientOperation) -> AsyncIterator[None]:
+        if operation.verb == "publish":
+            operation.body = operation.body.replace(b"1", b"42")
+        elif operation.body == b"13":
             raise PermissionDenied("not this one")
         yield
 
-    async with mesh_with_plugins(url, name, at_the_border(changing)) as guarded:
+    async with mesh_with_plugins(url, name, plugin_with(changing)) as guarded:
         reading = await start_reading(guarded, guarded.subscribe(subject=f"{name}.e"), 2)
         for number in (1, 3):
             await mesh.publish(f"{name}.e", "13")
@@ -104,16 +102,16 @@ async def test_events_may_be_changed_and_refused_at_the_border(
     assert f"event on {name}.e rejected" in caplog.text
 
 
-async def test_what_is_changed_on_an_event_that_comes_is_what_is_read(url: str, name: str) -> None:
-    """Body and headers: a plugin that decrypts events gives its subscribers what was encrypted."""
+async def test_changes_of_a_received_event_reach_the_subscriber(url: str, name: str) -> None:
+    """Body and headers may be changed: a plugin may encrypt published and decrypt received events."""
 
     @asynccontextmanager
-    async def crypt(outgoing: ClientOperation) -> AsyncIterator[None]:
-        outgoing.body = bytes(255 - byte for byte in outgoing.body)
-        outgoing.headers["X-Seen"] = outgoing.verb
+    async def inverting(operation: ClientOperation) -> AsyncIterator[None]:
+        operation.body = bytes(255 - byte for byte in operation.body)
+        operation.headers["X-Verb"] = operation.verb
         yield
 
-    async with mesh_with_plugins(url, name, at_the_border(crypt)) as mesh:
+    async with mesh_with_plugins(url, name, plugin_with(inverting)) as mesh:
         subject = f"{name}.e"
         reading = asyncio.create_task(_first(mesh, subject))
         while not reading.done():
@@ -121,46 +119,46 @@ async def test_what_is_changed_on_an_event_that_comes_is_what_is_read(url: str, 
             await asyncio.sleep(0)
         event = await reading
     assert b"hidden" == event.data
-    assert "receive" == event.headers["X-Seen"]
+    assert "receive" == event.headers["X-Verb"]
 
 
 async def _first(mesh: AgentMesh, subject: str) -> MeshMessage[object]:
     async for message in mesh.subscribe(subject=subject, messages=True):
         return message
-    raise AssertionError("it ended")
+    raise AssertionError("the subscription ended")
 
 
 @asynccontextmanager
-async def lingering(outgoing: ClientOperation) -> AsyncIterator[None]:
-    """Takes its time before and after what leaves."""
+async def lingering(operation: ClientOperation) -> AsyncIterator[None]:
+    """Wait 0.3 seconds before the operation, and for ever after it."""
     await asyncio.sleep(0.3)
     yield
     await asyncio.Event().wait()
 
 
-async def test_what_a_client_middleware_does_afterwards_is_bounded(url: str, name: str) -> None:
-    """By the request's timeout, too; then it is named."""
-    async with mesh_with_plugins(url, name, at_the_border(lingering)) as mesh, asyncio.timeout(10):
-        with pytest.raises(MeshTimeout, match="The plugin 'leaver' took too long after the call"):
-            await mesh.call(f"{name}.asked", 1, timeout=0.5)
+async def test_a_client_middleware_that_hangs_after_the_answer_times_out(url: str, name: str) -> None:
+    """After the request's timeout MeshTimeout is raised, with the plugin's name."""
+    async with mesh_with_plugins(url, name, plugin_with(lingering)) as mesh, asyncio.timeout(10):
+        with pytest.raises(MeshTimeout, match="The plugin 'outgoing' took too long after the call"):
+            await mesh.call(f"{name}.responder", 1, timeout=0.5)
 
 
-async def test_the_time_for_all_of_a_stream_begins_before_the_border(url: str, name: str) -> None:
-    """What middlewares take of `total` is gone for the stream."""
-    async with mesh_with_plugins(url, name, at_the_border(lingering)) as mesh:
+async def test_the_total_time_of_a_stream_includes_client_middlewares(url: str, name: str) -> None:
+    """The time that middlewares take before the request counts towards `total`."""
+    async with mesh_with_plugins(url, name, plugin_with(lingering)) as mesh:
         with pytest.raises(MeshTimeout):
-            _ = [chunk async for chunk in mesh.stream(f"{name}.counts", 1, timeout=1, total=0.2)]
+            _ = [chunk async for chunk in mesh.stream(f"{name}.streamer", 1, timeout=1, total=0.2)]
 
 
-async def test_a_publisher_makes_way_within_a_client_middleware(url: str, name: str) -> None:
-    """However fast it yields, others in its host have their turn."""
+async def test_a_fast_publisher_with_a_client_middleware_yields_to_the_loop(url: str, name: str) -> None:
+    """Other tasks run at least once per 1000 events."""
 
     @asynccontextmanager
-    async def passing(outgoing: ClientOperation) -> AsyncIterator[None]:
+    async def passing(operation: ClientOperation) -> AsyncIterator[None]:
         yield
 
     emitted = 0
-    mesh = AgentMesh(url, plugins=[at_the_border(passing)])
+    mesh = AgentMesh(url, plugins=[plugin_with(passing)])
 
     @mesh.agent(AgentSpec(name=f"{name}.ticks"))
     async def ticks() -> AsyncIterator[int]:

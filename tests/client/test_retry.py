@@ -1,4 +1,4 @@
-"""`retry=`: asked again, where the agent's author says that this does no harm."""
+"""`retry=`: requests to idempotent agents are repeated after certain errors."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,54 +7,54 @@ import pytest
 from openagentmesh import AgentMesh, AgentSpec, InvalidInput, MeshError, NotAvailable, NotFound, Overloaded
 
 
-async def test_an_overloaded_agent_is_asked_again(mesh: AgentMesh, name: str) -> None:
-    """A refusal is not the last word within the retries and the timeout; the answer comes."""
-    asked = 0
+async def test_a_request_to_an_overloaded_agent_is_retried(mesh: AgentMesh, name: str) -> None:
+    """Within the retries and the timeout the request is repeated until it is answered."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def busy(req: int) -> int:
-        nonlocal asked
-        asked += 1
-        if asked < 3:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
             raise Overloaded("not now", details={"retry_after_ms": 1})
         return req
 
     assert 7 == await mesh.call(name, 7, retry=2)
-    assert 3 == asked
+    assert 3 == attempts
 
 
-async def test_the_last_refusal_is_raised(mesh: AgentMesh, name: str) -> None:
-    """After as many tries as were asked for, what came last is the error."""
-    asked = 0
+async def test_the_error_of_the_last_attempt_is_raised(mesh: AgentMesh, name: str) -> None:
+    """When all retries have failed, the last error is raised."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
-    async def gone(req: int) -> int:
-        nonlocal asked
-        asked += 1
-        raise NotAvailable(f"try {asked}")
+    async def unavailable(req: int) -> int:
+        nonlocal attempts
+        attempts += 1
+        raise NotAvailable(f"attempt {attempts}")
 
-    with pytest.raises(NotAvailable, match="try 3"):
+    with pytest.raises(NotAvailable, match="attempt 3"):
         await mesh.call(name, 7, retry=2)
-    assert 3 == asked
+    assert 3 == attempts
 
 
-async def test_what_the_agent_says_for_good_is_not_asked_again(mesh: AgentMesh, name: str) -> None:
-    """An error of the handler is an answer."""
-    asked = 0
+async def test_other_errors_are_not_retried(mesh: AgentMesh, name: str) -> None:
+    """An error of the handler is raised after the first attempt."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def fails(req: int) -> int:
-        nonlocal asked
-        asked += 1
+        nonlocal attempts
+        attempts += 1
         raise MeshError("own", "no")
 
     with pytest.raises(MeshError, match="no"):
         await mesh.call(name, 7, retry=5)
-    assert 1 == asked
+    assert 1 == attempts
 
 
-async def test_the_timeout_holds_for_all_tries_together(mesh: AgentMesh, name: str) -> None:
-    """A host that asks for more patience than there is left gets no further try."""
+async def test_the_timeout_includes_all_attempts(mesh: AgentMesh, name: str) -> None:
+    """When `retry_after_ms` exceeds the time that is left, there is no further attempt."""
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def busy(req: int) -> int:
@@ -65,47 +65,47 @@ async def test_the_timeout_holds_for_all_tries_together(mesh: AgentMesh, name: s
             await mesh.call(name, 7, 1.0, retry=100)
 
 
-async def test_only_agents_that_allow_it_are_asked_again(mesh: AgentMesh, name: str) -> None:
-    """Without the author's word `retry=` is refused before anything is sent; nobody is nobody."""
-    asked = 0
+async def test_retries_require_an_idempotent_agent(mesh: AgentMesh, name: str) -> None:
+    """For an agent that is not declared idempotent, and for an unknown one, no request is sent."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name))
     async def once(req: int) -> int:
-        nonlocal asked
-        asked += 1
+        nonlocal attempts
+        attempts += 1
         return req
 
     with pytest.raises(InvalidInput, match="idempotent=True"):
         await mesh.call(name, 7, retry=1)
     with pytest.raises(NotFound):
         await mesh.call(f"{name}x", 7, retry=1)
-    assert 0 == asked
+    assert 0 == attempts
 
 
-async def test_a_stream_is_asked_again_until_its_first_chunk(mesh: AgentMesh, name: str) -> None:
-    """What has been read is never read twice: after a chunk the error is raised."""
-    asked = 0
+async def test_a_stream_is_retried_before_its_first_chunk_only(mesh: AgentMesh, name: str) -> None:
+    """No chunk is read twice: an error after a chunk is raised."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def stream(late: bool) -> AsyncIterator[int]:
-        nonlocal asked
-        asked += 1
+        nonlocal attempts
+        attempts += 1
         if late:
             yield 0
-        if asked < 3:
+        if attempts < 3:
             raise NotAvailable("not now")
-        yield asked
+        yield attempts
 
     assert [3] == [chunk async for chunk in mesh.stream(name, payload=False, retry=5)]
-    asked, chunks = 0, []
+    attempts, chunks = 0, []
     with pytest.raises(NotAvailable):
         async for chunk in mesh.stream(name, payload=True, retry=5):
             chunks += [chunk]
-    assert ([0], 1) == (chunks, asked)
+    assert ([0], 1) == (chunks, attempts)
 
 
-async def test_the_contract_says_whether_it_may_be_asked_again(mesh: AgentMesh, name: str) -> None:
-    """The author's word is published among our own keys, and only when it was given."""
+async def test_the_contract_contains_idempotent_only_if_declared(mesh: AgentMesh, name: str) -> None:
+    """The document has the key `idempotent` in `x-agentmesh` for agents that declare it, and no others."""
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def agent(req: int) -> int:

@@ -1,4 +1,4 @@
-"""Sending: what comes of a request whose sender goes on."""
+"""`send`: requests whose sender does not wait for the result."""
 
 import asyncio
 import logging
@@ -39,13 +39,13 @@ from tests.support.meshes import (
 )
 
 
-class Told:
-    """What the callbacks of one `send` were told, in order."""
+class Callbacks:
+    """The callbacks of one `send`, and what they were called with, in order."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
 
-    async def of(
+    async def send(
         self,
         mesh: AgentMesh,
         name: str,
@@ -53,8 +53,8 @@ class Told:
         timeout: float | None = 60,
         headers: dict[str, str] | None = None,
     ) -> None:
-        tell = self.queue.put_nowait
-        await mesh.send(name, payload, on_reply=tell, on_error=tell, timeout=timeout, headers=headers)
+        put = self.queue.put_nowait
+        await mesh.send(name, payload, on_reply=put, on_error=put, timeout=timeout, headers=headers)
 
     def so_far(self) -> list[Any]:
         return [self.queue.get_nowait() for _ in range(self.queue.qsize())]
@@ -71,56 +71,56 @@ class Count(BaseModel):
 
 
 def streamer(mesh: AgentMesh, name: str) -> asyncio.Queue[str]:
-    """A streamer that counts, and tells when it is through."""
+    """Declare a streamer that counts; returns a queue of how its runs ended."""
     ends: asyncio.Queue[str] = asyncio.Queue()
 
     @mesh.agent(AgentSpec(name=name))
     async def stream(req: Count) -> AsyncIterator[int]:
-        through = False
+        is_complete = False
         try:
             for number in range(req.count):
                 await asyncio.sleep(req.waits)
                 yield number
             if req.fails:
                 raise ValueError("late")
-            through = True
+            is_complete = True
         finally:
-            ends.put_nowait("end" if through else "stopped")
+            ends.put_nowait("complete" if is_complete else "stopped")
 
     return ends
 
 
-async def nothing_under_way(mesh: AgentMesh) -> None:
-    """Wait until the mesh awaits no more replies to what it sent."""
+async def all_replies_received(mesh: AgentMesh) -> None:
+    """Wait until the mesh waits for no more replies to sent requests."""
     while sending := node_of(mesh).requests._sending:
         await asyncio.wait(sending, timeout=10)
 
 
-async def send_and_hear(mesh: AgentMesh, name: str, how: str) -> None:
-    """Send, and raise what the callback for errors is told."""
+async def send_and_raise(mesh: AgentMesh, name: str, how: str) -> None:
+    """Send, and raise what the callback receives."""
     async with asyncio.timeout(5):
         if how == "nothing":
             await mesh.send(name, {})
         elif how == "reply_to":
-            await mesh.send(name, {}, reply_to=f"somewhere.{name}")
+            await mesh.send(name, {}, reply_to=f"replies.{name}")
         else:
-            told = Told()
-            await told.of(mesh, name, {})
-            raise await told.next()
+            callbacks = Callbacks()
+            await callbacks.send(mesh, name, {})
+            raise await callbacks.next()
 
 
-@pytest.fixture(params=[False, True], ids=["quiet", "somebody-listens-to-everything"])
-async def crowd(request: pytest.FixtureRequest, mesh: AgentMesh) -> None:
-    """With and without a subscriber on `mesh.>`, which keeps NATS from saying that nobody is there."""
+@pytest.fixture(params=[False, True], ids=["no-subscriber", "subscriber-of-all-subjects"])
+async def wildcard_subscriber(request: pytest.FixtureRequest, mesh: AgentMesh) -> None:
+    """With and without a subscription to `mesh.>`, which keeps NATS from answering 503."""
     if request.param:
         await listen(mesh, "mesh.>")
 
 
 @pytest.mark.parametrize("kind", ["responder", "streamer"])
-async def test_what_nobody_waits_for_is_done(
+async def test_a_request_without_a_callback_is_handled_and_not_answered(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, kind: str
 ) -> None:
-    """The handler runs to its end with the payload and the headers; nothing is replied to anybody."""
+    """The handler completes with the payload and the headers of the request; no reply is published."""
     seen: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
     go = asyncio.Event()
 
@@ -139,7 +139,7 @@ async def test_what_nobody_waits_for_is_done(
     everything = await listen(mesh, ">")
     async with new_mesh() as sender:
         await sender.send(name, Text(text="x"), headers={"X-Mine": "yes"})
-        assert seen.empty()  # it did not wait for the work
+        assert seen.empty()  # `send` did not wait for the handler
         go.set()
         async with asyncio.timeout(10):
             assert ("x", "yes") == await seen.get()
@@ -153,24 +153,24 @@ async def test_what_nobody_waits_for_is_done(
         assert everything.get_nowait().subject not in replies
 
 
-@pytest.mark.usefixtures("crowd")
+@pytest.mark.usefixtures("wildcard_subscriber")
 @pytest.mark.parametrize("how", ["nothing", "on_reply", "reply_to"])
-async def test_an_unknown_agent_is_not_found_at_once(mesh: AgentMesh, name: str, how: str) -> None:
-    """A name that nobody has fails long before the timeout, for who waits for nothing as well."""
+async def test_an_unknown_agent_is_reported_immediately(mesh: AgentMesh, name: str, how: str) -> None:
+    """A request to an unregistered name fails long before the timeout, also without a callback."""
     with pytest.raises(NotFound) as caught:
-        await send_and_hear(mesh, name, how)
+        await send_and_raise(mesh, name, how)
     assert (name, 32) == (caught.value.agent, len(caught.value.request_id))
 
 
 @pytest.mark.parametrize("how", ["nothing", "on_reply"])
-async def test_an_agent_that_is_away_is_not_available(mesh: AgentMesh, name: str, how: str) -> None:
-    """In the catalog but with nobody there: another error, as soon."""
+async def test_an_agent_without_an_instance_is_not_available(mesh: AgentMesh, name: str, how: str) -> None:
+    """A request to an agent that is in the catalog, but that no instance serves, raises NotAvailable."""
     serve(mesh, f"{name}.there")
     contract = await mesh.contract(f"{name}.there")
     contract.name = name
     await node_of(mesh).registry.publish([contract])
     with pytest.raises(NotAvailable) as caught:
-        await send_and_hear(mesh, name, how)
+        await send_and_raise(mesh, name, how)
     assert name == caught.value.agent
 
 
@@ -179,7 +179,7 @@ async def test_an_agent_that_is_away_is_not_available(mesh: AgentMesh, name: str
 async def test_publishers_and_watchers_take_no_requests(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, shape: str, how: str
 ) -> None:
-    """Every verb that asks is refused with the text that tools match on, here and from afar."""
+    """Every verb raises the error that tools match on, in the agent's own node and in another one."""
     declare_background(mesh, name, shape, run_forever)
     await mesh.catalog()
     done = {"call": "called", "stream": "streamed"}.get(how, "sent to")
@@ -194,15 +194,15 @@ async def test_publishers_and_watchers_take_no_requests(
                 elif how == "stream":
                     await anext(caller.stream(name, {}, timeout=10))
                 else:
-                    await send_and_hear(caller, name, how)
+                    await send_and_raise(caller, name, how)
             assert f"Agent '{name}' {what}" == caught.value.message
     assert "running" == background_of(mesh, name).state
 
 
 @pytest.mark.parametrize("coroutine", [False, True], ids=["function", "coroutine-function"])
-async def test_a_reply_comes_to_its_callback(mesh: AgentMesh, name: str, coroutine: bool) -> None:
-    """It comes on `mesh.results.{id}`, once, while the sender goes on; nobody listens there afterwards."""
-    go, told = asyncio.Event(), Told()
+async def test_the_callback_receives_the_reply(mesh: AgentMesh, name: str, coroutine: bool) -> None:
+    """It is called once, with the reply on `mesh.results.{id}`, to which nothing is subscribed afterwards."""
+    go, callbacks = asyncio.Event(), Callbacks()
 
     @mesh.agent(AgentSpec(name=name))
     async def echo(req: Text) -> Text:
@@ -211,57 +211,60 @@ async def test_a_reply_comes_to_its_callback(mesh: AgentMesh, name: str, corouti
 
     async def later(value: object) -> None:
         await asyncio.sleep(0)
-        told.queue.put_nowait(value)
+        callbacks.queue.put_nowait(value)
 
     await mesh.catalog()
     requests, headers = await listen(mesh, subjects.agent(name)), {"X-Mesh-Request-Id": f"id-{name}"}
-    on_reply = later if coroutine else told.queue.put_nowait
-    await mesh.send(name, Text(text="x"), on_reply=on_reply, on_error=told.queue.put_nowait, headers=headers)
+    on_reply = later if coroutine else callbacks.queue.put_nowait
+    await mesh.send(
+        name, Text(text="x"), on_reply=on_reply, on_error=callbacks.queue.put_nowait, headers=headers
+    )
     assert f"mesh.results.id-{name}" == (await requests.get()).reply
-    assert [] == told.so_far()
+    assert [] == callbacks.so_far()
     go.set()
-    assert {"text": "x"} == await told.next()
-    await nothing_under_way(mesh)
-    assert [] == told.so_far()
+    assert {"text": "x"} == await callbacks.next()
+    await all_replies_received(mesh)
+    assert [] == callbacks.so_far()
     assert not await is_subscribed(mesh, f"mesh.results.id-{name}")
 
 
-async def test_chunks_come_to_the_callback_until_the_end(
+async def test_the_callback_receives_all_chunks_in_order(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """Each chunk of a streamer is told in order; nothing follows its end, and its error comes last."""
+    """It is called with each chunk of a streamer, last with its error, and not after the end."""
     streamer(mesh, name)
     await mesh.catalog()
     async with new_mesh() as sender:
-        told = Told()
-        await told.of(sender, name, Count(count=200))
-        assert list(range(200)) == [await told.next() for _ in range(200)]
-        await nothing_under_way(sender)
-        assert [] == told.so_far()
-        await told.of(sender, name, Count(count=2, fails=True))
-        assert [0, 1] == [await told.next(), await told.next()]
-        error = await told.next()
+        callbacks = Callbacks()
+        await callbacks.send(sender, name, Count(count=200))
+        assert list(range(200)) == [await callbacks.next() for _ in range(200)]
+        await all_replies_received(sender)
+        assert [] == callbacks.so_far()
+        await callbacks.send(sender, name, Count(count=2, fails=True))
+        assert [0, 1] == [await callbacks.next(), await callbacks.next()]
+        error = await callbacks.next()
         assert (HandlerError, "late", name) == (type(error), error.message, error.agent)
-        await nothing_under_way(sender)
-        assert [] == told.so_far()
+        await all_replies_received(sender)
+        assert [] == callbacks.so_far()
 
 
-async def test_after_success_no_timeout_is_told(mesh: AgentMesh, name: str) -> None:
-    """A timeout that would have come after the reply, or after the last chunk, is nobody's."""
+async def test_no_timeout_is_reported_after_a_success(mesh: AgentMesh, name: str) -> None:
+    """When the timeout expires after the reply or the last chunk, no callback is called."""
     serve(mesh, name)
     streamer(mesh, f"{name}.s")
     await mesh.catalog()
-    told = Told()
-    await told.of(mesh, name, {}, timeout=0.3)
-    await told.of(mesh, f"{name}.s", {"count": 1}, timeout=0.3)
-    assert {0, "ok"} == {r["text"] if isinstance(r, dict) else r for r in [await told.next() for _ in "ab"]}
+    callbacks = Callbacks()
+    await callbacks.send(mesh, name, {}, timeout=0.3)
+    await callbacks.send(mesh, f"{name}.s", {"count": 1}, timeout=0.3)
+    replies = [await callbacks.next(), await callbacks.next()]
+    assert {0, "ok"} == {reply["text"] if isinstance(reply, dict) else reply for reply in replies}
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.6):
-            raise AssertionError(await told.queue.get())
+            raise AssertionError(await callbacks.queue.get())
 
 
-async def test_each_error_is_told(mesh: AgentMesh, name: str) -> None:
-    """What the handler raises, bad input, silence and death come to `on_error`, each once."""
+async def test_on_error_receives_each_error_once(mesh: AgentMesh, name: str) -> None:
+    """It is called for an error of the handler, invalid input, a timeout and a dead instance."""
     started, over = asyncio.Event(), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -271,99 +274,99 @@ async def test_each_error_is_told(mesh: AgentMesh, name: str) -> None:
             await over.wait()
         raise MeshError("quota", "used up", details={"left": 0})
 
-    told = Told()
-    await told.of(mesh, name, {})
-    error = await told.next()
+    callbacks = Callbacks()
+    await callbacks.send(mesh, name, {})
+    error = await callbacks.next()
     assert ("quota", "used up", {"left": 0}) == (error.code, error.message, error.details)
-    await told.of(mesh, name, {"text": []})
-    assert isinstance(await told.next(), InvalidInput)
-    await told.of(mesh, name, {"text": "hang"}, 0.2, {"X-Mesh-Request-Id": "mine"})
-    error = await told.next()
+    await callbacks.send(mesh, name, {"text": []})
+    assert isinstance(await callbacks.next(), InvalidInput)
+    await callbacks.send(mesh, name, {"text": "hang"}, 0.2, {"X-Mesh-Request-Id": "mine"})
+    error = await callbacks.next()
     assert (MeshTimeout, "No message on mesh.results.mine within 0.2s", name, "mine") == (
         type(error), error.message, error.agent, error.request_id
     )  # fmt: skip
     started.clear()
-    await told.of(mesh, name, {"text": "hang"})
+    await callbacks.send(mesh, name, {"text": "hang"})
     await started.wait()
     notice = DeathNotice(agent=name, reason="disconnect", detected_at="now", instance_id="i")
     await node_of(mesh).connection.publish(subjects.death(name), notice.model_dump_json().encode())
-    error = await told.next()
+    error = await callbacks.next()
     assert (AgentDied, notice.model_dump()) == (type(error), error.details)
     over.set()
-    await nothing_under_way(mesh)
-    assert [] == told.so_far()
+    await all_replies_received(mesh)
+    assert [] == callbacks.so_far()
 
 
-async def test_an_error_that_nobody_wants_is_logged(
+async def test_an_error_without_on_error_is_logged(
     mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without `on_error` the log tells what became of it."""
+    """Without `on_error` the log names the agent and the error's code."""
     await mesh.send(name, {}, on_reply=pytest.fail)
-    await nothing_under_way(mesh)
+    await all_replies_received(mesh)
     assert [True] == [name in record.message for record in caplog.records if "not_found" in record.message]
 
 
 @pytest.mark.parametrize("raised", [ValueError("mine"), asyncio.CancelledError()], ids=repr)
 @pytest.mark.parametrize("coroutine", [False, True], ids=["function", "coroutine-function"])
-async def test_a_callback_that_raises(
+async def test_a_callback_that_raises_is_logged_and_called_for_the_next_chunk(
     mesh: AgentMesh, name: str, raised: BaseException, coroutine: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged, and the next chunks still come; so do the replies to others."""
+    """Each failure is logged with its traceback; the callbacks of other requests are called, too."""
     streamer(mesh, name)
-    told, seen = Told(), list[object]()
+    callbacks, seen = Callbacks(), list[object]()
 
-    def bad(value: object) -> None:
+    def failing(value: object) -> None:
         seen.append(value)
         raise raised
 
-    async def bad_too(value: object) -> None:
-        bad(value)
+    async def failing_coroutine(value: object) -> None:
+        failing(value)
 
     with caplog.at_level(logging.ERROR):
-        await mesh.send(name, {}, on_reply=bad_too if coroutine else bad, on_error=bad)
-        await told.of(mesh, name, {})
-        assert [0, 1, 2] == [await told.next() for _ in range(3)]
-        await nothing_under_way(mesh)
+        await mesh.send(name, {}, on_reply=failing_coroutine if coroutine else failing, on_error=failing)
+        await callbacks.send(mesh, name, {})
+        assert [0, 1, 2] == [await callbacks.next() for _ in range(3)]
+        await all_replies_received(mesh)
     assert [0, 1, 2] == seen
     assert 3 == len([record for record in caplog.records if name in record.message and record.exc_info])
 
 
-async def test_a_reply_goes_where_it_is_wanted(mesh: AgentMesh, name: str) -> None:
-    """With `reply_to` the request names that subject in its header, and the reply is there."""
+async def test_the_reply_is_published_on_reply_to(mesh: AgentMesh, name: str) -> None:
+    """The request has the subject `reply_to` in its header, and the reply is published there."""
     serve(mesh, name)
     await mesh.catalog()
-    requests, replies = await listen(mesh, subjects.agent(name)), await listen(mesh, f"somewhere.{name}")
-    await mesh.send(name, {}, reply_to=f"somewhere.{name}", headers={"X-Mine": "yes"})
+    reply_to = f"replies.{name}"
+    requests, replies = await listen(mesh, subjects.agent(name)), await listen(mesh, reply_to)
+    await mesh.send(name, {}, reply_to=reply_to, headers={"X-Mine": "yes"})
     request = await requests.get()
     headers = read_headers(request.head)
-    assert [f"somewhere.{name}", "yes"] == [headers["X-Mesh-Reply-To"], headers["X-Mine"]]
-    assert f"somewhere.{name}" == request.reply
+    assert [reply_to, "yes", reply_to] == [headers["X-Mesh-Reply-To"], headers["X-Mine"], request.reply]
     headers, body = await next_frame(replies)
     assert ("ok", name, b'{"text":"ok"}') == (headers["X-Mesh-Status"], headers["X-Mesh-Source"], body)
     with pytest.raises(ValueError, match="mutually exclusive"):
         await mesh.send(name, {}, reply_to="x", on_reply=print)
 
 
-async def test_a_sender_that_waits_no_more_stops_a_streamer(
+async def test_a_streamer_is_stopped_after_the_timeout_of_the_sender(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """After its timeout nobody listens to the chunks, and the streamer does not run on for ever."""
+    """After the timeout the chunks have no subscription any more, and the streamer is cancelled."""
     ends = streamer(mesh, name)
     await mesh.catalog()
     async with new_mesh() as sender:
-        told = Told()
-        await told.of(sender, name, Count(count=1_000_000, waits=0.15), timeout=0.05)
-        assert isinstance(await told.next(), MeshTimeout)
+        callbacks = Callbacks()
+        await callbacks.send(sender, name, Count(count=1_000_000, waits=0.15), timeout=0.05)
+        assert isinstance(await callbacks.next(), MeshTimeout)
         async with asyncio.timeout(5):
             assert "stopped" == await ends.get()
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["at-once", "while-it-works"])
-async def test_leaving_the_mesh_tells_who_awaits_replies(
-    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, at_once: bool
+@pytest.mark.parametrize("immediately", [True, False], ids=["immediately", "while-the-handler-runs"])
+async def test_closing_the_mesh_fails_requests_without_a_reply(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, immediately: bool
 ) -> None:
-    """Replies that cannot come any more are ConnectionFailed, and leaving does not wait for them."""
-    started, over, told = asyncio.Event(), asyncio.Event(), Told()
+    """`on_error` receives ConnectionFailed, and closing does not wait for the reply."""
+    started, over, callbacks = asyncio.Event(), asyncio.Event(), Callbacks()
 
     @mesh.agent(AgentSpec(name=name))
     async def hang(req: Text) -> None:
@@ -373,22 +376,22 @@ async def test_leaving_the_mesh_tells_who_awaits_replies(
     await mesh.catalog()
     async with asyncio.timeout(5):
         async with new_mesh() as sender:
-            await told.of(sender, name, {}, timeout=None)
-            if not at_once:
+            await callbacks.send(sender, name, {}, timeout=None)
+            if not immediately:
                 await started.wait()
     over.set()
-    assert [ConnectionFailed] == [type(error) for error in told.so_far()]
+    assert [ConnectionFailed] == [type(error) for error in callbacks.so_far()]
 
 
-async def test_a_callback_that_hangs_holds_up_no_leaving(
+async def test_a_callback_that_hangs_does_not_block_closing(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """A callback that swallows its cancellation is left, as a handler would be."""
+    """A callback that suppresses its cancellation is not waited for."""
     serve(mesh, name)
     await mesh.catalog()
     begun, release = asyncio.Event(), asyncio.Event()
 
-    async def deaf(_: object) -> None:
+    async def hanging(_: object) -> None:
         begun.set()
         while not release.is_set():
             try:
@@ -398,11 +401,11 @@ async def test_a_callback_that_hangs_holds_up_no_leaving(
 
     sender = new_mesh()
     await sender.__aenter__()
-    await sender.send(name, {}, on_reply=deaf)
+    await sender.send(name, {}, on_reply=hanging)
     await begun.wait()
-    leaving = asyncio.create_task(sender.__aexit__(None, None, None))
-    await asyncio.wait([leaving], timeout=5)
-    left = leaving.done()
+    closing = asyncio.create_task(sender.__aexit__(None, None, None))
+    await asyncio.wait([closing], timeout=5)
+    is_closed = closing.done()
     release.set()
-    await leaving
-    assert left
+    await closing
+    assert is_closed

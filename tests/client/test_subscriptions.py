@@ -1,4 +1,4 @@
-"""Events: who hears what, until when, and that no stranger breaks a feed."""
+"""Subscriptions to publishers, channels and subjects: what they yield, and how they end."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -42,59 +42,59 @@ from tests.support.meshes import (
 )
 from tests.support.waiting import until
 
-BROKEN = MeshError("quota", "used up", details={"left": 0})
+FAILURE = MeshError("quota", "used up", details={"left": 0})
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mesh that is left waits only so long for what is on its way."""
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closing mesh waits only this long for messages that are on their way."""
     monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
-async def test_a_feed_of_one_agent_ends_with_it(
+async def test_a_subscription_to_a_publisher_ends_with_its_run(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """Every event in order until the publisher returns; also a second time, from another mesh."""
+    """All subscribers, also two of one mesh, get every event in order until the publisher returns."""
     publisher = Publisher(mesh, name)
     await mesh.catalog()
     async with new_mesh() as other:
-        feeds = [await start_reading(one, one.subscribe(agent=name)) for one in (mesh, other, other)]
+        readers = [await start_reading(each, each.subscribe(agent=name)) for each in (mesh, other, other)]
         publisher.emit(*range(100), None)
-        assert [list(range(100))] * 3 == [await feed for feed in feeds]
+        assert [list(range(100))] * 3 == [await reading for reading in readers]
 
 
-async def test_a_publishers_failure_is_raised(mesh: AgentMesh, name: str) -> None:
-    """Its subscriber gets the events before it, then the error with its own code."""
+async def test_the_failure_of_a_publisher_is_raised(mesh: AgentMesh, name: str) -> None:
+    """Its subscriber gets the events before the failure, then the error with the author's code."""
     restart_soon(mesh)
     publisher = Publisher(mesh, name)
     await mesh.catalog()
     got: list[int] = []
 
-    async def follow() -> AsyncGenerator[int, None]:
+    async def recorded() -> AsyncGenerator[int, None]:
         async for number in mesh.subscribe(agent=name):
             got.append(number)
             yield number
 
-    feed = await start_reading(mesh, follow())
-    publisher.emit(1, 2, BROKEN)
+    reading = await start_reading(mesh, recorded())
+    publisher.emit(1, 2, FAILURE)
     with pytest.raises(MeshError) as caught:
-        await feed
+        await reading
     error, expected = caught.value, ("quota", "used up", name, {"left": 0})
     assert ([1, 2], expected) == (got, (error.code, error.message, error.agent, error.details))
 
 
 async def test_an_unknown_agent_is_not_found(mesh: AgentMesh, name: str) -> None:
-    """Nobody waits for the events of a name that nobody has."""
+    """Subscribing to an unregistered name raises NotFound."""
     with pytest.raises(NotFound) as caught:
         await read(mesh.subscribe(agent=name, timeout=10))
     assert name == caught.value.agent
 
 
 @pytest.mark.parametrize("owner", [True, False], ids=["own", "other"])
-async def test_those_who_emit_nothing_are_refused(
+async def test_a_subscription_to_an_agent_that_is_not_a_publisher_is_rejected(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, owner: bool
 ) -> None:
-    """The texts that tools match on, for streamers, responders and watchers."""
+    """The errors for streamers, responders and watchers have the texts that tools match on."""
     serve(mesh, f"{name}.responder")
     declare_background(mesh, f"{name}.watcher", "watcher", run_forever)
 
@@ -114,27 +114,27 @@ async def test_those_who_emit_nothing_are_refused(
             assert f"Agent '{name}.{agent}' {suffix}" == caught.value.message
 
 
-async def test_a_feed_of_a_channel_survives_its_agents(
+async def test_a_subscription_to_a_channel_continues_when_a_publisher_ends_or_fails(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """One ends, one fails, others are called meanwhile: the events of all the rest still come."""
+    """The events of all publishers of the channel are yielded, those of other channels are not."""
     restart_soon(mesh)
-    names = [name, f"{name}.a", f"{name}.b", f"{name}.deep.down.c", f"{name}x.stranger"]
-    publishers = {one: Publisher(mesh, one) for one in names}
+    names = [name, f"{name}.a", f"{name}.b", f"{name}.deep.down.c", f"{name}x.other"]
+    publishers = {each: Publisher(mesh, each) for each in names}
     serve(mesh, f"{name}.echo")
     await mesh.catalog()
     async with new_mesh() as other:
-        feed = await start_reading(other, other.subscribe(channel=name, messages=True), 6)
+        reading = await start_reading(other, other.subscribe(channel=name, messages=True), 6)
         copies = await listen(mesh, subjects.errors(f"{name}.b"))
         publishers[f"{name}.a"].emit(1, None)
-        publishers[f"{name}.b"].emit(2, BROKEN)
-        publishers[f"{name}x.stranger"].emit(-1)
+        publishers[f"{name}.b"].emit(2, FAILURE)
+        publishers[f"{name}x.other"].emit(-1)
         await copies.get()
         assert {"text": "ok"} == await mesh.call(f"{name}.echo", {"text": "no event"})
         publishers[f"{name}.b"].emit(3)
         publishers[f"{name}.deep.down.c"].emit(4, 5)
         publishers[name].emit(6)
-        events: list[MeshMessage[int]] = await feed
+        events: list[MeshMessage[int]] = await reading
     assert {1, 2, 3, 4, 5, 6} == {event.data for event in events}
     agents = [(event.data, event.agent) for event in sorted(events, key=lambda event: event.data)]
     assert [
@@ -142,18 +142,18 @@ async def test_a_feed_of_a_channel_survives_its_agents(
     ] == (agents)
 
 
-async def test_messages_tell_where_they_come_from(mesh: AgentMesh, name: str) -> None:
-    """With `messages=True` an event has its agent, subject, headers and data; others have no agent."""
+async def test_messages_have_their_agent_subject_and_headers(mesh: AgentMesh, name: str) -> None:
+    """With `messages=True` an event is a MeshMessage; one that is not a publisher's has no agent."""
     publisher = Publisher(mesh, name)
     await mesh.catalog()
-    feed = await start_reading(mesh, mesh.subscribe(agent=name, messages=True), 1)
+    reading = await start_reading(mesh, mesh.subscribe(agent=name, messages=True), 1)
     publisher.emit(7)
     headers = {"X-Mesh-Instance-Id": mesh.instance_id, "X-Mesh-Stream-Seq": "0", "X-Mesh-Stream-End": "false"}
-    [event] = await feed
+    [event] = await reading
     assert (MeshMessage(f"mesh.agent.{name}.events", 7, headers), name) == (event, event.agent)
-    feed = await start_reading(mesh, mesh.subscribe(subject=f"news.{name}.*", messages=True), 1)
+    reading = await start_reading(mesh, mesh.subscribe(subject=f"news.{name}.*", messages=True), 1)
     await mesh.publish(f"news.{name}.today", Text(text="x"))
-    [message] = await feed
+    [message] = await reading
     assert ("", f"news.{name}.today", {"text": "x"}) == (message.agent, message.subject, message.data)
 
 
@@ -161,32 +161,34 @@ async def test_messages_tell_where_they_come_from(mesh: AgentMesh, name: str) ->
     ("wanted", "subject"),
     [("agent", "mesh.agent.{}.events"), ("channel", "mesh.agent.{}.>"), ("subject", "{}")],
 )
-async def test_silence_is_a_timeout(mesh: AgentMesh, name: str, wanted: str, subject: str) -> None:
-    """No event in time is MeshTimeout; requests to the channel's agents and other noise are no events."""
+async def test_no_event_within_the_timeout_raises_mesh_timeout(
+    mesh: AgentMesh, name: str, wanted: str, subject: str
+) -> None:
+    """Requests to the channel's agents do not count as events."""
     declare_background(mesh, name, "publisher", run_forever)
     serve(mesh, f"{name}.echo")
     await mesh.catalog()
-    feed = await start_reading(mesh, mesh.subscribe(**{wanted: name}, timeout=0.3))  # type: ignore[call-overload]
+    reading = await start_reading(mesh, mesh.subscribe(**{wanted: name}, timeout=0.3))  # type: ignore[call-overload]
     async with asyncio.timeout(5):
-        while not feed.done():
+        while not reading.done():
             await mesh.call(f"{name}.echo", {"text": "no event"})
             await asyncio.sleep(0.02)
     with pytest.raises(MeshTimeout) as caught:
-        await feed
+        await reading
     assert f"No message on {subject.format(name)} within 0.3s" == caught.value.message
 
 
 @pytest.mark.parametrize("bound", [{"_MAX_BUFFERED": 5}, {"_MAX_BYTES": 50}], ids=["messages", "bytes"])
-@pytest.mark.parametrize("goes_on", [False, True], ids=["a-burst", "more-comes-while-it-reads"])
-async def test_a_slow_subscriber_is_told_so(
-    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, goes_on: bool, bound: dict[str, int]
+@pytest.mark.parametrize("continues", [False, True], ids=["burst", "more-arrives-while-reading"])
+async def test_a_subscriber_that_is_too_slow_is_overloaded(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, continues: bool, bound: dict[str, int]
 ) -> None:
-    """Who falls too far behind gets all until the first one that is lost, then Overloaded."""
+    """It gets all messages before the first one that was dropped, then Overloaded."""
     for limit, value in bound.items():
         monkeypatch.setattr(f"openagentmesh.client.subscriptions.{limit}", value)
     got: list[dict[str, str]] = []
-    async with aclosing(mesh.subscribe(subject=name)) as feed:
-        first = asyncio.ensure_future(anext(feed))
+    async with aclosing(mesh.subscribe(subject=name)) as messages:
+        first = asyncio.ensure_future(anext(messages))
         while not node_of(mesh).events._subscriptions:
             await asyncio.sleep(0)
         await mesh.publish(name, Text(text="0"))
@@ -196,43 +198,40 @@ async def test_a_slow_subscriber_is_told_so(
         await flush(mesh)
         with pytest.raises(Overloaded, match="behind"):
             while len(got) < 20:
-                got.append(await anext(feed))
-                if goes_on:
+                got.append(await anext(messages))
+                if continues:
                     await mesh.publish(name, Text(text=str(len(got) + 8)))
                     await flush(mesh)
     assert [{"text": str(number)} for number in range(6)] == got
 
 
 @pytest.mark.parametrize("how", ["break", "error", "cancel", "timeout"])
-async def test_leaving_the_loop_unsubscribes(mesh: AgentMesh, name: str, how: str) -> None:
-    """However a subscriber leaves, the server has nobody on the subject afterwards."""
+async def test_ending_the_iteration_unsubscribes(mesh: AgentMesh, name: str, how: str) -> None:
+    """However the iteration ends, the server has no subscription to the subject afterwards."""
     subject = f"news.{name}"
 
-    async def follow() -> None:
+    async def iterate() -> None:
         async for _ in mesh.subscribe(subject=subject, timeout=0.2 if how == "timeout" else None):
             if how == "break":
                 break
             if how == "error":
                 raise ZeroDivisionError
 
-    following = asyncio.create_task(follow())
+    iterating = asyncio.create_task(iterate())
 
-    async def listened() -> bool:
-        return await is_subscribed(mesh, subject)
-
-    async def silent() -> bool:
+    async def is_unsubscribed() -> bool:
         return not await is_subscribed(mesh, subject)
 
-    await until(listened)
+    await until(lambda: is_subscribed(mesh, subject))
     await mesh.publish(subject, "news")
     if how == "cancel":
-        following.cancel()
-    await asyncio.wait([following], timeout=10)
-    assert following.done()
-    if not following.cancelled():
+        iterating.cancel()
+    await asyncio.wait([iterating], timeout=10)
+    assert iterating.done()
+    if not iterating.cancelled():
         expected = {"error": ZeroDivisionError, "timeout": MeshTimeout}.get(how, type(None))
-        assert isinstance(following.exception(), expected)
-    await until(silent)
+        assert isinstance(iterating.exception(), expected)
+    await until(is_unsubscribed)
     assert not node_of(mesh).events._subscriptions
 
 
@@ -245,22 +244,22 @@ async def test_leaving_the_loop_unsubscribes(mesh: AgentMesh, name: str, how: st
     ],
     ids=["model", "text", "bytes"],
 )
-async def test_what_is_published_arrives(
+async def test_a_published_payload_is_received(
     mesh: AgentMesh, name: str, payload: Text | str | bytes, kind: str, body: bytes
 ) -> None:
-    """Each kind of payload has its content type on the wire and is itself again for a subscriber."""
+    """Each kind of payload has its content type on the wire, by which the subscriber decodes it."""
     raw = await listen(mesh, name)
-    feed = await start_reading(mesh, mesh.subscribe(subject=name, messages=True), 1)
+    reading = await start_reading(mesh, mesh.subscribe(subject=name, messages=True), 1)
     await mesh.publish(name, payload, headers={"X-Mine": "é: yes"})
-    [message] = await feed
+    [message] = await reading
     data = payload.model_dump() if isinstance(payload, Text) else payload
     assert (data, "é: yes") == (message.data, message.headers["X-Mine"])
     on_wire, own = await raw.get(), {"X-Mesh-Instance-Id": mesh.instance_id, "X-Mine": "é: yes"}
     assert (body, own | {"X-Mesh-Content-Type": kind}) == (on_wire.body, read_headers(on_wire.head))
 
 
-async def test_nothing_can_be_published_on_a_bad_subject(mesh: AgentMesh) -> None:
-    """Wildcards, blanks and empty words are a ValueError here, and never reach the server."""
+async def test_publishing_on_an_invalid_subject_is_rejected(mesh: AgentMesh) -> None:
+    """Wildcards, blanks and empty words raise ValueError, and nothing is sent."""
     for bad in ("", " ", "a b", "a..b", ".a", "a.", "*", "a.*", ">", "a*", "a\r\nPUB x", "a\t", "x" * 5000):
         with pytest.raises(ValueError, match="wildcards"):
             await mesh.publish(bad, "x")
@@ -270,91 +269,89 @@ async def test_nothing_can_be_published_on_a_bad_subject(mesh: AgentMesh) -> Non
     assert reconnects(mesh) == 0
 
 
-async def test_a_subscriber_says_whose_events(mesh: AgentMesh, name: str) -> None:
-    """Nobody's, two kinds at once, or a channel that is none: ValueError."""
+async def test_a_subscription_needs_one_valid_target(mesh: AgentMesh, name: str) -> None:
+    """No target, two targets, and an invalid channel raise ValueError."""
     for wrong in ({}, {"agent": name, "subject": name}, {"channel": "a.*"}, {"channel": "a b"}):
         with pytest.raises(ValueError, match=r"agent|channel"):
             await read(mesh.subscribe(**wrong, timeout=5))  # type: ignore[call-overload]
 
 
-async def test_what_is_no_json_arrives_as_bytes(mesh: AgentMesh, name: str) -> None:
-    """A stranger's body that cannot be read is handed on as it is."""
-    strange: list[tuple[dict[str, str], bytes]] = [
-        ({}, b"{nonsense"),
+async def test_a_body_that_does_not_match_its_content_type_stays_bytes(mesh: AgentMesh, name: str) -> None:
+    """A message of another client that cannot be decoded is yielded as bytes."""
+    malformed: list[tuple[dict[str, str], bytes]] = [
+        ({}, b"{malformed"),
         ({"X-Mesh-Content-Type": "application/json"}, b"\xff"),
         ({"X-Mesh-Content-Type": "text/plain"}, b"\xff\xfe"),
         ({"X-Mesh-Content-Type": "application/octet-stream"}, b"[1]"),
         ({"X-Mesh-Stream-Seq": "x", "X-Mesh-Stream-End": "perhaps"}, b"[" * 5000),
     ]
-    feed = await start_reading(mesh, mesh.subscribe(subject=name), len(strange))
-    for headers, body in strange:
+    reading = await start_reading(mesh, mesh.subscribe(subject=name), len(malformed))
+    for headers, body in malformed:
         await node_of(mesh).connection.publish(name, body, write_headers(headers))
-    assert [body for _, body in strange] == await feed
+    assert [body for _, body in malformed] == await reading
 
 
-async def test_a_feed_outlives_a_restart_of_the_server() -> None:
-    """While the server is away publisher and subscribers wait; afterwards the same run is heard."""
+async def test_a_subscription_survives_a_restart_of_the_server() -> None:
+    """Publisher and subscribers wait during the outage, and continue the same run afterwards."""
     server = EmbeddedServer()
     await server.start()
-    async with AgentMesh(server.url) as provider, AgentMesh(server.url) as listener:
+    async with AgentMesh(server.url) as provider, AgentMesh(server.url) as subscriber:
         publisher = Publisher(provider, "news.clock")
         await provider.catalog()
-        wanted = ({"agent": "news.clock"}, {"channel": "news"}, {"subject": "mesh.agent.news.*.events"})
-        feeds = [await start_reading(listener, listener.subscribe(**one), 2) for one in wanted]  # type: ignore[call-overload]
+        targets = ({"agent": "news.clock"}, {"channel": "news"}, {"subject": "mesh.agent.news.*.events"})
+        readers = [await start_reading(subscriber, subscriber.subscribe(**each), 2) for each in targets]  # type: ignore[call-overload]
         publisher.emit(1)
-        await flush(listener)
+        await flush(subscriber)
         await server.stop()
         publisher.emit(*range(2, 50))
-        again = EmbeddedServer(server.port)
-        await again.start()
-
-        async def back() -> bool:
-            return bool(reconnects(listener) and reconnects(provider))
-
-        await until(back)
-        await flush(listener)
+        restarted = EmbeddedServer(server.port)
+        await restarted.start()
+        await until(lambda: reconnects(subscriber) and reconnects(provider))
+        await flush(subscriber)
         publisher.emit(100)
-        for feed in feeds:
-            found = await feed
+        for reading in readers:
+            found = await reading
             assert sorted(found) == found
             assert found[-1] > 1
         run = background_of(provider, "news.clock")
         assert ("running", 0, "") == (run.state, run.restarts, run.error)
-    await again.stop()
+    await restarted.stop()
 
 
-async def test_leaving_the_mesh_ends_every_feed(
+async def test_closing_the_mesh_fails_all_subscriptions(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """When the connection closes for good nobody waits for ever: ConnectionFailed."""
+    """When the connection is closed for good, subscribers get ConnectionFailed."""
     declare_background(mesh, name, "publisher", run_forever)
     await mesh.catalog()
     async with new_mesh() as other:
-        wanted = ({"agent": name}, {"channel": name}, {"subject": f"news.{name}"})
-        feeds = [await start_reading(other, other.subscribe(**one)) for one in wanted]  # type: ignore[call-overload]
+        targets = ({"agent": name}, {"channel": name}, {"subject": f"news.{name}"})
+        readers = [await start_reading(other, other.subscribe(**each)) for each in targets]  # type: ignore[call-overload]
     async with asyncio.timeout(5):
-        results = await asyncio.gather(*feeds, return_exceptions=True)
+        results = await asyncio.gather(*readers, return_exceptions=True)
     assert [ConnectionFailed] * 3 == [type(result) for result in results]
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(HEADS, st.binary(max_size=30)), max_size=20))
-def test_strangers_break_no_feed_of_a_channel(url: str, junk: list[tuple[bytes, bytes]]) -> None:
-    """Whatever comes on a channel's subjects, the next event is heard."""
+def test_malformed_events_do_not_end_a_subscription_to_a_channel(
+    url: str, junk: list[tuple[bytes, bytes]]
+) -> None:
+    """Whatever is published on a channel's subjects, the next valid event is received."""
 
     async def run() -> None:
         async with AgentMesh(url) as mesh:
             connection, channel = node_of(mesh).connection, f"junk{mesh.instance_id}"
 
-            async def good() -> AsyncGenerator[object, None]:
+            async def valid() -> AsyncGenerator[object, None]:
                 async for event in mesh.subscribe(channel=channel, messages=True):
-                    if event.agent.endswith(".good"):
+                    if event.agent.endswith(".valid"):
                         yield event.data
 
-            feed = await start_reading(mesh, good(), 1)
+            reading = await start_reading(mesh, valid(), 1)
             for number, (head, body) in enumerate(junk):
                 await connection.publish(f"mesh.agent.{channel}.{number}.events", body, head)
-            await connection.publish(f"mesh.agent.{channel}.good.events", b'"news"')
-            assert ["news"] == await feed
+            await connection.publish(f"mesh.agent.{channel}.valid.events", b'"news"')
+            assert ["news"] == await reading
 
     asyncio.run(run())

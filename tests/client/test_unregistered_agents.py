@@ -1,4 +1,4 @@
-"""Providers of other makes: in a queue group, but not in the registry; and what they may write."""
+"""Agents of other implementations: in a queue group, but not in the registry."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,38 +16,40 @@ OK = write_headers({subjects.STATUS: "ok"})
 
 
 @pytest.fixture
-async def stranger(new_mesh: Callable[[], AgentMesh]) -> AsyncIterator[Connection]:
-    """A connection that is no agent's."""
+async def peer(new_mesh: Callable[[], AgentMesh]) -> AsyncIterator[Connection]:
+    """The connection of another process."""
     async with new_mesh() as other:
         yield node_of(other).connection
 
 
 @pytest.fixture
-async def provider(stranger: Connection, name: str) -> asyncio.Queue[bytes]:
-    """Somebody answers for `name`, and says so nowhere; gives what was asked."""
-    asked: asyncio.Queue[bytes] = asyncio.Queue()
+async def received(peer: Connection, name: str) -> asyncio.Queue[bytes]:
+    """The requests that an unregistered instance of the agent `name` receives, and answers."""
+    requests: asyncio.Queue[bytes] = asyncio.Queue()
     answers = set()
 
     def answer(message: Message) -> None:
-        asked.put_nowait(message.body)
+        requests.put_nowait(message.body)
         if message.reply:
-            answers.add(asyncio.create_task(stranger.publish(message.reply, b'"here"', OK)))
+            answers.add(asyncio.create_task(peer.publish(message.reply, b'"here"', OK)))
 
-    await stranger.subscribe(subjects.agent(name), answer, subjects.queue_group(name))
-    await stranger.flush()
-    return asked
+    await peer.subscribe(subjects.agent(name), answer, subjects.queue_group(name))
+    await peer.flush()
+    return requests
 
 
-async def test_it_is_called_and_sent_to(mesh: AgentMesh, name: str, provider: asyncio.Queue[bytes]) -> None:
-    """Each request reaches it, once, and no error is made of its missing contract."""
+async def test_an_unregistered_agent_receives_calls_and_sends(
+    mesh: AgentMesh, name: str, received: asyncio.Queue[bytes]
+) -> None:
+    """Each request reaches it once, and its missing contract causes no error."""
     replies: asyncio.Queue[str] = asyncio.Queue()
     answers: asyncio.Queue[bytes] = asyncio.Queue()
     await node_of(mesh).connection.subscribe(
         f"{name}.answers", lambda message: answers.put_nowait(message.body)
     )
     assert "here" == await mesh.call(name, 1)
-    for forgotten in (False, True):
-        if forgotten:  # as after some seconds
+    for is_unknown in (False, True):
+        if is_unknown:  # as after some seconds
             node_of(mesh).pending._known.clear()
         await mesh.send(name, 2)
         await mesh.send(name, 3, on_reply=replies.put_nowait)
@@ -55,33 +57,31 @@ async def test_it_is_called_and_sent_to(mesh: AgentMesh, name: str, provider: as
         async with asyncio.timeout(10):
             assert ("here", b'"here"') == (await replies.get(), await answers.get())
     async with asyncio.timeout(10):
-        asked = [int(await provider.get()) for _ in range(7)]
-    assert [1, 2, 3, 4, 2, 3, 4] == asked
-    assert (True, True, True) == (provider.empty(), replies.empty(), answers.empty())
+        assert [1, 2, 3, 4, 2, 3, 4] == [int(await received.get()) for _ in range(7)]
+    assert (True, True, True) == (received.empty(), replies.empty(), answers.empty())
 
 
-async def test_where_nobody_is_told_it_counts_as_unknown(
-    mesh: AgentMesh, name: str, provider: asyncio.Queue[bytes]
-) -> None:
-    """While somebody listens to everything nothing tells that it is there; a send says so at once."""
+@pytest.mark.usefixtures("received")
+async def test_an_unregistered_agent_is_not_found_while_503s_are_hidden(mesh: AgentMesh, name: str) -> None:
+    """While a subscription to `mesh.>` keeps NATS from answering 503, a send raises NotFound."""
     await node_of(mesh).connection.subscribe("mesh.>", lambda _message: None)
     for reply_to in (None, f"{name}.answers"):
         with pytest.raises(NotFound):
             await mesh.send(name, 1, reply_to=reply_to)
 
 
-async def test_an_instance_that_is_none_costs_nobody_the_connection(
-    stranger: Connection, mesh: AgentMesh, name: str
+async def test_an_acknowledgement_with_an_invalid_instance_is_harmless(
+    peer: Connection, mesh: AgentMesh, name: str
 ) -> None:
-    """Who has a request in hand says so itself, and may say anything; the answer still comes."""
-    asked: asyncio.Queue[Message] = asyncio.Queue()
-    await stranger.subscribe(subjects.agent(name), asked.put_nowait)
-    await stranger.flush()
+    """An instance id that cannot be part of a subject is not pinged; the answer still arrives."""
+    requests: asyncio.Queue[Message] = asyncio.Queue()
+    await peer.subscribe(subjects.agent(name), requests.put_nowait)
+    await peer.flush()
     call = asyncio.create_task(mesh.call(name, 1))
-    reply = (await asked.get()).reply
+    reply = (await requests.get()).reply
     accepted = {subjects.STATUS: "accepted", subjects.INSTANCE_ID: "a b"}
-    await stranger.publish(reply, b"", write_headers(accepted))
-    await asyncio.sleep(1.5)  # it would have been asked whether it lives by now
-    await stranger.publish(reply, b'"late"', OK)
+    await peer.publish(reply, b"", write_headers(accepted))
+    await asyncio.sleep(1.5)  # longer than the interval of pings
+    await peer.publish(reply, b'"late"', OK)
     assert "late" == await call
     assert 0 == reconnects(mesh)

@@ -1,4 +1,4 @@
-"""Plugins check new versions of agents before they serve."""
+"""`mesh_check_candidate`: plugins check new versions of agents before they serve."""
 
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from tests.support.reloads import reload
 
 
 class Check:
-    """Compares the answers of both versions; refuses `13`, and raises for `0`."""
+    """Compares the answers of both versions; raises MeshError for the answer 13, anything else for 0."""
 
     @hookimpl
     def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]] | None:
-        """None for agents that are new."""
+        """Return None for new agents."""
         return None if serving is None else self._compare(agent, serving)
 
     async def _compare(self, agent: Agent, serving: Agent) -> list[str]:
@@ -35,7 +35,7 @@ class Check:
     ],
     ids=["note", "refused", "failed"],
 )
-async def test_a_plugin_checks_a_new_version(  # noqa: PLR0913, PLR0917 - fixtures and parameters
+async def test_a_plugin_checks_a_new_version_before_it_serves(  # noqa: PLR0913, PLR0917 - fixtures and parameters
     configure: Configure,
     mesh: AgentMesh,
     name: str,
@@ -44,7 +44,7 @@ async def test_a_plugin_checks_a_new_version(  # noqa: PLR0913, PLR0917 - fixtur
     error: str,
     notes: list[str],
 ) -> None:
-    """It runs both versions while the old one serves; its notes are part of the result, errors refuse it."""
+    """It may run both versions; its notes are part of the result, and its errors refuse the reload."""
     async with Host(configure({"a.py": MESH + agent(name, "1")}), plugins=[Check()]) as host:
         reloaded = await reload(host, tmp_path, MESH + agent(name, result))
         assert (error in reloaded.error, bool(error), notes) == (True, bool(reloaded.error), reloaded.notes)

@@ -1,4 +1,4 @@
-"""Plugins that fail on the way of a request: they are named, and let nothing through."""
+"""Middlewares of plugins that fail: the error names the plugin, and the request is not handled."""
 
 from functools import partial
 from typing import Any
@@ -20,69 +20,65 @@ from tests.support.plugins import Events, Recorder, mesh_with_plugins
 
 
 @pytest.mark.parametrize("verb", ["call", "stream"])
-async def test_a_middleware_that_raises_is_named_and_lets_nothing_through(
-    url: str, name: str, verb: str
-) -> None:
-    """Its failure is a handler_error with the plugin's name; a MeshError keeps its code."""
-    told: Events = []
-    async with mesh_with_plugins(url, name, Recorder("a", told), Recorder("b", told)) as mesh:
+async def test_a_middleware_that_raises_is_named(url: str, name: str, verb: str) -> None:
+    """The caller gets HandlerError with the plugin's name; a MeshError keeps its code."""
+    events: Events = []
+    async with mesh_with_plugins(url, name, Recorder("a", events), Recorder("b", events)) as mesh:
 
-        async def ask(**headers: str) -> None:
+        async def request(**headers: str) -> None:
             if verb == "call":
-                await mesh.call(f"{name}.asked", 1, headers=headers)
+                await mesh.call(f"{name}.responder", 1, headers=headers)
             else:
-                async for _ in mesh.stream(f"{name}.counts", 1, headers=headers):
+                async for _ in mesh.stream(f"{name}.streamer", 1, headers=headers):
                     pass
 
-        with pytest.raises(
-            HandlerError, match="the plugin 'recorder' failed: a plugin's own failure"
-        ) as caught:
-            await ask(raises="a")
+        with pytest.raises(HandlerError, match="the plugin 'recorder' failed: failure of a plugin") as caught:
+            await request(raises="a")
         assert {"plugin": "recorder"} == caught.value.details
-        with pytest.raises(PermissionDenied, match="not for you"):
-            await ask(refuses="b")
-        await ask()
+        with pytest.raises(PermissionDenied, match="not permitted"):
+            await request(refuses="b")
+        await request()
 
 
 class Raising:
-    """A plugin whose endpoint fails, whatever kind of function it is."""
+    """A plugin with the endpoint `endpoint`; objects of this class are endpoints that fail."""
 
     def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
 
     @hookimpl
     def mesh_middleware(self) -> Middleware:
-        return lambda _below: self.endpoint
+        return lambda _inner: self.endpoint
 
     async def fail(self, _call: Call) -> None:
-        raise ValueError("its own")
+        raise ValueError("failure of a plugin")
 
     async def __call__(self, call: Call) -> None:
         await self.fail(call)
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "why"),
+    ("endpoint", "error"),
     [
-        (lambda call: Raising(None).fail(call), "its own"),
-        (Raising(None), "its own"),
-        (partial(Raising.fail, Raising(None)), "its own"),
+        (lambda call: Raising(None).fail(call), "failure of a plugin"),
+        (Raising(None), "failure of a plugin"),
+        (partial(Raising.fail, Raising(None)), "failure of a plugin"),
         (lambda _call: None, "await"),
     ],
     ids=["lambda", "object", "partial", "not-awaitable"],
 )
-async def test_whatever_an_endpoint_is_its_plugin_is_named(
-    url: str, name: str, endpoint: Any, why: str
+async def test_the_plugin_of_a_failing_endpoint_is_named_for_every_kind_of_callable(
+    url: str, name: str, endpoint: Any, error: str
 ) -> None:
-    """By the place it has around the agent, not by what it is made of; also between two others."""
+    """Also between the middlewares of two other plugins, and when the endpoint is not awaitable."""
     async with mesh_with_plugins(url, name, Recorder("a", []), Raising(endpoint), Recorder("b", [])) as mesh:
-        with pytest.raises(HandlerError, match=why) as caught:
-            await mesh.call(f"{name}.asked", 1)
+        with pytest.raises(HandlerError, match=error) as caught:
+            await mesh.call(f"{name}.responder", 1)
     assert {"plugin": "raising"} == caught.value.details
 
 
-async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
-    """Within plugins, what a handler raises and what a caller sends wrong are told as without them."""
+async def test_an_error_of_the_handler_does_not_name_a_plugin(url: str, name: str) -> None:
+    """With plugins, errors of the handler and for invalid input are the same as without them."""
     mesh = AgentMesh(url, plugins=[Recorder("a", [])])
 
     @mesh.agent(AgentSpec(name=name))
@@ -93,13 +89,13 @@ async def test_a_handlers_failure_is_not_a_plugins(url: str, name: str) -> None:
         with pytest.raises(HandlerError, match=r"^mine$"):
             await mesh.call(name, 1)
         with pytest.raises(InvalidInput):
-            await mesh.call(name, "no number")
+            await mesh.call(name, "not a number")
 
 
-async def test_a_client_middleware_that_fails_sends_nothing(url: str, name: str) -> None:
-    """It is named, and the request does not leave."""
-    told: Events = []
-    async with mesh_with_plugins(url, name, Recorder("a", told)) as mesh:
+async def test_a_client_middleware_that_fails_before_a_call_is_named(url: str, name: str) -> None:
+    """The error is PluginFailed with the plugin's name, and the request is not sent."""
+    events: Events = []
+    async with mesh_with_plugins(url, name, Recorder("a", events)) as mesh:
         with pytest.raises(PluginFailed, match="the plugin 'recorder' failed before the call of"):
-            await mesh.call(f"{name}.asked", 1, headers={"stops": "a"})
-        assert [("a", "out", "call", f"{name}.asked")] == told
+            await mesh.call(f"{name}.responder", 1, headers={"stops": "a"})
+        assert [("a", "out", "call", f"{name}.responder")] == events

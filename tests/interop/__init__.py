@@ -1,1 +1,1 @@
-"""The published SDK and ours on one mesh, each as caller and as provider of the other."""
+"""The published SDK and ours on one mesh, each as caller and as provider for the other one."""

@@ -1,6 +1,6 @@
-"""The published SDK from PyPI, and a caller and a provider on either side.
+"""The published SDK from PyPI, and a caller and providers of each SDK.
 
-All of them end with the last test of this folder, so that the others have the machine to themselves.
+All processes end with the last test of this folder, so that they do not slow down the tests of other folders.
 """
 
 from collections.abc import Iterator
@@ -22,33 +22,33 @@ from tests.support.peers import (
 )
 from tests.support.published_sdk import NotInstalled, install_published
 
-# Well below the timeout of a test, so that an unreachable PyPI skips and does not fail.
-_INSTALL_TIMEOUT = 90.0
+# Well below the timeout of a test, so that the tests are skipped if PyPI is unreachable, and do not fail.
+_INSTALL_TIMEOUT_S = 90.0
 
 
 @pytest.fixture(scope="package")
-def stock_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment with the published SDK."""
     try:
-        return install_published(tmp_path_factory.mktemp("published") / "venv", _INSTALL_TIMEOUT)
+        return install_published(tmp_path_factory.mktemp("published") / "venv", _INSTALL_TIMEOUT_S)
     except NotInstalled as exc:
         pytest.skip(str(exc))
 
 
 @pytest.fixture(scope="package")
-def callers(stock_python: Path, url: str) -> Iterator[dict[str, Peer]]:
+def callers(published_python: Path, url: str) -> Iterator[dict[str, Peer]]:
     """A caller of each SDK."""
-    # Warnings are errors for ours; those of the published SDK are its own matter.
-    stock_env = environment({"PYTHONWARNINGS": "ignore"})
-    with Peer(stock_python, url, stock_env) as stock, Peer(OURS, url, environment()) as ours:
-        yield {"stock": stock.connected(), "ours": ours.connected()}
-        assert (0, 0) == (stock.close(), ours.close()), ours.log
+    # Warnings are errors for ours, and ignored for the published SDK.
+    published_env = environment({"PYTHONWARNINGS": "ignore"})
+    with Peer(published_python, url, published_env) as published, Peer(OURS, url, environment()) as ours:
+        yield {"published": published.connected(), "ours": ours.connected()}
+        assert (0, 0) == (published.close(), ours.close()), ours.log
         assert "" == ours.log
 
 
 @pytest.fixture(scope="package")
-def stock(callers: dict[str, Peer]) -> Peer:
-    return callers["stock"]
+def published(callers: dict[str, Peer]) -> Peer:
+    return callers["published"]
 
 
 @pytest.fixture(scope="package")
@@ -58,52 +58,52 @@ def ours(callers: dict[str, Peer]) -> Peer:
 
 @pytest.fixture(scope="package")
 def pairs(
-    callers: dict[str, Peer], stock_python: Path, url: str, tmp_path_factory: pytest.TempPathFactory
+    callers: dict[str, Peer], published_python: Path, url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Pair]]:
-    """Each caller with agents of the other SDK; both serve the same scripts."""
-    stock_env = interop_environment(url, "interop-stock") | {"PYTHONWARNINGS": "ignore"}
+    """Each caller with agents of the other SDK; both SDKs serve the same programs."""
+    published_env = interop_environment(url, "interop-published") | {"PYTHONWARNINGS": "ignore"}
     ours_env = interop_environment(url, "interop-ours")
     folder = tmp_path_factory.mktemp("interop")
     with ExitStack() as stack:
         served = [
-            stack.enter_context(Script(stock_python, program, stock_env))
+            stack.enter_context(Script(published_python, program, published_env))
             for program in ("provider.py", "publisher.py")
         ]
         hosted = stack.enter_context(HostedPrograms(folder, url, "provider.py", "publisher.py", env=ours_env))
         pairs = {
-            "stock calls ours": Pair(callers["stock"], "interop-ours", [hosted]),
-            "ours calls stock": Pair(callers["ours"], "interop-stock", list(served)),
+            "published calls ours": Pair(callers["published"], "interop-ours", [hosted]),
+            "ours calls published": Pair(callers["ours"], "interop-published", list(served)),
         }
         for pair in pairs.values():
-            wait_listed(pair.caller, pair.agent("left"), *pair.processes)
+            wait_listed(pair.caller, pair.agent("closed"), *pair.processes)
         yield pairs
         assert 0 == hosted.interrupt(), hosted.log
 
 
 @pytest.fixture(scope="package")
 def publishers(pairs: dict[str, Pair]) -> None:
-    """Both providers' publishers are there."""
+    """Wait until the publishers of both providers are listed."""
     for pair in pairs.values():
         wait_listed(pair.caller, pair.agent("fragile"), *pair.processes)
 
 
-@pytest.fixture(params=["stock calls ours", "ours calls stock"])
+@pytest.fixture(params=["published calls ours", "ours calls published"])
 def pair(request: pytest.FixtureRequest, pairs: dict[str, Pair]) -> Pair:
-    """Either side as the caller of the other."""
+    """A caller of one SDK and agents of the other one, in both directions."""
     return pairs[request.param]
 
 
 @pytest.fixture
-def stock_calls_ours(pairs: dict[str, Pair]) -> Pair:
-    return pairs["stock calls ours"]
+def published_calls_ours(pairs: dict[str, Pair]) -> Pair:
+    return pairs["published calls ours"]
 
 
 @pytest.fixture
-def ours_calls_stock(pairs: dict[str, Pair]) -> Pair:
-    return pairs["ours calls stock"]
+def ours_calls_published(pairs: dict[str, Pair]) -> Pair:
+    return pairs["ours calls published"]
 
 
-@pytest.fixture(params=["stock writes", "ours writes"])
-def sides(request: pytest.FixtureRequest, stock: Peer, ours: Peer) -> Sides:
-    """Either side as the one who writes what the other reads."""
-    return Sides(stock, ours) if request.param == "stock writes" else Sides(ours, stock)
+@pytest.fixture(params=["published writes", "ours writes"])
+def sides(request: pytest.FixtureRequest, published: Peer, ours: Peer) -> Sides:
+    """A writer of one SDK and a reader of the other one, in both directions."""
+    return Sides(published, ours) if request.param == "published writes" else Sides(ours, published)

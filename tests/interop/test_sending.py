@@ -1,4 +1,4 @@
-"""`send` between the published SDK and ours: nobody waits, or a callback does (protocol §7)."""
+"""`send` between the published SDK and ours, without a reply and with callbacks (protocol §7)."""
 
 import re
 
@@ -7,14 +7,14 @@ import pytest
 from tests.support.peers import CommandFailed, Pair, repeat_until_received
 
 
-def test_fire_and_forget(pair: Pair) -> None:
-    """Without a reply subject the handler runs, and nobody is told."""
-    assert pair.caller.run("send", pair.agent("note"), {"text": "remember"}) is None
-    assert "remember" == pair.caller.run("call", pair.agent("noted"))["text"]
+def test_a_send_without_a_reply_subject_runs_the_handler(pair: Pair) -> None:
+    """Without a reply subject the handler runs, and `send` returns None."""
+    assert pair.caller.run("send", pair.agent("store"), {"text": "remember"}) is None
+    assert "remember" == pair.caller.run("call", pair.agent("stored"))["text"]
 
 
-def test_a_reply_subject_of_the_callers_choice(pair: Pair, name: str) -> None:
-    """With `reply_to` the answer goes there."""
+def test_the_reply_is_sent_to_the_reply_subject(pair: Pair, name: str) -> None:
+    """With `reply_to` the reply is sent to that subject."""
     answers = pair.caller.start("subscribe", subject=f"answers.{name}")
     repeat_until_received(
         answers, lambda: pair.caller.run("send", pair.agent("echo"), {"text": "ja"}, f"answers.{name}")
@@ -23,73 +23,75 @@ def test_a_reply_subject_of_the_callers_choice(pair: Pair, name: str) -> None:
     answers.stop()
 
 
-def test_a_callback_hears_the_reply(pair: Pair) -> None:
-    """`on_reply` is called with the answer."""
-    heard = pair.caller.start("send_and_hear", pair.agent("echo"), {"text": "ja"}, timeout=20)
-    assert {"reply": {"text": "ja", "times": 1}} == heard.item()
-    heard.stop()
+def test_on_reply_is_called_with_the_reply(pair: Pair) -> None:
+    """`on_reply` is called with the reply."""
+    replies = pair.caller.start("send_with_callbacks", pair.agent("echo"), {"text": "ja"}, timeout=20)
+    assert {"reply": {"text": "ja", "times": 1}} == replies.item()
+    replies.stop()
 
 
 @pytest.mark.parametrize(
     ("agent", "code", "message"),
     [("fail", "handler_error", "no wine today"), ("quota", "quota_used_up", "Try again tomorrow")],
 )
-def test_a_callback_hears_an_error(pair: Pair, agent: str, code: str, message: str) -> None:
-    """`on_error` is called with what the handler raised."""
-    heard = pair.caller.start("send_and_hear", pair.agent(agent), {"text": "wine"}, timeout=20)
-    error = heard.item()["error"]
+def test_on_error_is_called_with_the_error_of_the_handler(
+    pair: Pair, agent: str, code: str, message: str
+) -> None:
+    """`on_error` is called with the error that the handler raised."""
+    replies = pair.caller.start("send_with_callbacks", pair.agent(agent), {"text": "wine"}, timeout=20)
+    error = replies.item()["error"]
     assert (code, message, pair.agent(agent)) == (error["code"], error["message"], error["agent"])
-    heard.stop()
+    replies.stop()
 
 
-def test_a_callback_hears_that_no_reply_came(pair: Pair) -> None:
+def test_on_error_is_called_with_a_timeout_without_a_reply(pair: Pair) -> None:
     """`on_error` is called with a MeshTimeout that names the reply subject."""
-    heard = pair.caller.start("send_and_hear", pair.agent("hang"), {"text": ""}, timeout=0.2)
-    error = heard.item()["error"]
+    replies = pair.caller.start("send_with_callbacks", pair.agent("hang"), {"text": ""}, timeout=0.2)
+    error = replies.item()["error"]
     assert ("MeshTimeout", "timeout") == (error["type"], error["code"])
     assert re.fullmatch(r"No message on mesh\.results\.[0-9a-f]{32} within 0\.2s", error["message"])
-    heard.stop()
+    replies.stop()
 
 
-def test_our_callback_hears_one_thing_only(ours_calls_stock: Pair) -> None:
-    """After its reply there is no timeout too, as there is in the published SDK."""
-    caller, agent = ours_calls_stock.caller, ours_calls_stock.agent
-    heard = caller.start("send_and_hear", agent("echo"), {"text": "ja"}, timeout=1.0)
-    assert "reply" in heard.item()
-    # When the second runs out of time, the first would have done so long before.
-    late = caller.start("send_and_hear", agent("hang"), {"text": ""}, timeout=1.2)
+def test_our_callbacks_are_called_once(ours_calls_published: Pair) -> None:
+    """After the reply, `on_error` is not called with a timeout, as it is in the published SDK."""
+    caller, agent = ours_calls_published.caller, ours_calls_published.agent
+    replies = caller.start("send_with_callbacks", agent("echo"), {"text": "ja"}, timeout=1.0)
+    assert "reply" in replies.item()
+    # The timeout of the first send would have been reported before that of the second one.
+    late = caller.start("send_with_callbacks", agent("hang"), {"text": ""}, timeout=1.2)
     assert "timeout" == late.item()["error"]["code"]
-    assert heard.messages.empty()
-    heard.stop()
+    assert replies.messages.empty()
+    replies.stop()
     late.stop()
 
 
-def test_a_stock_callback_hears_each_chunk(stock_calls_ours: Pair) -> None:
-    """Our streamer that is sent to gives the callback chunk by chunk, and the end."""
-    caller, agent = stock_calls_ours.caller, stock_calls_ours.agent
-    heard = caller.start("send_and_hear", agent("count"), {"upto": 3}, timeout=1.0)
-    assert [0, 1, 2] == [heard.item()["reply"]["number"] for _ in range(3)]
-    # Without the end, it would have run out of time long before the second does.
-    late = caller.start("send_and_hear", agent("hang"), {"text": ""}, timeout=1.2)
+def test_a_published_callback_is_called_with_each_chunk(published_calls_ours: Pair) -> None:
+    """Our streamer calls `on_reply` of a published caller with each chunk, and then ends."""
+    caller, agent = published_calls_ours.caller, published_calls_ours.agent
+    replies = caller.start("send_with_callbacks", agent("count"), {"upto": 3}, timeout=1.0)
+    assert [0, 1, 2] == [replies.item()["reply"]["number"] for _ in range(3)]
+    # Without the end, the timeout of the first send would have been reported before that of the second one.
+    late = caller.start("send_with_callbacks", agent("hang"), {"text": ""}, timeout=1.2)
     assert "timeout" == late.item()["error"]["code"]
-    assert heard.messages.empty()
-    heard.stop()
+    assert replies.messages.empty()
+    replies.stop()
     late.stop()
 
 
-def test_our_callback_hears_that_a_stock_streamer_refuses(ours_calls_stock: Pair) -> None:
-    """The published host streams only to `stream`, and our callback is told its text."""
-    name = ours_calls_stock.agent("count")
-    heard = ours_calls_stock.caller.start("send_and_hear", name, {"upto": 3}, timeout=20)
-    error = heard.item()["error"]
+def test_our_callback_is_called_with_the_refusal_of_a_published_streamer(ours_calls_published: Pair) -> None:
+    """The published host streams only to `stream`, and `on_error` of our caller gets its message."""
+    name = ours_calls_published.agent("count")
+    replies = ours_calls_published.caller.start("send_with_callbacks", name, {"upto": 3}, timeout=20)
+    error = replies.item()["error"]
     assert "invocation_mismatch" == error["code"]
     assert f"Agent '{name}' is streaming-only. Use stream() instead" == error["message"]
-    heard.stop()
+    replies.stop()
 
 
 @pytest.mark.usefixtures("publishers")
-def test_nothing_is_sent_to_a_publisher(pair: Pair) -> None:
-    """The caller refuses it by the other SDK's catalog."""
+def test_a_send_to_a_publisher_is_rejected(pair: Pair) -> None:
+    """The caller recognizes the publisher by the other SDK's catalog, and rejects the send."""
     name = pair.agent("feed.clock")
     with pytest.raises(CommandFailed) as caught:
         pair.caller.run("send", name, {})

@@ -1,4 +1,4 @@
-"""Two contracts under one name: told loudly, refused, or let be."""
+"""Instances with incompatible contracts for one agent: warned about, refused, or allowed."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -12,6 +12,8 @@ from openagentmesh.mesh.node import ContractPolicy, Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.transport.connection import Target
 from pydantic import BaseModel
+
+INCOMPATIBLE = "contract incompatible with the one of another live instance"
 
 
 class Old(BaseModel):
@@ -28,6 +30,8 @@ class Other(BaseModel):
 
 
 def agent(name: str, model: type[BaseModel]) -> AgentVersion:
+    """An agent with the input type `model`, whose answer is the type's name."""
+
     async def handler(req: BaseModel) -> str:
         return model.__name__
 
@@ -45,23 +49,21 @@ async def serving(url: str, served: AgentVersion, policy: ContractPolicy) -> Asy
         await node.stop(1)
 
 
-async def test_an_incompatible_contract_is_told_loudly(
+async def test_an_incompatible_contract_is_warned_about(
     url: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By default it is served all the same, after a warning that names the agent and the change."""
+    """With `warn` the agent is served, after a warning with its name and the breaking change."""
     caplog.set_level(logging.WARNING)
     async with serving(url, agent(name, Old), "warn"), serving(url, agent(name, Other), "warn") as node:
         assert not node.refused
         assert node.router.get(name) is not None
-    [told] = [r.getMessage() for r in caplog.records if "incompatible" in r.getMessage()]
-    assert name in told
-    assert "'document'" in told
+    [warning] = [message for message in caplog.messages if INCOMPATIBLE in message]
+    assert name in warning
+    assert "'document'" in warning
 
 
-async def test_an_incompatible_contract_is_refused_where_that_is_the_policy(
-    url: str, name: str, mesh: AgentMesh
-) -> None:
-    """With `refuse` the newcomer joins no queue group, changes no contract, and says why."""
+async def test_an_incompatible_contract_is_refused(url: str, name: str, mesh: AgentMesh) -> None:
+    """With `refuse` the new instance joins no queue group, and the published contract stays."""
     async with serving(url, agent(name, Old), "warn"), serving(url, agent(name, Other), "refuse") as node:
         assert node.router.get(name) is None
         assert "'document'" in node.refused[name]
@@ -72,8 +74,8 @@ async def test_an_incompatible_contract_is_refused_where_that_is_the_policy(
         assert ["text"] == list(schema["properties"])
 
 
-async def test_what_was_refused_does_not_withdraw_the_others(url: str, name: str, mesh: AgentMesh) -> None:
-    """When a host that was refused stops, the agent stays in the catalog and answers."""
+async def test_a_refused_instance_does_not_withdraw_the_agent(url: str, name: str, mesh: AgentMesh) -> None:
+    """When an instance whose agent was refused stops, the agent stays in the catalog and answers."""
     async with serving(url, agent(name, Old), "warn"):
         async with serving(url, agent(name, Other), "refuse"):
             pass
@@ -82,26 +84,26 @@ async def test_what_was_refused_does_not_withdraw_the_others(url: str, name: str
 
 
 @pytest.mark.parametrize("policy", ["warn", "refuse"])
-async def test_contracts_that_go_together_share_the_requests(
+async def test_compatible_contracts_are_neither_warned_about_nor_refused(
     url: str, name: str, policy: ContractPolicy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A new optional field is no reason to warn or to refuse: a rolling upgrade works."""
+    """A new optional field is no breaking change, so that a rolling upgrade works."""
     async with serving(url, agent(name, Old), policy), serving(url, agent(name, Wider), policy) as node:
         assert node.router.get(name) is not None
-    assert not [r for r in caplog.records if "incompatible" in r.getMessage()]
+    assert INCOMPATIBLE not in caplog.text
 
 
-async def test_nothing_is_compared_where_that_is_the_policy(
+async def test_contracts_are_not_compared_with_the_policy_allow(
     url: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With `allow` nobody is warned."""
+    """With `allow` an incompatible contract is served without a warning."""
     async with serving(url, agent(name, Old), "allow"), serving(url, agent(name, Other), "allow") as node:
         assert node.router.get(name) is not None
-    assert not [r for r in caplog.records if "incompatible" in r.getMessage()]
+    assert INCOMPATIBLE not in caplog.text
 
 
-async def test_only_live_instances_count(url: str, name: str) -> None:
-    """A contract that nobody serves any more is replaced without a word."""
+async def test_only_contracts_of_live_instances_are_compared(url: str, name: str) -> None:
+    """An instance with an incompatible contract is not refused after the other one has stopped."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(serving(url, agent(name, Old), "refuse"))
     async with serving(url, agent(name, Other), "refuse") as node:

@@ -1,4 +1,4 @@
-"""The handle: registering, verbs, local meshes."""
+"""AgentMesh: declaring agents, the catalog, connecting and closing, local meshes."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from openagentmesh.protocol.status import AgentStatus, NodeStatus
 from tests.support.meshes import Text, node_of, serve
 
 
-async def test_before_connecting_every_verb_says_so() -> None:
-    """A mesh outside its `async with` raises ConnectionFailed that says what to do."""
+async def test_every_verb_raises_connection_failed_without_a_connection() -> None:
+    """Outside of `async with mesh:` the error names what to do."""
     mesh = AgentMesh()
     for verb in (
         mesh.call("x"),
@@ -26,23 +26,25 @@ async def test_before_connecting_every_verb_says_so() -> None:
             await verb
 
 
-async def test_entering_twice_is_refused(new_mesh: Callable[[], AgentMesh]) -> None:
-    """One mesh is one connection; a second `async with` inside the first is an error."""
+async def test_entering_a_connected_mesh_is_rejected(new_mesh: Callable[[], AgentMesh]) -> None:
+    """A second `async with` inside the first one raises ConnectionFailed."""
     async with new_mesh() as mesh:
         with pytest.raises(ConnectionFailed, match="already"):
             await mesh.__aenter__()
 
 
-async def test_an_agent_declared_while_connected_is_up_for_the_next_verb(mesh: AgentMesh, name: str) -> None:
-    """The next call, and the next catalog, know an agent that was declared just before."""
+async def test_an_agent_declared_while_connected_is_served_before_the_next_verb(
+    mesh: AgentMesh, name: str
+) -> None:
+    """The next call reaches it, and the next catalog lists it."""
     serve(mesh, name)
     assert {"text": "ok"} == await mesh.call(name, {})
     serve(mesh, f"{name}.b")
     assert [name, f"{name}.b"] == [entry.name for entry in await mesh.catalog(channel=name)]
 
 
-async def test_declaring_a_name_again_replaces_the_handler(mesh: AgentMesh, name: str) -> None:
-    """The new handler and the new contract serve, and the catalog moves the name to its end."""
+async def test_declaring_a_name_again_replaces_the_agent(mesh: AgentMesh, name: str) -> None:
+    """Handler and contract are replaced, and the name moves to the end of the catalog."""
     serve(mesh, name, "old")
     serve(mesh, f"{name}.other")
     assert {"text": "old"} == await mesh.call(name, {})
@@ -52,19 +54,21 @@ async def test_declaring_a_name_again_replaces_the_handler(mesh: AgentMesh, name
     assert "2.0.0" == (await mesh.contract(name)).version
 
 
-async def test_the_decorator_without_parentheses_is_refused() -> None:
-    """`@mesh.agent` alone would register nothing; it is an error that shows the right form."""
+async def test_the_decorator_without_parentheses_is_rejected() -> None:
+    """`@mesh.agent` alone would register nothing; the error shows the correct form."""
     mesh = AgentMesh()
 
-    async def lost(req: Text) -> Text:
+    async def undeclared(req: Text) -> Text:
         return req
 
-    with pytest.raises(InvalidAgent, match=r"@mesh\.agent\(AgentSpec.*'lost'"):
-        mesh.agent(lost)  # type: ignore[arg-type]
+    with pytest.raises(InvalidAgent, match=r"@mesh\.agent\(AgentSpec.*'undeclared'"):
+        mesh.agent(undeclared)  # type: ignore[arg-type]
 
 
-async def test_a_decorated_function_stays_a_function(new_mesh: Callable[[], AgentMesh], name: str) -> None:
-    """A handler can be called and tested without any mesh."""
+async def test_a_decorated_function_can_be_called_directly(
+    new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """A handler can be called and tested without a connection."""
 
     @new_mesh().agent(AgentSpec(name=name))
     async def handler(req: Text) -> Text:
@@ -74,18 +78,18 @@ async def test_a_decorated_function_stays_a_function(new_mesh: Callable[[], Agen
 
 
 async def test_the_docstring_is_the_default_description(mesh: AgentMesh, name: str) -> None:
-    """A spec without a description takes the handler's docstring."""
+    """The description of a spec without one is the handler's docstring."""
 
     @mesh.agent(AgentSpec(name=name))
     async def handler(req: Text) -> Text:
-        """Says it all."""
+        """Repeat the input."""
         return req
 
-    assert "Says it all." == (await mesh.contract(name)).description
+    assert "Repeat the input." == (await mesh.contract(name)).description
 
 
 async def test_the_catalog_can_be_filtered(mesh: AgentMesh, name: str) -> None:
-    """Channel, tags, streaming and invocable each narrow the list, all of them together too."""
+    """By channel, tags, streaming and invocable, and by several of them together."""
     serve(mesh, f"{name}.a", tags=["x", "y"])
     serve(mesh, f"{name}.a.deep", tags=["x"])
 
@@ -107,8 +111,8 @@ async def test_the_catalog_can_be_filtered(mesh: AgentMesh, name: str) -> None:
     assert [] == await names(channel=name[:-1] + "zzz")
 
 
-async def test_discover_gives_full_contracts(mesh: AgentMesh, name: str) -> None:
-    """Each contract has the schemas that the catalog leaves out."""
+async def test_discover_returns_full_contracts(mesh: AgentMesh, name: str) -> None:
+    """Each contract has the schemas, which the catalog does not contain."""
     serve(mesh, name)
     [contract] = await mesh.discover(channel=name)
     assert await mesh.contract(name) == contract
@@ -117,14 +121,14 @@ async def test_discover_gives_full_contracts(mesh: AgentMesh, name: str) -> None
 
 
 async def test_an_unknown_contract_is_not_found(mesh: AgentMesh, name: str) -> None:
-    """Names that nobody has, and names that nobody can have."""
-    for wrong in (name, "no good", "", "*", "a..b"):
+    """For unregistered names, and for invalid ones."""
+    for unknown in (name, "a b", "", "*", "a..b"):
         with pytest.raises(NotFound):
-            await mesh.contract(wrong)
+            await mesh.contract(unknown)
 
 
-async def test_a_local_mesh_serves_what_was_declared() -> None:
-    """`mesh.local()` is the same mesh with its agents, on a server of its own, and goes away."""
+async def test_a_local_mesh_serves_the_declared_agents() -> None:
+    """`mesh.local()` is the same mesh with its agents, on an embedded server that is stopped at the end."""
     mesh = AgentMesh("nats://nowhere.invalid:4222")
     serve(mesh, "one")
     async with mesh.local() as same:
@@ -136,8 +140,8 @@ async def test_a_local_mesh_serves_what_was_declared() -> None:
         await mesh.call("one", {})
 
 
-async def test_local_of_the_class_is_a_new_mesh() -> None:
-    """`AgentMesh.local()` starts empty, and agents declared inside are served."""
+async def test_local_of_the_class_creates_a_new_mesh() -> None:
+    """`AgentMesh.local()` has no agents at first, and serves those declared in its block."""
     async with AgentMesh.local() as mesh:
         assert [] == await mesh.catalog()
         serve(mesh, "two")
@@ -145,8 +149,10 @@ async def test_local_of_the_class_is_a_new_mesh() -> None:
         assert {"text": "ok"} == await mesh.call("two", {})
 
 
-async def test_leaving_deregisters(mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str) -> None:
-    """After a clean stop the agent is in no list any more, and nobody answers for it."""
+async def test_closing_a_mesh_deregisters_its_agents(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
+) -> None:
+    """Afterwards the agent is not in the catalog, and calls raise NotFound."""
     provider = new_mesh()
     serve(provider, name)
     async with provider:
@@ -156,10 +162,10 @@ async def test_leaving_deregisters(mesh: AgentMesh, new_mesh: Callable[[], Agent
         await mesh.call(name, {}, timeout=5)
 
 
-async def test_one_of_two_replicas_leaves(
+async def test_an_agent_stays_registered_while_a_replica_serves_it(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """While another instance serves an agent, it stays in the catalog and answers."""
+    """Two replicas share the requests; after one has stopped, the other one answers."""
     first, second = new_mesh(), new_mesh()
     serve(first, name, "first")
     serve(second, name, "second")
@@ -171,8 +177,8 @@ async def test_one_of_two_replicas_leaves(
         assert {"text": "first"} == await mesh.call(name, {})
 
 
-async def test_a_mesh_can_be_used_again(new_mesh: Callable[[], AgentMesh], name: str) -> None:
-    """After leaving, the same mesh connects and serves once more."""
+async def test_a_closed_mesh_can_be_connected_again(new_mesh: Callable[[], AgentMesh], name: str) -> None:
+    """It serves the same agents as before."""
     mesh = new_mesh()
     serve(mesh, name)
     for _ in range(2):
@@ -180,8 +186,8 @@ async def test_a_mesh_can_be_used_again(new_mesh: Callable[[], AgentMesh], name:
             assert {"text": "ok"} == await mesh.call(name, {})
 
 
-async def test_calls_of_one_mesh_run_side_by_side(mesh: AgentMesh, name: str) -> None:
-    """Many calls under way at once each get their own answer."""
+async def test_calls_of_one_mesh_are_concurrent(mesh: AgentMesh, name: str) -> None:
+    """Of many concurrent calls each gets its own answer."""
 
     @mesh.agent(AgentSpec(name=name))
     async def same(req: Text) -> Text:
@@ -192,11 +198,11 @@ async def test_calls_of_one_mesh_run_side_by_side(mesh: AgentMesh, name: str) ->
     assert texts == [result["text"] for result in results]
 
 
-async def test_a_host_with_much_to_tell_tells_what_fits(mesh: AgentMesh) -> None:
-    """Whoever asks gets an answer, however long the words of the agents' last errors are."""
+async def test_the_status_of_many_agents_is_shortened_to_one_message(mesh: AgentMesh) -> None:
+    """The reply to `oam status` has as many agents as fit, however long their last errors are."""
     node = node_of(mesh)
     node.status = lambda: NodeStatus(agents=[AgentStatus(name="a", last_error="é" * 1000)] * 1000)
     answer = await node.inbox.request(subjects.host(mesh.instance_id, "info"), timeout=10)
-    told = json.loads(answer.body)["agents"]
-    assert 100 < len(told) < 1000
+    agents = json.loads(answer.body)["agents"]
+    assert 100 < len(agents) < 1000
     assert len(answer.body) <= node.connection.max_payload

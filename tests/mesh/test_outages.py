@@ -1,4 +1,4 @@
-"""Absences of the server: nothing that was there stays away, and nobody hears of a death that was none."""
+"""Outages of the server: state is restored, answers are delivered, and no instance is reported dead."""
 
 import asyncio
 import os
@@ -17,51 +17,51 @@ from tests.support.meshes import flush, node_of, pending_instance, serve, take_n
 from tests.support.servers import restartable
 from tests.support.waiting import until
 
-Hold = Callable[[AgentMesh], asyncio.Event]
+DelayReconnect = Callable[[AgentMesh], asyncio.Event]
 
 
 class Server:
-    """A server that goes away, and comes back with what it stores."""
+    """A server that can be stopped, and started again at the same port with the same store."""
 
     def __init__(self, store: Path) -> None:
         self._store = str(store)
         self._server = EmbeddedServer(store=self._store)
 
-    async def go_away(self, *meshes: AgentMesh) -> None:
-        """Stop; ends when all of these have lost it."""
-        await self._server.stop()
-        for mesh in meshes:
-            await connected(mesh, wanted=False)
+    @property
+    def url(self) -> str:
+        return self._server.url
 
-    async def come_back(self) -> None:
+    async def stop(self, *meshes: AgentMesh) -> None:
+        """Stop, and wait until all of these meshes are disconnected."""
+        await self._server.stop()
+        await until(lambda: not any(map(is_connected, meshes)))
+
+    async def start(self) -> None:
         self._server = EmbeddedServer(self._server.port, self._store)
         await self._server.start()
 
 
-async def connected(mesh: AgentMesh, *, wanted: bool = True) -> None:
-    async def as_wanted() -> bool:
-        return node_of(mesh).connection.connected is wanted
-
-    await until(as_wanted)
+def is_connected(mesh: AgentMesh) -> bool:
+    return node_of(mesh).connection.connected
 
 
 @asynccontextmanager
-async def served(store: Path) -> AsyncIterator[tuple[Server, AgentMesh, AgentMesh]]:
-    """A server, and two meshes on it: a provider and a caller."""
+async def provider_and_caller(store: Path) -> AsyncIterator[tuple[Server, AgentMesh, AgentMesh]]:
+    """A server, and two meshes on it."""
     server = Server(store)
-    await server._server.start()
+    await server.start()
     try:
-        async with AgentMesh(server._server.url) as provider, AgentMesh(server._server.url) as caller:
+        async with AgentMesh(server.url) as provider, AgentMesh(server.url) as caller:
             yield server, provider, caller
     finally:
-        await server._server.stop()
+        await server.stop()
 
 
 @pytest.fixture
-def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
-    """Lets a mesh come back to the server only when what this gives is set."""
+def delay_reconnect(monkeypatch: pytest.MonkeyPatch) -> DelayReconnect:
+    """Lets a mesh reconnect only when the returned event is set."""
 
-    def holding(mesh: AgentMesh) -> asyncio.Event:
+    def delay(mesh: AgentMesh) -> asyncio.Event:
         client, released = node_of(mesh).connection._client, asyncio.Event()
         select = client._select_next_server
 
@@ -72,24 +72,24 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Hold:
         monkeypatch.setattr(client, "_select_next_server", wait)
         return released
 
-    return holding
+    return delay
 
 
 @pytest.mark.parametrize("kind", ["call", "failing-call", "stream", "ending-stream"])
-async def test_an_answer_waits_for_a_caller_that_comes_back_later(
-    hold: Hold, tmp_path: Path, kind: str
+async def test_an_answer_is_delivered_to_a_caller_that_reconnects_later(
+    delay_reconnect: DelayReconnect, tmp_path: Path, kind: str
 ) -> None:
-    """What a handler had to say while the server was away arrives, though its host is back first."""
-    begun, go, said = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    """The answer of a handler that ends during an outage arrives, though its host reconnects first."""
+    started, go, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
-        begun.set()
+        started.set()
         await go.wait()
-        said.set()
+        done.set()
         if kind == "failing-call":
             raise MeshError("own", "no")
 
-    async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
+    async with provider_and_caller(tmp_path) as (server, provider, caller), asyncio.timeout(20):
 
         @provider.agent(AgentSpec(name="call"))
         async def call(req: int) -> int:
@@ -103,103 +103,105 @@ async def test_an_answer_waits_for_a_caller_that_comes_back_later(
             if kind == "stream":
                 yield req
 
-        async def ask() -> object:
+        async def request() -> object:
             if kind.endswith("call"):
                 return await caller.call("call", 7, timeout=15)
             return [chunk async for chunk in caller.stream("stream", 7, timeout=15)]
 
         await provider.catalog()
-        asking = asyncio.create_task(ask())
-        await begun.wait()
+        pending = asyncio.create_task(request())
+        await started.wait()
         await pending_instance(caller)
-        released = hold(caller)
-        await server.go_away(provider, caller)
+        released = delay_reconnect(caller)
+        await server.stop(provider, caller)
         go.set()
-        await said.wait()
-        await server.come_back()
-        await connected(provider)
-        await flush(provider)  # the server has had what was sent meanwhile
+        await done.wait()
+        await server.start()
+        await until(lambda: is_connected(provider))
+        await flush(provider)  # the server has processed what was sent meanwhile
         released.set()
         if kind == "failing-call":
             with pytest.raises(MeshError, match="no") as caught:
-                await asking
+                await pending
             assert "own" == caught.value.code
         else:
-            assert {"call": 7, "stream": [0, 7], "ending-stream": [0]}[kind] == await asking
+            assert {"call": 7, "stream": [0, 7], "ending-stream": [0]}[kind] == await pending
 
 
-async def test_an_absence_of_the_server_is_nobodys_death(
-    hold: Hold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_an_outage_of_the_server_is_not_reported_as_a_death(
+    delay_reconnect: DelayReconnect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long it is, and also when who waits is back before the instance that works for it."""
+    """However long it takes, and also when the caller reconnects before the instance that answers it."""
     monkeypatch.setattr("openagentmesh.registry.liveness._PING_S", 0.02)
     monkeypatch.setattr("openagentmesh.transport.connection._RECOVERY_S", 10.0)
-    begun, go = asyncio.Event(), asyncio.Event()
-    async with served(tmp_path) as (server, provider, caller), asyncio.timeout(20):
+    started, go = asyncio.Event(), asyncio.Event()
+    async with provider_and_caller(tmp_path) as (server, provider, caller), asyncio.timeout(20):
 
         @provider.agent(AgentSpec(name="slow"))
         async def slow(req: int) -> int:
-            begun.set()
+            started.set()
             await go.wait()
             return req
 
         await provider.catalog()
-        asking = asyncio.create_task(caller.call("slow", 7, timeout=15))
-        await begun.wait()
+        pending = asyncio.create_task(caller.call("slow", 7, timeout=15))
+        await started.wait()
         await pending_instance(caller)
-        released = hold(provider)
-        await server.go_away(provider, caller)
-        # Twice as long as silence is borne, and as NATS has to say that nobody is there.
-        for seconds in (0.8, 0.2):
-            assert not (await asyncio.wait([asking], timeout=seconds))[0]
-            await server.come_back() if seconds == 0.8 else released.set()
-            await connected(caller)
+        released = delay_reconnect(provider)
+        await server.stop(provider, caller)
+        # Twice as long as ten unanswered pings, then as two 503s, would take.
+        assert not (await asyncio.wait([pending], timeout=0.8))[0]
+        await server.start()
+        await until(lambda: is_connected(caller))
+        assert not (await asyncio.wait([pending], timeout=0.2))[0]
+        released.set()
+        await until(lambda: is_connected(provider))
         go.set()
-        assert 7 == await asking
+        assert 7 == await pending
 
 
-async def test_everything_is_there_again_after_two_new_servers(name: str) -> None:
-    """Registry, record and watches come back though a watch's reader was busy all the time."""
+async def test_all_state_is_restored_on_two_new_servers(name: str) -> None:
+    """Registry, record and watches are restored, though the reader of the watch is busy meanwhile."""
     async with restartable("") as (mesh, restart), AgentMesh(node_of(mesh).connection.target.url) as other:
         serve(mesh, name)
         await mesh.kv.put(name, "1")
 
-        async def there() -> bool:
+        async def is_restored() -> bool:
             records = await presence.read_records(node_of(other).buckets)
             listed = [entry.name for entry in await other.catalog()]
             return mesh.instance_id in records and name in listed
 
         async with aclosing(mesh.kv.watch(name)) as watch:
-            assert "1" == await take_next(watch)  # and from here on its reader is busy
+            assert "1" == await take_next(watch)  # from here on its reader is busy
             for _ in range(2):
                 await restart()
-                await until(there)
+                await until(is_restored)
             await mesh.kv.put(name, "2")
             assert "2" == await take_next(watch)
 
 
-@pytest.mark.parametrize("away", [False, True], ids=["server-there", "server-away"])
-async def test_who_watches_is_told_that_the_mesh_was_left(tmp_path: Path, *, away: bool) -> None:
-    """A watch of the shared state does not hang, but raises ConnectionFailed."""
+@pytest.mark.parametrize("outage", [False, True], ids=["server-runs", "server-stopped"])
+async def test_closing_the_mesh_fails_a_watch(tmp_path: Path, *, outage: bool) -> None:
+    """A watch of the shared state raises ConnectionFailed, also during an outage."""
     server = Server(tmp_path)
-    await server._server.start()
-    mesh = AgentMesh(server._server.url)
+    await server.start()
+    mesh = AgentMesh(server.url)
     async with mesh:
         await mesh.kv.put("key", "1")
         watch = mesh.kv.watch("key")
         assert "1" == await take_next(watch)
         waiting = asyncio.ensure_future(anext(watch))
-        await asyncio.sleep(0)  # it begins to wait
-        if away:
-            await server.go_away(mesh)
+        await asyncio.sleep(0)  # the task begins to wait
+        if outage:
+            await server.stop(mesh)
     async with asyncio.timeout(5):
         with pytest.raises(ConnectionFailed):
             await waiting
-    await server._server.stop()
+    await server.stop()
 
 
-async def test_a_timeout_holds_while_the_server_takes_nothing() -> None:
-    """Calls end in time also when more waits to be sent than the buffer holds; then calls go on."""
+async def test_calls_time_out_while_the_server_reads_nothing() -> None:
+    """Also when more is to be sent than the buffer holds; afterwards calls are answered."""
     server = EmbeddedServer()
     await server.start()
     async with AgentMesh(server.url) as mesh:
@@ -217,19 +219,19 @@ async def test_a_timeout_holds_while_the_server_takes_nothing() -> None:
     await server.stop()
 
 
-async def test_a_catalog_waits_once_for_a_revision_that_was_purged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the copy of the registry is known to be as new as it gets, it is read at once."""
+async def test_the_catalog_waits_only_once_for_a_purged_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards the copy of the registry counts as up to date, and is read without waiting."""
     server = EmbeddedServer()
     await server.start()
-    stays, goes, reader = (AgentMesh(server.url) for _ in range(3))
-    serve(stays, "stays")
-    serve(goes, "goes")
-    async with stays:
-        async with goes:
-            assert {"stays", "goes"} == {entry.name for entry in await stays.catalog()}
-        await node_of(stays).buckets._open[REGISTRY_BUCKET].purge_deletes(olderthan=-1)
+    staying, stopping, reader = (AgentMesh(server.url) for _ in range(3))
+    serve(staying, "staying")
+    serve(stopping, "stopping")
+    async with staying:
+        async with stopping:
+            assert {"staying", "stopping"} == {entry.name for entry in await staying.catalog()}
+        await node_of(staying).buckets._open[REGISTRY_BUCKET].purge_deletes(olderthan=-1)
         async with reader, asyncio.timeout(10):
-            for standstill in (0.1, 60):
-                monkeypatch.setattr("openagentmesh.registry.directory._MAX_SILENCE_S", standstill)
-                assert ["stays"] == [entry.name for entry in await reader.catalog()]
+            for max_silence in (0.1, 60):
+                monkeypatch.setattr("openagentmesh.registry.directory._MAX_SILENCE_S", max_silence)
+                assert ["staying"] == [entry.name for entry in await reader.catalog()]
     await server.stop()

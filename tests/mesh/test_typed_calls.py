@@ -1,4 +1,4 @@
-"""Typed calls: what type checkers infer, what they refuse, and what is checked at run time."""
+"""Typed calls: what type checkers infer and reject, and what is checked at run time."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +22,7 @@ class Answer(BaseModel):
 
 
 class Agents:
-    """A responder, a streamer, and an agent that takes no input, all typed."""
+    """Typed agents: responders, a streamer, one without an input, and one without an output."""
 
     def __init__(self, mesh: AgentMesh, name: str) -> None:
         @mesh.agent(AgentSpec(name=f"{name}.measure"))
@@ -42,14 +42,14 @@ class Agents:
         def plain(req: Question) -> list[int]:
             return [len(req.text)]
 
-        @mesh.agent(AgentSpec(name=f"{name}.silent"))
-        async def silent(req: Question) -> None: ...
+        @mesh.agent(AgentSpec(name=f"{name}.nothing"))
+        async def nothing(req: Question) -> None: ...
 
-        self.measure, self.count, self.now, self.plain, self.silent = measure, count, now, plain, silent
+        self.measure, self.count, self.now, self.plain, self.nothing = measure, count, now, plain, nothing
 
 
-async def test_returns_decides_the_type_of_the_reply(mesh: AgentMesh, name: str) -> None:
-    """With a model or a list of models the reply is one; without `returns` it is JSON of type Any."""
+async def test_returns_sets_the_type_of_the_reply(mesh: AgentMesh, name: str) -> None:
+    """The reply is validated as that type, which type checkers infer; without `returns` it is Any."""
     agents, question = Agents(mesh, name), {"text": "four"}
     answer = await mesh.call(f"{name}.measure", question, returns=Answer)
     assert_type(answer, Answer)
@@ -65,8 +65,8 @@ async def test_returns_decides_the_type_of_the_reply(mesh: AgentMesh, name: str)
     assert agents
 
 
-async def test_a_function_stands_for_its_agent(mesh: AgentMesh, name: str) -> None:
-    """Its types are those of payload and reply: of coroutines, generators, blocking functions and None."""
+async def test_a_decorated_function_can_be_called_instead_of_a_name(mesh: AgentMesh, name: str) -> None:
+    """Payload and reply have the function's types: of coroutines, generators, blocking functions and None."""
     agents, question = Agents(mesh, name), Question(text="four")
     assert_type(await mesh.call(agents.measure, question), Answer)
     assert_type(await mesh.call(agents.plain, question), list[int])
@@ -74,14 +74,14 @@ async def test_a_function_stands_for_its_agent(mesh: AgentMesh, name: str) -> No
     assert Answer(length=4) == await mesh.call(agents.measure, question)
     assert [4] == await mesh.call(agents.plain, question)
     assert Answer(length=0) == await mesh.call(agents.now)
-    nothing: object = await mesh.call(agents.silent, question)
+    nothing: object = await mesh.call(agents.nothing, question)
     assert nothing is None
     lengths = [assert_type(chunk, Answer).length async for chunk in mesh.stream(agents.count, question)]
     assert [0, 1, 2, 3] == lengths
 
 
-async def test_a_reply_of_another_type_is_an_error(mesh: AgentMesh, name: str) -> None:
-    """The error names the expected type and the fields, for replies and for chunks."""
+async def test_a_reply_of_another_type_raises_invalid_reply(mesh: AgentMesh, name: str) -> None:
+    """The error has the invalid fields; also for the chunks of a stream."""
     agents = Agents(mesh, name)
     with pytest.raises(InvalidReply, match="does not match") as caught:
         await mesh.call(f"{name}.measure", {"text": "x"}, returns=Question)
@@ -91,8 +91,8 @@ async def test_a_reply_of_another_type_is_an_error(mesh: AgentMesh, name: str) -
     assert agents
 
 
-async def test_a_wrong_payload_for_a_function_is_not_sent(mesh: AgentMesh, name: str) -> None:
-    """The error is the one of the agent, with the invalid fields, but raised by the caller."""
+async def test_an_invalid_payload_for_a_function_is_not_sent(mesh: AgentMesh, name: str) -> None:
+    """The caller raises the error that the agent would raise, with the invalid fields."""
     agents, not_an_agent = Agents(mesh, name), cast("Any", Agents)
     with pytest.raises(InvalidInput, match=f"agent '{name}.measure'") as caught:
         await mesh.call(agents.measure, Answer(length=1))  # type: ignore[arg-type]
@@ -136,14 +136,14 @@ async def main() -> None:
         ("mesh.agent(AgentSpec(name='x'), sources=['news'])", "list-item"),
     ],
     ids=[
-        "payload", "missing payload", "reply", "returns", "two parameters", "not a function", "no spec",
-        "not a source",
+        "payload", "missing-payload", "reply", "returns", "two-parameters", "not-a-function", "no-spec",
+        "not-a-source",
     ],
 )  # fmt: skip
-def test_mypy_refuses_what_fails_at_run_time(
+def test_mypy_reports_what_fails_at_run_time(
     line: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong payload, reply or handler is an error in the line, and nothing else is."""
+    """A wrong payload, reply or handler is the only error, in its line."""
     monkeypatch.chdir(ROOT)
     file = tmp_path / "snippet.py"
     file.write_text(dedent(SNIPPET.replace("LINE", line)))

@@ -1,4 +1,4 @@
-"""The auth matrix from the command line: each way to be let in and refused, and `oam auth check`."""
+"""Auth on the command line: permitted and refused requests, and `oam auth check`."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ CALLER = 'host.plugins = ["auth"]\n'
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    folder = tmp_path_factory.mktemp("guarded")
+    folder = tmp_path_factory.mktemp("host")
     names = ("nlp.a", "ops.b.c", "public")
     write(folder, {"mesh.toml": HOST, "agents/a.py": MESH + "".join(map(agent, names))})
     write_keys(folder / "keys.json")
@@ -62,7 +62,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 
 @pytest.mark.parametrize(
-    ("name", "carried", "refused"),
+    ("name", "credential", "refusal"),
     [
         ("nlp.a", token(), ""),
         ("nlp.a", token(sub="carol"), "No rule permits 'carol' to call 'nlp.a'"),
@@ -74,31 +74,35 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         ("public", "", ""),
     ],
     ids=[
-        "token", "other subject", "expired", "nothing", "signed", "signed, no scope", "scope", "anonymous",
+        "token", "other subject", "expired", "no credentials", "signed", "signed without scope", "scope",
+        "anonymous",
     ],
 )  # fmt: skip
-def test_commands_carry_who_asks(up: Up, tmp_path: Path, name: str, carried: str, refused: str) -> None:
-    """A token in the environment or a seed in mesh.toml lets in; each refusal says why and exits with 1."""
-    table = '[plugins.auth.caller]\nnkey_file = "bob.nk"\n' if carried == "signed" else ""
+def test_commands_carry_credentials(up: Up, tmp_path: Path, name: str, credential: str, refusal: str) -> None:
+    """Requests of `oam` carry the token of the environment or the signature of a seed in mesh.toml.
+
+    A refused request exits with 1, and prints the reason.
+    """
+    table = '[plugins.auth.caller]\nnkey_file = "bob.nk"\n' if credential == "signed" else ""
     write(tmp_path, {"mesh.toml": CALLER + table, "bob.nk": SEED.decode()})
-    env = {"OAM_TOKEN": carried} if carried != "signed" else {}
+    env = {"OAM_TOKEN": credential} if credential != "signed" else {}
     result = oam("agent", "call", name, "{}", "--url", up.url, cwd=tmp_path, env=env)
-    assert refused in result.err
-    assert ((1, "") if refused else (0, '"ok"')) == (result.code, result.out.strip())
+    assert refusal in result.err
+    assert ((1, "") if refusal else (0, '"ok"')) == (result.code, result.out.strip())
 
 
-def test_check_says_what_is_set_up(up: Up) -> None:
-    """Rules, keys and signers by their names, and no secret."""
-    told = oam("auth", "check", "--json", cwd=up.folder).json
-    assert ["readers", "admins", "open"] == told["rules"]
+def test_check_shows_the_configuration(up: Up) -> None:
+    """Without arguments `oam auth check` shows the names of rules, keys and signers, and no secret."""
+    shown = oam("auth", "check", "--json", cwd=up.folder).json
+    assert ["readers", "admins", "open"] == shown["rules"]
     assert (["first"], ["bob"], "nothing") == (
-        told["keys in files"], told["signers"], told["requests carry"],
+        shown["keys in files"], shown["signers"], shown["requests carry"],
     )  # fmt: skip
     assert "rules: readers, admins, open" in oam("auth", "check", cwd=up.folder).out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "given", "code", "said"),
+    ("arguments", "stdin", "code", "line"),
     [
         (("nlp.a", "--token", "-"), token(), 0, "rule: readers"),
         (("nlp.a", "--token", "-", "--verb", "source"), token(), 1, "'alice' to source 'nlp.a'"),
@@ -108,30 +112,30 @@ def test_check_says_what_is_set_up(up: Up) -> None:
         (("public",), "", 0, "rule: open"),
         (("ops.x", "--subject", "dora", "--scopes", "admin more"), "", 0, "rule: admins"),
         (("ops.x", "--subject", "dora"), "", 1, "only with the scope admin"),
-        (("--token", "nowhere"), "", 1, "nowhere cannot be read"),
+        (("--token", "missing"), "", 1, "missing cannot be read"),
     ],
     ids=[
-        "token", "token, verb", "token alone", "expired", "nobody", "anonymous", "subject with scope",
-        "subject without", "no file",
+        "token", "token and verb", "token alone", "expired", "anonymous refused", "anonymous permitted",
+        "subject with scope", "subject without scope", "missing file",
     ],
 )  # fmt: skip
-def test_check_decides_as_a_host_would(
-    up: Up, arguments: tuple[str, ...], given: str, code: int, said: str
+def test_check_decides_as_a_host(
+    up: Up, arguments: tuple[str, ...], stdin: str, code: int, line: str
 ) -> None:
-    """Whom a token proves, and which rule lets that one in, or why not; by JSON too."""
+    """It shows the subject of a token and the rule that permits a request, or the reason of the refusal."""
     app, settings = typer.Typer(), load_config(up.folder / "mesh.toml", {}).plugins["auth"]
     auth = Auth()
     auth.mesh_configure(Settings.model_validate(settings), up.folder)
     auth.mesh_cli(app)
     runner = CliRunner()
-    result = runner.invoke(app, ["auth", "check", *arguments], input=given)
-    assert (code, True) == (result.exit_code, said in result.output)
-    found = json.loads(runner.invoke(app, ["auth", "check", *arguments, "--json"], input=given).stdout)
+    result = runner.invoke(app, ["auth", "check", *arguments], input=stdin)
+    assert (code, True) == (result.exit_code, line in result.output)
+    found = json.loads(runner.invoke(app, ["auth", "check", *arguments, "--json"], input=stdin).stdout)
     assert ("why" in found) == bool(code)
 
 
-def test_a_broken_policy_stops_up_and_check_alike(tmp_path: Path) -> None:
-    """By the file and what is wrong in it; without a traceback."""
+def test_an_invalid_policy_file_fails_all_commands(tmp_path: Path) -> None:
+    """`up`, `check` and `auth check` name the file and the missing key, without a traceback."""
     write(
         tmp_path,
         {"mesh.toml": HOST + '[plugins.auth]\npolicy = "p.toml"\n', "p.toml": "[[rules]]\nname = 'x'\n"},
@@ -144,13 +148,13 @@ def test_a_broken_policy_stops_up_and_check_alike(tmp_path: Path) -> None:
         assert "Traceback" not in result.err
 
 
-def test_the_page_can_be_tried(tmp_path: Path) -> None:
-    """What docs/plugins/auth.md has for trying it makes a key, a token, and a signer that count."""
+def test_the_programs_of_the_documentation_create_valid_credentials(tmp_path: Path) -> None:
+    """The programs in docs/plugins/auth.md create a key, a token and a signer that are accepted."""
     for code in blocks("docs/plugins/auth.md"):
-        made = subprocess.run(
+        ran = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-    secret, public = (line.rpartition(" ")[2] for line in made.stdout.splitlines())
+    secret, public = (line.rpartition(" ")[2] for line in ran.stdout.splitlines())
     (tmp_path / "billing.nk").write_text(secret)
     settings = Settings.model_validate(
         {
@@ -159,8 +163,9 @@ def test_the_page_can_be_tried(tmp_path: Path) -> None:
             "caller": {"nkey_file": "billing.nk"},
         }
     )
-    guard = Authenticator.load(settings, tmp_path, Nonces())
-    assert guard.tokens is not None
-    assert Identity("alice", frozenset({"nlp.read"})) == guard.tokens.verify((tmp_path / "token").read_text())
-    assert guard.credentials.signer is not None
-    assert public == guard.credentials.signer.key
+    loaded = Authenticator.load(settings, tmp_path, Nonces())
+    assert loaded.tokens is not None
+    identity = loaded.tokens.verify((tmp_path / "token").read_text())
+    assert Identity("alice", frozenset({"nlp.read"})) == identity
+    assert loaded.credentials.signer is not None
+    assert public == loaded.credentials.signer.key

@@ -1,6 +1,5 @@
-"""The issuer's keys where it publishes them: fetched before anybody is served, and again when they change."""
+"""Keys at the issuer's URL: fetched before agents serve, and fetched again when they change."""
 
-import asyncio
 import json
 import threading
 import time
@@ -17,26 +16,35 @@ from openagentmesh import AgentMesh, MeshTimeout, PluginFailed, Unauthenticated
 
 from tests.support.credentials import ALL, AUDIENCE, ISSUER, KEY, bearer, token
 from tests.support.protection import ProtectedAgents
+from tests.support.waiting import until
 
 NEXT = OKPKey.generate_key("Ed25519", parameters={"kid": "next"})
 
 
-class Publisher(ThreadingHTTPServer):
-    """Publishes keys at /keys; `asked` counts how often."""
+class IssuerServer(ThreadingHTTPServer):
+    """Serves keys at /keys.
+
+    Attributes:
+        requests: how many requests were received.
+        response: status and body of responses.
+        is_malformed: it responds by another protocol than HTTP.
+        is_slow: it sends a body byte by byte.
+        release: requests wait until it is set.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Get)
-        self.asked = 0
-        self.answer: tuple[int, bytes] = (200, b"")
-        self.garbage = self.drips = False
-        self.hold = threading.Event()
-        self.hold.set()
+        self.requests = 0
+        self.response: tuple[int, bytes] = (200, b"")
+        self.is_malformed = self.is_slow = False
+        self.release = threading.Event()
+        self.release.set()
         self.publish(KEY)
         self._serving = threading.Thread(target=self.serve_forever)
         self._serving.start()
 
     def publish(self, *keys: Key) -> None:
-        self.answer = 200, json.dumps({"keys": [key.as_dict(private=False) for key in keys]}).encode()
+        self.response = 200, json.dumps({"keys": [key.as_dict(private=False) for key in keys]}).encode()
 
     @property
     def url(self) -> str:
@@ -49,20 +57,20 @@ class Publisher(ThreadingHTTPServer):
 
 
 class _Get(BaseHTTPRequestHandler):
-    server: Publisher
+    server: IssuerServer
 
     def do_GET(self) -> None:
-        self.server.asked += 1
-        self.server.hold.wait(10)
-        if self.server.garbage:
+        self.server.requests += 1
+        self.server.release.wait(10)
+        if self.server.is_malformed:
             self.wfile.write(b"SMTP ready\r\n")
             return
-        code, body = self.server.answer
+        code, body = self.server.response
         self.send_response(code)
         if code == 302:
             self.send_header("Location", self.server.url)
         self.end_headers()
-        for number in range(20) if self.server.drips else ():
+        for number in range(20) if self.server.is_slow else ():
             self.wfile.write(b" " * number)
             time.sleep(0.05)
         self.wfile.write(body)
@@ -72,165 +80,159 @@ class _Get(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def publisher() -> Iterator[Publisher]:
-    running = Publisher()
+def issuer() -> Iterator[IssuerServer]:
+    running = IssuerServer()
     yield running
     running.close()
 
 
-def auth(publisher: Publisher, **changed: Any) -> Auth:
-    tokens = TokenSettings(issuer=ISSUER, audience=AUDIENCE, jwks_url=publisher.url, **changed)
+def auth(issuer: IssuerServer, **changed: Any) -> Auth:
+    tokens = TokenSettings(issuer=ISSUER, audience=AUDIENCE, jwks_url=issuer.url, **changed)
     return Auth(Settings(tokens=tokens, rules=(ALL,)))
 
 
-async def test_a_new_key_counts_as_soon_as_it_is_used(
-    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+async def test_a_new_key_is_fetched_for_the_first_token_with_it(
+    url: str, mesh: AgentMesh, name: str, issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token signed with a key that is not known yet has the keys fetched; the old one counts no more."""
+    """A token with an unknown key causes a fetch; tokens of the previous key are then refused."""
     monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
-    async with ProtectedAgents(url, name, auth(publisher)).mesh:
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        publisher.publish(NEXT)
-        assert "alice" == await mesh.call(f"{name}.plain", "2", headers=bearer(token(NEXT)))
+    async with ProtectedAgents(url, name, auth(issuer)).mesh:
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
+        issuer.publish(NEXT)
+        assert "alice" == await mesh.call(f"{name}.threaded", "2", headers=bearer(token(NEXT)))
         with pytest.raises(Unauthenticated):
-            await mesh.call(f"{name}.plain", "3", headers=bearer())
+            await mesh.call(f"{name}.threaded", "3", headers=bearer())
 
 
-async def test_keys_are_fetched_again_by_themselves(
-    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+async def test_keys_are_fetched_periodically(
+    url: str, mesh: AgentMesh, name: str, issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key that is withdrawn counts no more after `refresh` seconds, though nobody asks for another one."""
+    """A withdrawn key is refused after `refresh` seconds, without any token with another key."""
     monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
-    async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        publisher.publish(NEXT)
+    async with ProtectedAgents(url, name, auth(issuer, refresh=1)).mesh:
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
+        issuer.publish(NEXT)
         with pytest.raises(Unauthenticated):
             while True:
-                await mesh.call(f"{name}.plain", "2", headers=bearer())
+                await mesh.call(f"{name}.threaded", "2", headers=bearer())
 
 
-async def test_strangers_do_not_make_it_ask_the_issuer(
-    url: str, mesh: AgentMesh, name: str, publisher: Publisher
+async def test_tokens_with_unknown_keys_do_not_flood_the_issuer(
+    url: str, mesh: AgentMesh, name: str, issuer: IssuerServer
 ) -> None:
-    """However many tokens with unknown keys come, the issuer is asked once in a while."""
-    async with ProtectedAgents(url, name, auth(publisher)).mesh:
+    """Many tokens with unknown keys do not cause more fetches within the minimum interval."""
+    async with ProtectedAgents(url, name, auth(issuer)).mesh:
         for number in range(20):
             with pytest.raises(Unauthenticated):
-                await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT, {"kid": f"k{number}"})))
-    assert 1 == publisher.asked
+                await mesh.call(f"{name}.threaded", "1", headers=bearer(token(NEXT, {"kid": f"k{number}"})))
+    assert 1 == issuer.requests
 
 
-async def test_keys_from_before_stay_when_the_issuer_is_gone(
-    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+async def test_previous_keys_stay_in_force_when_a_fetch_fails(
+    url: str, mesh: AgentMesh, name: str, issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An issuer that fails for a while, or answers nonsense, locks nobody out who has a good token."""
+    """While the issuer fails or responds without keys, valid tokens are still accepted."""
     monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
-    async with ProtectedAgents(url, name, auth(publisher)).mesh:
-        for answer in ((500, b""), (200, b"<html>")):
-            publisher.answer = answer
+    async with ProtectedAgents(url, name, auth(issuer)).mesh:
+        for response in ((500, b""), (200, b"<html>")):
+            issuer.response = response
             with pytest.raises(Unauthenticated) as caught:
-                await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
+                await mesh.call(f"{name}.threaded", "1", headers=bearer(token(NEXT)))
             assert "token.key" == caught.value.details["rule"]
-            assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+            assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
 
 
-async def test_without_keys_it_does_not_start(url: str, name: str, publisher: Publisher) -> None:
-    """An issuer that is not there, has no keys, or sends elsewhere, stops the start by the plugin's name."""
-    for answer, why in (
+async def test_the_start_fails_without_keys(url: str, name: str, issuer: IssuerServer) -> None:
+    """If the issuer responds with an error, without keys or with a redirect, the plugin fails to start."""
+    for response, reason in (
         ((404, b""), "404"),
         ((200, b'{"keys": []}'), "contains 0 keys"),
         ((302, b""), "redirects"),
     ):
-        publisher.answer = answer
-        with pytest.raises(PluginFailed, match=f"'auth' cannot start: .*{why}"):
-            async with ProtectedAgents(url, name, auth(publisher)).mesh:
+        issuer.response = response
+        with pytest.raises(PluginFailed, match=f"'auth' cannot start: .*{reason}"):
+            async with ProtectedAgents(url, name, auth(issuer)).mesh:
                 pass
 
 
-def test_too_large_an_answer_is_refused(publisher: Publisher) -> None:
-    """More than a megabyte is no set of keys."""
-    publisher.answer = 200, b" " * (1024 * 1024 + 1)
+def test_a_response_above_the_size_limit_is_refused(issuer: IssuerServer) -> None:
+    """A response of more than one MiB is refused."""
+    issuer.response = 200, b" " * (1024 * 1024 + 1)
     with pytest.raises(ValueError, match="larger than 1048576 bytes"):
-        fetch_keys(publisher.url)
+        fetch_keys(issuer.url)
 
 
-async def test_other_settings_keep_the_keys(
-    publisher: Publisher, url: str, name: str, tmp_path: Path
+async def test_fetched_keys_are_kept_when_settings_change(
+    issuer: IssuerServer, url: str, name: str, tmp_path: Path
 ) -> None:
-    """What was fetched counts when the issuer fails and a setting changes; another issuer is refused."""
-    plugin = auth(publisher)
+    """Fetched keys are kept if the issuer fails while a setting changes; another issuer is refused."""
+    plugin = auth(issuer)
     async with ProtectedAgents(url, name, plugin).mesh, AgentMesh(url) as mesh:
-        publisher.answer = 500, b""
-        plugin.mesh_configure(auth(publisher, leeway=11).state.settings, tmp_path)
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        elsewhere = auth(publisher).state.settings.model_dump()
-        elsewhere["tokens"]["jwks_url"] += "/other"
+        issuer.response = 500, b""
+        plugin.mesh_configure(auth(issuer, leeway=11).state.settings, tmp_path)
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
+        other = auth(issuer).state.settings.model_dump()
+        other["tokens"]["jwks_url"] += "/other"
         with pytest.raises(ValueError, match="another issuer takes effect after a restart"):
-            plugin.mesh_configure(Settings.model_validate(elsewhere), tmp_path)
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+            plugin.mesh_configure(Settings.model_validate(other), tmp_path)
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
 
 
-async def test_who_gives_up_throws_no_keys_away(
-    url: str, mesh: AgentMesh, name: str, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+async def test_a_cancelled_request_does_not_cancel_the_fetch(
+    url: str, mesh: AgentMesh, name: str, issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger has the keys fetched and goes before they come: they count for the others all the same."""
-    async with ProtectedAgents(url, name, auth(publisher)).mesh as provider:
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
+    """When the request that caused a fetch is cancelled, the fetched keys are used for other requests."""
+    plugin = auth(issuer)
+    async with ProtectedAgents(url, name, plugin).mesh:
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
         monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 3600.0)
-        plugin = provider._plugins.all[0].implementation
-        assert isinstance(plugin, Auth)
         plugin.state.issuer._next_fetch = 0.0
-        publisher.publish(NEXT)
-        publisher.hold.clear()
+        issuer.publish(NEXT)
+        issuer.release.clear()
         with pytest.raises(MeshTimeout):
-            await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)), timeout=0.1)
-        publisher.hold.set()
-        async with asyncio.timeout(10):
-            while plugin.state.issuer.keys[0].kid != "next":
-                await asyncio.sleep(0.01)
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer(token(NEXT)))
+            await mesh.call(f"{name}.threaded", "1", headers=bearer(token(NEXT)), timeout=0.1)
+        issuer.release.set()
+        await until(lambda: plugin.state.issuer.keys[0].kid == "next")
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer(token(NEXT)))
 
 
-async def test_an_issuer_that_speaks_no_http_ends_nothing(
-    url: str, mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, publisher: Publisher
+async def test_fetches_continue_after_a_malformed_response(
+    url: str, mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch, issuer: IssuerServer
 ) -> None:
-    """Whatever goes wrong while keys are fetched again, they are fetched again after that."""
+    """After responses that are not HTTP, keys are fetched again."""
     monkeypatch.setattr("oam_auth.file_watch._MIN_FETCH_INTERVAL_S", 0.0)
     monkeypatch.setattr("oam_auth.auth_state._RETRY_S", 0.01)
-    async with ProtectedAgents(url, name, auth(publisher, refresh=1)).mesh:
-        assert "alice" == await mesh.call(f"{name}.plain", "1", headers=bearer())
-        publisher.garbage = True
-        while publisher.asked < 3:
-            await asyncio.sleep(0.01)
-        publisher.garbage = False
-        publisher.publish(NEXT)
+    async with ProtectedAgents(url, name, auth(issuer, refresh=1)).mesh:
+        assert "alice" == await mesh.call(f"{name}.threaded", "1", headers=bearer())
+        issuer.is_malformed = True
+        await until(lambda: issuer.requests >= 3)
+        issuer.is_malformed = False
+        issuer.publish(NEXT)
         with pytest.raises(Unauthenticated):
             while True:
-                await mesh.call(f"{name}.plain", "2", headers=bearer())
+                await mesh.call(f"{name}.threaded", "2", headers=bearer())
 
 
-def test_an_answer_that_drips_is_not_waited_for(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The time is for all of it, not for each byte."""
+def test_a_slow_response_times_out(issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout applies to the whole response, not to each of its parts."""
     monkeypatch.setattr("oam_auth.keys._FETCH_TIMEOUT_S", 0.2)
-    publisher.drips = True
+    issuer.is_slow = True
     with pytest.raises(ValueError, match="takes longer than"):
-        fetch_keys(publisher.url)
+        fetch_keys(issuer.url)
 
 
-def test_no_proxy_sees_what_stays_here(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without encryption keys come from this machine, and on no other way."""
+def test_unencrypted_fetches_use_no_proxy(issuer: IssuerServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys at an http URL are fetched from this machine directly, without the proxy of the environment."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
-    assert ["first"] == [key.kid for key in fetch_keys(publisher.url)]
+    assert ["first"] == [key.kid for key in fetch_keys(issuer.url)]
 
 
-def test_keys_of_kinds_yet_unknown_are_ignored(publisher: Publisher) -> None:
-    """In a set with others; one that has nothing else is refused."""
+def test_keys_of_unknown_types_are_ignored(issuer: IssuerServer) -> None:
+    """A set may contain keys of unknown types; it is refused if it has no others."""
     unknown = {"kty": "OKP", "crv": "Ed9000", "x": "AAAA"}
-    publisher.answer = 200, json.dumps({"keys": [unknown, KEY.as_dict(private=False)]}).encode()
-    assert ["first"] == [key.kid for key in fetch_keys(publisher.url)]
-    publisher.answer = 200, json.dumps({"keys": [unknown]}).encode()
+    issuer.response = 200, json.dumps({"keys": [unknown, KEY.as_dict(private=False)]}).encode()
+    assert ["first"] == [key.kid for key in fetch_keys(issuer.url)]
+    issuer.response = 200, json.dumps({"keys": [unknown]}).encode()
     with pytest.raises(ValueError, match="contains no usable key"):
-        fetch_keys(publisher.url)
+        fetch_keys(issuer.url)

@@ -1,4 +1,4 @@
-"""Signed requests: each counts once, for what was signed, for a while."""
+"""Signed requests: each signature is accepted once, for the signed request, within a window of time."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -44,20 +44,20 @@ def verifier(**changed: Any) -> Signatures:
     return Signatures(users(**changed), Nonces())
 
 
-def believe(signatures: Signatures, call: Call) -> Identity:
-    proof = signatures.verify(call)
+def accept(signatures: Signatures, call: Call) -> Identity:
+    identity = signatures.verify(call)
     signatures.use(call)
-    return proof
+    return identity
 
 
 def refusal(signatures: Signatures, call: Call) -> str:
     with pytest.raises(Unauthenticated) as caught:
-        believe(signatures, call)
+        accept(signatures, call)
     return str(caught.value.details["rule"])
 
 
-def test_a_signed_request_proves_its_user() -> None:
-    """Whatever its verb; also a message that drives an agent."""
+def test_a_signed_request_has_the_identity_of_its_user() -> None:
+    """The signature of each verb is verified, also that of a message of a source."""
     signatures = verifier()
     for verb in ("call", "stream", "send", "publish"):
         assert "bob" == signatures.verify(signed(verb)).subject
@@ -87,7 +87,7 @@ def other_verb(call: Call) -> None:
 
 
 def at(ahead: float) -> Callable[[Call], None]:
-    """A request that says it was signed some seconds from now."""
+    """A request whose time header is some seconds ahead."""
 
     def change(call: Call) -> None:
         headers_of(call)[TIME] = str(int((time.time() + ahead) * 1000))
@@ -129,7 +129,7 @@ OTHER = Signer(seed()[0])
     ],
 )
 def test_a_changed_request_is_refused(rule: str, change: Callable[[Call], None]) -> None:
-    """Another subject, body, verb, id, time, nonce, key; and headers that are missing or nonsense."""
+    """Another subject, body, verb, id, time, nonce or key is refused, and missing or malformed headers."""
     call = signed()
     change(call)
     assert rule == refusal(verifier(), call)
@@ -140,76 +140,75 @@ def test_a_changed_request_is_refused(rule: str, change: Callable[[Call], None])
         st.sampled_from([KEY, VERB, TIME, NONCE, SIGNATURE]), st.text(max_size=80) | st.just(PUBLIC)
     )
 )
-def test_any_headers_are_refused(headers: dict[str, str]) -> None:
-    """Whatever a stranger puts into the headers of a signature."""
+def test_arbitrary_signature_headers_are_refused(headers: dict[str, str]) -> None:
+    """Any values of the headers of a signature are refused with a rule."""
     call = signed()
     headers_of(call).clear()
     headers_of(call).update(headers)
     assert refusal(verifier(), call).startswith("signature.")
 
 
-def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let so much time pass, by all clocks."""
-    wall, steady = time.time() + seconds, time.monotonic() + seconds
+def advance_clocks(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    wall, monotonic = time.time() + seconds, time.monotonic() + seconds
     monkeypatch.setattr("oam_auth.signatures.time.time", lambda: wall)
-    monkeypatch.setattr("oam_auth.signatures.time.monotonic", lambda: steady)
+    monkeypatch.setattr("oam_auth.signatures.time.monotonic", lambda: monotonic)
 
 
-def test_a_signature_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same request again is refused for as long as its signature would count, and forgotten then."""
+def test_a_signature_is_accepted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated request is refused while its signature is within the window, and then dropped."""
     signatures, call = verifier(), signed()
-    believe(signatures, call)
-    for pause in (0, 29):
-        later(monkeypatch, pause)
+    accept(signatures, call)
+    for seconds in (0, 29):
+        advance_clocks(monkeypatch, seconds)
         assert "signature.replayed" == refusal(signatures, call)
-    later(monkeypatch, 32)
+    advance_clocks(monkeypatch, 32)
     assert "signature.time" == refusal(signatures, call)
-    believe(signatures, signed())
+    accept(signatures, signed())
     [used] = signatures._nonces._used.values()
     assert 1 == len(used.nonces)
 
 
-def test_what_was_forgotten_counts_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wider window, as a reload may bring, or a clock that is set back, revives no signature."""
+def test_a_dropped_signature_is_never_accepted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reload with a wider window, a signature that is no longer remembered is still refused."""
     nonces, call = Nonces(), signed()
     narrow, wide = (Signatures(users(window=window), nonces) for window in (1, 300))
-    believe(narrow, call)
-    later(monkeypatch, 3)
-    believe(narrow, signed())  # the first one is forgotten now
+    accept(narrow, call)
+    advance_clocks(monkeypatch, 3)
+    accept(narrow, signed())  # the first one is dropped now
     assert "signature.replayed" == refusal(wide, call)
-    believe(wide, signed())
+    accept(wide, signed())
 
 
-def test_what_cannot_be_remembered_does_not_count() -> None:
-    """A signer that has used up its room is told to wait; none is forgotten, and others have theirs."""
+def test_a_signer_is_overloaded_at_the_limit_of_remembered_signatures() -> None:
+    """A signer at its limit gets `overloaded`; its signatures stay remembered, and others are accepted."""
     signatures = verifier(remembered=2)
     first = signed()
-    believe(signatures, first)
-    believe(signatures, signed())
+    accept(signatures, first)
+    accept(signatures, signed())
     with pytest.raises(Overloaded) as caught:
-        believe(signatures, signed())
+        accept(signatures, signed())
     assert 59_000 < caught.value.details["retry_after_ms"] <= 60_001
     assert "signature.replayed" == refusal(signatures, first)
-    assert "eve" == believe(signatures, signed(by=EVE)).subject
+    assert "eve" == accept(signatures, signed(signer=EVE)).subject
 
 
-def test_what_is_refused_takes_no_room() -> None:
-    """Strangers cannot fill what remembers signatures."""
+def test_invalid_signatures_are_not_remembered() -> None:
+    """Invalid signatures do not use up the limit of remembered ones."""
     signatures = verifier(remembered=1)
     for _ in range(10):
         call = signed()
         other_body(call)
         assert "signature.wrong" == refusal(signatures, call)
-    assert "bob" == signatures.verify(signed()).subject
+    assert "bob" == accept(signatures, signed()).subject
 
 
 @pytest.mark.parametrize(
     "key",
     ["", "U", PUBLIC[:-1], PUBLIC[:-1] + "!", SEED.decode(), "A" + PUBLIC[1:]],
-    ids=["empty", "a letter", "cut", "misspelt", "the secret", "another kind"],
+    ids=["empty", "one letter", "truncated", "misspelt", "seed", "another type"],
 )
-def test_keys_that_are_none_are_named(key: str) -> None:
-    """Cut, misspelt, a secret instead of the public part, another kind of key."""
+def test_invalid_public_keys_are_refused(key: str) -> None:
+    """A key that is not a public NKey of a user is refused, and a seed is not in the message."""
     with pytest.raises(ValueError, match="is not a public NKey") as caught:
         Signatures(SignatureSettings.model_validate({"users": {key: {"subject": "bob"}}}), Nonces())
     assert SEED.decode() not in str(caught.value)
@@ -217,68 +216,64 @@ def test_keys_that_are_none_are_named(key: str) -> None:
 
 @asynccontextmanager
 async def caller(url: str, folder: Path, *more: object) -> AsyncIterator[AgentMesh]:
-    """A mesh that signs what leaves."""
+    """A mesh that signs its requests."""
     (folder / "bob.nk").write_bytes(SEED + b"\n")
-    carrying = Auth(Settings(caller=CallerSettings(nkey_file=folder / "bob.nk")))
-    async with AgentMesh(url, plugins=[carrying, *more]) as mesh:
+    signing = Auth(Settings(caller=CallerSettings(nkey_file=folder / "bob.nk")))
+    async with AgentMesh(url, plugins=[signing, *more]) as mesh:
         yield mesh
 
 
 class Recorder:
-    """Keeps the headers of what leaves, as a plugin within the one that signs."""
+    """Records the headers of requests, as an inner plugin of the one that signs."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, str]] = []
+        self.headers: list[dict[str, str]] = []
 
     @hookimpl
     def mesh_client_middleware(self) -> ClientMiddleware:
         @asynccontextmanager
-        async def record(outgoing: ClientOperation) -> AsyncIterator[None]:
-            self.seen.append(outgoing.headers)
+        async def record(operation: ClientOperation) -> AsyncIterator[None]:
+            self.headers.append(operation.headers)
             yield
 
         return record
 
 
-async def test_signed_requests_reach_handlers_every_way(url: str, name: str, tmp_path: Path) -> None:
-    """Call, stream, send, send for replies, and a message that drives an agent, over the wire."""
-    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+async def test_signed_requests_of_all_verbs_reach_handlers(url: str, name: str, tmp_path: Path) -> None:
+    """Signed calls, streams, sends with and without a callback, and messages of a source are handled."""
+    protected = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
     replies: list[Any] = []
-    async with guarded.mesh, caller(url, tmp_path) as mesh:
-        assert "bob bob []" == await mesh.call(f"{name}.asked", "1")
-        assert ["2"] == [chunk async for chunk in mesh.stream(f"{name}.counts", "2")]
-        await mesh.send(f"{name}.asked", "3")
-        await mesh.send(f"{name}.asked", "4", on_reply=replies.append)
+    async with protected.mesh, caller(url, tmp_path) as mesh:
+        assert "bob bob []" == await mesh.call(f"{name}.responder", "1")
+        assert ["2"] == [chunk async for chunk in mesh.stream(f"{name}.streamer", "2")]
+        await mesh.send(f"{name}.responder", "3")
+        await mesh.send(f"{name}.responder", "4", on_reply=replies.append)
         await mesh.publish(f"{name}.news", "5")
-
-        async def all_came() -> bool:
-            return len(guarded.handled) == 5 and len(replies) == 1
-
-        await until(all_came)
-    assert {"1", "2", "3", "4", ("5", "bob")} == set(guarded.handled)
+        await until(lambda: len(protected.handled) == 5 and len(replies) == 1)
+    assert {"1", "2", "3", "4", ("5", "bob")} == set(protected.handled)
 
 
-async def test_a_request_that_was_overheard_is_no_use(url: str, name: str, tmp_path: Path) -> None:
-    """The headers of another's request, sent again with any body, or to another agent."""
-    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+async def test_headers_of_an_intercepted_request_are_refused(url: str, name: str, tmp_path: Path) -> None:
+    """The headers of another caller's request are refused with any body, and at any other agent."""
+    protected = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
     recorder = Recorder()
-    async with guarded.mesh, caller(url, tmp_path, recorder) as mesh, AgentMesh(url) as thief:
-        await mesh.call(f"{name}.asked", "1")
-        [stolen] = recorder.seen
-        for agent, what in (("asked", "1"), ("asked", "2"), ("plain", "1")):
+    async with protected.mesh, caller(url, tmp_path, recorder) as mesh, AgentMesh(url) as attacker:
+        await mesh.call(f"{name}.responder", "1")
+        [intercepted] = recorder.headers
+        for agent, text in (("responder", "1"), ("responder", "2"), ("threaded", "1")):
             with pytest.raises(Unauthenticated):
-                await thief.call(f"{name}.{agent}", what, headers=stolen)
-    assert ["1"] == guarded.handled
+                await attacker.call(f"{name}.{agent}", text, headers=intercepted)
+    assert ["1"] == protected.handled
 
 
-async def test_one_proof_is_enough_and_two_are_too_many(url: str, name: str, tmp_path: Path) -> None:
-    """Tokens count only where they are set up, so do signatures; a request with both is refused."""
+async def test_only_configured_credentials_are_accepted(url: str, name: str, tmp_path: Path) -> None:
+    """Tokens and signatures are accepted only if they are configured; a request with both is refused."""
     only_tokens = ProtectedAgents(url, f"{name}.t", Auth(settings(tmp_path)))
     only_signed = ProtectedAgents(
         url, f"{name}.s", Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,)))
     )
     both = ProtectedAgents(url, f"{name}.b", Auth(settings(tmp_path, signatures=signers(bob=PUBLIC))))
-    stamped = {NONCE: "n", SIGNATURE: "s", KEY: PUBLIC} | bearer()
+    with_both = {NONCE: "n", SIGNATURE: "s", KEY: PUBLIC} | bearer()
     async with (
         only_tokens.mesh,
         only_signed.mesh,
@@ -286,38 +281,36 @@ async def test_one_proof_is_enough_and_two_are_too_many(url: str, name: str, tmp
         caller(url, tmp_path) as bob,
         AgentMesh(url) as mesh,
     ):
-        for rule, asking, agent, headers in (
-            ("credentials.signatures", bob, f"{name}.t.asked", None),
-            ("credentials.tokens", mesh, f"{name}.s.asked", bearer()),
-            ("credentials.two", mesh, f"{name}.b.asked", stamped),
+        for rule, client, agent, headers in (
+            ("credentials.signatures", bob, f"{name}.t.responder", None),
+            ("credentials.tokens", mesh, f"{name}.s.responder", bearer()),
+            ("credentials.two", mesh, f"{name}.b.responder", with_both),
         ):
             with pytest.raises(Unauthenticated) as caught:
-                await asking.call(agent, "1", headers=headers)
+                await client.call(agent, "1", headers=headers)
             assert rule == caught.value.details["rule"]
-        assert "bob bob []" == await bob.call(f"{name}.b.asked", "1")
-        assert str(await mesh.call(f"{name}.b.asked", "1", headers=bearer())).startswith("alice")
+        assert "bob bob []" == await bob.call(f"{name}.b.responder", "1")
+        assert str(await mesh.call(f"{name}.b.responder", "1", headers=bearer())).startswith("alice")
 
 
-async def test_who_overhears_a_request_takes_it_from_nobody(url: str, name: str, tmp_path: Path) -> None:
-    """An agent that is driven by what another one is asked, on the same host, hears it; both count it."""
-    guarded = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
-    heard: list[str] = []
-    everything = guarded.mesh.subject_source(subjects.agent(f"{name}.asked"))
+async def test_several_agents_of_a_host_accept_one_signed_message(
+    url: str, name: str, tmp_path: Path
+) -> None:
+    """Agents with a source on the subject of another agent accept its signed requests, as that agent does."""
+    protected = ProtectedAgents(url, name, Auth(Settings(signatures=signers(bob=PUBLIC), rules=(ALL,))))
+    callers: list[str] = []
+    requests = protected.mesh.subject_source(subjects.agent(f"{name}.responder"))
 
-    @guarded.mesh.agent(AgentSpec(name=f"{name}.overhears"), sources=[everything])
-    async def overhears(what: str) -> None:
-        heard.append(current_call().caller.subject)
+    @protected.mesh.agent(AgentSpec(name=f"{name}.first"), sources=[requests])
+    async def first(text: str) -> None:
+        callers.append(current_call().caller.subject)
 
-    @guarded.mesh.agent(AgentSpec(name=f"{name}.too"), sources=[everything])
-    async def too(what: str) -> None:
-        heard.append(current_call().caller.subject)
+    @protected.mesh.agent(AgentSpec(name=f"{name}.second"), sources=[requests])
+    async def second(text: str) -> None:
+        callers.append(current_call().caller.subject)
 
-    async with guarded.mesh, caller(url, tmp_path) as mesh:
+    async with protected.mesh, caller(url, tmp_path) as mesh:
         for number in range(5):
-            await mesh.call(f"{name}.asked", str(number))
-
-        async def all_heard() -> bool:
-            return len(heard) == 10
-
-        await until(all_heard)
-    assert {"bob"} == set(heard)
+            await mesh.call(f"{name}.responder", str(number))
+        await until(lambda: len(callers) == 10)
+    assert {"bob"} == set(callers)

@@ -1,4 +1,4 @@
-"""Bearer tokens: which ones count, and by which word the others are refused."""
+"""Bearer tokens: valid ones are accepted, all others are refused with the name of the failed check."""
 
 import base64
 import hmac
@@ -29,10 +29,10 @@ ALICE = Identity("alice", frozenset({"a", "b"}))
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return made(tmp_path_factory.mktemp("keys"))
+    return load(tmp_path_factory.mktemp("keys"))
 
 
-def made(folder: Path, **changed: Any) -> Tokens:
+def load(folder: Path, **changed: Any) -> Tokens:
     settings = token_settings(folder, **changed)
     return Tokens(settings, [key for file in settings.keys for key in read_keys(file, folder)])
 
@@ -42,15 +42,15 @@ def refusal(tokens: Tokens, value: str) -> str:
         tokens.verify(value)
     rule = caught.value.details["rule"]
     assert isinstance(rule, str)
-    # Nothing of a token, nor of a key, is in what a caller or a log gets.
+    # The message, which is sent to the caller, does not contain parts of the token.
     assert all(part not in str(caught.value) for part in value.split(".") if len(part) > 8)
     return rule
 
 
-def test_a_good_token_proves_its_subject_and_scopes(tokens: Tokens) -> None:
-    """Twice the same, by the cache; scopes are a text with blanks, or a list."""
-    good = token()
-    assert (ALICE, ALICE) == (tokens.verify(good), tokens.verify(good))
+def test_a_valid_token_has_subject_and_scopes(tokens: Tokens) -> None:
+    """The identity has the token's subject and scopes, also from the cache; scopes are a text or a list."""
+    valid = token()
+    assert (ALICE, ALICE) == (tokens.verify(valid), tokens.verify(valid))
     assert ALICE == tokens.verify(token(scope=["b", "a"]))
     assert Identity("alice") == tokens.verify(token(scope=None))
     assert ALICE == tokens.verify(token(aud=["others", "mesh"]))
@@ -88,24 +88,24 @@ LATER = int(time.time()) + 86_400
         ("token.scopes", {"scope": ["a", 1]}),
     ],
 )
-def test_claims_that_are_not_wanted_are_refused(tokens: Tokens, rule: str, changed: dict[str, Any]) -> None:
-    """Well signed, but of another issuer, for others, out of time, or nobody's."""
+def test_invalid_claims_are_refused(tokens: Tokens, rule: str, changed: dict[str, Any]) -> None:
+    """A signed token with a missing, unexpected or malformed claim is refused, with the claim's name."""
     assert rule == refusal(tokens, token(**changed))
 
 
-def test_a_token_counts_no_longer_than_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that was verified before; the clocks may differ by the leeway."""
+def test_a_cached_token_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that was verified before is refused after its `exp` and the leeway."""
     now = int(time.time())
-    tokens, good = made(tmp_path, leeway=5), token(exp=now + 10)
-    assert ALICE == tokens.verify(good)
+    tokens, valid = load(tmp_path, leeway=5), token(exp=now + 10)
+    assert ALICE == tokens.verify(valid)
     monkeypatch.setattr("oam_auth.tokens.time.time", lambda: now + 14)
-    assert ALICE == tokens.verify(good)
+    assert ALICE == tokens.verify(valid)
     monkeypatch.setattr("oam_auth.tokens.time.time", lambda: now + 15)
-    assert "token.expired" == refusal(tokens, good)
+    assert "token.expired" == refusal(tokens, valid)
 
 
 def test_an_unsigned_token_is_refused(tokens: Tokens) -> None:
-    """`none` is no algorithm, however it is written."""
+    """The algorithm `none` is refused in any spelling, as are missing and malformed algorithms."""
     for algorithm in ("none", "None", "NONE", "", None, 7, ["Ed25519"]):
         assert refusal(tokens, unsigned({"alg": algorithm, "kid": "first"}, claims())) in {
             "token.algorithm",
@@ -113,12 +113,12 @@ def test_an_unsigned_token_is_refused(tokens: Tokens) -> None:
         }
 
 
-def test_a_public_key_is_no_secret(tmp_path: Path) -> None:
-    """A token signed with the public key as a shared secret is refused, even where HS256 is allowed."""
+def test_a_public_key_is_not_accepted_as_a_shared_secret(tmp_path: Path) -> None:
+    """A token signed with the public key as a shared secret is refused, even if HS256 is accepted."""
     key = RSAKey.generate_key(2048)
     pem = key.as_pem(private=False)
     (tmp_path / "issuer.pem").write_bytes(pem)
-    tokens = made(tmp_path, keys=(Path("issuer.pem"),), algorithms=("RS256", "HS256"))
+    tokens = load(tmp_path, keys=(Path("issuer.pem"),), algorithms=("RS256", "HS256"))
     assert ALICE == tokens.verify(token(key, {"alg": "RS256", "kid": None}))
     for secret in (pem, pem.strip(), key.as_der(private=False)):
         to_sign = unsigned({"alg": "HS256"}, claims())[:-1]
@@ -141,19 +141,19 @@ def test_a_public_key_is_no_secret(tmp_path: Path) -> None:
 def test_other_keys_and_headers_are_refused(
     tokens: Tokens, rule: str, key: Key, header: dict[str, Any]
 ) -> None:
-    """Another key of the same name, an unknown one, one in the token; what must be understood and is not."""
+    """Another key of the same name, an unknown key, a key in the token and critical headers are refused."""
     try:
         value = token(key, header)
-    except JoseError:  # the library refuses to make it
+    except JoseError:  # the library refuses to create it
         value = ".".join((unsigned({"alg": "Ed25519", "kid": "first", **header}, claims())[:-1], "AAAA"))
     assert rule == refusal(tokens, value)
 
 
-def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """A key that is there, for another algorithm or for encryption, verifies nothing."""
+def test_keys_for_other_purposes_verify_nothing(tmp_path: Path) -> None:
+    """A key with the token's `kid` for another algorithm, or for encryption, is not used."""
     other = ECKey.generate_key("P-256", parameters={"kid": "first"})
     write_keys(tmp_path / "keys.json", other)
-    assert "token.signature" == refusal(made(tmp_path, keys=(Path("keys.json"),)), token())
+    assert "token.signature" == refusal(load(tmp_path, keys=(Path("keys.json"),)), token())
     encrypting = {**KEY.as_dict(private=False), "use": "enc"}
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [encrypting]}))
     with pytest.raises(ValueError, match="contains 0 keys"):
@@ -161,10 +161,9 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=300) | st.text(alphabet="eyJ.abc-_=0\n", max_size=300))
-def test_any_text_is_refused(tokens: Tokens, text: str) -> None:
-    """Whatever a stranger sends instead of a token has its refusal."""
-    refusal_of_garbage = refusal(tokens, text)
-    assert refusal_of_garbage.startswith("token.")
+def test_arbitrary_text_is_refused(tokens: Tokens, text: str) -> None:
+    """Any text instead of a token is refused with a rule."""
+    assert refusal(tokens, text).startswith("token.")
     assert isinstance(tokens.has_key_for(text), bool)
 
 
@@ -178,14 +177,14 @@ JSON = st.recursive(
 @given(
     st.dictionaries(st.sampled_from(["alg", "kid", "typ", "crit", "jku", "b64", "zip", "enc"]), JSON), JSON
 )
-def test_any_unsigned_json_is_refused(tokens: Tokens, head: dict[str, Any], body: object) -> None:
-    """Headers and claims of any shape, and JSON nested deeper than Python reads."""
+def test_arbitrary_unsigned_json_is_refused(tokens: Tokens, head: dict[str, Any], body: object) -> None:
+    """Any JSON as header and claims is refused without a valid signature."""
     assert refusal(tokens, unsigned(head, body)).startswith("token.")
     assert refusal(tokens, unsigned(head | {"alg": "Ed25519"}, body) + "AAAA").startswith("token.")
 
 
-def test_deep_json_is_refused(tokens: Tokens) -> None:
-    """Nested thousands of levels deep, in the header or the claims, or more than 16 KiB."""
+def test_malformed_tokens_are_refused(tokens: Tokens) -> None:
+    """JSON that is nested thousands of levels deep, more than 16 KiB, and too many parts are `malformed`."""
     deep = base64.urlsafe_b64encode(b"[" * 5000).decode().rstrip("=")
     assert "token.malformed" == refusal(tokens, f"{deep}.{deep}.AAAA")
     assert "token.malformed" == refusal(tokens, token(padding="x" * 20_000))
@@ -193,21 +192,21 @@ def test_deep_json_is_refused(tokens: Tokens) -> None:
 
 
 @given(st.data())
-def test_a_changed_token_proves_nothing_else(tokens: Tokens, data: st.DataObject) -> None:
-    """One character of a good token changed: refused, or the same bytes written otherwise."""
-    good = token(exp=LATER)
-    place = data.draw(st.integers(0, len(good) - 1))
+def test_a_changed_token_has_no_other_identity(tokens: Tokens, data: st.DataObject) -> None:
+    """A token with one changed character is refused, or it encodes the same bytes as before."""
+    valid = token(exp=LATER)
+    index = data.draw(st.integers(0, len(valid) - 1))
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.="
-    changed = good[:place] + data.draw(st.sampled_from(letters)) + good[place + 1 :]
+    changed = valid[:index] + data.draw(st.sampled_from(letters)) + valid[index + 1 :]
     try:
-        proof = tokens.verify(changed)
+        identity = tokens.verify(changed)
     except Unauthenticated:
         return
-    assert ALICE == proof
+    assert ALICE == identity
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "message"),
     [
         ("", "contains no usable key"),
         ("{}", "contains no usable key|contains 0 keys"),
@@ -221,37 +220,29 @@ def test_a_changed_token_proves_nothing_else(tokens: Tokens, data: st.DataObject
         (PEM.decode(), "private key"),
     ],
     ids=[
-        "empty",
-        "no key",
-        "no keys",
-        "a wrong one",
-        "no list",
-        "deep",
-        "private",
-        "two PEMs",
-        "a wrong PEM",
-        "a private PEM",
+        "empty", "empty object", "empty set", "invalid key", "no list", "deeply nested", "private JWK",
+        "two PEMs", "invalid PEM", "private PEM",
     ],
-)
-def test_a_broken_key_file_is_named(tmp_path: Path, content: str, why: str) -> None:
-    """By the file, without what is in it."""
+)  # fmt: skip
+def test_an_invalid_key_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    """The error names the file and the problem, without the file's content."""
     (tmp_path / "keys.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"keys\.json .*({why})") as caught:
+    with pytest.raises(ValueError, match=rf"keys\.json .*({message})") as caught:
         read_keys(Path("keys.json"), tmp_path)
     assert str(KEY.as_dict(private=True)["d"]) not in str(caught.value)
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_any_key_file_is_refused_in_words(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    """Whatever is in a file of keys, it is refused and named."""
+def test_arbitrary_key_files_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    """Any content that is not a key is a ValueError that names the file."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "any.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"any\.json contains"):
         read_keys(Path("any.json"), folder)
 
 
-def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
-    """A JWK Set, a JWK, and PEM of each kind of key; others in a set are ignored."""
+def test_key_files_of_all_formats_are_read(tmp_path: Path) -> None:
+    """A JWK Set, a JWK, and PEM of each type of key are read; unknown keys of a set are ignored."""
     keys: list[RSAKey | ECKey | OKPKey] = [RSAKey.generate_key(2048), ECKey.generate_key("P-256"), KEY]
     for number, pem in enumerate(key.as_pem(private=False) for key in keys):
         (tmp_path / f"{number}.pem").write_bytes(pem)
@@ -264,7 +255,7 @@ def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "why"),
+    ("changed", "message"),
     [
         ({"algorithms": ("none",)}, "algorithms"),
         ({"algorithms": ()}, "algorithms"),
@@ -276,7 +267,7 @@ def test_key_files_of_all_kinds_are_read(tmp_path: Path) -> None:
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_unsafe_settings_are_refused(changed: dict[str, Any], why: str) -> None:
-    """No algorithm is none, an issuer and an audience are always wanted, and keys come over a safe way."""
-    with pytest.raises(ValidationError, match=why):
+def test_unsafe_settings_are_refused(changed: dict[str, Any], message: str) -> None:
+    """The algorithm `none`, an empty issuer, missing keys and unencrypted URLs are refused."""
+    with pytest.raises(ValidationError, match=message):
         TokenSettings(**({"issuer": "i", "audience": "a", "keys": ("k",)} | changed))

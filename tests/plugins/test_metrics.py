@@ -1,4 +1,4 @@
-"""The metrics plugin: what `/metrics` says agrees with what was done."""
+"""The metrics plugin: `/metrics` agrees with the requests, errors and reloads."""
 
 import asyncio
 import socket
@@ -39,19 +39,19 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def counted(url: str, name: str, metrics: Metrics) -> AsyncIterator[AgentMesh]:
-    """A mesh with the plugin: a responder that fails where it is told to, and a streamer."""
+    """A mesh with the plugin: a responder that fails for some inputs, and a streamer."""
     mesh = AgentMesh(url, plugins=[metrics])
 
-    @mesh.agent(AgentSpec(name=f"{name}.asked"))
-    async def asked(what: str) -> str:
-        if what == "refuse":
+    @mesh.agent(AgentSpec(name=f"{name}.responder"))
+    async def responder(text: str) -> str:
+        if text == "refuse":
             raise PermissionDenied("no")
-        if what == "fail":
+        if text == "fail":
             raise ValueError("no")
-        return what
+        return text
 
-    @mesh.agent(AgentSpec(name=f"{name}.counts"))
-    async def counts(number: int) -> AsyncIterator[int]:
+    @mesh.agent(AgentSpec(name=f"{name}.streamer"))
+    async def streamer(number: int) -> AsyncIterator[int]:
         for each in range(number):
             yield each
 
@@ -59,39 +59,40 @@ async def counted(url: str, name: str, metrics: Metrics) -> AsyncIterator[AgentM
         yield mesh
 
 
-async def test_the_numbers_agree_with_what_was_sent(counted: AgentMesh, name: str, metrics: Metrics) -> None:
-    """Requests by agent and verb, errors by code, chunks; under load, and looked at meanwhile."""
-    asked, counts = f"{name}.asked", f"{name}.counts"
+async def test_counts_agree_with_the_requests(counted: AgentMesh, name: str, metrics: Metrics) -> None:
+    """Requests are counted by agent and verb, errors by code, and chunks; also while a scrape runs."""
+    responder, streamer = f"{name}.responder", f"{name}.streamer"
 
-    async def ask(what: Any) -> None:
+    async def call(value: Any) -> None:
         try:
-            await counted.call(asked, what)
+            await counted.call(responder, value)
         except MeshError:
-            assert what in {"refuse", "fail", 5}
+            assert value in {"refuse", "fail", 5}
 
-    asking = asyncio.gather(*[ask(what) for what in ["hi"] * 300 + ["refuse"] * 20 + ["fail"] * 7 + [5] * 3])
+    values = ["hi"] * 300 + ["refuse"] * 20 + ["fail"] * 7 + [5] * 3
+    calls = asyncio.gather(*map(call, values))
     await scraped(metrics)
-    await asking
+    await calls
     for number in (3, 4):
-        assert number == len([chunk async for chunk in counted.stream(counts, number)])
-    seen = await scraped(metrics)
-    assert 330 == seen["oam_requests_total", asked, "call"]
-    assert 330 == seen["oam_request_seconds_count", asked, "call"]
-    assert 2 == seen["oam_requests_total", counts, "stream"]
-    assert 7 == seen["oam_chunks_total", counts]
-    errors = {labels[2]: value for labels, value in seen.items() if labels[0] == "oam_errors_total"}
+        assert number == len([chunk async for chunk in counted.stream(streamer, number)])
+    samples = await scraped(metrics)
+    assert 330 == samples["oam_requests_total", responder, "call"]
+    assert 330 == samples["oam_request_seconds_count", responder, "call"]
+    assert 2 == samples["oam_requests_total", streamer, "stream"]
+    assert 7 == samples["oam_chunks_total", streamer]
+    errors = {labels[2]: value for labels, value in samples.items() if labels[0] == "oam_errors_total"}
     assert {"permission_denied": 20, "handler_error": 7, "invalid_input": 3} == errors
-    assert 0 == seen["oam_in_flight", asked]
-    assert (1, 0) == (seen["oam_connected",], seen["oam_reconnects_total",])
+    assert 0 == samples["oam_in_flight", responder]
+    assert (1, 0) == (samples["oam_connected",], samples["oam_reconnects_total",])
 
 
-async def test_an_odd_code_breaks_no_scrape(url: str, name: str, metrics: Metrics) -> None:
-    """An author's error may have any code: what is no text is replaced, and what is long is cut."""
+async def test_error_codes_are_made_valid_labels(url: str, name: str, metrics: Metrics) -> None:
+    """In an error code of an author, invalid characters are replaced, and a long code is truncated."""
     mesh = AgentMesh(url, plugins=[metrics])
 
     @mesh.agent(AgentSpec(name=name))
-    async def odd(code: str) -> str:
-        error = MeshError("odd")
+    async def fail(code: str) -> str:
+        error = MeshError("failed")
         error.code = {"surrogate": "a\ud800b", "long": "x" * 10_000}[code]
         raise error
 
@@ -99,99 +100,101 @@ async def test_an_odd_code_breaks_no_scrape(url: str, name: str, metrics: Metric
         for code in ("surrogate", "long"):
             with pytest.raises(MeshError):
                 await mesh.call(name, code)
-        seen = await scraped(metrics)
-    errors = [labels[2] for labels in seen if labels[0] == "oam_errors_total"]
+        samples = await scraped(metrics)
+    errors = [labels[2] for labels in samples if labels[0] == "oam_errors_total"]
     assert {"a?b", "x" * 64} == set(errors)
 
 
-async def test_what_is_under_way_and_waits_is_told(url: str, name: str, metrics: Metrics) -> None:
-    """In flight are those that run and those that wait for their turn; what has no room is counted."""
-    mesh, go = AgentMesh(url, plugins=[metrics]), asyncio.Event()
+async def test_running_and_waiting_requests_are_counted(url: str, name: str, metrics: Metrics) -> None:
+    """Requests in flight are those that run and those that wait for a slot."""
+    mesh, release = AgentMesh(url, plugins=[metrics]), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def slow(req: dict[str, Any]) -> None:
-        await go.wait()
+    async def hold(req: dict[str, Any]) -> None:
+        await release.wait()
 
     async with mesh:
-        asking = [asyncio.create_task(mesh.call(name, {})) for _ in range(130)]
+        calls = [asyncio.create_task(mesh.call(name, {})) for _ in range(130)]
         async with asyncio.timeout(10):
-            while (seen := await scraped(metrics))["oam_waiting", name] < 2:
+            while (samples := await scraped(metrics))["oam_waiting", name] < 2:
                 pass
-        assert 130 == seen["oam_in_flight", name]
-        go.set()
-        await asyncio.gather(*asking)
+        assert 130 == samples["oam_in_flight", name]
+        release.set()
+        await asyncio.gather(*calls)
         assert 0 == (await scraped(metrics))["oam_waiting", name]
 
 
-async def test_a_standstill_is_seen_by_whoever_looks_later(
+async def test_the_lag_is_the_longest_of_the_last_minute(
     url: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst lag of the last minute, not only of the last measurement."""
-    beat = 0.02
-    monkeypatch.setattr("oam_metrics._LAG_PERIOD_S", beat)
+    """The lag of a blocked loop is still shown after further measurements."""
+    period_s = 0.02
+    monkeypatch.setattr("oam_metrics._LAG_PERIOD_S", period_s)
     async with AgentMesh(url, plugins=[metrics]):
-        await asyncio.sleep(beat / 2)  # within a measurement
+        await asyncio.sleep(period_s / 2)  # within a measurement
         time.sleep(0.3)
         async with asyncio.timeout(10):
-            while (worst := (await scraped(metrics))["oam_loop_lag_seconds",]) < 0.2:
+            while (longest := (await scraped(metrics))["oam_loop_lag_seconds",]) < 0.2:
                 pass
-        await asyncio.sleep(5 * beat)  # within which it is measured again
-        assert worst <= (await scraped(metrics))["oam_loop_lag_seconds",]
+        await asyncio.sleep(5 * period_s)  # within which it is measured again
+        assert longest <= (await scraped(metrics))["oam_loop_lag_seconds",]
 
 
-async def test_series_are_made_for_what_an_agent_does(
+async def test_series_exist_for_the_verbs_of_an_agent(
     counted: AgentMesh, name: str, metrics: Metrics
 ) -> None:
-    """From the start those of its own verb; others once somebody comes with them."""
+    """The series of an agent's own verb exists from the start, others from their first request on."""
 
     async def verbs() -> dict[tuple[str, ...], float]:
-        seen = await scraped(metrics)
-        return {labels[1:]: value for labels, value in seen.items() if labels[0] == "oam_requests_total"}
+        samples = await scraped(metrics)
+        return {labels[1:]: value for labels, value in samples.items() if labels[0] == "oam_requests_total"}
 
-    asked, counts = f"{name}.asked", f"{name}.counts"
-    assert {(asked, "call"): 0, (counts, "stream"): 0} == await verbs()
-    await counted.send(asked, "hi")
+    responder, streamer = f"{name}.responder", f"{name}.streamer"
+    assert {(responder, "call"): 0, (streamer, "stream"): 0} == await verbs()
+    await counted.send(responder, "hi")
     async with asyncio.timeout(10):
-        while (asked, "send") not in (seen := await verbs()):
+        while (responder, "send") not in (found := await verbs()):
             pass
-    assert {(asked, "call"): 0, (asked, "send"): 1, (counts, "stream"): 0} == seen
+    assert {(responder, "call"): 0, (responder, "send"): 1, (streamer, "stream"): 0} == found
 
 
-async def test_reloads_are_counted_and_series_of_agents_that_are_gone_are_not(
+def host_config(folder: Path, url: str) -> Config:
+    section = HostSection(agents=["agents"], entry_points=False)
+    return Config(folder=folder, mesh=MeshSection(url=url), host=section, plugins={"metrics": {"port": 0}})
+
+
+async def test_reloads_are_counted_and_series_of_removed_agents_are_removed(
     url: str, mesh: AgentMesh, name: str, tmp_path: Path, metrics: Metrics
 ) -> None:
-    """A reload that was carried out, one that was refused, and an agent that was deleted."""
+    """A completed and a refused reload are counted; an agent whose file was deleted has no series."""
     write(tmp_path / "agents", {"a.py": MESH + agent(f"{name}.a"), "b.py": MESH + agent(f"{name}.b")})
-    section = HostSection(agents=["agents"], entry_points=False)
-    config = Config(
-        folder=tmp_path, mesh=MeshSection(url=url), host=section, plugins={"metrics": {"port": 0}}
-    )
-    async with Host(config, plugins=[metrics]) as host:
+    async with Host(host_config(tmp_path, url), plugins=[metrics]) as host:
         await mesh.call(f"{name}.b", {})
         write(tmp_path / "agents", {"a.py": "1/0"})
         await host.reload()
         (tmp_path / "agents/b.py").unlink()
         await host.reload()
         await host.wait_retired()
-        seen = await scraped(metrics)
-        assert (1, 1) == (seen["oam_reloads_total", "done"], seen["oam_reloads_total", "refused"])
-        assert {f"{name}.a"} == {labels[1] for labels in seen if labels[1:2] and labels[1].startswith(name)}
+        samples = await scraped(metrics)
+        assert (1, 1) == (samples["oam_reloads_total", "done"], samples["oam_reloads_total", "refused"])
+        names = {labels[1] for labels in samples if labels[1:2] and labels[1].startswith(name)}
+        assert {f"{name}.a"} == names
 
 
 async def test_a_scrape_does_not_wait_for_a_blocked_loop(
     counted: AgentMesh, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the event loop stands still the counts of requests are there all the same."""
+    """While the event loop is blocked, a scrape returns the counts of requests."""
     monkeypatch.setattr("oam_metrics._SCRAPE_TIMEOUT_S", 0.05)
     address = f"http://127.0.0.1:{metrics.port}/metrics"
-    # On the loop's own thread: nothing else runs on it meanwhile.
+    # In the loop's own thread, so that the loop is blocked meanwhile.
     text = urllib.request.urlopen(address, timeout=5).read().decode()
     assert "oam_requests_total" in text
     await counted.catalog()
 
 
-async def test_the_server_ends_with_the_mesh(url: str, metrics: Metrics) -> None:
-    """Nothing listens before and after."""
+async def test_the_server_closes_with_the_mesh(url: str, metrics: Metrics) -> None:
+    """After the mesh has closed, no server listens on the port."""
     async with AgentMesh(url, plugins=[metrics]):
         port = metrics.port
     assert 0 == metrics.port
@@ -199,26 +202,26 @@ async def test_the_server_ends_with_the_mesh(url: str, metrics: Metrics) -> None
         assert probe.connect_ex(("127.0.0.1", port))
 
 
-async def test_a_port_that_is_taken_stops_the_start(url: str) -> None:
-    """It is named, with the plugin."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+async def test_a_port_in_use_fails_the_start(url: str) -> None:
+    """The error names the plugin and the address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(PluginFailed, match=f"'metrics' cannot start: /metrics .* 127.0.0.1:{port}"):
             async with AgentMesh(url, plugins=[Metrics(Settings(port=port))]):
                 pass
 
 
-async def test_kinds_of_errors_are_bounded(
+async def test_the_number_of_error_codes_is_limited(
     url: str, name: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An agent that makes up codes fills no memory: from some number on they are counted together."""
+    """Above the maximum number of codes of one agent, further codes are counted as `others`."""
     monkeypatch.setattr("oam_metrics._MAX_CODES", 2)
     mesh = AgentMesh(url, plugins=[metrics])
 
     @mesh.agent(AgentSpec(name=name))
-    async def inventive(number: int) -> None:
+    async def fail(number: int) -> None:
         error = MeshError("no")
         error.code = f"code_{number}"
         raise error
@@ -227,58 +230,55 @@ async def test_kinds_of_errors_are_bounded(
         for number in range(5):
             with pytest.raises(MeshError):
                 await mesh.call(name, number)
-        seen = await scraped(metrics)
+        samples = await scraped(metrics)
         assert {"code_0": 1, "code_1": 1, "others": 3} == {
-            labels[2]: value for labels, value in seen.items() if labels[0] == "oam_errors_total"
+            labels[2]: value for labels, value in samples.items() if labels[0] == "oam_errors_total"
         }
 
 
-async def test_a_request_of_an_agent_that_is_gone_brings_no_series_back(
+async def test_a_late_request_of_a_removed_agent_restores_no_series(
     url: str, name: str, tmp_path: Path, metrics: Metrics
 ) -> None:
-    """Its file is deleted while it runs, and then it fails."""
+    """A request that fails after the agent's file was deleted creates no new series."""
     source = f"""{MESH}
-import asyncio, ledger_{name} as ledger
+import asyncio, events_{name} as events
 @mesh.agent(AgentSpec(name={name!r}))
-async def gone(req: dict) -> None:
-    ledger.runs.set()
-    await ledger.go.wait()
+async def hold(req: dict) -> None:
+    events.started.set()
+    await events.release.wait()
     raise ValueError("late")
 """
-    ledger: Any = ModuleType(f"ledger_{name}")
-    ledger.runs, ledger.go = asyncio.Event(), asyncio.Event()
+    events: Any = ModuleType(f"events_{name}")
+    events.started, events.release = asyncio.Event(), asyncio.Event()
     write(tmp_path / "agents", {"a.py": source})
-    section = HostSection(agents=["agents"], entry_points=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, ledger.__name__, ledger)
-        config = Config(
-            folder=tmp_path, mesh=MeshSection(url=url), host=section, plugins={"metrics": {"port": 0}}
-        )
-        async with Host(config, plugins=[metrics]) as host, AgentMesh(url) as caller:
-            asking = asyncio.create_task(caller.call(name, {}))
-            await ledger.runs.wait()
+        patch.setitem(sys.modules, events.__name__, events)
+        host_with_metrics = Host(host_config(tmp_path, url), plugins=[metrics])
+        async with host_with_metrics as host, AgentMesh(url) as caller:
+            calling = asyncio.create_task(caller.call(name, {}))
+            await events.started.wait()
             (tmp_path / "agents" / "a.py").unlink()
             await host.reload()
-            ledger.go.set()
+            events.release.set()
             with pytest.raises(MeshError):
-                await asking
+                await calling
             await host.wait_retired()
             assert [] == [labels for labels in await scraped(metrics) if name in labels]
 
 
-async def test_a_timeout_is_no_cancellation(url: str, name: str, metrics: Metrics) -> None:
-    """Errors are counted by the code that the caller is told, and a reader that leaves makes none."""
+async def test_errors_are_counted_by_the_code_of_the_reply(url: str, name: str, metrics: Metrics) -> None:
+    """A timeout and an invalid result are counted by the codes that the caller receives."""
     async with AgentMesh(url, plugins=[metrics]) as mesh:
 
-        @mesh.agent(AgentSpec(name=f"{name}.naps"))
-        async def naps(req: dict[str, Any]) -> None:
+        @mesh.agent(AgentSpec(name=f"{name}.slow"))
+        async def slow(req: dict[str, Any]) -> None:
             await asyncio.sleep(60)
 
-        @mesh.agent(AgentSpec(name=f"{name}.wrong"))
-        async def wrong(req: dict[str, Any]) -> int:
-            return "no number"  # type: ignore[return-value] # what is tested
+        @mesh.agent(AgentSpec(name=f"{name}.invalid"))
+        async def invalid(req: dict[str, Any]) -> int:
+            return "no number"  # type: ignore[return-value] # an invalid result
 
-        for agent, code in (("naps", "timeout"), ("wrong", "handler_error")):
+        for agent, code in (("slow", "timeout"), ("invalid", "handler_error")):
             with pytest.raises(MeshError):
                 await mesh.call(f"{name}.{agent}", {}, timeout=0.3)
             async with asyncio.timeout(10):

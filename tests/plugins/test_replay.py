@@ -1,4 +1,4 @@
-"""Recorded requests that a new version handles before it serves."""
+"""The replay plugin: a new version handles recorded requests before it serves."""
 
 from pathlib import Path
 
@@ -9,26 +9,26 @@ from tests.support.modules import Configure, write
 from tests.support.reloads import replay_settings, replayable_agent
 
 
-class Plugin:
-    """Hides passwords, and remembers what failed."""
+class Redacting:
+    """Redacts secrets, and records failed reloads."""
 
     def __init__(self) -> None:
-        self.failed: list[str] = []
+        self.errors: list[str] = []
 
     @hookimpl
     def mesh_redactor(self, agent: Agent) -> Redactor:
         assert agent.replayable
 
         def redact(body: bytes) -> bytes | None:
-            if b"broken" in body:
+            if b"invalid" in body:
                 raise ValueError("a redactor's own failure")
-            return None if b"private" in body else body.replace(b"geheim", b"***")
+            return None if b"private" in body else body.replace(b"secret", b"***")
 
         return redact
 
     @hookimpl
     def mesh_reload_failed(self, result: ReloadResult) -> None:
-        self.failed.append(result.error)
+        self.errors.append(result.error)
         raise RuntimeError("a plugin's own failure")
 
 
@@ -41,22 +41,22 @@ async def reloaded(host: Host, path: Path, source: str) -> ReloadResult:
 
 
 @pytest.mark.parametrize(
-    ("keep", "allowed", "told"),
+    ("keep", "is_replayable", "replayed"),
     [(2, True, [2, 3]), (9, True, [1, 2, 3]), (9, False, []), (0, True, [])],
-    ids=["the last ones", "all", "not allowed", "off"],
+    ids=["last ones", "all", "not replayable", "without the plugin"],
 )
-async def test_the_last_requests_are_answered_by_the_new_version(  # noqa: PLR0913 - fixtures
+async def test_a_new_version_handles_the_last_requests(  # noqa: PLR0913 - fixtures
     configure: Configure,
     mesh: AgentMesh,
     name: str,
     tmp_path: Path,
     *,
     keep: int,
-    allowed: bool,
-    told: list[int],
+    is_replayable: bool,
+    replayed: list[int],
 ) -> None:
-    """As many as are kept, of agents that allow it, when it is on; what differs is told."""
-    more = "replayable=True" if allowed else ""
+    """The last `keep` requests of replayable agents are replayed, and notes name the differences."""
+    more = "replayable=True" if is_replayable else ""
     config = configure({"a.py": replayable_agent(name, "req['n'] * 2", more=more)}, **replay_settings(keep))
     async with Host(config) as host:
         for number in (1, 2, 3):
@@ -64,23 +64,23 @@ async def test_the_last_requests_are_answered_by_the_new_version(  # noqa: PLR09
         outcome = await reloaded(
             host, tmp_path / "agents/a.py", replayable_agent(name, "req['n'] * 3", more=more)
         )
-        expected = [f'{name}: {{"n":{number}}} → {number * 3} (was {number * 2})' for number in told]
+        expected = [f'{name}: {{"n":{number}}} → {number * 3} (was {number * 2})' for number in replayed]
         assert expected == outcome.notes
         assert 9 == await mesh.call(name, {"n": 3})
 
 
 @pytest.mark.parametrize("strict", [False, True])
-async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
+async def test_a_new_error_refuses_a_strict_reload(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, *, strict: bool
 ) -> None:
-    """An error that the old version had too is none; a new one refuses it only when strict."""
+    """A request that fails only with the new version refuses the reload if `strict`, else it is a note."""
     source = replayable_agent(name, "1 / req['n']")
     config = configure({"a.py": source}, **replay_settings(5, strict=strict))
     async with Host(config) as host:
         with pytest.raises(MeshError, match="division by zero"):
             await mesh.call(name, {"n": 0})
         await mesh.call(name, {"n": 1})
-        same = await reloaded(host, tmp_path / "agents/a.py", source + "# the same\n")
+        same = await reloaded(host, tmp_path / "agents/a.py", source + "# equivalent\n")
         assert ([], "") == (same.notes, same.error)
         worse = await reloaded(host, tmp_path / "agents/a.py", replayable_agent(name, "1 / (req['n'] - 1)"))
         assert strict == bool(worse.error)
@@ -88,20 +88,20 @@ async def test_a_new_error_refuses_the_reload_where_that_is_wanted(
         assert (0.5 if strict else 1.0) == await mesh.call(name, {"n": 2})
 
 
-async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
+async def test_a_redactor_removes_secrets_from_recorded_requests(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """What is kept is what its redactor leaves, and no reply; a plugin's failures harm nobody."""
-    plugin = Plugin()
+    """Redacted bodies are recorded, without replies; failures of the plugin affect no request."""
+    plugin = Redacting()
     config = configure({"a.py": replayable_agent(name, "req['word']")}, **replay_settings(5))
     async with Host(config, plugins=[plugin]) as host:
-        for word in ("geheim", "private", "broken"):
+        for word in ("secret", "private", "invalid"):
             assert word == await mesh.call(name, {"word": word})
         outcome = await reloaded(host, tmp_path / "agents/a.py", replayable_agent(name, "req['word'] + '!'"))
         assert [f'{name}: {{"word":"***"}} → "***!" (was "***")'] == outcome.notes
         write(tmp_path / "agents", {"a.py": "def x(:\n"})
         await host.reload()
-        assert ["SyntaxError: invalid syntax"] == plugin.failed
+        assert ["SyntaxError: invalid syntax"] == plugin.errors
         assert "hi!" == await mesh.call(name, {"word": "hi"})
 
 
@@ -109,7 +109,7 @@ async def test_a_plugin_takes_secrets_out_and_hears_of_failures(
 async def test_a_candidate_may_raise_anything(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, error: str
 ) -> None:
-    """What a new version raises is a difference, and ends nothing but its own run."""
+    """Any exception of a new version is a difference, and does not end the host."""
     source = replayable_agent(name, "req['word']")
     config = configure({"a.py": source}, **replay_settings(5, strict=True))
     async with Host(config) as host:
@@ -120,10 +120,10 @@ async def test_a_candidate_may_raise_anything(
         assert "hi" == await mesh.call(name, {"word": "hi"})
 
 
-async def test_all_that_is_kept_has_one_limit(
+async def test_the_replay_of_all_requests_has_one_timeout(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A version that hangs is run until the limit, and what was not replayed is told."""
+    """When a version hangs, the replay ends at the timeout, and a note counts the skipped requests."""
     monkeypatch.setattr("oam_replay._TIMEOUT_S", 0.2)
     source = replayable_agent(name, "req['word']")
     async with Host(configure({"a.py": source}, **replay_settings(5))) as host:
@@ -137,14 +137,14 @@ async def test_all_that_is_kept_has_one_limit(
         ] == outcome.notes
 
 
-async def test_what_its_caller_gave_up_is_not_replayed(
+async def test_a_request_that_timed_out_is_not_recorded(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """A request that ran into its time limit says nothing of a version, so it is not kept."""
-    source = "import asyncio\n" + replayable_agent(name, "await asyncio.sleep(req['pause'])")
+    """A request that ended at its timeout is not replayed."""
+    source = "import asyncio\n" + replayable_agent(name, "await asyncio.sleep(req['delay'])")
     async with Host(configure({"a.py": source}, **replay_settings(5))) as host:
-        await mesh.call(name, {"pause": 0})
+        await mesh.call(name, {"delay": 0})
         with pytest.raises(MeshTimeout):
-            await mesh.call(name, {"pause": 9}, timeout=0.2)
+            await mesh.call(name, {"delay": 9}, timeout=0.2)
         outcome = await reloaded(host, tmp_path / "agents/a.py", source.replace("return await", "await"))
         assert [] == outcome.notes

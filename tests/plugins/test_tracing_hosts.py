@@ -1,4 +1,4 @@
-"""Tracing across hosts: processes that send their spans to a collector."""
+"""Tracing across hosts: processes that export their spans to a collector."""
 
 import signal
 import threading
@@ -25,9 +25,9 @@ store = ""
 """
 
 
-def agent(name: str, asks: str = "") -> str:
-    """An agent that asks another one, and adds its own name to the answer."""
-    result = f"await mesh.call({asks!r}, req)" if asks else "req"
+def agent(name: str, callee: str = "") -> str:
+    """An agent that calls another one, and appends its own name to the answer."""
+    result = f"await mesh.call({callee!r}, req)" if callee else "req"
     return f"""
 @mesh.agent(AgentSpec(name={name!r}))
 async def agent_{name}(req: str) -> str:
@@ -36,7 +36,7 @@ async def agent_{name}(req: str) -> str:
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes spans as OTLP over HTTP; `spans` are those that came, with the names of their services."""
+    """Receives spans as OTLP over HTTP; `spans` has them with the names of their services."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Post)
@@ -63,9 +63,9 @@ class _Post(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            told = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+            attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
             for scope in resource.scope_spans:
-                self.server.spans += [(told["service.name"], span) for span in scope.spans]
+                self.server.spans += [(attributes["service.name"], span) for span in scope.spans]
         self.send_response(200)
         self.end_headers()
 
@@ -79,20 +79,20 @@ def collector() -> Iterator[Collector]:
         yield running
 
 
-def test_three_agents_on_two_hosts_are_one_trace(tmp_path: Path, collector: Collector) -> None:
-    """Each span's parent is the one that caused it, across processes and back; services have names."""
+def test_nested_calls_across_two_hosts_are_one_trace(tmp_path: Path, collector: Collector) -> None:
+    """Calls through three agents on two hosts are one trace, with the name of each host's service."""
     first, second = tmp_path / "first", tmp_path / "second"
     write(
         first,
         {"mesh.toml": TOML + OWN_SERVER, "agents/ends.py": MESH + agent("front", "middle") + agent("back")},
     )
-    sent_to = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
-    with Up(first, env=sent_to) as one:
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+    with Up(first, env=env) as one:
         write(
             second,
             {"mesh.toml": f'mesh.url = "{one.url}"' + TOML, "agents/m.py": MESH + agent("middle", "back")},
         )
-        with Up(second, env=sent_to | {"OTEL_SERVICE_NAME": "second"}) as two:
+        with Up(second, env=env | {"OTEL_SERVICE_NAME": "second"}) as two:
             assert '"hi back middle front"' == one.run("agent", "call", "front", '"hi"').out.strip()
             two.signal(signal.SIGTERM)
             assert 0 == two.finish().code
@@ -100,27 +100,27 @@ def test_three_agents_on_two_hosts_are_one_trace(tmp_path: Path, collector: Coll
         assert 0 == one.finish().code
     by_id = {span.span_id: (service, span) for service, span in collector.spans}
     service, span = next(each for each in collector.spans if each[1].name == "back" and each[1].kind == 2)
-    way = [(service, span.name, span.kind)]
+    path = [(service, span.name, span.kind)]
     while span.parent_span_id:
         service, span = by_id[span.parent_span_id]
-        way.insert(0, (service, span.name, span.kind))
-    ours, server, client = "openagentmesh", Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT
+        path.insert(0, (service, span.name, span.kind))
+    default, server, client = "openagentmesh", Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT
     assert [
-        (ours, "front", server),
-        (ours, "middle", client),
+        (default, "front", server),
+        (default, "middle", client),
         ("second", "middle", server),
         ("second", "back", client),
-        (ours, "back", server),
-    ] == way
+        (default, "back", server),
+    ] == path
     assert (5, 1) == (len(collector.spans), len({span.trace_id for _, span in collector.spans}))
 
 
-def test_a_collector_that_is_not_there_holds_nobody_up(tmp_path: Path) -> None:
-    """Requests are answered, and the host stops within seconds and says that spans are lost."""
+def test_an_unreachable_collector_delays_nothing(tmp_path: Path) -> None:
+    """Requests are answered, and the host stops within seconds and logs that spans are lost."""
     write(tmp_path, {"mesh.toml": TOML + OWN_SERVER, "agents/a.py": MESH + agent("a")})
     with Up(tmp_path, env={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}) as up:
         assert '"hi a"' == up.run("agent", "call", "a", '"hi"').out.strip()
         up.signal(signal.SIGTERM)
-        left = up.finish(10)
-    assert 0 == left.code
-    assert "spans could not be exported" in left.out + left.err
+        result = up.finish(10)
+    assert 0 == result.code
+    assert "spans could not be exported" in result.out + result.err

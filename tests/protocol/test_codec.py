@@ -1,4 +1,4 @@
-"""Headers byte for byte, payloads, and requests and answers taken apart."""
+"""Encode header blocks, payloads and errors; decode requests, replies and frames."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class Pair:
     right: int
 
 
-class Unspeakable:
+class Unprintable:
     def __repr__(self) -> str:
         raise ValueError("no repr")
 
@@ -37,52 +37,52 @@ def block(*lines: str) -> bytes:
     return "".join(f"{line}\r\n" for line in ("NATS/1.0", *lines, "")).encode()
 
 
-WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
+IDS = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
 
 
 @pytest.mark.parametrize(
     ("built", "expected"),
     [
-        (codec.request_headers("r1", "i1", timeout=None), block(*WHO)),
-        (codec.request_headers("r1", "i1", timeout=1.5), block(*WHO, "X-Mesh-Timeout-Ms: 1500")),
-        (codec.request_headers("r1", "i1", timeout=0), block(*WHO, "X-Mesh-Timeout-Ms: 1")),
+        (codec.request_headers("r1", "i1", timeout=None), block(*IDS)),
+        (codec.request_headers("r1", "i1", timeout=1.5), block(*IDS, "X-Mesh-Timeout-Ms: 1500")),
+        (codec.request_headers("r1", "i1", timeout=0), block(*IDS, "X-Mesh-Timeout-Ms: 1")),
         (
             codec.request_headers("r1", "i1", timeout=None, streaming=True, credit=8),
-            block(*WHO, "X-Mesh-Stream: true", "X-Mesh-Credit: 8"),
+            block(*IDS, "X-Mesh-Stream: true", "X-Mesh-Credit: 8"),
         ),
         (
             codec.request_headers(
                 "r1", "i1", timeout=None, extra={"traceparent": "00-ab", "Authorization": "B"}
             ),
-            block(*WHO, "traceparent: 00-ab", "Authorization: B"),
+            block(*IDS, "traceparent: 00-ab", "Authorization: B"),
         ),
         (
             codec.request_headers("r1", "i1", timeout=None, extra={"X-Mesh-Instance-Id": "mine"}),
             block("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: mine"),
         ),
-        (codec.reply_headers("r1", "i1", "nlp.a"), block(*WHO, "X-Mesh-Status: ok", "X-Mesh-Source: nlp.a")),
+        (codec.reply_headers("r1", "i1", "nlp.a"), block(*IDS, "X-Mesh-Status: ok", "X-Mesh-Source: nlp.a")),
         (
             codec.reply_headers("", "i1", "a"),
-            block("X-Mesh-Request-Id: ", WHO[1], "X-Mesh-Status: ok", "X-Mesh-Source: a"),
+            block("X-Mesh-Request-Id: ", IDS[1], "X-Mesh-Status: ok", "X-Mesh-Source: a"),
         ),
         (
             codec.frame_headers(codec.frame_prefix("r1", "i1"), 0),
-            block(*WHO, "X-Mesh-Stream-Seq: 0", "X-Mesh-Stream-End: false"),
+            block(*IDS, "X-Mesh-Stream-Seq: 0", "X-Mesh-Stream-End: false"),
         ),
         (
             codec.end_headers(codec.frame_prefix("r1", "i1"), 7),
-            block(*WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true"),
+            block(*IDS, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true"),
         ),
         (
             codec.end_headers(codec.frame_prefix("r1", "i1"), 7, Usage(total_tokens=9)),
             block(
-                *WHO, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true", 'X-Mesh-Usage: {"total_tokens": 9}'
+                *IDS, "X-Mesh-Stream-Seq: 7", "X-Mesh-Stream-End: true", 'X-Mesh-Usage: {"total_tokens": 9}'
             ),
         ),
         (
             codec.reply_headers("r1", "i1", "a", Usage(model="m\r\nX: y", input_tokens=1)),
             block(
-                *WHO,
+                *IDS,
                 "X-Mesh-Status: ok",
                 "X-Mesh-Source: a",
                 'X-Mesh-Usage: {"input_tokens": 1, "model": "m\\r\\nX: y"}',
@@ -90,17 +90,17 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
         ),
         (
             codec.frame_headers(codec.frame_prefix("", "i1"), 3),
-            block(WHO[1], "X-Mesh-Stream-Seq: 3", "X-Mesh-Stream-End: false"),
+            block(IDS[1], "X-Mesh-Stream-Seq: 3", "X-Mesh-Stream-End: false"),
         ),
-        (codec.accepted_headers("r1", "i1"), block(*WHO, "X-Mesh-Status: accepted")),
+        (codec.accepted_headers("r1", "i1"), block(*IDS, "X-Mesh-Status: accepted")),
         (
             codec.error_headers("", "i1", frame=True),
-            block(WHO[1], "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
+            block(IDS[1], "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
         ),
-        (codec.error_headers("r1", "i1"), block(*WHO, "X-Mesh-Status: error")),
+        (codec.error_headers("r1", "i1"), block(*IDS, "X-Mesh-Status: error")),
         (
             codec.error_headers("r1", "i1", frame=True),
-            block(*WHO, "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
+            block(*IDS, "X-Mesh-Status: error", "X-Mesh-Stream-End: true"),
         ),
         (codec.credit_headers(8), block("X-Mesh-Credit: 8")),
         (codec.cancel_headers(timed_out=False), block("X-Mesh-Credit: 0")),
@@ -108,20 +108,20 @@ WHO = ("X-Mesh-Request-Id: r1", "X-Mesh-Instance-Id: i1")
         (write_headers({}), b""),
     ],
 )
-def test_header_blocks_are_the_protocols_byte_for_byte(built: bytes, expected: bytes) -> None:
+def test_a_header_block_has_the_bytes_of_the_protocol(built: bytes, expected: bytes) -> None:
     """Requests, replies, frames and errors carry the headers of protocol §6 and no others."""
     assert expected == built
 
 
 @pytest.mark.parametrize("timeout", [math.inf, math.nan, -1.0, 1e300])
-def test_any_timeout_makes_a_header_or_a_mesh_error(timeout: float) -> None:
-    """A caller that waits for ever, or nonsensically, learns nothing of integers and overflows."""
+def test_any_timeout_is_encoded_or_rejected(timeout: float) -> None:
+    """An infinite, negative or huge timeout and NaN are encoded or raise a MeshError, never another error."""
     try:
         head = codec.request_headers("r1", "i1", timeout=timeout)
     except MeshError:
         return
-    waits = codec.decode_request(head, b"").timeout
-    assert waits is None or waits > 0
+    decoded = codec.decode_request(head, b"").timeout
+    assert decoded is None or decoded > 0
 
 
 @pytest.mark.parametrize(
@@ -146,30 +146,30 @@ def test_any_timeout_makes_a_header_or_a_mesh_error(timeout: float) -> None:
         (Pair(1, 2), b'{"left":1,"right":2}'),
     ],
 )
-def test_payloads_go_out_as_the_protocol_says(payload: object, expected: bytes) -> None:
-    """None is empty, bytes are themselves, everything else is JSON that any reader takes."""
+def test_a_payload_is_encoded_as_the_protocol_requires(payload: object, expected: bytes) -> None:
+    """None is an empty body, bytes are unchanged, everything else is strict JSON."""
     assert expected == codec.encode(payload)
 
 
-def circle() -> list[object]:
-    found: list[object] = []
-    found.append(found)
-    return found
+def circular() -> list[object]:
+    value: list[object] = []
+    value.append(value)
+    return value
 
 
-def well(depth: int = 2000) -> list[object]:
-    found: list[object] = []
+def nested(depth: int = 2000) -> list[object]:
+    value: list[object] = []
     for _ in range(depth):
-        found = [found]
-    return found
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(
     "make",
-    [object, Unspeakable, circle, well, lambda: {"k": object()}, lambda: {object(): 1}, lambda: "\ud800"],
+    [object, Unprintable, circular, nested, lambda: {"k": object()}, lambda: {object(): 1}, lambda: "\ud800"],
 )
-def test_a_payload_that_is_no_json_is_the_callers_fault(make: Callable[[], object]) -> None:
-    """What cannot be sent is `invalid_input` that says what can."""
+def test_a_payload_without_a_json_form_is_invalid_input(make: Callable[[], object]) -> None:
+    """A payload that has no JSON form raises `invalid_input`, which names the valid kinds of payload."""
     with pytest.raises(InvalidInput, match="pydantic model, bytes or plain values"):
         codec.encode(make())
 
@@ -178,14 +178,14 @@ def test_a_payload_that_is_no_json_is_the_callers_fault(make: Callable[[], objec
     ("body", "expected"),
     [(b"", None), (b"null", None), (b'"x"', "x"), (b'{"a":[1]}', {"a": [1]}), (b" 1 ", 1)],
 )
-def test_bodies_are_read_as_json(body: bytes, expected: object) -> None:
-    """A body is the JSON value it holds; an empty one is None."""
+def test_a_body_is_decoded_as_json(body: bytes, expected: object) -> None:
+    """A body is decoded as a JSON value, an empty one as None."""
     assert expected == codec.decode(body)
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 2000, b"1" * 5000, b"text", b'"\\ud800"'])
-def test_a_body_that_is_no_json_is_a_mesh_error(body: bytes) -> None:
-    """Nothing but a MeshError comes of a body that cannot be read."""
+def test_a_body_that_is_not_json_raises_a_mesh_error(body: bytes) -> None:
+    """A body that is not valid JSON raises a MeshError."""
     with pytest.raises(MeshError, match="is not JSON"):
         codec.decode(body)
 
@@ -201,41 +201,41 @@ def test_a_body_that_is_no_json_is_a_mesh_error(body: bytes) -> None:
         {"a": "b", "c": "\n"},
     ],
 )
-def test_a_header_cannot_smuggle_in_another(headers: dict[str, str]) -> None:
-    """A line break in a name or a value is refused, also among the headers of a call."""
+def test_a_line_break_in_a_header_is_rejected(headers: dict[str, str]) -> None:
+    """A line break in a name or a value is rejected, also in the extra headers of a request."""
     with pytest.raises(InvalidInput, match="line break"):
         write_headers(headers)
     with pytest.raises(InvalidInput, match="line break"):
         codec.request_headers("r", "i", timeout=1, extra=headers)
 
 
-def test_a_header_that_is_no_utf8_is_a_mesh_error() -> None:
-    """A lone surrogate cannot be sent; the caller gets a MeshError, not a codec's error."""
+def test_a_header_that_is_not_unicode_raises_a_mesh_error() -> None:
+    """A lone surrogate in a header raises a MeshError, not a UnicodeEncodeError."""
     with pytest.raises(MeshError):
-        write_headers({"who": "\udcff"})
+        write_headers({"name": "\udcff"})
 
 
 def request(*lines: str) -> codec.Request:
     return codec.decode_request(block(*lines), b"{}")
 
 
-def test_a_request_is_read_whole() -> None:
-    """Id, caller, verb, patience, window, body and all other headers are found."""
-    found = request(
-        *WHO,
+def test_all_parts_of_a_request_are_decoded() -> None:
+    """Id, caller, kind, timeout, credit, body and all other headers are decoded."""
+    decoded = request(
+        *IDS,
         "X-Mesh-Stream: true",
         "X-Mesh-Timeout-Ms: 1500",
         "X-Mesh-Credit: 8",
         "Authorization: Bearer a:b",
     )
     assert ("r1", "i1", True, 1.5, 8, b"{}") == (
-        found.request_id, found.caller, found.streaming, found.timeout, found.credit, found.body,
+        decoded.request_id, decoded.caller, decoded.streaming, decoded.timeout, decoded.credit, decoded.body,
     )  # fmt: skip
-    assert "Bearer a:b" == found.headers["Authorization"]
+    assert "Bearer a:b" == decoded.headers["Authorization"]
 
 
 def test_a_request_without_headers_is_a_plain_call() -> None:
-    """A peer that sends only a body is served: no id, no caller, no limit."""
+    """A request without headers has no id, no caller and no timeout."""
     assert codec.Request("", "", False, None, 0, "", "", b"x", {}) == codec.decode_request(b"", b"x")  # noqa: FBT003
 
 
@@ -253,8 +253,8 @@ def test_a_request_without_headers_is_a_plain_call() -> None:
         ("", False),
     ],
 )
-def test_only_a_harmless_request_id_is_echoed(sent: str, *, kept: bool) -> None:
-    """An id that is too long, or could break a header, counts as none."""
+def test_a_request_id_that_cannot_be_echoed_is_ignored(sent: str, *, kept: bool) -> None:
+    """An id that is too long, or has characters that are not printable ASCII, is treated as absent."""
     assert (sent if kept else "") == request(f"X-Mesh-Request-Id: {sent}").request_id
 
 
@@ -263,14 +263,14 @@ def test_only_a_harmless_request_id_is_echoed(sent: str, *, kept: bool) -> None:
     [("1500", 1.5), ("1", 0.001), ("-1", None), ("1.5", None), ("", None), ("abc", None)]
     + [(text, None) for text in ("9" * 13, "9" * 5000, "\u0661", "\u00b2", "1e3", "+1", "0x1")],
 )
-def test_a_timeout_is_a_whole_number_of_milliseconds_or_not_there(sent: str, timeout: float | None) -> None:
-    """What is no sane decimal number counts as not sent."""
+def test_a_malformed_timeout_is_ignored(sent: str, timeout: float | None) -> None:
+    """A timeout that is not a decimal number of at most 12 digits is treated as absent."""
     assert timeout == request(f"X-Mesh-Timeout-Ms: {sent}").timeout
 
 
 @pytest.mark.parametrize(("sent", "credit"), [("8", 8), ("0", 0), ("-8", 0), ("x", 0), ("9" * 13, 0)])
-def test_a_window_is_a_whole_number_or_not_there(sent: str, credit: int) -> None:
-    """A broken credit header is as good as none, on requests and on grants alike."""
+def test_a_malformed_credit_is_zero(sent: str, credit: int) -> None:
+    """A credit that is not a decimal number of at most 12 digits is 0, in requests and in grants."""
     assert (credit, credit) == (
         request(f"X-Mesh-Credit: {sent}").credit,
         codec.decode_credit(block(f"X-Mesh-Credit: {sent}")),
@@ -280,21 +280,21 @@ def test_a_window_is_a_whole_number_or_not_there(sent: str, credit: int) -> None
 @pytest.mark.parametrize(
     ("sent", "streaming"), [("true", True), ("false", False), ("True", False), ("1", False)]
 )
-def test_only_true_asks_for_a_stream(sent: str, *, streaming: bool) -> None:
-    """`X-Mesh-Stream: true`, in these letters, is what makes a stream request."""
+def test_only_the_value_true_requests_a_stream(sent: str, *, streaming: bool) -> None:
+    """`X-Mesh-Stream` requests a stream when its value is exactly `true`."""
     assert streaming == request(f"X-Mesh-Stream: {sent}").streaming
 
 
-START = codec.frame_prefix("r", "i")
+PREFIX = codec.frame_prefix("r", "i")
 
 
 @pytest.mark.parametrize(
-    ("head", "status", "nobody", "seq", "end", "instance"),
+    ("head", "status", "no_responders", "seq", "end", "instance"),
     [
         (b"", "", False, None, False, ""),
         (codec.reply_headers("r", "i", "a"), "ok", False, None, False, "i"),
-        (codec.frame_headers(START, 3), "", False, 3, False, "i"),
-        (codec.end_headers(START, 4), "", False, 4, True, "i"),
+        (codec.frame_headers(PREFIX, 3), "", False, 3, False, "i"),
+        (codec.end_headers(PREFIX, 4), "", False, 4, True, "i"),
         (codec.error_headers("r", "i"), "error", False, None, False, "i"),
         (codec.error_headers("r", "i", frame=True), "error", False, None, True, "i"),
         (codec.accepted_headers("r", "i"), "accepted", False, None, False, "i"),
@@ -304,29 +304,29 @@ START = codec.frame_prefix("r", "i")
         (block("X-Mesh-Stream-Seq: x"), "", False, None, False, ""),
     ],
 )
-def test_answers_are_told_apart(  # noqa: PLR0913 - what an answer has
-    head: bytes, status: str, *, nobody: bool, seq: int | None, end: bool, instance: str
+def test_each_kind_of_reply_is_decoded(  # noqa: PLR0913 - one parameter per header
+    head: bytes, status: str, *, no_responders: bool, seq: int | None, end: bool, instance: str
 ) -> None:
-    """Reply, chunk, end, error, acceptance and NATS' own 503 are what their headers say."""
-    found = codec.decode_reply(head, b"x")
-    assert (b"x", nobody, seq, end, instance) == (
-        found.body, found.no_responders, found.seq, found.end, found.instance,
+    """Replies, chunks, end frames, errors, acknowledgements and NATS' 503 are decoded by their headers."""
+    reply = codec.decode_reply(head, b"x")
+    assert (b"x", no_responders, seq, end, instance) == (
+        reply.body, reply.no_responders, reply.seq, reply.end, reply.instance,
     )  # fmt: skip
-    assert (status == "error", status == "accepted") == (found.error, found.accepted)
+    assert (status == "error", status == "accepted") == (reply.error, reply.accepted)
 
 
 @pytest.mark.parametrize(
     "error", [NotFound("not_found", "m", "a", "r", {"k": [1]}), MeshError("own", "m"), Cancelled("c")]
 )
-def test_an_error_arrives_as_it_left(error: MeshError) -> None:
-    """Class, code, message, agent, request and details survive the wire."""
-    read = codec.decode_error(codec.encode_error(error))
-    assert (type(error), error.to_dict()) == (type(read), read.to_dict())
+def test_an_error_round_trips(error: MeshError) -> None:
+    """Class, code, message, agent, request id and details are decoded as they were encoded."""
+    decoded = codec.decode_error(codec.encode_error(error))
+    assert (type(error), error.to_dict()) == (type(decoded), decoded.to_dict())
 
 
 @pytest.mark.parametrize("body", [b"", b"oops", b"[]", b"null", b"\xff\xfe", b"{", b"[" * 2000])
-def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
-    """An error that is no envelope is still an error for the caller, with what was sent."""
+def test_a_malformed_error_envelope_is_quoted(body: bytes) -> None:
+    """A malformed error envelope is decoded as a MeshError that quotes its beginning."""
     error = codec.decode_error(body)
     assert "mesh_error" == error.code
     assert body[:200].decode("utf-8", "replace") in error.message.replace("'", "")
@@ -337,9 +337,9 @@ def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
     "make",
     [
         object,
-        Unspeakable,
-        circle,
-        well,
+        Unprintable,
+        circular,
+        nested,
         lambda: "\udcff",
         lambda: math.nan,
         lambda: b"\xff",
@@ -347,25 +347,27 @@ def test_a_broken_envelope_is_a_mesh_error_that_shows_it(body: bytes) -> None:
         lambda: {None: 1},
         lambda: {(1, 2): 3},
         lambda: ValueError("v"),
-        lambda: [Unspeakable(), "\udcff"],
+        lambda: [Unprintable(), "\udcff"],
     ],
 )
-def test_an_error_body_is_json_whatever_its_details_are(make: Callable[[], object]) -> None:
-    """No detail keeps an error from being sent: fault 5 left the caller waiting."""
-    envelope = strict_json(codec.encode_error(InvalidInput("m", agent="a", details={"what": make()})))
+def test_an_error_with_any_details_is_encoded(make: Callable[[], object]) -> None:
+    """An error body is strict JSON whatever its details are, else the caller would get no reply."""
+    envelope = strict_json(codec.encode_error(InvalidInput("m", agent="a", details={"value": make()})))
     assert ("invalid_input", "m", "a") == (envelope["code"], envelope["message"], envelope["agent"])
 
 
-def test_an_error_body_is_json_whatever_its_message_is() -> None:
-    """A file name that is no UTF-8, in an exception's text, still reaches the caller as an error."""
+def test_an_error_message_that_is_not_unicode_is_encoded() -> None:
+    """A lone surrogate in a message, from a file name that is not UTF-8, is replaced."""
     body = codec.encode_error(NotFound("No such file: '\udcff.txt'", agent="a", request_id="r"))
-    read = codec.decode_error(body)
-    assert (NotFound, "not_found", "a", "r") == (type(read), read.code, read.agent, read.request_id)
-    assert all("No such file" in message for message in (read.message, strict_json(body)["message"]))
+    decoded = codec.decode_error(body)
+    assert (NotFound, "not_found", "a", "r") == (
+        type(decoded), decoded.code, decoded.agent, decoded.request_id,
+    )  # fmt: skip
+    assert all("No such file" in message for message in (decoded.message, strict_json(body)["message"]))
 
 
-def test_a_huge_error_fits_and_keeps_what_matters() -> None:
-    """An envelope too large to send loses its details and the end of its message only."""
+def test_a_huge_error_is_truncated() -> None:
+    """An envelope that is too large is sent without its details and with the beginning of its message."""
     body = codec.encode_error(MeshError("own", "m" * 10**6, "a", "r", {"k": "v" * 10**6}))
     envelope = strict_json(body)
     assert len(body) < codec.MAX_ERROR_BODY
@@ -376,18 +378,18 @@ def test_a_huge_error_fits_and_keeps_what_matters() -> None:
 
 
 def strict_json(body: bytes) -> dict[str, Any]:
-    """JSON as other languages read it: without NaN."""
+    """A JSON object, decoded without the constants that JSON lacks, such as NaN."""
 
-    def refuse(constant: str) -> object:
+    def reject(constant: str) -> object:
         raise ValueError(constant)
 
-    found = json.loads(body, parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
+    value = json.loads(body, parse_constant=reject)
+    assert isinstance(value, dict)
+    return value
 
 
-def test_ids_are_32_hexadecimal_digits_and_fresh() -> None:
-    """Request and instance ids are uuid4 hex, as stock peers make them."""
+def test_ids_are_unique_32_digit_hexadecimal_numbers() -> None:
+    """Request and instance ids have the form of those of other implementations: the hex form of a uuid4."""
     ids = {codec.new_id() for _ in range(100)}
     assert 100 == len(ids)
-    assert all(len(found) == 32 and int(found, 16) >= 0 for found in ids)
+    assert all(len(new) == 32 and int(new, 16) >= 0 for new in ids)

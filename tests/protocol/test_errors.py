@@ -1,4 +1,4 @@
-"""The error tree: one constructor, codes on the wire, copies that keep everything."""
+"""Error classes: their constructor, their codes on the wire, and copies."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ from openagentmesh import (
     PayloadTooLarge,
 )
 
-ON_THE_WIRE = [
+SENT_ERRORS = [
     ("mesh_error", MeshError),
     ("invalid_input", InvalidInput),
     ("handler_error", HandlerError),
@@ -41,17 +41,17 @@ ON_THE_WIRE = [
 ]
 
 
-@pytest.mark.parametrize(("code", "kind"), ON_THE_WIRE)
-def test_a_code_and_its_class_belong_together(code: str, kind: type[MeshError]) -> None:
-    """Each class writes its own code, and that code is read as this very class."""
+@pytest.mark.parametrize(("code", "kind"), SENT_ERRORS)
+def test_each_code_belongs_to_one_class(code: str, kind: type[MeshError]) -> None:
+    """An error of a class has its code, and an error with that code is decoded as that class."""
     assert code == kind("it broke").code
-    read = MeshError.from_code(code, "it broke", "a", "r", {"k": 1})
-    assert (kind, code, "it broke", "a", "r", {"k": 1}) == (type(read), *read.to_dict().values())
+    decoded = MeshError.from_code(code, "it broke", "a", "r", {"k": 1})
+    assert (kind, code, "it broke", "a", "r", {"k": 1}) == (type(decoded), *decoded.to_dict().values())
 
 
 @pytest.mark.parametrize("code", ["quota_used_up", "invalid_agent", "", "Not_Found"])
-def test_an_unknown_code_is_a_mesh_error_that_keeps_it(code: str) -> None:
-    """A code of somebody else's is no reason to lose it; what is only ours is never read as ours."""
+def test_an_unknown_code_is_kept(code: str) -> None:
+    """An unknown code, or one that is never sent, is decoded as a MeshError with that code."""
     error = MeshError.from_code(code, "m", "", "", {})
     assert (MeshError, code or "mesh_error", "m") == (type(error), error.code, error.message)
 
@@ -71,7 +71,7 @@ def test_an_unknown_code_is_a_mesh_error_that_keeps_it(code: str) -> None:
     ],
 )
 def test_one_text_is_the_message_two_are_code_and_message(error: MeshError, code: str, message: str) -> None:
-    """The constructor's two shapes, for every class; `str` is the message."""
+    """The constructor takes a message, or a code and a message; `str` returns the message."""
     assert (code, message, message) == (error.code, error.message, str(error))
 
 
@@ -85,39 +85,37 @@ def test_one_text_is_the_message_two_are_code_and_message(error: MeshError, code
         InvalidAgent("cannot"),
     ],
 )
-def test_copies_and_pickles_keep_everything(error: MeshError) -> None:
-    """An error that crosses a process is the same error there."""
-    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
-        assert (type(error), error.to_dict(), str(error)) == (type(twin), twin.to_dict(), str(twin))
+def test_copies_and_pickles_keep_all_attributes(error: MeshError) -> None:
+    """A copied or pickled error has the same class, attributes and text."""
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
+        assert (type(error), error.to_dict(), str(error)) == (type(other), other.to_dict(), str(other))
 
 
-def test_the_envelope_has_exactly_the_protocols_keys() -> None:
-    """`code`, `message`, `agent`, `request_id` and `details`, always all five."""
+def test_the_envelope_has_exactly_the_keys_of_the_protocol() -> None:
+    """An error envelope always has the same five keys, and no other key."""
     expected: dict[str, Any] = {
         "code": "not_found", "message": "m", "agent": "", "request_id": "", "details": {},
     }  # fmt: skip
     assert expected == NotFound("m").to_dict()
 
 
-def test_an_error_is_located_in_the_request_at_hand() -> None:
-    """What is sent has this request's id, and the raised object stays as it was."""
-    assert ("a", "r") == _place(MeshError("m").for_request(agent="a", request_id="r"))
+def test_an_error_is_copied_for_a_request() -> None:
+    """`for_request` sets the request id and a missing agent in a copy, and does not change the error."""
+    sent = MeshError("m").for_request(agent="a", request_id="r")
+    assert ("a", "r") == (sent.agent, sent.request_id)
     inner = MeshError("m", agent="inner", request_id="ri")
-    assert ("inner", "r") == _place(inner.for_request(agent="a", request_id="r"))
-    assert ("inner", "ri") == _place(inner)
+    sent = inner.for_request(agent="a", request_id="r")
+    assert ("inner", "r") == (sent.agent, sent.request_id)
+    assert ("inner", "ri") == (inner.agent, inner.request_id)
 
 
-def _place(error: MeshError) -> tuple[str, str]:
-    return error.agent, error.request_id
-
-
-def test_details_are_never_shared_between_errors() -> None:
-    """Two errors without details have two dicts, so one cannot write into the other."""
+def test_errors_do_not_share_their_default_details() -> None:
+    """Two errors without details have two separate dicts."""
     first, second = MeshError("a"), MeshError("b")
     first.details["k"] = 1
     assert {} == second.details
 
 
-def test_what_cannot_be_an_agent_is_also_a_type_error() -> None:
-    """`except TypeError` around a declaration works, as with any wrong use of a decorator."""
+def test_invalid_agent_is_a_type_error() -> None:
+    """`except TypeError` around a declaration catches `InvalidAgent`, as with any decorator."""
     assert isinstance(InvalidAgent("no"), TypeError)

@@ -457,7 +457,7 @@ def test_a_null_that_the_agent_takes_is_kept() -> None:
         (PLACE | {"allOf": [PLACE]}, "nlp_a#/properties/value", "combines its properties"),
         ({"$ref": "#/$defs/A", "$defs": {"A": {}}}, "nlp_a#/properties/value", "refers to #/$defs/A"),
         ({"$ref": "https://x.org/y"}, "nlp_a#/properties/value", "refers to https://x.org/y"),
-        ({"enum": [[1], [2]]}, "nlp_a#/properties/value", "any keys"),
+        ({"enum": [[1], [2]]}, "nlp_a#/properties/value", "any items"),
     ],
 )
 def test_what_strict_mode_cannot_express_is_refused(takes: Any, path: str, why: str) -> None:

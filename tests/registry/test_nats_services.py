@@ -1,4 +1,4 @@
-"""NATS' own tools find our agents: `$SRV.PING`, `INFO` and `STATS`, as its client writes and reads them."""
+"""NATS service discovery: answers to `$SRV.PING`, `INFO` and `STATS`, read with the official client."""
 
 import asyncio
 import json
@@ -17,7 +17,6 @@ from openagentmesh.registry import nats_services
 from openagentmesh.registry.presence import Presence
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
-from tests.support.meshes import node_of
 from tests.support.modules import MESH, agent, write
 from tests.support.servers import running_server
 from tests.support.waiting import until
@@ -25,14 +24,14 @@ from tests.support.waiting import until
 
 @pytest.fixture
 async def client(url: str) -> AsyncIterator[Client]:
-    """The official client, as NATS' tools are built on one."""
+    """The official client."""
     connected = await nats.connect(url)
     yield connected
     await connected.close()
 
 
-async def ask(client: Client, verb: str, name: str | None = None, id_: str | None = None) -> list[Any]:
-    """All answers that come before the server has answered something that was asked later."""
+async def request(client: Client, verb: str, name: str | None = None, id_: str | None = None) -> list[Any]:
+    """All answers to a request, until none has arrived for 0.3 seconds."""
     inbox = client.new_inbox()
     answers = await client.subscribe(inbox)
     subject = control_subject(ServiceVerb[verb], name, id_)
@@ -42,33 +41,35 @@ async def ask(client: Client, verb: str, name: str | None = None, id_: str | Non
     while True:
         try:
             answer = await answers.next_msg(timeout=0.3)
-            if answer.data:  # without, it is NATS' word that nobody is there
+            if answer.data:  # a 503 has none
                 found.append(json.loads(answer.data))
         except nats.errors.TimeoutError:
             await answers.unsubscribe()
             return found
 
 
-async def ours(client: Client, verb: str, name: str) -> list[Any]:
+async def services_of(client: Client, name: str, verb: str = "PING") -> list[Any]:
     """The answers about agents of one test."""
-    return [each for each in await ask(client, verb) if each["metadata"].get("agent", "").startswith(name)]
+    answers = await request(client, verb)
+    return [each for each in answers if each["metadata"].get("agent", "").startswith(name)]
 
 
 @pytest.fixture
 async def serving(url: str, name: str) -> AsyncIterator[AgentMesh]:
+    """A mesh with a responder, a streamer and a publisher."""
     mesh = AgentMesh(url)
 
-    @mesh.agent(AgentSpec(name=f"{name}.asked", description="Answers.", version="1.2.3", tags=["a", "b"]))
-    async def asked(what: str) -> str:
-        if what == "refuse":
-            raise PermissionDenied("not you")
-        if what == "odd":
+    @mesh.agent(AgentSpec(name=f"{name}.echo", description="Answers.", version="1.2.3", tags=["a", "b"]))
+    async def echo(text: str) -> str:
+        if text == "refuse":
+            raise PermissionDenied("not permitted")
+        if text == "fail":
             raise ValueError("?" * 10_000)
         await asyncio.sleep(0.01)
-        return what
+        return text
 
-    @mesh.agent(AgentSpec(name=f"{name}.counts", version="first"))
-    async def counts(number: int) -> AsyncIterator[int]:
+    @mesh.agent(AgentSpec(name=f"{name}.counter", version="first"))
+    async def counter(number: int) -> AsyncIterator[int]:
         for each in range(number):
             yield each
 
@@ -81,45 +82,47 @@ async def serving(url: str, name: str) -> AsyncIterator[AgentMesh]:
         yield mesh
 
 
-async def test_agents_are_listed_as_services(serving: AgentMesh, client: Client, name: str) -> None:
-    """Those that can be called, by names that NATS allows; the true name and version are in the metadata."""
-    found = [ServicePing.from_dict(each) for each in await ours(client, "PING", name)]
-    assert [(f"{name}-asked", "1.2.3"), (f"{name}-counts", "0.0.0")] == sorted(
+async def test_invocable_agents_are_listed_as_services(serving: AgentMesh, client: Client, name: str) -> None:
+    """Services have names and versions that NATS allows; the agent's own are in the metadata."""
+    found = [ServicePing.from_dict(each) for each in await services_of(client, name)]
+    assert [(f"{name}-counter", "0.0.0"), (f"{name}-echo", "1.2.3")] == sorted(
         (ping.name, ping.version) for ping in found
     )
     assert {"io.nats.micro.v1.ping_response"} == {ping.type for ping in found}
     assert 2 == len({ping.id for ping in found})
-    [counts] = [ping.metadata for ping in found if ping.name == f"{name}-counts"]
+    [metadata] = [ping.metadata for ping in found if ping.name == f"{name}-counter"]
     assert {
-        "agent": f"{name}.counts", "version": "first", "kind": "streamer", "tags": "", "active": "yes",
-        "instance_id": node_of(serving).instance_id,
-    } == counts  # fmt: skip
+        "agent": f"{name}.counter", "version": "first", "kind": "streamer", "tags": "", "active": "yes",
+        "instance_id": serving.instance_id,
+    } == metadata  # fmt: skip
 
 
-async def test_one_service_is_described(serving: AgentMesh, client: Client, name: str) -> None:
-    """By name, and by name and id: where it is asked, and what it is for. Nobody else answers."""
-    [id_] = [each["id"] for each in await ask(client, "PING", f"{name}-asked")]
-    for asked in ((f"{name}-asked", None), (f"{name}-asked", id_)):
-        [answer] = await ask(client, "INFO", *asked)
+async def test_info_describes_the_services_of_a_name_or_an_id(
+    serving: AgentMesh, client: Client, name: str
+) -> None:
+    """The answer has the description and an endpoint that can be called; no other service answers."""
+    [id_] = [each["id"] for each in await request(client, "PING", f"{name}-echo")]
+    for filters in ((f"{name}-echo", None), (f"{name}-echo", id_)):
+        [answer] = await request(client, "INFO", *filters)
         info = ServiceInfo.from_dict(answer)
         assert ("Answers.", "io.nats.micro.v1.info_response") == (info.description, info.type)
         [endpoint] = info.endpoints
         reply = await client.request(endpoint.subject, b'"hi"', timeout=5)
         assert b'"hi"' == reply.data
         assert endpoint.queue_group
-    for asked in ((f"{name}-nobody", None), (f"{name}-asked", "other"), (f"{name}.asked", None)):
-        assert [] == await ask(client, "INFO", *asked)
+    for filters in ((f"{name}-unknown", None), (f"{name}-echo", "other"), (f"{name}.echo", None)):
+        assert [] == await request(client, "INFO", *filters)
 
 
-async def test_statistics_agree_with_what_was_asked(serving: AgentMesh, client: Client, name: str) -> None:
-    """Requests, errors, the last one, and how long the handlers took."""
-    for what in ("hi", "refuse", "hi", "odd"):
+async def test_stats_count_requests_errors_and_time(serving: AgentMesh, client: Client, name: str) -> None:
+    """The answer has the number of requests and errors, the last error, and the time of the handlers."""
+    for text in ("hi", "refuse", "hi", "fail"):
         try:
-            await serving.call(f"{name}.asked", what)
+            await serving.call(f"{name}.echo", text)
         except MeshError:
-            assert what in {"refuse", "odd"}
-    assert [0, 1, 2] == [number async for number in serving.stream(f"{name}.counts", 3)]
-    [answer] = await ask(client, "STATS", f"{name}-asked")
+            assert text in {"refuse", "fail"}
+    assert [0, 1, 2] == [number async for number in serving.stream(f"{name}.counter", 3)]
+    [answer] = await request(client, "STATS", f"{name}-echo")
     stats = ServiceStats.from_dict(answer)
     [endpoint] = stats.endpoints
     assert (4, 2) == (endpoint.num_requests, endpoint.num_errors)
@@ -128,112 +131,109 @@ async def test_statistics_agree_with_what_was_asked(serving: AgentMesh, client: 
     assert 20_000_000 < endpoint.processing_time < 10_000_000_000
     assert endpoint.processing_time // 4 == endpoint.average_processing_time
     assert "io.nats.micro.v1.stats_response" == stats.type
-    [counts] = await ask(client, "STATS", f"{name}-counts")
+    [counter] = await request(client, "STATS", f"{name}-counter")
     assert (1, 0, "") == tuple(
-        counts["endpoints"][0][key] for key in ("num_requests", "num_errors", "last_error")
+        counter["endpoints"][0][key] for key in ("num_requests", "num_errors", "last_error")
     )
 
 
-async def test_services_of_others_stand_beside_ours(serving: AgentMesh, client: Client, name: str) -> None:
-    """A service made with the official library, and an agent of a second host, are listed together."""
+async def test_replicas_and_services_of_the_official_library_are_listed_together(
+    serving: AgentMesh, client: Client, name: str
+) -> None:
+    """Each instance of an agent is a service, listed together with services of other programs."""
     async with (
-        await add_service(client, name=f"{name}-theirs", version="0.1.0", metadata={"agent": f"{name}."}),
-        AgentMesh(node_of(serving).connection.target.url) as other,
+        await add_service(client, name=f"{name}-official", version="0.1.0", metadata={"agent": f"{name}."}),
+        AgentMesh(serving.url) as other,
     ):
 
-        @other.agent(AgentSpec(name=f"{name}.asked", version="1.2.3"))
-        async def asked(what: str) -> str:
-            return what
+        @other.agent(AgentSpec(name=f"{name}.echo", version="1.2.3"))
+        async def echo(text: str) -> str:
+            return text
 
         await other.catalog()
-        found = sorted(each["name"] for each in await ours(client, "PING", name))
-    assert [f"{name}-asked", f"{name}-asked", f"{name}-counts", f"{name}-theirs"] == found
+        found = sorted(each["name"] for each in await services_of(client, name))
+    assert [f"{name}-counter", f"{name}-echo", f"{name}-echo", f"{name}-official"] == found
 
 
-async def test_reloads_change_what_is_listed(url: str, client: Client, name: str, tmp_path: Path) -> None:
-    """A new version, a new agent, and one that is gone; in a host without agents there is nothing."""
+async def test_a_reload_changes_the_listed_services(
+    url: str, client: Client, name: str, tmp_path: Path
+) -> None:
+    """New versions and agents are listed, removed agents are not."""
     old = MESH + agent(f"{name}.a")
     write(tmp_path / "agents", {"a.py": old})
     section = HostSection(agents=["agents"], entry_points=False)
     async with Host(Config(folder=tmp_path, mesh=MeshSection(url=url), host=section)) as host:
-        [listed] = await ours(client, "PING", name)
+        [listed] = await services_of(client, name)
         assert f"{name}-a" == listed["name"]
         new = old.replace("AgentSpec(", "AgentSpec(version='2.0.0', ") + agent(f"{name}.b")
         write(tmp_path / "agents", {"a.py": new})
         await host.reload()
 
-        async def both() -> bool:
-            found = {each["name"]: each["version"] for each in await ours(client, "PING", name)}
+        async def both_are_listed() -> bool:
+            found = {each["name"]: each["version"] for each in await services_of(client, name)}
             return found == {f"{name}-a": "2.0.0", f"{name}-b": "0.1.0"}
 
-        await until(both)
+        await until(both_are_listed)
         (tmp_path / "agents/a.py").unlink()
         await host.reload()
         await host.wait_retired()
-        assert [] == await ours(client, "PING", name)
+        assert [] == await services_of(client, name)
 
 
-async def test_a_gated_agent_is_listed_and_says_that_it_is_off(
-    mesh: AgentMesh, client: Client, name: str
-) -> None:
-    """As it is in the catalog."""
+async def test_a_gated_agent_is_listed_with_its_state(mesh: AgentMesh, client: Client, name: str) -> None:
+    """The metadata shows whether the agent's condition is true."""
     condition = mesh.subject_condition(f"{name}.on", bool)
 
     @mesh.agent(AgentSpec(name=name), active_when=condition)
-    async def gated(what: str) -> str:
-        return what
+    async def gated(text: str) -> str:
+        return text
 
     await mesh.catalog()
-    [listed] = await ours(client, "PING", name)
+    [listed] = await services_of(client, name)
     assert "no" == listed["metadata"]["active"]
     await mesh.publish(f"{name}.on", "on")
 
-    async def is_on() -> bool:
-        [now] = await ours(client, "PING", name)
+    async def is_active() -> bool:
+        [now] = await services_of(client, name)
         return bool(now["metadata"]["active"] == "yes")
 
-    await until(is_on)
+    await until(is_active)
 
 
-async def test_who_only_asks_is_not_listed(mesh: AgentMesh, client: Client) -> None:
-    """A mesh without agents answers none of these questions, and NATS says that nobody is there."""
-    with pytest.raises(nats.errors.NoRespondersError):
-        await nobody(mesh)
-
-
-async def nobody(mesh: AgentMesh) -> None:
-    """Ask on a server where only one caller is connected."""
+async def test_a_mesh_without_agents_does_not_answer() -> None:
+    """On a server with such a mesh only, NATS answers 503."""
     with running_server("-js") as url:
         async with AgentMesh(url):
             connected = await nats.connect(url)
             try:
-                await connected.request("$SRV.PING", b"", timeout=5)
+                with pytest.raises(nats.errors.NoRespondersError):
+                    await connected.request("$SRV.PING", b"", timeout=5)
             finally:
                 await connected.close()
 
 
-async def test_strange_questions_are_not_answered(serving: AgentMesh, client: Client, name: str) -> None:
-    """Unknown verbs, too many words, no reply subject, any payload: nothing comes, and nothing breaks."""
-    for subject in ("$SRV.PONG", "$SRV.PING.a.b.c", "$SRV.ping", f"$SRV.PING.{name}.asked.x"):
+async def test_malformed_requests_are_not_answered(serving: AgentMesh, client: Client, name: str) -> None:
+    """Unknown verbs, too many words and no reply subject get no answer; later requests do."""
+    for subject in ("$SRV.PONG", "$SRV.PING.a.b.c", "$SRV.ping", f"$SRV.PING.{name}.echo.x"):
         with pytest.raises(nats.errors.TimeoutError):
             await client.request(subject, b"\xff{", timeout=0.1)
     await client.publish("$SRV.PING", b"")
-    [answer] = await ask(client, "PING", f"{name}-asked")
-    assert f"{name}.asked" == answer["metadata"]["agent"]
+    [answer] = await request(client, "PING", f"{name}-echo")
+    assert f"{name}.echo" == answer["metadata"]["agent"]
 
 
-async def test_questions_have_a_bound(
+async def test_the_queue_of_requests_is_bounded(
     serving: AgentMesh, client: Client, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who asks too much at once is not answered; the next question is."""
+    """While the queue is full, requests are dropped; afterwards they are answered."""
     monkeypatch.setattr(nats_services, "_MAX_WAITING", 0)
-    assert [] == await ours(client, "PING", name)
+    assert [] == await services_of(client, name)
     monkeypatch.undo()
-    assert 2 == len(await ours(client, "PING", name))
+    assert 2 == len(await services_of(client, name))
 
 
-async def test_a_server_that_forbids_it_changes_nothing_else(name: str, tmp_path: Path) -> None:
-    """Where `$SRV.>` may not be subscribed to, agents are served all the same."""
+async def test_agents_are_served_without_permission_for_discovery(name: str, tmp_path: Path) -> None:
+    """When the server denies the subscription to `$SRV.>`, agents are served anyway."""
     (tmp_path / "server.conf").write_text(
         'authorization { users = [{ user: u, password: p, permissions: { subscribe: { deny: "$SRV.>" } } }] }'
     )
@@ -241,60 +241,60 @@ async def test_a_server_that_forbids_it_changes_nothing_else(name: str, tmp_path
         async with AgentMesh(url.replace("//", "//u:p@")) as mesh:
 
             @mesh.agent(AgentSpec(name=name))
-            async def asked(what: str) -> str:
-                return what
+            async def echo(text: str) -> str:
+                return text
 
             assert "hi" == await mesh.call(name, "hi")
 
 
-async def test_who_is_leaving_is_not_listed(url: str, client: Client, name: str) -> None:
-    """While the last requests are finished, nobody is sent there any more."""
-    go, runs = asyncio.Event(), asyncio.Event()
+async def test_a_draining_mesh_is_not_listed(url: str, client: Client, name: str) -> None:
+    """While its last requests finish, its agents are no services any more."""
+    go, started = asyncio.Event(), asyncio.Event()
     mesh = AgentMesh(url)
 
     @mesh.agent(AgentSpec(name=name))
-    async def slow(what: str) -> str:
-        runs.set()
+    async def slow(text: str) -> str:
+        started.set()
         await go.wait()
-        return what
+        return text
 
     async with AgentMesh(url) as caller:
         await mesh.__aenter__()
-        asking = asyncio.create_task(caller.call(name, "hi"))
-        await runs.wait()
-        leaving = asyncio.create_task(mesh.__aexit__(None, None, None))
+        pending = asyncio.create_task(caller.call(name, "hi"))
+        await started.wait()
+        closing = asyncio.create_task(mesh.__aexit__(None, None, None))
 
-        async def unlisted() -> bool:
-            return await ours(client, "PING", name) == []
+        async def is_unlisted() -> bool:
+            return await services_of(client, name) == []
 
-        await until(unlisted)
-        assert not leaving.done()
+        await until(is_unlisted)
+        assert not closing.done()
         go.set()
-        assert "hi" == await asking
-        await leaving
+        assert "hi" == await pending
+        await closing
 
 
-async def test_a_start_at_the_second_go_answers_once(
+async def test_a_retried_start_subscribes_once(
     url: str, client: Client, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An instance that could not be recorded at once does not listen twice from then on."""
+    """When the instance record is written at the second attempt only, each request is answered once."""
     announce, failures = Presence.announce, 1
 
-    async def announce_the_second_time(presence: Presence, agents: Any) -> None:
+    async def announce_failing_once(presence: Presence, agents: Any) -> None:
         nonlocal failures
         if failures:
             failures -= 1
-            raise ConnectionFailed("JetStream is away for a moment")
+            raise ConnectionFailed("JetStream does not answer")
         await announce(presence, agents)
 
-    monkeypatch.setattr(Presence, "announce", announce_the_second_time)
+    monkeypatch.setattr(Presence, "announce", announce_failing_once)
     async with AgentMesh(url) as mesh:
 
         @mesh.agent(AgentSpec(name=name))
-        async def asked(what: str) -> str:
-            return what
+        async def echo(text: str) -> str:
+            return text
 
         with suppress(ConnectionFailed):
             await mesh.catalog()
         await mesh.catalog()
-        assert 1 == len(await ours(client, "PING", name))
+        assert 1 == len(await services_of(client, name))

@@ -1,4 +1,4 @@
-"""The registry at scale, and beside peers that clean up too much."""
+"""The registry and the catalog: at scale, after removals by peers, with malformed values."""
 
 import asyncio
 import time
@@ -9,14 +9,9 @@ from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import decode_catalog
 from openagentmesh.transport.server import EmbeddedServer
-from pydantic import BaseModel
 
-from tests.support.meshes import node_of, serve
+from tests.support.meshes import Text, node_of, serve
 from tests.support.waiting import until
-
-
-class Text(BaseModel):
-    text: str = ""
 
 
 async def catalog_key(node: Node) -> list[str]:
@@ -26,7 +21,7 @@ async def catalog_key(node: Node) -> list[str]:
 
 
 async def test_thirty_hosts_that_start_together_all_register(url: str, mesh: AgentMesh, name: str) -> None:
-    """Compare-and-set with full jitter: every agent of every host is in the catalog."""
+    """Every agent of every host is in the catalog, and none is after their stop."""
     meshes = [AgentMesh(url) for _ in range(30)]
     for number, provider in enumerate(meshes):
         for part in range(3):
@@ -40,13 +35,13 @@ async def test_thirty_hosts_that_start_together_all_register(url: str, mesh: Age
 
 
 async def test_ten_thousand_agents_in_one_host() -> None:
-    """They outgrow the catalog's single key, and are listed, found and called all the same."""
+    """They do not fit into the catalog's single key, but are listed, found and called."""
     server = EmbeddedServer()
     await server.start()
     provider = AgentMesh(server.url)
     for number in range(10_000):
 
-        @provider.agent(AgentSpec(name=f"many.a{number}", description="one of very many " * 4))
+        @provider.agent(AgentSpec(name=f"many.a{number}", description="one of many agents " * 4))
         async def same(req: Text) -> Text:
             return req
 
@@ -61,65 +56,67 @@ async def test_ten_thousand_agents_in_one_host() -> None:
     await server.stop()
 
 
-async def test_what_a_peer_removes_comes_back(mesh: AgentMesh, url: str, name: str) -> None:
-    """A stock replica deletes the shared entry when it stops; the one still serving puts it back."""
+async def test_a_contract_that_a_peer_removes_is_published_again(
+    mesh: AgentMesh, url: str, name: str
+) -> None:
+    """A replica of the published SDK deletes the contract when it stops; a live instance restores it."""
     serve(mesh, name)
-    await mesh.catalog()  # all of it is written
+    await mesh.catalog()  # the agent is registered
     async with AgentMesh(url) as other:
         assert [name] == [entry.name for entry in await other.catalog(channel=name)]
         node = node_of(other)
         await node.registry.withdraw([], everywhere=[name])
 
-        async def listed() -> bool:
+        async def is_listed() -> bool:
             return name in await catalog_key(node)
 
-        await until(listed)
+        await until(is_listed)
         assert name == (await other.contract(name)).name
 
 
-async def test_what_cannot_be_put_back_at_once_is_put_back_later(
+async def test_publishing_a_removed_contract_is_retried(
     mesh: AgentMesh, url: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that does not answer in time leaves no served agent out of the catalog for good."""
+    """When the server does not answer in time, the contract is published later."""
     serve(mesh, name)
     await mesh.catalog()
     registry, failures = node_of(mesh).registry, 0
     restore = registry.restore
 
-    async def restore_the_third_time() -> None:
+    async def restore_failing_twice() -> None:
         nonlocal failures
         if failures < 2:
             failures += 1
             raise ConnectionFailed("no answer")
         await restore()
 
-    monkeypatch.setattr(registry, "restore", restore_the_third_time)
+    monkeypatch.setattr(registry, "restore", restore_failing_twice)
     async with AgentMesh(url) as other:
         node = node_of(other)
         await node.registry.withdraw([], everywhere=[name])
 
-        async def listed() -> bool:
+        async def is_listed() -> bool:
             return name in await catalog_key(node)
 
-        await until(listed)
+        await until(is_listed)
         assert 2 == failures
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"nonsense", b"{}", b'["x", 1, null]', b'[{"name": 5}]', b"\xff"])
-async def test_a_broken_catalog_key_hides_nobody(mesh: AgentMesh, name: str, rubbish: bytes) -> None:
-    """Whatever a peer wrote into the key, agents are still listed, and registering mends it."""
+@pytest.mark.parametrize("value", [b"", b"text", b"{}", b'["x", 1, null]', b'[{"name": 5}]', b"\xff"])
+async def test_a_malformed_catalog_key_hides_no_agents(mesh: AgentMesh, name: str, value: bytes) -> None:
+    """With any value in the key agents are listed, and the next registration repairs it."""
     serve(mesh, f"{name}.a")
     await mesh.catalog()
     node = node_of(mesh)
-    await node.buckets.put(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, rubbish)
+    await node.buckets.put(subjects.CATALOG_BUCKET, subjects.CATALOG_KEY, value)
     assert [f"{name}.a"] == [entry.name for entry in await mesh.catalog(channel=name)]
     serve(mesh, f"{name}.b")
     assert {f"{name}.a", f"{name}.b"} == {entry.name for entry in await mesh.catalog(channel=name)}
     assert f"{name}.b" in await catalog_key(node)
 
 
-async def test_a_broken_contract_hides_only_itself(mesh: AgentMesh, name: str) -> None:
-    """A registry key that is no contract is left out, and the others are listed."""
+async def test_a_malformed_contract_is_left_out(mesh: AgentMesh, name: str) -> None:
+    """A registry key that is not a contract is left out of the catalog; all other agents are listed."""
     serve(mesh, f"{name}.good")
     await mesh.catalog()
     node = node_of(mesh)

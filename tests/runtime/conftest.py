@@ -56,7 +56,7 @@ def load(tmp_path: Path) -> Iterator[Load]:
 
     yield load_
     for loader in loaders:
-        loader.close()
+        loader.imports.close()
 
 
 @pytest.fixture

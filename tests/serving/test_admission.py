@@ -1,89 +1,84 @@
-"""How many requests an agent has room for, and who takes it, when plugins stand before it."""
+"""Admission of requests: the limits of an agent apply behind the middlewares of plugins."""
 
 import asyncio
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 
 import pytest
-from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, KVEntry, Middleware, Overloaded, hookimpl
-from openagentmesh.agent.agent import AgentVersion, Limits
+from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, Middleware, Overloaded, hookimpl
+from openagentmesh.agent.agent import Limits
 
-from tests.support.meshes import node_of
+from tests.support.meshes import node_of, route_of
+from tests.support.waiting import until
 
 
-class Turnstile:
-    """Lets through who is welcome, and refuses the others after a moment."""
+class RejectingPlugin:
+    """Rejects requests that have the header X-Reject."""
 
     @hookimpl
     def mesh_middleware(self) -> Middleware:
         def middleware(endpoint: Endpoint) -> Endpoint:
-            async def look(call: Call) -> object:
+            async def reject_or_pass(call: Call) -> object:
                 await asyncio.sleep(0)
-                if "X-Unwelcome" in call.headers:
-                    raise Overloaded("Not you.")
+                if "X-Reject" in call.headers:
+                    raise Overloaded("Rejected by the plugin.")
                 return await endpoint(call)
 
-            return look
+            return reject_or_pass
 
         return middleware
 
 
 @pytest.fixture
-def small(url: str) -> AgentMesh:
-    """A mesh whose agents have room for one request and for one that waits, behind a plugin."""
-    mesh = AgentMesh(url, plugins=[Turnstile()])
-    wrap = mesh._plugins.wrap
-    mesh._plugins.wrap = lambda agent, tables: wrap(shrunk(agent), tables)  # type: ignore[method-assign]
-    return mesh
+async def limited_mesh(url: str) -> AsyncIterator[AgentMesh]:
+    """A mesh with the plugin whose agents run one request at once and let one more wait."""
+    async with AgentMesh(url, plugins=[RejectingPlugin()]) as mesh:
+        apply_plugins = node_of(mesh).prepare
+        limits = Limits(concurrency=1, queue=1)
+        node_of(mesh).prepare = lambda agent: apply_plugins(agent.with_limits(limits))
+        yield mesh
 
 
-def shrunk(agent: AgentVersion) -> AgentVersion:
-    return agent.with_limits(Limits(concurrency=1, queue=1))
+async def test_the_limits_apply_behind_middlewares(limited_mesh: AgentMesh, name: str) -> None:
+    """Requests that a plugin rejects use no capacity; of three others one runs and one waits."""
+    release = asyncio.Event()
 
-
-async def test_room_is_counted_behind_plugins(small: AgentMesh, name: str) -> None:
-    """Who a plugin refuses takes no room, however many; of the others one runs, one waits, one is refused."""
-    go = asyncio.Event()
-
-    @small.agent(AgentSpec(name=name))
+    @limited_mesh.agent(AgentSpec(name=name))
     async def hold() -> str:
-        await go.wait()
+        await release.wait()
         return "done"
 
-    async with small:
-        await small.catalog()
-        unwelcome = [small.call(name, headers={"X-Unwelcome": "1"}) for _ in range(50)]
-        calls = [asyncio.create_task(call) for call in [*unwelcome, *[small.call(name) for _ in range(3)]]]
-        with pytest.raises(Overloaded, match="1 requests running and 1 waiting"):
-            await calls[-1]
-        go.set()
-        assert ["done", "done"] == await asyncio.gather(*calls[50:52])
-        told = await asyncio.gather(*calls[:50], return_exceptions=True)
-        assert {"Not you."} == {error.message for error in told if isinstance(error, Overloaded)}
-        route = node_of(small).router.get(name)
-        assert route is not None
-        assert (51, 51) == (route.stats.overloaded, route.stats.errors)
+    await limited_mesh.catalog()
+    rejected = [limited_mesh.call(name, headers={"X-Reject": "1"}) for _ in range(50)]
+    admitted = [limited_mesh.call(name) for _ in range(3)]
+    calls = [asyncio.create_task(call) for call in [*rejected, *admitted]]
+    with pytest.raises(Overloaded, match="1 requests running and 1 waiting"):
+        await calls[-1]
+    release.set()
+    assert ["done", "done"] == await asyncio.gather(*calls[50:52])
+    errors = await asyncio.gather(*calls[:50], return_exceptions=True)
+    assert ["Rejected by the plugin."] * 50 == [getattr(error, "message", "") for error in errors]
+    stats = route_of(limited_mesh, name).stats
+    assert (51, 51) == (stats.overloaded, stats.errors)
 
 
-async def test_a_change_of_a_key_waits_for_room(small: AgentMesh, name: str) -> None:
-    """A change that comes while requests take all the room is not lost: it is told when there is some."""
-    changed = asyncio.Event()
+async def test_a_change_of_a_key_waits_for_capacity(limited_mesh: AgentMesh, name: str) -> None:
+    """A change that arrives while the agent is at its limits is handled as soon as it has capacity."""
+    release, handled = asyncio.Event(), list[str]()
+    sources = limited_mesh.subject_source(f"{name}.in"), limited_mesh.kv_source(f"{name}.*")
 
-    @small.agent(AgentSpec(name=name), sources=[small.kv_source(f"{name}.*")])
-    async def driven(entry: KVEntry[str]) -> None:
-        changed.set()
+    @limited_mesh.agent(AgentSpec(name=name), sources=sources)
+    async def handler(text: str) -> None:
+        await release.wait()
+        handled.append(text)
 
-    async with small:
-        await small.catalog()
-        route = node_of(small).router.get(name)
-        assert route is not None
-
-        limiter = route._limiter
-        limiter.admit()
-        limiter.admit()
-        async with limiter:
-            assert limiter.is_full
-            async with aclosing(small.kv.watch(f"{name}.key")) as values:
-                await small.kv.put(f"{name}.key", "1")
-                await anext(values)  # so the agent's source has received the change too
-            assert not changed.is_set()
-        await asyncio.wait_for(changed.wait(), 10)
+    await limited_mesh.catalog()
+    route = route_of(limited_mesh, name)
+    for text in ("first", "second"):
+        await limited_mesh.publish(f"{name}.in", text)
+    await until(lambda: route.in_flight == 2)
+    await limited_mesh.kv.put(f"{name}.key", "change")
+    await until(lambda: route.in_flight == 3)
+    assert (2, 0, []) == (route.status().waiting, route.stats.errors, handled)
+    release.set()
+    await until(lambda: len(handled) == 3)
+    assert ["first", "second", "change"] == handled

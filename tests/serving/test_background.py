@@ -1,4 +1,4 @@
-"""Publishers and watchers: one of each runs, whatever it does, until it returns or is stopped."""
+"""Publishers and watchers: each runs once at a time, restarts after failures, and ends when it is stopped."""
 
 import asyncio
 import json
@@ -19,8 +19,9 @@ from tests.support.meshes import (
     run_forever,
     serve,
 )
+from tests.support.waiting import until
 
-SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
+KINDS = pytest.mark.parametrize("kind", ["publisher", "watcher"])
 
 
 def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
@@ -32,16 +33,23 @@ def event(mesh: AgentMesh, seq: int, *, end: bool = False) -> dict[str, str]:
     }
 
 
+def task_of(mesh: AgentMesh, name: str) -> "asyncio.Task[None]":
+    """The task of a publisher or watcher, which a stop may leave running."""
+    task = background_of(mesh, name)._task
+    assert task is not None
+    return task
+
+
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop waits only so long for what swallows its cancellation, and for what is on its way."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop waits briefly for a function that swallows its cancellation, and for messages on their way."""
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE_S", 0.1)
     monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
 
 
-async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
-    """Events count from 0, belong to no request, and the end frame is empty and has the count."""
-    heard = await listen(mesh, subjects.events(name))
+async def test_events_and_end_frame_have_sequence_numbers(mesh: AgentMesh, name: str) -> None:
+    """Events count from 0 and have no request id; the end frame is empty and carries their number."""
+    frames = await listen(mesh, subjects.events(name))
 
     @mesh.agent(AgentSpec(name=name))
     async def two() -> AsyncIterator[list[int]]:
@@ -49,15 +57,15 @@ async def test_events_and_end_are_framed(mesh: AgentMesh, name: str) -> None:
         yield [2]
 
     await mesh.catalog()
-    assert (event(mesh, 0), b"[1]") == await next_frame(heard)
-    assert (event(mesh, 1), b"[2]") == await next_frame(heard)
-    assert (event(mesh, 2, end=True), b"") == await next_frame(heard)
+    assert (event(mesh, 0), b"[1]") == await next_frame(frames)
+    assert (event(mesh, 1), b"[2]") == await next_frame(frames)
+    assert (event(mesh, 2, end=True), b"") == await next_frame(frames)
 
 
-async def test_a_failure_is_told_and_the_next_run_begins_anew(mesh: AgentMesh, name: str) -> None:
-    """An exception is an error next_frame and a copy on `mesh.errors`; then it counts from 0 again."""
+async def test_a_failure_is_published_and_the_next_run_counts_from_0(mesh: AgentMesh, name: str) -> None:
+    """An exception is published as an error frame and on `mesh.errors`; the next run counts from 0."""
     restart_soon(mesh)
-    heard = await listen(mesh, subjects.events(name))
+    frames = await listen(mesh, subjects.events(name))
     copies = await listen(mesh, subjects.errors(name))
     failed = {"X-Mesh-Instance-Id": mesh.instance_id, "X-Mesh-Status": "error", "X-Mesh-Stream-End": "true"}
     runs = 0
@@ -75,21 +83,21 @@ async def test_a_failure_is_told_and_the_next_run_begins_anew(mesh: AgentMesh, n
 
     await mesh.catalog()
     for run, code, message in ((1, "quota", "used up"), (2, "handler_error", "divided")):
-        assert (event(mesh, 0), str(run).encode()) == await next_frame(heard)
-        headers, body = await next_frame(heard)
+        assert (event(mesh, 0), str(run).encode()) == await next_frame(frames)
+        headers, body = await next_frame(frames)
         assert failed == headers
         details = {"left": 0} if run == 1 else {}
         envelope = {"code": code, "message": message, "agent": name, "request_id": "", "details": details}
         assert envelope == json.loads(body)
         headers, copy = await next_frame(copies)
         assert ("error", body) == (headers["X-Mesh-Status"], copy)
-    assert (event(mesh, 0), b"3") == await next_frame(heard)
+    assert (event(mesh, 0), b"3") == await next_frame(frames)
 
 
-async def test_a_failing_watcher_is_told_of_on_errors_only(mesh: AgentMesh, name: str) -> None:
-    """A watcher has no events, so nothing is on their subject; its error is on `mesh.errors`."""
+async def test_the_failure_of_a_watcher_is_published_on_errors_only(mesh: AgentMesh, name: str) -> None:
+    """A watcher publishes no event and no error frame; its failure is published on `mesh.errors`."""
     restart_soon(mesh)
-    heard = await listen(mesh, subjects.events(name))
+    frames = await listen(mesh, subjects.events(name))
     copies = await listen(mesh, subjects.errors(name))
 
     async def run() -> None:
@@ -100,11 +108,11 @@ async def test_a_failing_watcher_is_told_of_on_errors_only(mesh: AgentMesh, name
     for _ in range(3):
         envelope = json.loads((await next_frame(copies))[1])
         assert ("handler_error", "broken", name) == (envelope["code"], envelope["message"], envelope["agent"])
-    assert heard.empty()
+    assert frames.empty()
 
 
-async def test_pauses_grow_are_jittered_and_bounded(mesh: AgentMesh, name: str) -> None:
-    """Each failure doubles the pause up to the longest one, and chance shortens it up to a half."""
+async def test_restart_pauses_are_doubled_jittered_and_bounded(mesh: AgentMesh, name: str) -> None:
+    """Each failure doubles the pause up to the maximum; jitter shortens it by up to a half."""
     restart_soon(mesh, 0.01, 0.08)
     loop, ended, pauses = asyncio.get_running_loop(), 0.0, list[float]()
     enough = asyncio.Event()
@@ -121,42 +129,41 @@ async def test_pauses_grow_are_jittered_and_bounded(mesh: AgentMesh, name: str) 
         raise ValueError("broken")
 
     await mesh.catalog()
-    async with asyncio.timeout(30):  # without a bound the last pause alone were five minutes
+    async with asyncio.timeout(30):  # without a maximum the last pause alone would be five minutes
         await enough.wait()
-    shortest = [0.5 * min(0.01 * 2**n, 0.08) for n in range(16)]
-    assert all(pause > least - 0.002 for pause, least in zip(pauses, shortest, strict=True))
-    assert min(pauses[3:]) < 0.079  # all of them would be at least 0.08
+    minima = [0.5 * min(0.01 * 2**n, 0.08) for n in range(16)]
+    assert all(pause > minimum - 0.002 for pause, minimum in zip(pauses, minima, strict=True))
+    assert min(pauses[3:]) < 0.079  # without jitter each of them would be at least 0.08
     assert 16 == background_of(mesh, name).restarts
 
 
-@SHAPES
-async def test_one_that_returns_is_done(mesh: AgentMesh, name: str, shape: str) -> None:
-    """What returns has ended of its own will, and is not started again."""
+@KINDS
+async def test_a_function_that_returns_is_not_restarted(mesh: AgentMesh, name: str, kind: str) -> None:
+    """Its state is `done`, also after a stop."""
     runs: list[int] = []
 
     async def run() -> None:
         runs.append(1)
 
-    declare_background(mesh, name, shape, run)
+    declare_background(mesh, name, kind, run)
     await mesh.catalog()
-    found = background_of(mesh, name)
-    assert found._task is not None
-    await asyncio.wait([found._task], timeout=10)
-    await found.stop()
-    assert ([1], "done", 0) == (runs, found.state, found.restarts)
+    background = background_of(mesh, name)
+    await until(lambda: background.state == "done")
+    await background.stop()
+    assert ([1], "done", 0) == (runs, background.state, background.restarts)
 
 
-@SHAPES
-async def test_exactly_one_runs(mesh: AgentMesh, name: str, shape: str) -> None:
-    """However often it fails or its name is declared again, never two of it run side by side."""
+@KINDS
+async def test_at_most_one_run_is_active(mesh: AgentMesh, name: str, kind: str) -> None:
+    """Runs never overlap, neither after failures nor when a new version is declared."""
     restart_soon(mesh)
-    running, most, versions = 0, 0, list[int]()
+    running, maximum, versions = 0, 0, list[int]()
 
     def version(number: int) -> Callable[[], object]:
         async def run() -> None:
-            nonlocal running, most
+            nonlocal running, maximum
             running += 1
-            most = max(most, running)
+            maximum = max(maximum, running)
             versions.append(number)
             try:
                 if len(versions) % 3:
@@ -164,27 +171,25 @@ async def test_exactly_one_runs(mesh: AgentMesh, name: str, shape: str) -> None:
                 await run_forever()
             finally:
                 try:
-                    await asyncio.sleep(0.002)  # the next one waits for this
+                    await asyncio.sleep(0.002)  # the next run waits for this
                 finally:
                     running -= 1
 
         return run
 
     for number in range(5):
-        declare_background(mesh, name, shape, version(number))
+        declare_background(mesh, name, kind, version(number))
         await mesh.catalog()
-        async with asyncio.timeout(10):
-            while number not in versions:
-                await asyncio.sleep(0.001)
-    assert (1, sorted(versions)) == (most, versions)
+        await until(lambda: number in versions)  # noqa: B023 - of this iteration
+    assert (1, sorted(versions)) == (maximum, versions)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["left", "declared-again"])
-async def test_one_that_is_ended_says_so(
-    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, again: bool
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["stopped", "replaced-and-stopped"])
+async def test_a_stopped_publisher_sends_its_end_frame(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, is_replaced: bool
 ) -> None:
-    """Leaving lets it clean up and send its end frame; a new version goes on for the same subscribers."""
-    heard, cleaned = await listen(mesh, subjects.events(name)), asyncio.Event()
+    """It cleans up before; a new version continues the sequence for the same subscribers instead."""
+    frames, cleaned = await listen(mesh, subjects.events(name)), asyncio.Event()
     async with new_mesh() as provider:
 
         @provider.agent(AgentSpec(name=name))
@@ -197,8 +202,8 @@ async def test_one_that_is_ended_says_so(
                 cleaned.set()
 
         await provider.catalog()
-        assert (event(provider, 0), b'"old"') == await next_frame(heard)
-        if again:
+        assert (event(provider, 0), b'"old"') == await next_frame(frames)
+        if is_replaced:
 
             @provider.agent(AgentSpec(name=name, version="2.0.0"))
             async def new() -> AsyncIterator[int]:
@@ -207,20 +212,20 @@ async def test_one_that_is_ended_says_so(
                 await run_forever()
 
             assert "2.0.0" == (await provider.contract(name)).version
-            assert (event(provider, 1), b"7") == await next_frame(heard)
+            assert (event(provider, 1), b"7") == await next_frame(frames)
     assert cleaned.is_set()
-    assert (event(provider, 1 + again, end=True), b"") == await next_frame(heard)
+    assert (event(provider, 1 + is_replaced, end=True), b"") == await next_frame(frames)
 
 
-async def test_one_that_is_deaf_is_left_and_named(
+async def test_a_function_that_swallows_its_cancellation_is_left_running_and_logged(
     new_mesh: Callable[[], AgentMesh], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What swallows its cancellation holds up no stop; the log says which agent it is."""
+    """It does not delay the stop, and the log names the agent."""
     release, started = asyncio.Event(), asyncio.Event()
     async with asyncio.timeout(10), new_mesh() as provider:
 
         @provider.agent(AgentSpec(name=name))
-        async def deaf() -> None:
+        async def stubborn() -> None:
             started.set()
             while not release.is_set():
                 try:
@@ -229,27 +234,26 @@ async def test_one_that_is_deaf_is_left_and_named(
                     continue
 
         await started.wait()
-        left = background_of(provider, name)._task
-        assert left is not None
+        task = task_of(provider, name)
     assert [name] == [r.message.split()[0] for r in caplog.records if "did not stop" in r.message]
-    assert not left.done()
+    assert not task.done()
     release.set()
-    await left
+    await task
 
 
-@SHAPES
+@KINDS
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "after-the-stop"])
-async def test_one_that_fails_of_its_stop_is_not_started_again(
-    new_mesh: Callable[[], AgentMesh], name: str, shape: str, late: bool
+async def test_a_function_that_fails_while_it_is_stopped_is_not_restarted(
+    new_mesh: Callable[[], AgentMesh], name: str, kind: str, late: bool
 ) -> None:
-    """An exception while it cleans up, however late, ends it: what was stopped stays stopped."""
-    runs, over, started, release = 0, False, asyncio.Event(), asyncio.Event()
+    """An exception from its cleanup ends it, during the stop or after the stop has given up."""
+    runs, is_over, started, release = 0, False, asyncio.Event(), asyncio.Event()
 
     async def run() -> None:
         nonlocal runs
         runs += 1
         started.set()
-        if over:  # a bug must not outlive its test
+        if is_over:  # a defect must not outlive its test
             return
         try:
             await run_forever()
@@ -263,52 +267,51 @@ async def test_one_that_fails_of_its_stop_is_not_started_again(
 
     async with new_mesh() as provider:
         restart_soon(provider)
-        declare_background(provider, name, shape, run)
+        declare_background(provider, name, kind, run)
         await started.wait()
-        left = background_of(provider, name)._task
-        assert left is not None
+        task = task_of(provider, name)
     release.set()
-    await asyncio.wait([left], timeout=1)
-    ended, over = left.done(), True
-    left.cancel()
-    await asyncio.wait([left], timeout=1)
-    assert (True, 1) == (ended, runs)
+    await asyncio.wait([task], timeout=1)
+    has_ended, is_over = task.done(), True
+    task.cancel()
+    await asyncio.wait([task], timeout=1)
+    assert (True, 1) == (has_ended, runs)
 
 
-@SHAPES
+@KINDS
 @pytest.mark.parametrize(
-    "leaked", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit(), None], ids=repr
+    "raised", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit(), None], ids=repr
 )
-async def test_what_leaks_kills_nothing(
-    mesh: AgentMesh, name: str, shape: str, leaked: BaseException | None
+async def test_any_exception_and_its_own_cancellation_end_one_run(
+    mesh: AgentMesh, name: str, kind: str, raised: BaseException | None
 ) -> None:
-    """Exceptions that end programs and tasks, or its own cancel, end one run; the next one starts."""
+    """The next run starts after exceptions that end programs or tasks, and other agents still answer."""
     restart_soon(mesh)
-    runs, again = 0, asyncio.Event()
+    runs, third_run = 0, asyncio.Event()
 
     async def run() -> None:
         nonlocal runs
         runs += 1
         if runs == 3:
-            again.set()
+            third_run.set()
             await run_forever()
-        if leaked is not None:
-            raise leaked
+        if raised is not None:
+            raise raised
         asyncio.current_task().cancel()  # type: ignore[union-attr]
         await run_forever()
 
-    declare_background(mesh, name, shape, run)
+    declare_background(mesh, name, kind, run)
     serve(mesh, f"{name}.other")
     async with asyncio.timeout(5):
-        await again.wait()
+        await third_run.wait()
     assert ("running", 2) == (background_of(mesh, name).state, background_of(mesh, name).restarts)
     assert {"text": "ok"} == await mesh.call(f"{name}.other", {})
 
 
-async def test_one_that_never_awaits_starves_nobody(mesh: AgentMesh, name: str) -> None:
-    """Beside a publisher that only yields, requests are answered and other publishers heard."""
+async def test_a_publisher_that_never_awaits_blocks_no_other_agent(mesh: AgentMesh, name: str) -> None:
+    """While a publisher only yields, requests are answered and other publishers send events."""
     serve(mesh, f"{name}.other")
-    heard = await listen(mesh, subjects.events(f"{name}.slow"))
+    frames = await listen(mesh, subjects.events(f"{name}.slow"))
 
     @mesh.agent(AgentSpec(name=f"{name}.greedy"))
     async def greedy() -> AsyncIterator[int]:
@@ -321,33 +324,33 @@ async def test_one_that_never_awaits_starves_nobody(mesh: AgentMesh, name: str) 
             yield number
 
     assert {"text": "ok"} == await mesh.call(f"{name}.other", {}, timeout=10)
-    assert [b"0", b"1", b"2", b""] == [(await next_frame(heard))[1] for _ in range(4)]
+    assert [b"0", b"1", b"2", b""] == [(await next_frame(frames))[1] for _ in range(4)]
     assert "running" == background_of(mesh, f"{name}.greedy").state
 
 
 @pytest.mark.parametrize(
-    ("value", "code", "says"),
+    ("value", "code", "text"),
     [("text", "handler_error", "declared"), (Text(text="x" * 2_000_000), "payload_too_large", "larger")],
     ids=["type", "size"],
 )
-async def test_an_event_that_cannot_be_sent(
-    mesh: AgentMesh, name: str, value: Text, code: str, says: str
+async def test_an_event_that_cannot_be_sent_fails_the_publisher(
+    mesh: AgentMesh, name: str, value: Text, code: str, text: str
 ) -> None:
-    """A wrong type or size is the publisher's error, with its name; the connection lives on."""
-    heard = await listen(mesh, subjects.events(name))
+    """A wrong type or size is published as the publisher's error; the connection stays open."""
+    frames = await listen(mesh, subjects.events(name))
 
     @mesh.agent(AgentSpec(name=name))
     async def wrong() -> AsyncIterator[Text]:
         yield value
 
     await mesh.catalog()
-    envelope = json.loads((await next_frame(heard))[1])
-    assert (code, name, True) == (envelope["code"], envelope["agent"], says in envelope["message"])
+    envelope = json.loads((await next_frame(frames))[1])
+    assert (code, name, True) == (envelope["code"], envelope["agent"], text in envelope["message"])
     assert reconnects(mesh) == 0
 
 
-async def test_it_is_listed(mesh: AgentMesh, name: str) -> None:
-    """Publishers stream and take no requests, watchers do neither; a publisher says what it emits."""
+async def test_publishers_and_watchers_are_in_the_catalog(mesh: AgentMesh, name: str) -> None:
+    """A publisher is streaming with a chunk schema, a watcher is not; neither is invocable."""
     declare_background(mesh, f"{name}.p", "publisher", run_forever)
     declare_background(mesh, f"{name}.w", "watcher", run_forever)
     listed = [(e.name, e.invocable, e.streaming) for e in await mesh.catalog(channel=name)]

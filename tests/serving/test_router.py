@@ -1,4 +1,4 @@
-"""A handler may do anything; its agent answers the next request, and others never notice."""
+"""Requests: whatever a handler does, its agent answers the next one, and other agents are unaffected."""
 
 import asyncio
 import json
@@ -28,10 +28,11 @@ from openagentmesh.protocol.headers import read_headers, write_headers
 from openagentmesh.transport.nats_client import Message
 from pydantic import BaseModel
 
-from tests.support.meshes import flush, node_of, reconnects
+from tests.support.meshes import node_of, reconnects, route_of
+from tests.support.waiting import until
 
 
-class Unspeakable(Exception):
+class WithoutText(Exception):
     def __str__(self) -> str:
         raise ValueError("no text")
 
@@ -40,7 +41,7 @@ class Number(BaseModel):
     value: int = 0
 
 
-async def test_requests_run_side_by_side(mesh: AgentMesh, name: str) -> None:
+async def test_requests_run_concurrently(mesh: AgentMesh, name: str) -> None:
     """A hundred calls of a handler that waits take about as long as one."""
 
     @mesh.agent(AgentSpec(name=name))
@@ -54,8 +55,8 @@ async def test_requests_run_side_by_side(mesh: AgentMesh, name: str) -> None:
     assert time.perf_counter() - began < 5  # one at a time would take ten seconds
 
 
-async def test_an_agent_calls_itself(mesh: AgentMesh, name: str) -> None:
-    """A handler that calls its own agent gets its answer; nothing waits for itself."""
+async def test_an_agent_may_call_itself(mesh: AgentMesh, name: str) -> None:
+    """Nested calls of a handler to its own agent are answered."""
 
     @mesh.agent(AgentSpec(name=name))
     async def countdown(req: Number) -> Number:
@@ -72,21 +73,21 @@ async def test_an_agent_calls_itself(mesh: AgentMesh, name: str) -> None:
         (ValueError("boom"), "handler_error", "boom"),
         (KeyError("k"), "handler_error", "'k'"),
         (ValueError(), "handler_error", "ValueError"),
-        (Unspeakable(), "handler_error", "Unspeakable: <exception str() failed>"),
+        (WithoutText(), "handler_error", "WithoutText: <exception str() failed>"),
         (SystemExit(3), "handler_error", "3"),
         (KeyboardInterrupt(), "handler_error", "KeyboardInterrupt"),
         (GeneratorExit(), "handler_error", "GeneratorExit"),
         (asyncio.CancelledError(), "handler_error", "CancelledError"),
-        (TimeoutError("mine"), "handler_error", "mine"),
+        (TimeoutError("own"), "handler_error", "own"),
         (MeshError("quota", "used up", details={"left": 0}), "quota", "used up"),
         (InvalidInput("not that"), "invalid_input", "not that"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-async def test_whatever_is_raised_is_answered(
+async def test_any_exception_is_answered(
     mesh: AgentMesh, name: str, raised: BaseException, code: str, message: str
 ) -> None:
-    """Any exception ends its own request with a code, and the next request is served."""
+    """An exception ends its own request with an error code, and the next request is answered."""
 
     @mesh.agent(AgentSpec(name=name))
     async def fail(req: Number) -> Number:
@@ -101,8 +102,8 @@ async def test_whatever_is_raised_is_answered(
     assert {"value": 0} == await mesh.call(name, {}, timeout=5)
 
 
-async def test_a_timed_out_handler_is_stopped(mesh: AgentMesh, name: str) -> None:
-    """The caller's timeout travels with the request, and ends the handler's work."""
+async def test_a_handler_is_cancelled_at_the_callers_timeout(mesh: AgentMesh, name: str) -> None:
+    """The request carries the caller's timeout, after which the host cancels the handler."""
     stopped = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
@@ -120,8 +121,8 @@ async def test_a_timed_out_handler_is_stopped(mesh: AgentMesh, name: str) -> Non
         await stopped.wait()
 
 
-async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
-    """A handler that outlives its agent's timeout is stopped and answered by the host."""
+async def test_a_handler_is_cancelled_at_the_agents_timeout(mesh: AgentMesh, name: str) -> None:
+    """The host cancels and answers a request that takes longer than the agent's own timeout."""
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.1))
 
     @mesh.agent(AgentSpec(name=name))
@@ -133,33 +134,30 @@ async def test_the_agents_own_limit_answers(mesh: AgentMesh, name: str) -> None:
         await mesh.call(name, {}, timeout=10)
 
 
-async def test_beyond_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name: str) -> None:
-    """One runs, one waits, the third is refused at once with when to try again."""
+async def test_a_request_above_concurrency_and_queue_is_overloaded(mesh: AgentMesh, name: str) -> None:
+    """One request runs, one waits, and the third is rejected immediately with a retry delay."""
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(concurrency=1, queue=1))
-    going, go = asyncio.Semaphore(0), asyncio.Event()
+    started, release = asyncio.Semaphore(0), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
     async def hold(req: Number) -> Number:
-        going.release()
-        await go.wait()
+        started.release()
+        await release.wait()
         return req
 
     first = asyncio.create_task(mesh.call(name, {"value": 1}))
-    await going.acquire()
+    await started.acquire()
     second = asyncio.create_task(mesh.call(name, {"value": 2}))
-    route = node_of(mesh).router.get(name)
-    assert route is not None
-    while route.in_flight < 2:  # the second one is on its way through a real server
-        await flush(mesh)
+    await until(lambda: route_of(mesh, name).in_flight == 2)
     with pytest.raises(Overloaded) as caught:
         await mesh.call(name, {"value": 3})
     assert caught.value.details["retry_after_ms"] > 0
-    go.set()
+    release.set()
     assert [{"value": 1}, {"value": 2}] == [await first, await second]
 
 
-async def test_a_reply_that_is_too_large(mesh: AgentMesh, name: str) -> None:
-    """A large reply is an error with its size, and the connection lives on."""
+async def test_a_reply_above_the_size_limit_is_an_error(mesh: AgentMesh, name: str) -> None:
+    """The error contains the sizes, and the connection stays open."""
 
     @mesh.agent(AgentSpec(name=name))
     async def big(req: Number) -> str:
@@ -172,31 +170,31 @@ async def test_a_reply_that_is_too_large(mesh: AgentMesh, name: str) -> None:
     assert reconnects(mesh) == 0
 
 
-async def test_an_error_that_is_too_large(mesh: AgentMesh, name: str) -> None:
-    """An error with huge details arrives shortened, with its own code."""
+async def test_an_error_above_the_size_limit_is_shortened(mesh: AgentMesh, name: str) -> None:
+    """An error with large details arrives without them, with its own code."""
 
     @mesh.agent(AgentSpec(name=name))
     async def fail(req: Number) -> str:
-        raise MeshError("mine", "m" * 100_000, details={"much": "x" * 2_000_000})
+        raise MeshError("custom", "m" * 100_000, details={"much": "x" * 2_000_000})
 
     with pytest.raises(MeshError) as caught:
         await mesh.call(name, {}, timeout=5)
-    assert ("mine", {"truncated": True}) == (caught.value.code, caught.value.details)
+    assert ("custom", {"truncated": True}) == (caught.value.code, caught.value.details)
 
 
-async def test_details_that_are_no_json(mesh: AgentMesh, name: str) -> None:
-    """An error whose details hold an exception still reaches the caller."""
+async def test_an_error_with_details_that_are_not_json_arrives(mesh: AgentMesh, name: str) -> None:
+    """An error whose details contain an exception still reaches the caller."""
 
     @mesh.agent(AgentSpec(name=name))
     async def fail(req: Number) -> str:
-        raise MeshError("mine", "message", details={"cause": ValueError("inner"), "n": float("nan")})
+        raise MeshError("custom", "message", details={"cause": ValueError("inner"), "n": float("nan")})
 
     with pytest.raises(MeshError, match="message"):
         await mesh.call(name, {}, timeout=5)
 
 
-async def test_every_error_is_copied(mesh: AgentMesh, name: str) -> None:
-    """`mesh.errors.{name}` gets the envelope with the request's id, as peers expect it."""
+async def test_errors_are_published_on_the_errors_subject(mesh: AgentMesh, name: str) -> None:
+    """A copy of the error envelope with the request's id is published on `mesh.errors.{name}`."""
     copies: asyncio.Queue[Message] = asyncio.Queue()
     await node_of(mesh).connection.subscribe(subjects.errors(name), copies.put_nowait)
 
@@ -212,8 +210,8 @@ async def test_every_error_is_copied(mesh: AgentMesh, name: str) -> None:
     assert "handler_error" == json.loads(copy.body)["code"]
 
 
-async def test_without_a_reply_subject_there_is_no_reply(mesh: AgentMesh, name: str) -> None:
-    """A request that nobody waits for is handled, and answers nobody."""
+async def test_a_request_without_a_reply_subject_is_handled(mesh: AgentMesh, name: str) -> None:
+    """The handler runs although there is no subject for a reply."""
     handled: asyncio.Queue[int] = asyncio.Queue()
 
     @mesh.agent(AgentSpec(name=name))
@@ -226,23 +224,23 @@ async def test_without_a_reply_subject_there_is_no_reply(mesh: AgentMesh, name: 
     assert 7 == await handled.get()
 
 
-async def test_current_call_tells_of_the_request(mesh: AgentMesh, name: str) -> None:
-    """A handler sees its caller, its headers and how long it has; nobody else does."""
+async def test_current_call_is_the_running_request(mesh: AgentMesh, name: str) -> None:
+    """It has the caller, the headers and the remaining time; outside a handler it raises RuntimeError."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def look() -> dict[str, object]:
+    async def describe() -> dict[str, object]:
         call = current_call()
-        return {"caller": call.caller, "mine": call.headers["X-Mine"], "left": call.remaining}
+        return {"caller": call.caller, "header": call.headers["X-Custom"], "remaining": call.remaining}
 
-    seen = await mesh.call(name, timeout=9, headers={"X-Mine": "yes"})
-    assert (mesh.instance_id, "yes") == (seen["caller"], seen["mine"])
-    assert 0 < seen["left"] <= 9
+    described = await mesh.call(name, timeout=9, headers={"X-Custom": "yes"})
+    assert (mesh.instance_id, "yes") == (described["caller"], described["header"])
+    assert 0 < described["remaining"] <= 9
     with pytest.raises(RuntimeError, match="handlers"):
         current_call()
 
 
-async def test_a_stranger_cannot_break_the_wire(mesh: AgentMesh, name: str) -> None:
-    """Request ids that no subject can hold are refused, and the host stays connected."""
+async def test_an_invalid_request_id_of_a_stream_is_rejected(mesh: AgentMesh, name: str) -> None:
+    """Request ids that cannot be part of a subject are `invalid_input`, and the host stays connected."""
     replies: asyncio.Queue[Message] = asyncio.Queue()
     node = node_of(mesh)
 
@@ -260,8 +258,8 @@ async def test_a_stranger_cannot_break_the_wire(mesh: AgentMesh, name: str) -> N
     assert node.connection.reconnects == 0
 
 
-async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: str) -> None:
-    """A caller that does not check is told the same."""
+async def test_the_host_rejects_a_wrong_verb(mesh: AgentMesh, name: str) -> None:
+    """A call of a streamer by a caller that does not check the verb is an InvocationMismatch."""
     replies: asyncio.Queue[Message] = asyncio.Queue()
     node = node_of(mesh)
 
@@ -276,27 +274,27 @@ async def test_wrong_verbs_are_refused_by_the_host_too(mesh: AgentMesh, name: st
     assert isinstance(error, InvocationMismatch)
 
 
-async def test_a_stop_finishes_what_runs(url: str, mesh: AgentMesh, name: str) -> None:
-    """A graceful stop answers the calls in flight, those that waited for their turn as well."""
-    started, go = asyncio.Event(), asyncio.Event()
+async def test_closing_a_mesh_drains_its_requests(url: str, mesh: AgentMesh, name: str) -> None:
+    """A graceful close answers all running requests."""
+    started, release = asyncio.Event(), asyncio.Event()
     provider = AgentMesh(url)
 
     @provider.agent(AgentSpec(name=name))
     async def work(req: Number) -> Number:
         started.set()
-        await go.wait()
+        await release.wait()
         return req
 
     async with provider:
         calls = [asyncio.create_task(mesh.call(name, {"value": n})) for n in range(20)]
         await started.wait()
-        asyncio.get_running_loop().call_later(0.3, go.set)
+        asyncio.get_running_loop().call_later(0.3, release.set)
     assert [{"value": n} for n in range(20)] == await asyncio.gather(*calls)
 
 
-async def test_what_finishes_may_ask_its_neighbours(url: str, mesh: AgentMesh, name: str) -> None:
-    """While a mesh is left, what still runs there calls, streams from and sends to others that it serves."""
-    started, go = asyncio.Event(), asyncio.Event()
+async def test_a_handler_may_call_agents_of_a_closing_mesh(url: str, mesh: AgentMesh, name: str) -> None:
+    """While a mesh closes, a running handler calls, streams from and sends to agents that it serves."""
+    started, release = asyncio.Event(), asyncio.Event()
     provider, sent = AgentMesh(url), []
 
     @provider.agent(AgentSpec(name=f"{name}.inner"))
@@ -312,7 +310,7 @@ async def test_what_finishes_may_ask_its_neighbours(url: str, mesh: AgentMesh, n
     @provider.agent(AgentSpec(name=name))
     async def outer(req: Number) -> list[Any]:
         started.set()
-        await go.wait()
+        await release.wait()
         await provider.send(f"{name}.inner", {"value": 7})
         streamed = [chunk async for chunk in provider.stream(f"{name}.chunks", {"value": 3})]
         return [await provider.call(f"{name}.inner", req), streamed]
@@ -320,13 +318,15 @@ async def test_what_finishes_may_ask_its_neighbours(url: str, mesh: AgentMesh, n
     async with provider:
         call = asyncio.create_task(mesh.call(name, {"value": 1}))
         await started.wait()
-        asyncio.get_running_loop().call_later(0.3, go.set)
+        asyncio.get_running_loop().call_later(0.3, release.set)
     assert [{"value": 2}, [0, 1, 2]] == await call
     assert [7, 1] == sent
 
 
-async def test_what_does_not_finish_is_cancelled_and_answered(url: str, mesh: AgentMesh, name: str) -> None:
-    """After the drain timeout a handler is cancelled, and its caller is told so."""
+async def test_after_the_drain_timeout_requests_are_cancelled_and_answered(
+    url: str, mesh: AgentMesh, name: str
+) -> None:
+    """The caller of a handler that does not finish in time gets Cancelled."""
     started = asyncio.Event()
     provider = AgentMesh(url)
 
@@ -347,7 +347,7 @@ async def test_what_does_not_finish_is_cancelled_and_answered(url: str, mesh: Ag
 async def test_a_failing_handler_is_logged(
     mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The traceback that the caller does not get is in the host's log."""
+    """The log contains the traceback, which the caller does not get."""
 
     @mesh.agent(AgentSpec(name=name))
     async def fail(req: Number) -> str:
@@ -360,8 +360,8 @@ async def test_a_failing_handler_is_logged(
     assert sys.exc_info() == (None, None, None)
 
 
-async def test_one_error_raised_twice_belongs_to_each_request(mesh: AgentMesh, name: str) -> None:
-    """An error that an author keeps and raises again carries the id of the request at hand."""
+async def test_a_reused_error_has_the_id_of_the_current_request(mesh: AgentMesh, name: str) -> None:
+    """An error instance that is raised twice carries the id of each request."""
     limit = MeshError("limit", "enough")
     replies: asyncio.Queue[Message] = asyncio.Queue()
     node = node_of(mesh)
@@ -379,12 +379,12 @@ async def test_one_error_raised_twice_belongs_to_each_request(mesh: AgentMesh, n
         assert request_id == json.loads((await replies.get()).body)["request_id"]
 
 
-async def test_a_large_input_that_does_not_fit_says_why(mesh: AgentMesh, name: str) -> None:
-    """Pydantic's list arrives, without the input that would crowd it out."""
+async def test_the_problems_of_a_large_invalid_input_arrive(mesh: AgentMesh, name: str) -> None:
+    """Pydantic's list of problems arrives without the input, which is above the size limit of errors."""
 
     class Long(BaseModel):
         text: str
-        needed: int
+        required: int
 
     @mesh.agent(AgentSpec(name=name))
     async def take(req: Long) -> str:
@@ -392,11 +392,13 @@ async def test_a_large_input_that_does_not_fit_says_why(mesh: AgentMesh, name: s
 
     with pytest.raises(InvalidInput) as caught:
         await mesh.call(name, {"text": "x" * 200_000})
-    assert [["needed"]] == [error["loc"] for error in caught.value.details["errors"]]
+    assert [["required"]] == [error["loc"] for error in caught.value.details["errors"]]
 
 
-async def test_a_handler_may_call_others_while_its_mesh_stops(url: str, mesh: AgentMesh, name: str) -> None:
-    """What runs finishes, nested calls included."""
+async def test_a_handler_of_a_closing_mesh_may_call_other_meshes(
+    url: str, mesh: AgentMesh, name: str
+) -> None:
+    """A running request finishes, including its nested call."""
     provider, started = AgentMesh(url), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=f"{name}.other"))

@@ -1,4 +1,4 @@
-"""Streams: in order, never more than a window ahead, and stopped when nobody reads."""
+"""Streams: chunks in order, at most a window ahead of the reader, cancelled when the reader closes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,16 +16,16 @@ from pydantic import BaseModel
 from tests.support.meshes import node_of
 
 
-class Wanted(BaseModel):
+class CountRequest(BaseModel):
     count: int = 3
     size: int = 1
 
 
-async def test_chunks_come_in_order_and_end(mesh: AgentMesh, name: str) -> None:
-    """All chunks of a stream far longer than the window arrive, each once."""
+async def test_chunks_arrive_in_order(mesh: AgentMesh, name: str) -> None:
+    """Each chunk of a stream that is longer than the window arrives once."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
 
@@ -33,15 +33,15 @@ async def test_chunks_come_in_order_and_end(mesh: AgentMesh, name: str) -> None:
     assert [] == [chunk async for chunk in mesh.stream(name, {"count": 0})]
 
 
-async def test_a_slow_reader_holds_the_producer(mesh: AgentMesh, name: str) -> None:
+async def test_the_producer_waits_for_a_slow_reader(mesh: AgentMesh, name: str) -> None:
     """The producer is never more than a window ahead of its reader."""
-    made = 0
+    produced = 0
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
-        nonlocal made
+    async def count(req: CountRequest) -> AsyncIterator[int]:
+        nonlocal produced
         for number in range(req.count):
-            made = number + 1
+            produced = number + 1
             yield number
 
     read = 0
@@ -49,60 +49,60 @@ async def test_a_slow_reader_holds_the_producer(mesh: AgentMesh, name: str) -> N
         async for _ in chunks:
             read += 1
             await asyncio.sleep(0)
-            assert made <= read + WINDOW + 1
-    assert (500, 500) == (made, read)
+            assert produced <= read + WINDOW + 1
+    assert (500, 500) == (produced, read)
 
 
-async def test_an_abandoned_stream_stops_its_producer(mesh: AgentMesh, name: str) -> None:
-    """A reader that leaves after ten of a million chunks stops the handler within one window."""
-    made, stopped = 0, asyncio.Event()
+async def test_closing_a_stream_cancels_its_producer(mesh: AgentMesh, name: str) -> None:
+    """A reader that closes the stream after ten of a million chunks cancels the handler within a window."""
+    produced, cancelled = 0, asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
-        nonlocal made
+    async def count(req: CountRequest) -> AsyncIterator[int]:
+        nonlocal produced
         try:
             for number in range(req.count):
-                made = number
+                produced = number
                 yield number
         finally:
-            stopped.set()
+            cancelled.set()
 
     async with aclosing(mesh.stream(name, {"count": 1_000_000})) as chunks:
         assert list(range(10)) == [await anext(chunks) for _ in range(10)]
-    async with asyncio.timeout(5):
-        await stopped.wait()
-    assert made <= 10 + WINDOW
+    await asyncio.wait_for(cancelled.wait(), 5)
+    assert produced <= 10 + WINDOW
 
 
-async def test_a_stock_readers_abandoned_stream_is_noticed(mesh: AgentMesh, name: str) -> None:
-    """Without credit, NATS' own word that nobody listens stops the handler."""
-    node, stopped = node_of(mesh), asyncio.Event()
-    first: asyncio.Event = asyncio.Event()
+async def test_a_stream_without_credit_is_cancelled_when_it_has_no_subscriber(
+    mesh: AgentMesh, name: str
+) -> None:
+    """NATS' 503 for a chunk cancels the handler, as for readers with the published SDK."""
+    node, cancelled = node_of(mesh), asyncio.Event()
+    first_chunk = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         try:
             for number in range(req.count):
                 yield number
         finally:
-            stopped.set()
+            cancelled.set()
 
     await mesh.catalog()
-    sid = await node.connection.subscribe(subjects.stream(name), lambda _: first.set())
+    sid = await node.connection.subscribe(subjects.stream(name), lambda _: first_chunk.set())
     head = write_headers({"X-Mesh-Request-Id": name, "X-Mesh-Stream": "true"})
     await node.connection.publish(subjects.agent(name), b'{"count": 100000000}', head)
-    await first.wait()
+    await first_chunk.wait()
     await node.connection.unsubscribe(sid)
-    async with asyncio.timeout(5):
-        assert await stopped.wait()
+    await asyncio.wait_for(cancelled.wait(), 5)
 
 
-async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> None:
-    """Chunks carry Seq and End, the end frame the count, the error frame no Seq."""
+async def test_frames_have_the_headers_of_the_protocol(mesh: AgentMesh, name: str) -> None:
+    """Chunks have Seq and End, the end frame the number of chunks, the error frame no Seq."""
     node, frames = node_of(mesh), asyncio.Queue[Message]()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
         if req.size > 1:
@@ -124,11 +124,11 @@ async def test_frames_are_as_the_protocol_says(mesh: AgentMesh, name: str) -> No
         assert last_body == bool(end.body)
 
 
-async def test_an_error_in_the_middle_is_raised(mesh: AgentMesh, name: str) -> None:
-    """The reader gets the chunks before the error, then the error."""
+async def test_an_error_after_chunks_is_raised(mesh: AgentMesh, name: str) -> None:
+    """The reader gets the chunks that were sent before the error, then the error."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         yield 1
         raise ValueError("late")
 
@@ -138,11 +138,11 @@ async def test_an_error_in_the_middle_is_raised(mesh: AgentMesh, name: str) -> N
         await anext(chunks)
 
 
-async def test_a_chunk_that_is_too_large(mesh: AgentMesh, name: str) -> None:
-    """A large chunk ends its stream with the sizes; the next stream works."""
+async def test_a_chunk_above_the_size_limit_ends_its_stream(mesh: AgentMesh, name: str) -> None:
+    """The reader gets PayloadTooLarge, and the next stream works."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def big(req: Wanted) -> AsyncIterator[str]:
+    async def big(req: CountRequest) -> AsyncIterator[str]:
         yield "x" * req.size
 
     with pytest.raises(PayloadTooLarge):
@@ -150,11 +150,11 @@ async def test_a_chunk_that_is_too_large(mesh: AgentMesh, name: str) -> None:
     assert ["x"] == [chunk async for chunk in mesh.stream(name, {})]
 
 
-async def test_the_timeout_counts_from_the_last_chunk(mesh: AgentMesh, name: str) -> None:
+async def test_the_timeout_of_a_stream_restarts_with_each_chunk(mesh: AgentMesh, name: str) -> None:
     """A stream may take longer than its timeout, as long as no single chunk does."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def slow(req: Wanted) -> AsyncIterator[int]:
+    async def slow(req: CountRequest) -> AsyncIterator[int]:
         for number in range(req.count):
             await asyncio.sleep(0.15)
             yield number
@@ -166,11 +166,11 @@ async def test_the_timeout_counts_from_the_last_chunk(mesh: AgentMesh, name: str
         await anext(chunks)
 
 
-async def test_a_lost_chunk_is_noticed() -> None:
-    """A gap in the sequence is an error that names both numbers."""
+async def test_a_lost_chunk_raises_an_error() -> None:
+    """A gap in the sequence is a ChunkSequenceError with the expected and the received number."""
 
     async def publish(*_: object) -> None:
-        raise AssertionError("nothing to say to the host")
+        raise AssertionError("no message to the host is expected")
 
     reader = ChunkReader(publish, "agent", "id")
     for seq in (0, 2):
@@ -182,11 +182,11 @@ async def test_a_lost_chunk_is_noticed() -> None:
     assert {"expected_seq": 1, "got_seq": 2} == caught.value.details
 
 
-async def test_frames_without_a_sequence_are_tolerated() -> None:
-    """A peer that numbers nothing is read all the same."""
+async def test_chunks_without_sequence_numbers_are_accepted() -> None:
+    """A sender that does not number its chunks can be read."""
 
     async def publish(*_: object) -> None:
-        raise AssertionError("nothing to say to the host")
+        raise AssertionError("no message to the host is expected")
 
     reader = ChunkReader(publish, "agent", "id")
     for body in (b"1", b"2"):
@@ -194,11 +194,11 @@ async def test_frames_without_a_sequence_are_tolerated() -> None:
     assert [b"1", b"2"] == [(await reader.next()).body for _ in range(2)]
 
 
-async def test_chunks_are_not_flushed_one_by_one(mesh: AgentMesh, name: str) -> None:
-    """A thousand chunks cost no round trip each: the host asks the server for no answer meanwhile."""
+async def test_chunks_are_not_flushed_one_at_a_time(mesh: AgentMesh, name: str) -> None:
+    """A stream of a thousand chunks causes no round trips to the server."""
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
 
@@ -206,47 +206,47 @@ async def test_chunks_are_not_flushed_one_by_one(mesh: AgentMesh, name: str) -> 
     client = node_of(mesh).connection._client
     pongs = client._pongs_received
     assert 1000 == len([chunk async for chunk in mesh.stream(name, {"count": 1000})])
-    assert client._pongs_received - pongs <= 1  # the keep-alive may fall into it
+    assert client._pongs_received - pongs <= 1  # of the keep-alive, at most
 
 
-async def test_a_slow_reader_keeps_its_stream(
+async def test_a_slow_reader_may_take_longer_than_the_agents_timeout(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's patience is for the handler: a reader may take longer than that over many chunks."""
+    """The agent's timeout applies to its handler, not to the time that a reader takes for many chunks."""
     monkeypatch.setattr("openagentmesh.serving.streams._MAX_GRANT_INTERVAL_S", 0.1)
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.5))
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         for number in range(req.count):
             yield number
 
     read = []
     async for chunk in mesh.stream(name, {"count": 2 * WINDOW}):
         read.append(chunk)
-        await asyncio.sleep(0.02)  # the whole takes five times the limit
+        await asyncio.sleep(0.02)  # together five times the timeout
     assert list(range(2 * WINDOW)) == read
 
 
-async def test_a_reader_that_takes_nothing_is_named(
+async def test_a_stream_whose_reader_stalls_is_cancelled(
     mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handler is stopped in the end, and it is not said that it was too slow."""
+    """The error names the reader, not the handler, as the cause."""
     monkeypatch.setattr("openagentmesh.serving.deadline._RECOVERY_S", 0.1)
     node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.2))
-    stopped = asyncio.Event()
+    cancelled = asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name))
-    async def count(req: Wanted) -> AsyncIterator[int]:
+    async def count(req: CountRequest) -> AsyncIterator[int]:
         try:
             for number in range(req.count):
                 yield number
         finally:
-            stopped.set()
+            cancelled.set()
 
     async with aclosing(mesh.stream(name, {"count": 10 * WINDOW}, timeout=30)) as chunks:
         assert 0 == await anext(chunks)
-        await asyncio.wait_for(stopped.wait(), 10)
+        await asyncio.wait_for(cancelled.wait(), 10)
         with pytest.raises(MeshTimeout, match="had to wait too long for the reader of its stream"):
             async for _ in chunks:
                 pass

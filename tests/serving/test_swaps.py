@@ -1,4 +1,4 @@
-"""Declaring an agent again while it is at work: what drives it misses nothing."""
+"""Swaps: a new version of an agent replaces a running one, and its sources and gates lose nothing."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,16 +6,17 @@ from collections.abc import Callable
 from openagentmesh import AgentMesh, AgentSpec, KVEntry, MeshMessage
 
 from tests.support.meshes import node_of
+from tests.support.waiting import until
 
 
 async def test_a_swap_loses_no_message_of_a_source(mesh: AgentMesh, name: str) -> None:
-    """Messages that come while the handler is replaced again and again are all handled, once."""
-    got: list[int] = []
+    """Each message that arrives while the handler is replaced repeatedly is handled once."""
+    handled: list[int] = []
 
     def declare() -> None:
         @mesh.agent(AgentSpec(name=name), sources=[mesh.subject_source(f"{name}.in")])
         async def driven(message: MeshMessage[int]) -> None:
-            got.append(message.data)
+            handled.append(message.data)
 
     declare()
     await mesh.catalog()
@@ -25,21 +26,19 @@ async def test_a_swap_loses_no_message_of_a_source(mesh: AgentMesh, name: str) -
         await node_of(mesh).connection.publish(f"{name}.in", str(number).encode())
         await asyncio.sleep(0.001)
     await mesh.catalog()
-    async with asyncio.timeout(10):
-        while len(got) < 200:
-            await asyncio.sleep(0.005)
-    assert list(range(200)) == sorted(got)
+    await until(lambda: len(handled) >= 200)
+    assert list(range(200)) == sorted(handled)
 
 
 async def test_a_swap_repeats_no_key_of_a_source(mesh: AgentMesh, name: str) -> None:
-    """The new handler is told of what changes, not again of what the old one has handled."""
-    got: list[tuple[str, str]] = []
+    """The new handler gets later changes, but not the keys that the old one has handled."""
+    handled: list[tuple[str, str]] = []
     changed = asyncio.Event()
 
     def declare(version: str) -> None:
         @mesh.agent(AgentSpec(name=name, version=version), sources=[mesh.kv_source(f"{name}.*")])
         async def driven(entry: KVEntry[str]) -> None:
-            got.append((version, entry.key))
+            handled.append((version, entry.key))
             changed.set()
 
     await mesh.kv.put(f"{name}.a", "1")
@@ -51,13 +50,13 @@ async def test_a_swap_repeats_no_key_of_a_source(mesh: AgentMesh, name: str) -> 
     changed.clear()
     await mesh.kv.put(f"{name}.b", "1")
     await asyncio.wait_for(changed.wait(), 10)
-    assert [("1.0.0", f"{name}.a"), ("2.0.0", f"{name}.b")] == got
+    assert [("1.0.0", f"{name}.a"), ("2.0.0", f"{name}.b")] == handled
 
 
-async def test_a_gated_agent_that_is_on_stays_on_over_a_swap(
+async def test_an_active_agent_with_a_condition_stays_active_during_a_swap(
     mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
-    """Callers of another mesh never hear that it is not available."""
+    """Callers on another mesh never get NotAvailable."""
 
     def declare(version: str) -> None:
         condition = mesh.kv_condition(name, lambda text: text == "on")
@@ -69,12 +68,12 @@ async def test_a_gated_agent_that_is_on_stays_on_over_a_swap(
     await mesh.kv.put(name, "on")
     declare("0.0.0")
     await mesh.catalog()
-    over = asyncio.Event()
+    finished = asyncio.Event()
     async with new_mesh() as caller:
 
         async def keep_calling() -> list[str]:
             answers = []
-            while not over.is_set():
+            while not finished.is_set():
                 answers.append(await caller.call(name))
             return answers
 
@@ -83,33 +82,32 @@ async def test_a_gated_agent_that_is_on_stays_on_over_a_swap(
             declare(f"{number}.0.0")
             await mesh.catalog()
             await asyncio.sleep(0.02)
-        over.set()
+        finished.set()
         answers = await calling
         assert "5.0.0" == await caller.call(name)
     assert sorted(answers) == answers
 
 
-async def test_a_swap_does_not_wait_for_what_a_dropped_source_has_brought(mesh: AgentMesh, name: str) -> None:
-    """A handler may use the mesh while its agent is declared again; nothing waits for it."""
-    began, done = asyncio.Event(), asyncio.Event()
-    declared = asyncio.Event()
+async def test_a_swap_does_not_wait_for_handlers_of_a_removed_source(mesh: AgentMesh, name: str) -> None:
+    """A handler may use the mesh while its agent is replaced, and finishes afterwards."""
+    started, replaced, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.old.*")])
     async def old(value: str) -> None:
-        began.set()
-        await declared.wait()
+        started.set()
+        await replaced.wait()
         await mesh.kv.put(f"{name}.done", value)
         done.set()
 
     await mesh.kv.put(f"{name}.old.a", "1")
     await mesh.catalog()
-    await asyncio.wait_for(began.wait(), 10)
+    await asyncio.wait_for(started.wait(), 10)
 
     @mesh.agent(AgentSpec(name=name), sources=[mesh.kv_source(f"{name}.new.*")])
     async def new(value: str) -> None:
-        raise AssertionError("nothing has changed there")
+        raise AssertionError("no key of the new source has changed")
 
     await asyncio.wait_for(mesh.catalog(), 10)
-    declared.set()
+    replaced.set()
     await asyncio.wait_for(done.wait(), 10)
     assert "1" == await mesh.kv.get(f"{name}.done")

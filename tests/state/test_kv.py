@@ -1,4 +1,4 @@
-"""The shared state: texts, bytes and models, changed together by many, watched across restarts."""
+"""The shared state: texts, bytes and models, concurrent changes, and watches across restarts."""
 
 import asyncio
 import json
@@ -35,8 +35,8 @@ class Plan(BaseModel):
     steps: list[str] = []
 
 
-class Unjson(BaseModel):
-    thing: Any
+class Unserializable(BaseModel):
+    value: Any
 
 
 async def enter(block: AbstractAsyncContextManager[Any]) -> None:
@@ -53,18 +53,18 @@ READERS: list[Callable[[KV, str], Awaitable[object]]] = [
     lambda kv, key: enter(kv.cas_model(key, Plan)),
     lambda kv, key: enter(kv.try_cas_model(key, Plan)),
 ]
-EVERYTHING: list[Callable[[KV, str], Awaitable[object]]] = [
+METHODS: list[Callable[[KV, str], Awaitable[object]]] = [
     *READERS,
     lambda kv, key: kv.put(key, "x"),
     lambda kv, key: kv.delete(key),
     lambda kv, key: kv.create(key, "x"),
     lambda kv, key: kv.put_model(key, Plan()),
-    lambda kv, key: anext(kv.watch(key)),  # may have wildcards
+    lambda kv, key: anext(kv.watch(key)),  # the only one that takes wildcards
 ]
 
 
-async def test_a_text_comes_back_as_it_was_put(mesh: AgentMesh, name: str) -> None:
-    """Revisions grow; texts and bytes that are text are the same; delete takes it away, twice is fine."""
+async def test_a_text_is_put_read_and_deleted(mesh: AgentMesh, name: str) -> None:
+    """Revisions increase, bytes in UTF-8 are read as text, and deleting a missing key is no error."""
     first = await mesh.kv.put(name, "grüße")
     assert first < await mesh.kv.put(name, "grüße".encode())
     assert "grüße" == await mesh.kv.get(name)
@@ -76,9 +76,9 @@ async def test_a_text_comes_back_as_it_was_put(mesh: AgentMesh, name: str) -> No
     assert "" == await mesh.kv.get(name)
 
 
-@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "never there"])
-async def test_a_key_that_is_not_there_is_named(mesh: AgentMesh, name: str, *, deleted: bool) -> None:
-    """Whatever wants to read it is told `not_found` and which key; nothing is written instead."""
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "never-created"])
+async def test_reading_a_missing_key_raises_not_found(mesh: AgentMesh, name: str, *, deleted: bool) -> None:
+    """All methods that read a key raise NotFound with the key, and write nothing."""
     if deleted:
         await mesh.kv.put(name, "x")
         await mesh.kv.delete(name)
@@ -89,8 +89,8 @@ async def test_a_key_that_is_not_there_is_named(mesh: AgentMesh, name: str, *, d
     assert [] == await mesh.kv.list(name)
 
 
-async def test_create_is_for_keys_that_are_not_there(mesh: AgentMesh, name: str) -> None:
-    """Of ten who create a key at once one succeeds; a deleted key can be created again."""
+async def test_a_key_is_created_once(mesh: AgentMesh, name: str) -> None:
+    """Of ten concurrent creations of a key one succeeds; a deleted key can be created again."""
     creating = [mesh.kv.create(name, str(number)) for number in range(10)]
     results = await asyncio.gather(*creating, return_exceptions=True)
     assert 9 == sum(isinstance(result, KVKeyExists) for result in results)
@@ -101,8 +101,8 @@ async def test_create_is_for_keys_that_are_not_there(mesh: AgentMesh, name: str)
     assert "again" == await mesh.kv.get(name)
 
 
-async def test_updates_of_many_all_count(mesh: AgentMesh, name: str) -> None:
-    """Twenty increments at once, by plain and by async functions, are twenty."""
+async def test_concurrent_updates_are_all_applied(mesh: AgentMesh, name: str) -> None:
+    """Twenty concurrent increments, by functions and coroutine functions, add twenty."""
     await mesh.kv.put(name, "0")
 
     async def increment(text: str) -> str:
@@ -114,24 +114,28 @@ async def test_updates_of_many_all_count(mesh: AgentMesh, name: str) -> None:
     assert "20" == await mesh.kv.get(name)
 
 
-async def test_an_update_gives_up(mesh: AgentMesh, name: str) -> None:
-    """When others are faster each time, that is told; what the others wrote stays."""
+@pytest.mark.parametrize(("max_retries", "expected"), [(3, 3), (0, 1)])
+async def test_an_update_fails_after_its_last_attempt(
+    mesh: AgentMesh, name: str, max_retries: int, expected: int
+) -> None:
+    """When each attempt conflicts, KVConflict has their number, and the concurrent value stays."""
     await mesh.kv.put(name, "0")
-    tries = 0
+    attempts = 0
 
-    async def slow(text: str) -> str:
-        nonlocal tries
-        tries += 1
-        await mesh.kv.put(name, f"other {tries}")
+    async def conflicting(text: str) -> str:
+        nonlocal attempts
+        attempts += 1
+        await mesh.kv.put(name, f"other {attempts}")
         return "mine"
 
-    with pytest.raises(KVConflict, match="3 times"):
-        await mesh.kv.update(name, slow, max_retries=3)
-    assert (3, "other 3") == (tries, await mesh.kv.get(name))
+    with pytest.raises(KVConflict, match=f"{expected} times") as caught:
+        await mesh.kv.update(name, conflicting, max_retries=max_retries)
+    assert {"key": name, "tries": expected} == caught.value.details
+    assert (expected, f"other {expected}") == (attempts, await mesh.kv.get(name))
 
 
-async def test_compare_and_set(mesh: AgentMesh, name: str) -> None:
-    """`cas` writes at the end of its block unless others were faster; `try_cas` tells instead."""
+async def test_compare_and_set_detects_concurrent_changes(mesh: AgentMesh, name: str) -> None:
+    """After a concurrent change `cas` raises KVConflict, and `try_cas` leaves the draft uncommitted."""
     await mesh.kv.put(name, "1")
     async with mesh.kv.cas(name) as draft:
         draft.value = "2"
@@ -139,31 +143,31 @@ async def test_compare_and_set(mesh: AgentMesh, name: str) -> None:
     assert draft.committed
     with pytest.raises(KVConflict) as caught:
         async with mesh.kv.cas(name) as draft:
-            await mesh.kv.put(name, "theirs")
+            await mesh.kv.put(name, "concurrent")
             draft.value = "3"
     assert name == caught.value.details["key"]
     async with mesh.kv.try_cas(name) as draft:
-        await mesh.kv.put(name, "theirs again")
+        await mesh.kv.put(name, "concurrent again")
         draft.value = "4"
     assert (False, True) == (draft.committed, draft.attempted_write)
-    assert "theirs again" == await mesh.kv.get(name)
+    assert "concurrent again" == await mesh.kv.get(name)
 
 
-async def test_a_key_that_was_deleted_meanwhile_is_a_conflict(mesh: AgentMesh, name: str) -> None:
-    """Also when it was created again with the same value: that is another key."""
-    for again in (False, True):
+async def test_a_concurrent_deletion_is_a_conflict(mesh: AgentMesh, name: str) -> None:
+    """Also when the key was created again with the same value, since its revision differs."""
+    for created_again in (False, True):
         await mesh.kv.put(name, "1")
         async with mesh.kv.try_cas(name) as draft:
             draft.value = "2"
             await mesh.kv.delete(name)
-            if again:
+            if created_again:
                 await mesh.kv.create(name, "1")
         assert (False, True) == (draft.committed, draft.attempted_write)
-        assert again == bool(await mesh.kv.list(name))
+        assert created_again == bool(await mesh.kv.list(name))
 
 
-async def test_a_draft_that_nobody_changed_is_not_written(mesh: AgentMesh, name: str) -> None:
-    """The revision stays when the value does, and when the block raises."""
+async def test_an_unchanged_draft_is_not_written(mesh: AgentMesh, name: str) -> None:
+    """The revision stays the same when the value does, and when the block raises."""
     revision = await mesh.kv.put(name, "1")
     async with mesh.kv.try_cas(name) as draft:
         pass
@@ -175,8 +179,8 @@ async def test_a_draft_that_nobody_changed_is_not_written(mesh: AgentMesh, name:
     assert ("1", revision) == (await mesh.kv.get(name), (await mesh.kv.list(name))[0].revision)
 
 
-async def test_models(mesh: AgentMesh, name: str) -> None:
-    """What is put as a model is read, changed and listed as one."""
+async def test_models_are_put_read_changed_and_listed(mesh: AgentMesh, name: str) -> None:
+    """All methods for models validate and serialize values with the model's class."""
     await mesh.kv.put_model(f"{name}.a", Plan(steps=["one"]))
     async with mesh.kv.cas_model(f"{name}.a", Plan) as draft:
         draft.value.steps.append("two")
@@ -189,32 +193,34 @@ async def test_models(mesh: AgentMesh, name: str) -> None:
 
 
 @pytest.mark.parametrize("stored", [b"{", b'{"steps": 1}', b"\xff"])
-async def test_what_is_no_such_model_is_told(mesh: AgentMesh, name: str, stored: bytes) -> None:
-    """Anybody may have written there: the error names the key and the model, and is JSON."""
+async def test_a_value_that_does_not_match_the_model_is_invalid(
+    mesh: AgentMesh, name: str, stored: bytes
+) -> None:
+    """The error names the key and the model, and its details are JSON."""
     await mesh.kv.put(name, stored)
     with pytest.raises(InvalidInput, match=f"'{name}' is not a Plan") as caught:
         await mesh.kv.get_model(name, Plan)
     json.dumps(caught.value.details)
 
 
-async def test_what_is_replaced_is_listed_all_the_same(mesh: AgentMesh, url: str, name: str) -> None:
-    """A key that is there all the time is in every list, once, though others write it meanwhile."""
+async def test_a_key_that_is_being_replaced_is_listed_once(mesh: AgentMesh, url: str, name: str) -> None:
+    """A key that exists all the time is in every list, once, while it is written concurrently."""
     keys = [f"{name}.{number}" for number in range(20)]
     async with AgentMesh(url) as other:
 
         async def replace_all() -> None:
             while True:
-                await asyncio.gather(*[other.kv.put(key, "again") for key in keys])
+                await asyncio.gather(*[other.kv.put(key, "new") for key in keys])
 
-        await asyncio.gather(*[other.kv.put(key, "once") for key in keys])
+        await asyncio.gather(*[other.kv.put(key, "old") for key in keys])
         replacing = asyncio.create_task(replace_all())
         for _ in range(60):
             assert sorted(keys) == sorted(entry.key for entry in await mesh.kv.list(f"{name}."))
         await cancel_and_wait(replacing)
 
 
-async def test_bytes_that_are_no_text_are_listed_not_read(mesh: AgentMesh, name: str) -> None:
-    """`get` is for texts, and says what to use instead."""
+async def test_bytes_that_are_not_text_are_read_with_list_only(mesh: AgentMesh, name: str) -> None:
+    """`get` raises InvalidInput and names the method to use instead."""
     await mesh.kv.put(name, b"\xff\x00")
     with pytest.raises(InvalidInput, match="list"):
         await mesh.kv.get(name)
@@ -224,9 +230,9 @@ async def test_bytes_that_are_no_text_are_listed_not_read(mesh: AgentMesh, name:
 @pytest.mark.parametrize(
     "key", ["", " ", "a b", ".a", "a.", "a..b", "a.*", ">", "é", "a\n", "x" * 5000, 7, None, b"a", ["a"]]
 )
-async def test_what_cannot_be_a_key_is_refused(mesh: AgentMesh, name: str, key: str) -> None:
-    """By every method, in words; nothing of it reaches the server, and the connection lives on."""
-    for use in EVERYTHING[:-1] if key in ("a.*", ">") else EVERYTHING:
+async def test_an_invalid_key_is_rejected(mesh: AgentMesh, name: str, key: str) -> None:
+    """All methods raise InvalidInput, nothing is sent, and the connection stays open."""
+    for use in METHODS[:-1] if key in ("a.*", ">") else METHODS:
         with pytest.raises(InvalidInput, match="key is"):
             await use(mesh.kv, key)
     await mesh.kv.put(name, "x")
@@ -234,12 +240,12 @@ async def test_what_cannot_be_a_key_is_refused(mesh: AgentMesh, name: str, key: 
 
 
 @given(key=st.text(max_size=8) | st.text("ab./*>_=- \n\x00é", max_size=8))
-def test_a_key_is_judged_before_anything_is_sent(key: str) -> None:
-    """Any text is refused as a key, or is one: then all it lacks is a connection."""
+def test_a_key_is_checked_before_the_connection(key: str) -> None:
+    """Without a connection an invalid key raises InvalidInput, a valid one ConnectionFailed."""
     expected = ConnectionFailed if KEY.fullmatch(key) else InvalidInput
 
     async def run() -> None:
-        for use in EVERYTHING[:-1]:
+        for use in METHODS[:-1]:
             with pytest.raises(expected):
                 await use(AgentMesh().kv, key)
 
@@ -247,14 +253,14 @@ def test_a_key_is_judged_before_anything_is_sent(key: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "a b", "a.>.b", "a*", "a..*", ".>", "x" * 5000, None])
-async def test_what_cannot_be_watched_is_refused(pattern: str) -> None:
-    """Wildcards stand for whole words, and `>` at the end only; that is judged before anything is sent."""
+async def test_an_invalid_pattern_is_rejected(pattern: str) -> None:
+    """Wildcards stand for whole words, `>` only at the end; patterns are checked before the connection."""
     with pytest.raises(InvalidInput, match="key is"):
         await anext(AgentMesh().kv.watch(pattern))
 
 
-async def test_a_key_may_be_long(mesh: AgentMesh) -> None:
-    """The longest key there can be is written, read, watched and deleted as any other."""
+async def test_a_key_of_the_maximum_length_is_usable(mesh: AgentMesh) -> None:
+    """It is created, watched, deleted and listed."""
     key = "x" * subjects.MAX_SUBJECT
     await mesh.kv.create(key, "1")
     async with aclosing(mesh.kv.watch(key)) as watch:
@@ -278,13 +284,13 @@ WRITES: dict[str, Callable[[KV, str, Any], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize(
-    "value", [7, "\ud800", Unjson(thing=object())], ids=["number", "surrogate", "no JSON"]
+    "value", [7, "\ud800", Unserializable(value=object())], ids=["number", "surrogate", "not-serializable"]
 )
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-async def test_what_cannot_be_stored_is_refused(
+async def test_a_value_that_cannot_be_stored_is_rejected(
     mesh: AgentMesh, name: str, write: Callable[[KV, str, Any], Awaitable[object]], value: object
 ) -> None:
-    """However it is written it is InvalidInput that names the key, and what was there stays."""
+    """Every method that writes raises InvalidInput with the key, and the stored value stays."""
     await mesh.kv.put_model(name, Plan(steps=["before"]))
     with pytest.raises(InvalidInput, match=f"'{name}'"):
         await write(mesh.kv, name, value)
@@ -292,8 +298,10 @@ async def test_what_cannot_be_stored_is_refused(
 
 
 @pytest.mark.parametrize("over", [-200, -20, 0, 1, 1_000_000])
-async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: int) -> None:
-    """Around the server's limit a write succeeds or is `payload_too_large`, headers counted."""
+async def test_a_value_around_the_size_limit_is_stored_or_too_large(
+    mesh: AgentMesh, name: str, over: int
+) -> None:
+    """A write near the server's limit, which includes headers, succeeds or raises PayloadTooLarge."""
     value = "x" * (node_of(mesh).connection.max_payload + over)
     for key, write in ((f"{name}.put", mesh.kv.put), (f"{name}.create", mesh.kv.create)):
         try:
@@ -307,19 +315,19 @@ async def test_a_value_fits_or_is_too_large(mesh: AgentMesh, name: str, over: in
     assert 0 == reconnects(mesh)
 
 
-async def test_without_a_connection_everything_is_connection_failed(url: str, name: str) -> None:
-    """Before it is connected and after it was left."""
+async def test_all_methods_raise_connection_failed_without_a_connection(url: str, name: str) -> None:
+    """Before the mesh is connected, and after it was closed."""
     mesh = AgentMesh(url)
     for _ in range(2):
-        for use in (*EVERYTHING, KV.list):
+        for use in (*METHODS, KV.list):
             with pytest.raises(ConnectionFailed):
                 await use(mesh.kv, name)
         async with mesh:
             await mesh.kv.put(name, "x")
 
 
-async def test_a_watch_tells_what_is_there_and_each_change(mesh: AgentMesh, name: str) -> None:
-    """A key, or all keys of a pattern; deletions are not told."""
+async def test_a_watch_yields_the_existing_values_and_each_change(mesh: AgentMesh, name: str) -> None:
+    """Of all keys that match the pattern; deletions are not yielded."""
     await mesh.kv.put(f"{name}.a.status", "old")
     async with aclosing(mesh.kv.watch(f"{name}.*.status")) as watch:
         assert "old" == await take_next(watch)
@@ -329,12 +337,12 @@ async def test_a_watch_tells_what_is_there_and_each_change(mesh: AgentMesh, name
         assert "new" == await take_next(watch)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
-async def test_a_watch_outlives_a_restart_of_the_server(name: str, tmp_path: Path, *, kept: bool) -> None:
-    """What was told is not told again, what changed while away and afterwards is."""
+@pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-lost"])
+async def test_a_watch_survives_a_restart_of_the_server(name: str, tmp_path: Path, *, kept: bool) -> None:
+    """It yields changes during and after the outage, and no value twice."""
 
-    async def meanwhile(kv: KV) -> None:
-        await kv.put(f"{name}.a", "while away")
+    async def change_during_the_outage(kv: KV) -> None:
+        await kv.put(f"{name}.a", "during the outage")
 
     async with (
         restartable(tmp_path if kept else "") as (mesh, restart),
@@ -343,31 +351,31 @@ async def test_a_watch_outlives_a_restart_of_the_server(name: str, tmp_path: Pat
         for key in ("a", "b"):
             await mesh.kv.put(f"{name}.{key}", f"before {key}")
             assert f"before {key}" == await take_next(watch)
-        await restart(meanwhile if kept else None)
+        await restart(change_during_the_outage if kept else None)
         await mesh.kv.put(f"{name}.c", "after")
         if kept:
-            assert "while away" == await take_next(watch)
+            assert "during the outage" == await take_next(watch)
         assert "after" == await take_next(watch)
 
 
-async def test_a_write_waits_for_a_server_that_comes_back(name: str, tmp_path: Path) -> None:
-    """It is done once the connection and the buckets are there again."""
+async def test_a_write_during_an_outage_is_completed_afterwards(name: str, tmp_path: Path) -> None:
+    """It waits until the connection and the buckets are restored."""
     writing: list[asyncio.Task[int]] = []
 
-    async def meanwhile(_: KV) -> None:
+    async def write_during_the_outage(_: KV) -> None:
         writing.append(asyncio.create_task(mesh.kv.put(name, "2")))
 
     async with restartable(tmp_path) as (mesh, restart):
         await mesh.kv.put(name, "1")
-        await restart(meanwhile)
+        await restart(write_during_the_outage)
         assert 1 < await asyncio.wait_for(writing[0], 20)
         assert "2" == await mesh.kv.get(name)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(text=st.text(max_size=200))
-def test_any_text_survives(url: str, text: str) -> None:
-    """Texts of any characters come back, but for those that UTF-8 has no bytes for."""
+def test_any_text_is_stored_unchanged(url: str, text: str) -> None:
+    """A text of any characters that UTF-8 can encode is read as it was written."""
 
     async def run() -> None:
         async with AgentMesh(url) as mesh:

@@ -1,4 +1,4 @@
-"""Log events: what is told, from which level on, and what strangers write there."""
+"""Log events of agents and requests, and the levels from which they are published."""
 
 import asyncio
 import json
@@ -28,8 +28,8 @@ from tests.support.meshes import flush, listen, next_log_event, node_of, reconne
 from tests.support.servers import restartable
 
 LEVELS: list[LogLevel] = ["debug", "info", "warn", "error"]
-# What ends or fails a feed of a publisher's events, and an error that is none.
-ODD_HEADERS = ({subjects.STREAM_END: "true"}, {subjects.STATUS: "error"}, {"Content-Type": "junk"})
+# Headers of an end frame, of an error frame, and unknown ones.
+FRAME_HEADERS = ({subjects.STREAM_END: "true"}, {subjects.STATUS: "error"}, {"Content-Type": "junk"})
 
 
 def declare(mesh: AgentMesh, name: str) -> None:
@@ -44,7 +44,7 @@ def declare(mesh: AgentMesh, name: str) -> None:
 
 
 async def settle_level(mesh: AgentMesh, name: str, level: LogLevel) -> None:
-    """Wait until the instance that serves tells what is of this level and nothing below it."""
+    """Wait until the serving instance publishes events of this level and above only."""
     events = node_of(mesh).router.logs
     expected = [LEVELS.index(each) >= LEVELS.index(level) for each in LEVELS]
     async with asyncio.timeout(10):
@@ -52,16 +52,18 @@ async def settle_level(mesh: AgentMesh, name: str, level: LogLevel) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_by_default_failures_and_usage_are_told(mesh: AgentMesh, name: str) -> None:
-    """Registered, usage, failed, invalid: with level, request id, code; a plain request is silent."""
-    heard = await listen(mesh, subjects.logs(name))
+async def test_the_default_level_publishes_registration_usage_and_failures(
+    mesh: AgentMesh, name: str
+) -> None:
+    """Events have a level and the request id, failures the error's code; a plain request has no event."""
+    events = await listen(mesh, subjects.logs(name))
     declare(mesh, name)
     await mesh.catalog()
-    event = await next_log_event(heard)
+    event = await next_log_event(events)
     assert ("agent_registered", "info", name) == (event["event"], event["level"], event["agent"])
-    await mesh.call(name, "quiet")
+    await mesh.call(name, "plain")
     await mesh.call(name, "cost", headers={subjects.REQUEST_ID: "r1"})
-    event = await next_log_event(heard)
+    event = await next_log_event(events)
     assert ("usage_reported", "info", "r1") == (event["event"], event["level"], event["request_id"])
     usage = {"input_tokens": 5, "output_tokens": 1, "model": "b", "estimated_cost_usd": 0.75}
     assert usage == event["data"]
@@ -71,32 +73,32 @@ async def test_by_default_failures_and_usage_are_told(mesh: AgentMesh, name: str
     ):
         with pytest.raises(MeshError):
             await mesh.call(name, payload, headers={subjects.REQUEST_ID: "r2"})
-        event = await next_log_event(heard)
+        event = await next_log_event(events)
         assert (name_of_event, "warn", "r2", {"code": code}) == (
             event["event"], event["level"], event["request_id"], event["data"],
         )  # fmt: skip
 
 
-async def test_an_agent_that_leaves_says_so(mesh: AgentMesh, url: str, name: str) -> None:
-    """A clean stop is `agent_deregistered`."""
-    heard = await listen(mesh, subjects.logs(name))
+async def test_a_stop_publishes_agent_deregistered(mesh: AgentMesh, url: str, name: str) -> None:
+    """A start and a stop are the events `agent_registered` and `agent_deregistered`."""
+    events = await listen(mesh, subjects.logs(name))
     other = AgentMesh(url)
     declare(other, name)
     async with other:
         pass
     assert ["agent_registered", "agent_deregistered"] == [
-        (await next_log_event(heard))["event"] for _ in range(2)
+        (await next_log_event(events))["event"] for _ in range(2)
     ]
 
 
-async def test_levels_change_live(mesh: AgentMesh, name: str) -> None:
-    """An agent's own level goes before the one for all; debug tells each request and how long it took."""
+async def test_a_level_is_applied_to_running_agents(mesh: AgentMesh, name: str) -> None:
+    """With `debug` each request is published with its duration; with `error` a failed one is not."""
     declare(mesh, name)
     await mesh.observe.set(name, log_level="debug")
     await settle_level(mesh, name, "debug")
-    heard = await listen(mesh, subjects.logs(name))
+    events = await listen(mesh, subjects.logs(name))
     await mesh.call(name, "x")
-    received, completed = await next_log_event(heard), await next_log_event(heard)
+    received, completed = await next_log_event(events), await next_log_event(events)
     assert ("request_received", "debug") == (received["event"], received["level"])
     assert ("request_completed", received["request_id"]) == (completed["event"], completed["request_id"])
     assert ["duration_ms"] == list(completed["data"])
@@ -105,12 +107,12 @@ async def test_levels_change_live(mesh: AgentMesh, name: str) -> None:
     await settle_level(mesh, name, "error")
     with pytest.raises(MeshError):
         await mesh.call(name, "fail")
-    assert heard.empty()
+    assert events.empty()
 
 
-async def test_a_level_hides_what_is_below_it(name: str) -> None:
-    """At each level exactly the events of that level and of those above it are told, as they are known."""
-    told = {
+async def test_each_level_publishes_its_events_and_those_above(name: str) -> None:
+    """At each level exactly the events of that level and of higher ones are published."""
+    levels: dict[str, LogLevel] = {
         "request_received": "debug",
         "request_completed": "debug",
         "usage_reported": "info",
@@ -119,9 +121,9 @@ async def test_a_level_hides_what_is_below_it(name: str) -> None:
     }
     async with AgentMesh.local() as mesh:
         declare(mesh, name)
-        heard = await listen(mesh, subjects.logs(name))
+        messages = await listen(mesh, subjects.logs(name))
         await mesh.catalog()
-        assert "agent_registered" == (await next_log_event(heard))["event"]
+        assert "agent_registered" == (await next_log_event(messages))["event"]
         for level in LEVELS:
             await mesh.observe.set_global(log_level=level)
             await settle_level(mesh, name, level)
@@ -131,43 +133,43 @@ async def test_a_level_hides_what_is_below_it(name: str) -> None:
                     await mesh.call(name, payload)
             await node_of(mesh).connection.publish(subjects.logs(name), b"end")
             events = {}
-            while (message := await asyncio.wait_for(heard.get(), 10)).body != b"end":
+            while (message := await asyncio.wait_for(messages.get(), 10)).body != b"end":
                 event = json.loads(message.body)
                 events[event["event"]] = event["level"]
-            least = LEVELS.index(level)
-            assert {e: own for e, own in told.items() if LEVELS.index(own) >= least} == events  # type: ignore[arg-type]
+            published = LEVELS[LEVELS.index(level) :]
+            assert {event: own for event, own in levels.items() if own in published} == events
 
 
-async def test_what_holds_for_an_agent(name: str) -> None:
-    """Its own setting, else the one for all, else info; settings that are gone or junk are not set."""
+async def test_the_setting_of_an_agent_precedes_the_global_one(name: str) -> None:
+    """The level is the agent's own, else the global one, else `info`; also after settings are deleted."""
     async with AgentMesh.local() as mesh:
         declare(mesh, name)
         await mesh.catalog()
         buckets = node_of(mesh).buckets
 
-        async def holds(level: LogLevel) -> None:
+        async def check_level(level: LogLevel) -> None:
             assert level == (await mesh.observe.get(name)).log_level
             await settle_level(mesh, name, level)
 
-        await holds("info")
+        await check_level("info")
         await mesh.observe.set_global(log_level="warn")
         assert "warn" == (await mesh.observe.get()).log_level
-        await holds("warn")
+        await check_level("warn")
         await mesh.observe.set(name, log_level="debug")
-        await holds("debug")
+        await check_level("debug")
         await mesh.observe.set_global(log_level="error")
-        await holds("debug")
+        await check_level("debug")
         await buckets.delete_all(OBSERVABILITY_BUCKET, [name])
-        await holds("error")
+        await check_level("error")
         await buckets.delete_all(OBSERVABILITY_BUCKET, [subjects.GLOBAL_KEY])
-        await holds("info")
+        await check_level("info")
 
 
 @pytest.mark.parametrize(
     "junk", [b"", b"{", b"[]", b'{"log_level": "loud"}', b'{"log_level": null}', b"\xff"]
 )
-async def test_a_junk_setting_counts_as_not_set(name: str, junk: bytes) -> None:
-    """Anybody may have written it: then the level for all holds, and later settings do."""
+async def test_a_malformed_setting_is_ignored(name: str, junk: bytes) -> None:
+    """The global level applies instead, until the agent's own one is set."""
     async with AgentMesh.local() as mesh:
         declare(mesh, name)
         await mesh.catalog()
@@ -181,11 +183,13 @@ async def test_a_junk_setting_counts_as_not_set(name: str, junk: bytes) -> None:
         await settle_level(mesh, name, "warn")
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store thrown away"])
-async def test_levels_hold_again_after_a_restart(name: str, tmp_path: Path, *, kept: bool) -> None:
-    """As they are set on the new server, also what was set while away."""
+@pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-lost"])
+async def test_levels_are_read_again_after_a_restart_of_the_server(
+    name: str, tmp_path: Path, *, kept: bool
+) -> None:
+    """The levels of the new server apply, also those that were set during the outage."""
 
-    async def meanwhile(kv: KV) -> None:
+    async def set_during_the_outage(kv: KV) -> None:
         await (await kv._ready()).put(OBSERVABILITY_BUCKET, f"{name}.b", b'{"log_level": "error"}')
 
     async with restartable(tmp_path if kept else "") as (mesh, restart):
@@ -193,7 +197,7 @@ async def test_levels_hold_again_after_a_restart(name: str, tmp_path: Path, *, k
             declare(mesh, f"{name}.{agent}")
             await mesh.observe.set(f"{name}.{agent}", log_level="debug")
             await settle_level(mesh, f"{name}.{agent}", "debug")
-        await restart(meanwhile if kept else None)
+        await restart(set_during_the_outage if kept else None)
         await settle_level(mesh, f"{name}.b", "error" if kept else "info")
         await settle_level(mesh, f"{name}.a", "debug" if kept else "info")
         await mesh.observe.set(f"{name}.a", log_level="warn")
@@ -201,14 +205,14 @@ async def test_levels_hold_again_after_a_restart(name: str, tmp_path: Path, *, k
 
 
 async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server lost again while all is made true again, for longer than anybody waits, is no end either."""
+    """When the watch fails because the server is lost again during the recovery, it is retried."""
     failed = asyncio.Event()
 
     @asynccontextmanager
-    async def away(what: str) -> AsyncIterator[None]:
-        if OBSERVABILITY_BUCKET in what:
+    async def failing(action: str) -> AsyncIterator[None]:
+        if OBSERVABILITY_BUCKET in action:
             failed.set()
-        raise ConnectionFailed(f"{what} failed: the server is away.")
+        raise ConnectionFailed(f"{action} failed: the server does not answer.")
         yield
 
     async with AgentMesh.local() as mesh:
@@ -217,7 +221,7 @@ async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch:
         await settle_level(mesh, name, "warn")
         buckets = node_of(mesh).buckets
         with monkeypatch.context() as patch:
-            patch.setattr(buckets, "_operation", away)
+            patch.setattr(buckets, "_operation", failing)
             for watcher in list(buckets._watchers):
                 await watcher.stop()
             await asyncio.wait_for(failed.wait(), 10)
@@ -238,16 +242,16 @@ async def test_levels_are_followed_after_a_second_outage(name: str, monkeypatch:
         ("a", None),
     ],
 )
-async def test_bad_names_and_levels_are_refused(mesh: AgentMesh, agent: Any, level: Any) -> None:
-    """In words, before anything is written."""
+async def test_setting_an_invalid_name_or_level_is_rejected(mesh: AgentMesh, agent: Any, level: Any) -> None:
+    """`set` raises InvalidInput and writes nothing."""
     before = await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
     with pytest.raises(InvalidInput, match=r"is not an agent's name|Unknown log level"):
         await mesh.observe.set(agent, log_level=level)
     assert before == await node_of(mesh).buckets.last_revision(OBSERVABILITY_BUCKET)
 
 
-async def test_reading_wants_a_name_and_a_level_too(mesh: AgentMesh) -> None:
-    """`get` and `logs` refuse what can be neither; the connection lives on."""
+async def test_reading_with_an_invalid_name_or_level_is_rejected(mesh: AgentMesh) -> None:
+    """`get` and `logs` raise InvalidInput, and the connection stays open."""
     for name in ("a b", "a..b", ".a"):
         with pytest.raises(InvalidInput):
             await mesh.observe.get(name)
@@ -255,19 +259,19 @@ async def test_reading_wants_a_name_and_a_level_too(mesh: AgentMesh) -> None:
             await anext(mesh.observe.logs(name))
     with pytest.raises(InvalidInput, match="debug, info, warn, error"):
         await anext(mesh.observe.logs(level="loud"))  # type: ignore[arg-type]
-    assert "info" == (await mesh.observe.get("nobody")).log_level
+    assert "info" == (await mesh.observe.get("unknown")).log_level
     assert 0 == reconnects(mesh)
 
 
-@pytest.mark.parametrize("everybody", [True, False], ids=["all", "one"])
-async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *, everybody: bool) -> None:
-    """`logs` yields LogEvents of one agent or of all, without those below the level and without junk."""
+@pytest.mark.parametrize("all_agents", [True, False], ids=["all-agents", "one-agent"])
+async def test_logs_yields_events_from_a_level_on(mesh: AgentMesh, name: str, *, all_agents: bool) -> None:
+    """It yields the events of one agent or of all, without lower levels and malformed ones."""
     declare(mesh, name)
     declare(mesh, f"{name}.other")
     await mesh.catalog()
-    async with aclosing(mesh.observe.logs(None if everybody else name, level="warn")) as logs:
-        reading = await begin(mesh, logs)
-        for head in (b"", *map(write_headers, ODD_HEADERS)):
+    async with aclosing(mesh.observe.logs(None if all_agents else name, level="warn")) as logs:
+        reading = await start_next(mesh, logs)
+        for head in (b"", *map(write_headers, FRAME_HEADERS)):
             for junk in (b"", b"{", b"[]", b'{"level": "loud"}', b"\xff"):
                 await node_of(mesh).connection.publish(subjects.logs(name), junk, head)
         await mesh.call(name, "cost")
@@ -277,12 +281,12 @@ async def test_log_events_are_read_from_a_level_on(mesh: AgentMesh, name: str, *
         events = [await asyncio.wait_for(reading, 10)]
         while events[-1].agent != name:
             events.append(await asyncio.wait_for(anext(logs), 10))
-    assert ([f"{name}.other"] if everybody else []) + [name] == [event.agent for event in events]
+    assert ([f"{name}.other"] if all_agents else []) + [name] == [event.agent for event in events]
     assert {("request_failed", "warn", "no")} == {(e.event, e.level, e.message) for e in events}
 
 
-async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asyncio.Future[LogEvent]:
-    """Start to read, and wait until that is listening."""
+async def start_next(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asyncio.Future[LogEvent]:
+    """Begin to read the next event; the subscription exists when this returns."""
     reading = asyncio.ensure_future(anext(logs))
     while not node_of(mesh).events._subscriptions:
         await asyncio.sleep(0)
@@ -290,8 +294,8 @@ async def begin(mesh: AgentMesh, logs: AsyncGenerator[LogEvent, None]) -> asynci
     return reading
 
 
-async def test_usage_travels_with_the_answer(mesh: AgentMesh, name: str) -> None:
-    """On the ok reply, and on the end frame of a stream, without null fields."""
+async def test_usage_is_sent_with_the_answer(mesh: AgentMesh, name: str) -> None:
+    """The ok reply, and the end frame of a stream, have it in a header, without null fields."""
     declare(mesh, name)
 
     @mesh.agent(AgentSpec(name=f"{name}.stream"))
@@ -305,14 +309,14 @@ async def test_usage_travels_with_the_answer(mesh: AgentMesh, name: str) -> None
     message = await node.inbox.request(subjects.agent(name), b'"cost"', timeout=10)
     usage = json.loads(read_headers(message.head)["X-Mesh-Usage"])
     assert {"input_tokens": 5, "output_tokens": 1, "model": "b", "estimated_cost_usd": 0.75} == usage
-    heard = await listen(mesh, subjects.stream(name))
+    messages = await listen(mesh, subjects.stream(name))
     head = write_headers({subjects.REQUEST_ID: name, subjects.STREAM: "true"})
     await node.connection.publish(subjects.agent(f"{name}.stream"), b"2", head)
-    frames = [read_headers((await heard.get()).head) for _ in range(3)]
+    frames = [read_headers((await messages.get()).head) for _ in range(3)]
     assert [None, None, '{"total_tokens": 2}'] == [frame.get("X-Mesh-Usage") for frame in frames]
 
 
-def test_usage_outside_a_request_is_refused() -> None:
-    """There is nobody to tell."""
+def test_reporting_usage_outside_a_request_is_rejected() -> None:
+    """`report_usage` raises RuntimeError when no request is running."""
     with pytest.raises(RuntimeError, match="no request"):
         report_usage(Usage(total_tokens=1))

@@ -1,4 +1,4 @@
-"""The workspace: everything that can be put, in bounded memory, and what is said of what cannot."""
+"""The workspace: forms of content, limits, bounded memory, and errors."""
 
 import asyncio
 import io
@@ -36,7 +36,7 @@ async def workspace(url: str) -> AsyncIterator[Workspace]:
     await connection.close()
 
 
-async def awaited(size: int) -> AsyncGenerator[bytes, None]:
+async def async_pieces(size: int) -> AsyncGenerator[bytes, None]:
     for start in range(0, len(CONTENT), size):
         yield CONTENT[start : start + size]
 
@@ -53,16 +53,27 @@ def pieces(size: int) -> Iterator[bytes]:
         lambda: memoryview(CONTENT),
         lambda: memoryview(CONTENT + CONTENT[::-1])[: len(CONTENT)],
         lambda: io.BytesIO(CONTENT),
-        lambda: awaited(1_000),
-        lambda: awaited(200_000),
+        lambda: async_pieces(1_000),
+        lambda: async_pieces(200_000),
         lambda: pieces(100),
         lambda: [CONTENT],
         lambda: [b"", CONTENT, b""],
     ],
-    ids=range(10),
+    ids=[
+        "bytes",
+        "bytearray",
+        "memoryview",
+        "slice",
+        "file",
+        "async-iterator",
+        "async-iterator-large",
+        "iterator",
+        "list",
+        "empty-pieces",
+    ],
 )
 async def test_every_form_of_content_is_stored(workspace: Workspace, name: str, data: Any) -> None:
-    """Bytes, files, iterators of either kind; what comes back is bytes."""
+    """Bytes, files, and iterators of both kinds are read as bytes."""
     put = await workspace.put(name, data())
     assert (name, len(CONTENT)) == (put.key, put.size)
     assert CONTENT == await workspace.get(name)
@@ -71,13 +82,13 @@ async def test_every_form_of_content_is_stored(workspace: Workspace, name: str, 
 
 @pytest.mark.parametrize("text", ["", "Grüße, 世界 📦"])
 async def test_a_text_is_stored_as_utf8(workspace: Workspace, name: str, text: str) -> None:
-    """An empty one too."""
+    """The content is the text's bytes in UTF-8, also of an empty one."""
     await workspace.put(name, text)
     assert text.encode() == await workspace.get(name)
 
 
-async def test_a_file_is_stored_from_where_it_stands(workspace: Workspace, name: str, tmp_path: Path) -> None:
-    """And is left open."""
+async def test_a_file_is_stored_from_its_position(workspace: Workspace, name: str, tmp_path: Path) -> None:
+    """The content begins at the file's current position, and the file stays open."""
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
     with path.open("rb") as file:
@@ -90,10 +101,10 @@ async def test_a_file_is_stored_from_where_it_stands(workspace: Workspace, name:
 @pytest.mark.parametrize(
     "data",
     [None, 7, io.StringIO("text"), ["text"], [1], {"a": 1}, "\ud800", object()],
-    ids=["none", "number", "text file", "texts", "numbers", "dict", "surrogate", "object"],
+    ids=["none", "number", "text-file", "texts", "numbers", "dict", "surrogate", "object"],
 )
-async def test_what_cannot_be_stored_is_explained(workspace: Workspace, name: str, data: Any) -> None:
-    """And what was there stays."""
+async def test_content_that_cannot_be_stored_is_rejected(workspace: Workspace, name: str, data: Any) -> None:
+    """It raises InvalidInput, and the stored content stays."""
     await workspace.put(name, b"old")
     with pytest.raises(InvalidInput):
         await workspace.put(name, data)
@@ -101,8 +112,8 @@ async def test_what_cannot_be_stored_is_explained(workspace: Workspace, name: st
 
 
 @pytest.mark.parametrize("key", ["", None, 7, b"bytes", "x" * 1025, "\ud800"])
-async def test_what_cannot_be_a_key_is_explained(workspace: Workspace, key: Any) -> None:
-    """By every method, before anything is sent."""
+async def test_an_invalid_key_is_rejected(workspace: Workspace, key: Any) -> None:
+    """All methods raise InvalidInput for an invalid key or prefix."""
     for use in (
         workspace.put(key, b"x"),
         workspace.get(key),
@@ -117,28 +128,28 @@ async def test_what_cannot_be_a_key_is_explained(workspace: Workspace, key: Any)
         await anext(workspace.watch(7))  # type: ignore[arg-type]  # what is tested
 
 
-async def test_the_longest_key_is_usable(workspace: Workspace) -> None:
-    """The connection takes what the check lets through."""
+async def test_a_key_of_the_maximum_length_is_usable(workspace: Workspace) -> None:
+    """It is written, read and deleted."""
     key = "ü" * 512
     await workspace.put(key, b"x")
     assert b"x" == await workspace.get(key)
     await workspace.delete(key)
 
 
-async def test_progress_is_told_in_bytes(workspace: Workspace, name: str) -> None:
-    """Both ways, growing, up to the size."""
-    sent: list[int] = []
+async def test_progress_is_reported_in_bytes(workspace: Workspace, name: str) -> None:
+    """`put`, `get` and `read` report the bytes so far after each chunk, up to the size."""
+    put: list[int] = []
     got: list[int] = []
     read: list[int] = []
-    await workspace.put(name, awaited(1_000), progress=sent.append)
+    await workspace.put(name, async_pieces(1_000), progress=put.append)
     await workspace.get(name, progress=got.append)
     async for _ in workspace.read(name, progress=read.append):
         pass
-    assert [*range(CHUNK_SIZE, len(CONTENT), CHUNK_SIZE), len(CONTENT)] == sent == got == read
+    assert [*range(CHUNK_SIZE, len(CONTENT), CHUNK_SIZE), len(CONTENT)] == put == got == read
 
 
-async def test_a_limit_is_kept(workspace: Workspace, name: str) -> None:
-    """An object of just that size is read; a larger one is not even begun."""
+async def test_content_above_the_limit_is_not_read(workspace: Workspace, name: str) -> None:
+    """Content of exactly the limit is read; for larger content PayloadTooLarge is raised before any of it."""
     await workspace.put(name, CONTENT)
     assert CONTENT == await workspace.get(name, limit=len(CONTENT))
     read: list[int] = []
@@ -148,15 +159,15 @@ async def test_a_limit_is_kept(workspace: Workspace, name: str) -> None:
     assert [] == read
 
 
-async def test_what_is_replaced_is_listed_once(workspace: Workspace, name: str) -> None:
-    """A file that is there all the time is in every list, once, though it is replaced meanwhile."""
+async def test_a_key_that_is_being_replaced_is_listed_once(workspace: Workspace, name: str) -> None:
+    """A key that exists all the time is in every list, once, while it is replaced concurrently."""
     keys = [f"{name}/{number}" for number in range(5)]
 
     async def replace_all() -> None:
         while True:
-            await asyncio.gather(*[workspace.put(key, "again") for key in keys])
+            await asyncio.gather(*[workspace.put(key, "new") for key in keys])
 
-    await asyncio.gather(*[workspace.put(key, "once") for key in keys])
+    await asyncio.gather(*[workspace.put(key, "old") for key in keys])
     replacing = asyncio.create_task(replace_all())
     for _ in range(40):
         assert keys == sorted(each.key for each in await workspace.list(f"{name}/"))
@@ -164,7 +175,7 @@ async def test_what_is_replaced_is_listed_once(workspace: Workspace, name: str) 
 
 
 async def test_the_workspace_is_listed_and_watched(workspace: Workspace, name: str) -> None:
-    """By prefix; deletions are told."""
+    """Both take a prefix; a watch also yields deletions."""
     for key in ("a/1", "a/2", "b"):
         await workspace.put(f"{name}/{key}", key)
     assert [f"{name}/a/1", f"{name}/a/2"] == sorted(found.key for found in await workspace.list(f"{name}/a/"))
@@ -177,8 +188,8 @@ async def test_the_workspace_is_listed_and_watched(workspace: Workspace, name: s
         await workspace.get(f"{name}/b")
 
 
-async def test_64_megabytes_pass_in_bounded_memory(workspace: Workspace, name: str) -> None:
-    """Streamed in and out a few MiB suffice; read whole it is there once."""
+async def test_content_of_64_mib_is_transferred_in_bounded_memory(workspace: Workspace, name: str) -> None:
+    """`put` of an iterator and `read` take a few MiB; `get` has the content in memory once."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()

@@ -143,7 +143,7 @@ def oam(*arguments: str, cwd: Path, stdin_text: str = "", env: Mapping[str, str]
         return process.finish()
 
 
-def side_by_side(*commands: tuple[str, ...], cwd: Path, stdin_text: str = "") -> list[Result]:
+def run_parallel(*commands: tuple[str, ...], cwd: Path, stdin_text: str = "") -> list[Result]:
     """Run several commands at once."""
     with ExitStack() as stack:
         running = [
@@ -168,7 +168,7 @@ class Up(Process):
 
     def run_all(self, *commands: tuple[str, ...]) -> list[Result]:
         """Run several commands against it at once."""
-        return side_by_side(*[(*command, "--url", self.url) for command in commands], cwd=self.folder)
+        return run_parallel(*[(*command, "--url", self.url) for command in commands], cwd=self.folder)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -219,9 +219,7 @@ def free_port() -> int:
 SAMPLES = Path(__file__).parents[2] / "agents"
 
 
-ODD = """
-import asyncio, sys
-from pathlib import Path
+FAILING = """
 from openagentmesh import AgentMesh, AgentSpec, MeshError
 
 mesh = AgentMesh()
@@ -236,8 +234,14 @@ async def quota(req: dict) -> str:
 """
 
 
-HOLD = """
-@mesh.agent(AgentSpec(name="{name}", description="Answers when the file is there."))
+HOLDING = """
+import asyncio, sys
+from pathlib import Path
+from openagentmesh import AgentMesh, AgentSpec
+
+mesh = AgentMesh()
+
+@mesh.agent(AgentSpec(name="{name}", description="Answers when the file exists."))
 async def {name}(req: dict) -> str:
     print("{name} runs", file=sys.stderr, flush=True)
     while not Path(req["until"]).exists():
@@ -253,15 +257,31 @@ raise ValueError("not today")
 
 
 def write_project(
-    folder: Path, *samples: str, holds: tuple[str, ...] = (), broken: bool = False, toml: str = ""
+    folder: Path,
+    *samples: str,
+    holding: tuple[str, ...] = (),
+    failing: bool = False,
+    broken: bool = False,
+    toml: str = "",
 ) -> Path:
-    """A project: mesh.toml with a temporary server on a free port, samples, and other agents."""
+    """A project: mesh.toml with a temporary server on a free port, and agents.
+
+    Args:
+        folder: The folder to create.
+        *samples: Names of samples of this repository.
+        holding: Names of agents that answer when a file exists, named by `until` in the request.
+        failing: Whether to add the agents `fail` and `quota`.
+        broken: Whether to add a module that cannot be imported.
+        toml: More of mesh.toml; its first lines belong to [host].
+    """
     agents = folder / "agents"
     agents.mkdir(parents=True)
     for sample in samples:
         shutil.copy(SAMPLES / f"{sample}.py", agents)
-    if holds:
-        (agents / "odd.py").write_text(ODD + "".join(HOLD.format(name=name) for name in holds))
+    for name in holding:
+        (agents / f"{name}.py").write_text(HOLDING.format(name=name))
+    if failing:
+        (agents / "failing.py").write_text(FAILING)
     if broken:
         (agents / "broken.py").write_text(BROKEN)
     (folder / "mesh.toml").write_text(

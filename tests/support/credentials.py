@@ -1,4 +1,4 @@
-"""An issuer of tokens, and signers, for tests of the auth plugin."""
+"""Tokens of an issuer, keys and signers, for tests of the auth plugin."""
 
 import base64
 import json
@@ -22,9 +22,9 @@ ALL = Rule(name="all", subjects=("*",), agents=(">",), verbs=("call", "stream", 
 
 
 def claims(**changed: Any) -> dict[str, Any]:
-    """Claims that count for longer than the suite takes; a change to None leaves a claim out."""
-    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 3600, "scope": "a b"}
-    return {name: value for name, value in (good | changed).items() if value is not None}
+    """Valid claims, with changes; a change to None removes a claim."""
+    valid = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": int(time.time()) + 3600, "scope": "a b"}
+    return {name: value for name, value in (valid | changed).items() if value is not None}
 
 
 def token(key: Key = KEY, header: dict[str, Any] | None = None, **changed: Any) -> str:
@@ -41,7 +41,7 @@ def bearer(value: str | None = None) -> dict[str, str]:
 
 
 def write_keys(path: Path, *keys: Key) -> Path:
-    """Publish the public parts of keys as a JWK Set."""
+    """Write the public parts of keys as a JWK Set."""
     public = [key.as_dict(private=False, use="sig") for key in keys or (KEY,)]
     path.write_text(json.dumps({"keys": public}))
     return path
@@ -57,17 +57,17 @@ def settings(folder: Path, rules: Iterable[Rule] = (ALL,), **changed: Any) -> Se
 
 
 def seed() -> tuple[bytes, str]:
-    """A new NKey: its seed and its public form."""
-    made = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    return made, nkeys.from_seed(made).public_key.decode()
+    """A new NKey: its seed and its public key."""
+    encoded = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    return encoded, nkeys.from_seed(encoded).public_key.decode()
 
 
 def signers(**users: str) -> SignatureSettings:
-    """Whose signatures count: public keys by subjects."""
+    """Settings that accept signatures of these users: public keys by subjects."""
     return SignatureSettings(users={key: User(subject=subject) for subject, key in users.items()})
 
 
 def unsigned(head: dict[str, Any], body: object) -> str:
-    """A token as anybody can write it."""
+    """A token without a signature."""
     parts = (json.dumps(part).encode() for part in (head, body))
     return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts) + "."

@@ -1,6 +1,6 @@
 """Agents on a mesh, and messages as they are on the wire.
 
-What nothing public shows is looked up here, so that few tests reach inside.
+Internal state that has no public access is read here, so that few tests depend on it.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ LOG_KEYS = ["timestamp", "level", "agent", "event", "request_id", "message", "da
 
 
 class Text(BaseModel):
-    """An input and an output."""
+    """An input and output type."""
 
     text: str = ""
 
@@ -52,7 +52,7 @@ async def flush(mesh: AgentMesh) -> None:
 
 
 def reconnects(mesh: AgentMesh) -> int:
-    """How often the connection of a mesh was restored."""
+    """How often the connection of a mesh was re-established."""
     return node_of(mesh).connection.reconnects
 
 
@@ -71,13 +71,13 @@ async def send_raw(
     headers: Mapping[str, str] | None = None,
     reply: str = "",
 ) -> None:
-    """Send a message as it is on the wire, and wait until the server has it."""
+    """Publish a message as it is on the wire, and wait until the server has processed it."""
     await node_of(mesh).connection.publish(subject, write_headers(headers) if headers else b"", body, reply)
     await flush(mesh)
 
 
 async def is_subscribed(mesh: AgentMesh, subject: str) -> bool:
-    """Whether anyone is subscribed to a subject, as the server reports it."""
+    """Whether a subject has a subscription, as the server reports it."""
     answers: asyncio.Queue[Message] = asyncio.Queue()
     node = node_of(mesh)
     await node.connection.publish(subject, b"", b"", node.inbox.register(answers.put_nowait))
@@ -102,7 +102,7 @@ async def next_log_event(messages: asyncio.Queue[Message]) -> dict[str, Any]:
 
 
 async def errors_of(mesh: AgentMesh, name: str) -> asyncio.Queue[Message]:
-    """The errors that an agent reports from now on; the agent is registered then."""
+    """The errors that an agent publishes from now on; registers the agent."""
     errors = await listen(mesh, subjects.errors(name))
     await mesh.catalog()
     return errors
@@ -117,7 +117,7 @@ def serve(mesh: AgentMesh, name: str, answer: str = "ok", **spec: object) -> Non
 
 
 def declare_driven(mesh: AgentMesh, name: str, hint: Any, *sources: Source) -> asyncio.Queue[Any]:
-    """Declare an agent with sources whose handler takes `hint` (None: nothing); returns its inputs."""
+    """Declare an agent with sources whose handler takes `hint`, or nothing for None; returns its inputs."""
     inputs: asyncio.Queue[Any] = asyncio.Queue()
 
     async def without_input() -> None:
@@ -166,14 +166,14 @@ def declare_background(mesh: AgentMesh, name: str, kind: str, run: Callable[[], 
             await run()  # type: ignore[misc]
 
 
-def restart_soon(mesh: AgentMesh, pause: float = 0.01, longest: float = 0.05) -> None:
-    """Restart publishers and watchers after short pauses."""
-    limits = Limits(restart_pause=pause, restart_pause_max=longest)
+def restart_soon(mesh: AgentMesh, pause: float = 0.01, max_pause: float = 0.05) -> None:
+    """Restart failed publishers and watchers after short pauses, in seconds."""
+    limits = Limits(restart_pause=pause, restart_pause_max=max_pause)
     node_of(mesh).prepare = lambda agent: agent.with_limits(limits)
 
 
 def background_of(mesh: AgentMesh, name: str) -> Background:
-    """What runs a publisher or a watcher."""
+    """The background task of a publisher or a watcher."""
     background = route_of(mesh, name).background
     assert background is not None
     return background
@@ -185,7 +185,7 @@ async def run_forever() -> None:
 
 
 class Publisher:
-    """An agent that emits what a test passes to `emit`; None ends it, an exception is raised."""
+    """A publisher of the events that a test passes to `emit`; None ends its run, an exception fails it."""
 
     def __init__(self, mesh: AgentMesh, name: str) -> None:
         self._events: asyncio.Queue[int | Exception | None] = asyncio.Queue()
@@ -198,7 +198,7 @@ class Publisher:
                 yield event
 
     def emit(self, *events: int | Exception | None) -> None:
-        """Emit these."""
+        """Emit these events."""
         for event in events:
             self._events.put_nowait(event)
 
@@ -225,7 +225,7 @@ async def start_reading(mesh: AgentMesh, events: AsyncGenerator[Any, None], coun
 
 
 async def pending_instance(mesh: AgentMesh) -> str:
-    """The instance that handles the pending request of a mesh, as soon as it is known."""
+    """The instance that handles the pending request of a mesh; waits until it is known."""
     requests = node_of(mesh).pending._pending
     await until(lambda: any(request.instance for request in requests))
     return next(request.instance for request in requests if request.instance)

@@ -7,7 +7,7 @@ from typing import Any
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.loader import Module
 
-# Where no server is: for hosts that never connect.
+# An address without a server, for hosts that never connect.
 NO_SERVER = "nats://127.0.0.1:1"
 MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
 WORD_PLUGIN = '''
@@ -74,5 +74,5 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 async def answer(module: Module, number: int = 0) -> Any:
-    """What one of a module's agents returns."""
+    """The result of one of a module's agents."""
     return await module.agents[number].handler.function({})

@@ -28,7 +28,7 @@ class CommandFailed(Exception):
         type: the name of the exception's class.
         code: a mesh error's code; empty for any other exception.
         message: its text.
-        agent: the agent a mesh error concerns.
+        agent: the agent of a mesh error.
         details: a mesh error's details.
     """
 
@@ -89,7 +89,7 @@ class Running:
     def interrupt(self) -> int:
         """Stop it as Ctrl-C does; returns its exit code.
 
-        The published SDK loses a signal now and then, so it gets a second one; ours would exit with an error.
+        The published SDK sometimes loses a signal, so it gets a second one; ours would exit with an error.
         """
         self._process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -104,7 +104,7 @@ class Running:
 
 
 class Command:
-    """One command of a caller: its items while it runs, and its result."""
+    """One command that a caller runs: its items while it runs, and its result."""
 
     def __init__(self, peer: "Peer", number: int) -> None:
         self._peer = peer
@@ -118,7 +118,7 @@ class Command:
             CommandFailed: it failed instead.
         """
         message = self._message()
-        assert "item" in message, f"it has ended: {message}"
+        assert "item" in message, f"the command has ended: {message}"
         return message["item"]
 
     def items(self) -> list[Any]:
@@ -135,7 +135,7 @@ class Command:
             CommandFailed: it failed.
         """
         message = self._message()
-        assert "result" in message, f"it has not ended: {message}"
+        assert "result" in message, f"the command has not ended: {message}"
         return message["result"]
 
     def stop(self) -> None:
@@ -187,7 +187,7 @@ class Peer(Running):
         return self.start(verb, *args, **kwargs).result()
 
     def close(self) -> int:
-        """Let it close its mesh and exit; returns its exit code."""
+        """Close its mesh and wait until it exits; returns its exit code."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._process.wait(TIMEOUT_S)
@@ -221,20 +221,20 @@ class Script(Running):
 
 
 class HostedPrograms(Running):
-    """The same programs, unchanged, in one `oam up`."""
+    """The same programs, unchanged, served by one `oam up`."""
 
     def __init__(self, folder: Path, url: str, *programs: str, env: Mapping[str, str]) -> None:
         paths = json.dumps([str(PROGRAMS / program) for program in programs])
         (folder / "mesh.toml").write_text(
-            # Some of their handlers never end.
+            # Some handlers of these programs never end.
             f"[host]\nagents = {paths}\nentry_points = false\ndrain_timeout = 0.1\n"
         )
         super().__init__(OAM, "up", "--url", url, cwd=folder, env=env)
 
 
-def interop_environment(url: str, channel: str, who: str = "") -> dict[str, str]:
-    """The environment of programs that serve."""
-    return environment({"INTEROP_URL": url, "INTEROP_CHANNEL": channel, "INTEROP_WHO": who})
+def interop_environment(url: str, channel: str, replica: str = "") -> dict[str, str]:
+    """The environment of programs that serve agents."""
+    return environment({"INTEROP_URL": url, "INTEROP_CHANNEL": channel, "INTEROP_REPLICA": replica})
 
 
 def wait_listed(peer: Peer, name: str, *serving: Running) -> None:
@@ -250,11 +250,11 @@ def wait_listed(peer: Peer, name: str, *serving: Running) -> None:
     assert is_listed(), "\n".join(process.log for process in serving)
 
 
-def repeat_until_received(feed: Command, again: Callable[[], object]) -> None:
-    """Repeat something until a subscription, which starts at an unknown time, has received it."""
+def repeat_until_received(feed: Command, publish: Callable[[], object]) -> None:
+    """Publish repeatedly until a subscription, which starts at an unknown time, has received a message."""
 
     def has_received() -> bool:
-        again()
+        publish()
         return not feed.messages.empty()
 
     assert until(has_received), "nothing was received"
@@ -262,7 +262,7 @@ def repeat_until_received(feed: Command, again: Callable[[], object]) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A caller of one SDK, and agents that the other one serves in `channel`."""
+    """A caller of one SDK, and agents that the other SDK serves in `channel`."""
 
     caller: Peer
     channel: str

@@ -18,45 +18,47 @@ class ProtectedAgents:
         self.handled: list[Any] = []
         self.name = name
 
-        @mesh.agent(AgentSpec(name=f"{name}.asked"))
-        async def asked(what: str) -> str:
-            self.handled.append(what)
+        @mesh.agent(AgentSpec(name=f"{name}.responder"))
+        async def responder(text: str) -> str:
+            self.handled.append(text)
             caller = current_call().caller
             return f"{caller} {caller.subject} {sorted(caller.scopes)}"
 
-        @mesh.agent(AgentSpec(name=f"{name}.counts"))
-        async def counts(what: str) -> AsyncIterator[str]:
-            self.handled.append(what)
-            yield what
+        @mesh.agent(AgentSpec(name=f"{name}.streamer"))
+        async def streamer(text: str) -> AsyncIterator[str]:
+            self.handled.append(text)
+            yield text
 
-        @mesh.agent(AgentSpec(name=f"{name}.plain"))
-        def plain(what: str) -> str:
-            self.handled.append(what)
+        @mesh.agent(AgentSpec(name=f"{name}.threaded"))
+        def threaded(text: str) -> str:
+            self.handled.append(text)
             return str(current_call().caller.subject)
 
-        @mesh.agent(AgentSpec(name=f"{name}.reads"), sources=[mesh.subject_source(f"{name}.news")])
-        async def reads(what: str) -> None:
-            self.handled.append((what, current_call().caller.subject))
+        @mesh.agent(AgentSpec(name=f"{name}.messages"), sources=[mesh.subject_source(f"{name}.news")])
+        async def messages(text: str) -> None:
+            self.handled.append((text, current_call().caller.subject))
 
         @mesh.agent(AgentSpec(name=f"{name}.keys"), sources=[mesh.kv_source(f"{name}.key")])
-        async def keys(what: str) -> None:
-            self.handled.append(what)
+        async def keys(text: str) -> None:
+            self.handled.append(text)
 
-        gate = mesh.subject_condition(f"{name}.gate", lambda on: on == "open")
+        gate = mesh.subject_condition(f"{name}.gate", lambda value: value == "open")
 
         @mesh.agent(AgentSpec(name=f"{name}.gated"), active_when=gate)
-        async def gated(what: str) -> str:
-            self.handled.append(what)
-            return what
+        async def gated(text: str) -> str:
+            self.handled.append(text)
+            return text
 
 
 SEED, PUBLIC = seed()
 SIGNER, EVE = Signer(SEED), Signer(seed()[0])
 
 
-def signed(verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', by: Signer = SIGNER) -> Call:
-    """A request as it arrives, signed when it was sent."""
+def signed(
+    verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', signer: Signer = SIGNER
+) -> Call:
+    """A received request that its sender signed."""
     operation = ClientOperation(verb, target, "r1", body, {"X-Mesh-Request-Id": "r1"})
-    by.sign(operation)
+    signer.sign(operation)
     received: Any = "source" if verb == "publish" else verb
     return Call(target, "r1", body, dict(operation.headers), verb=received, subject=operation.subject)

@@ -12,41 +12,41 @@ _CHECK: Final = (
 
 
 class NotInstalled(Exception):
-    """The published SDK cannot be had here; the message says why."""
+    """A package cannot be installed here; the message is the reason."""
 
 
 def install_published(folder: Path, timeout: float = 300) -> Path:
-    """Make a virtual environment with the published SDK, unless it is there; returns its interpreter.
+    """Create a virtual environment with the published SDK, unless it exists; returns its interpreter.
 
     Raises:
-        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
+        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be created.
     """
     return install(folder, PUBLISHED, _CHECK, timeout)
 
 
-def install(folder: Path, what: str | Path, check: str, timeout: float = 300, *more: str | Path) -> Path:
-    """Make a virtual environment in which `check` runs by installing `what`; returns its interpreter.
+def install(folder: Path, package: str | Path, check: str, timeout: float = 300, *more: str | Path) -> Path:
+    """Create a virtual environment with a package, and with more of them; returns its interpreter.
 
-    `more` is what is to be installed besides.
+    Nothing is installed if the program `check` succeeds in it.
 
     Raises:
-        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be made.
+        NotInstalled: PyPI cannot be reached within `timeout` seconds, or no environment can be created.
     """
     python = folder / "bin" / "python"
     try:
         if not python.exists():
             _uv("venv", "--allow-existing", "--python", sys.executable, folder, timeout=timeout)
         if subprocess.run([python, "-c", check], check=False, capture_output=True).returncode:
-            # It keeps what it built of a folder, whatever has changed in there since.
-            _uv("pip", "install", "--refresh", "--python", python, what, *more, timeout=timeout)
+            # Without a refresh, uv would reuse an earlier build of a folder that has changed since.
+            _uv("pip", "install", "--refresh", "--python", python, package, *more, timeout=timeout)
     except (OSError, subprocess.SubprocessError) as exc:
-        raise NotInstalled(f"{what} could not be installed from PyPI: {_reason(exc)}") from exc
+        raise NotInstalled(f"{package} could not be installed from PyPI: {_reason(exc)}") from exc
     return python
 
 
 def _reason(exc: Exception) -> str:
-    said = exc.stderr if isinstance(exc, subprocess.CalledProcessError) else None
-    return " ".join((said or str(exc)).split())
+    output = exc.stderr if isinstance(exc, subprocess.CalledProcessError) else None
+    return " ".join((output or str(exc)).split())
 
 
 def _uv(*arguments: str | Path, timeout: float) -> None:

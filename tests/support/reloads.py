@@ -30,7 +30,7 @@ async def watched_host(configure: Configure, files: dict[str, str], **more: Any)
 
 
 async def until_answers(mesh: AgentMesh, name: str, expected: object) -> None:
-    """Wait until an agent returns what is expected."""
+    """Wait until an agent returns the expected result."""
     async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:

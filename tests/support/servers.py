@@ -16,7 +16,7 @@ Change = Callable[[KV], Awaitable[None]]
 
 @contextmanager
 def running_server(*arguments: str) -> Iterator[str]:
-    """A server on a free port of 127.0.0.1; yields its url."""
+    """A server on a free port of 127.0.0.1; yields its URL."""
     process = subprocess.Popen(
         [find_binary(), "-a", "127.0.0.1", "-p", "-1", *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -38,8 +38,8 @@ def running_server(*arguments: str) -> Iterator[str]:
 async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[..., Awaitable[None]]]]:
     """A mesh on a server of its own, and a function that restarts the server.
 
-    The function takes a change of the store that is made while the mesh is disconnected. `store` is a folder,
-    or empty for one that is lost with the server.
+    The function takes a change of the store, which it makes while the mesh is disconnected. `store` is a
+    folder, or empty for a temporary one that each stop of the server removes.
     """
     server = EmbeddedServer(store=str(store))
     await server.start()
@@ -51,8 +51,8 @@ async def restartable(store: object) -> AsyncIterator[tuple[AgentMesh, Callable[
         if change is not None:
             other = EmbeddedServer(store=str(store))
             await other.start()
-            async with AgentMesh(other.url) as stranger:
-                await change(stranger.kv)
+            async with AgentMesh(other.url) as other_mesh:
+                await change(other_mesh.kv)
             await other.stop()
         server = EmbeddedServer(server.port, str(store))
         await server.start()

@@ -67,9 +67,9 @@ async def test_a_value_that_is_too_large_is_a_mesh_error(buckets: KVBuckets, nam
 
 async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making the buckets fails with what to do about it."""
-    monkeypatch.setattr("openagentmesh.transport.kv._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.jetstream_errors.TIMEOUT_S", 0.2)
     server = EmbeddedServer()
-    server.jetstream = False
+    server.extra_arguments = ("-js=false",)
     await server.start()
     connection = Connection(Target(server.url), name)
     await connection.connect()

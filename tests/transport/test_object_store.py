@@ -200,7 +200,7 @@ async def test_a_put_that_is_refused_at_its_end_changes_nothing(
         return None, 0
 
     with monkeypatch.context() as patch:
-        patch.setattr("openagentmesh.transport.object_store._TIMEOUT_S", 0.1)
+        patch.setattr("openagentmesh.transport.jetstream_errors.TIMEOUT_S", 0.1)
         patch.setattr(objects, "_last", outdated)
         with pytest.raises(KVConflict, match=name):
             await objects.put(name, in_pieces(b"new"))
@@ -282,9 +282,9 @@ async def test_a_bucket_of_any_making_is_read_and_its_limit_explained(name: str)
 
 async def test_a_server_without_jetstream_is_explained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every use fails with what to do about it."""
-    monkeypatch.setattr("openagentmesh.transport.object_store._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("openagentmesh.transport.jetstream_errors.TIMEOUT_S", 0.2)
     server = EmbeddedServer()
-    server.jetstream = False
+    server.extra_arguments = ("-js=false",)
     await server.start()
     async with connected(server.url) as (_, objects):
         for use in (objects.create_missing(), objects.put(name, in_pieces(b"x")), objects.entries()):

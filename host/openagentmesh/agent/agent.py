@@ -13,16 +13,8 @@ from typing import Any, Final
 from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, ServedCall, set_current_call
 from openagentmesh.agent.concurrency import Limiter
 from openagentmesh.agent.handler import Handler, Kind, TypeCache, inspect_handler, source_location
-from openagentmesh.agent.sources import (
-    Condition,
-    KVCondition,
-    KVSource,
-    Source,
-    SubjectCondition,
-    SubjectSource,
-)
+from openagentmesh.agent.sources import Condition, KVCondition, Source, SubjectCondition
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.contract import AgentContract, AgentSpec
 from openagentmesh.protocol.errors import InvalidAgent, Overloaded
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
@@ -44,8 +36,7 @@ class Limits:
         concurrency: how many requests run at once.
         queue: how many more may wait; further ones are rejected as `overloaded`.
         timeout: seconds a request may take, waiting included; for a stream, until its next chunk.
-        restart_pause: seconds before a failed publisher or watcher is restarted, doubled with each
-            failure.
+        restart_pause: seconds before a failed publisher or watcher restarts, doubled with each failure.
         restart_pause_max: the longest such pause, in seconds.
     """
 
@@ -85,7 +76,7 @@ class Agent(ABC):
         sources: what triggers it besides requests.
         active_when: when it is active; None for always.
         limits: its limits.
-        replayable: recorded requests may be handled again by a new version before it serves.
+        replayable: a new version may handle recorded requests before it serves.
         redactor: removes secrets from its requests before they are stored; None when no plugin provides one.
     """
 
@@ -149,20 +140,15 @@ class AgentVersion(Agent):
 
     def without_middlewares(self) -> "AgentVersion":
         """The same agent with no middlewares around its handler."""
-        return replace(self, middlewares=(), endpoint=self.handler.endpoint())
+        return replace(self, middlewares=())
 
     def with_middleware(self, plugin: str, middleware: Middleware) -> "AgentVersion":
-        """The same agent with one more middleware around it.
-
-        Raises:
-            TypeError: the middleware returns no endpoint.
-        """
+        """The same agent with one more middleware around it; TypeError when that returns no endpoint."""
         endpoint = middleware(self.outermost)
         if not callable(endpoint):
             raise TypeError(f"its middleware returned {endpoint!r}, not an endpoint")
-        return replace(
-            self, middlewares=(AppliedMiddleware(plugin, _as_function(endpoint)), *self.middlewares)
-        )
+        applied = AppliedMiddleware(plugin, _as_function(endpoint))
+        return replace(self, middlewares=(applied, *self.middlewares))
 
     @property
     def outermost(self) -> Endpoint:
@@ -170,17 +156,11 @@ class AgentVersion(Agent):
         return self.middlewares[0].endpoint if self.middlewares else self.run
 
     async def run(self, call: Call) -> Any:  # noqa: ANN401 - the handler's result
-        """The endpoint within all middlewares: wait for a slot, decode the input, run the handler.
-
-        Raises:
-            Overloaded: too many requests wait already.
-            InvocationMismatch: a call of a streamer, or a stream of something else.
-            InvalidInput: the body does not match the handler's input type.
-        """
-        assert isinstance(call, ServedCall), "a middleware passes on the call that it got"
+        """The endpoint within all middlewares: wait for a slot, check the verb and input, run the handler."""
+        assert isinstance(call, ServedCall), "a middleware must pass on the call that it got"
         limiter = call.limiter
         if not call.is_admitted:
-            if limiter.is_full and not call.is_sequential:
+            if limiter.is_full:
                 raise self.overloaded()
             call.admit()
         async with limiter:
@@ -195,11 +175,6 @@ class AgentVersion(Agent):
             details={"retry_after_ms": _RETRY_AFTER_MS},
         )
 
-    def timeout_of(self, request: Request) -> float:
-        """Seconds that a request may take: the agent's limit, or the caller's timeout when that is less."""
-        own = self.limits.timeout
-        return own if request.timeout is None else min(own, request.timeout)
-
     def failed_plugin(self, exc: BaseException) -> str:
         """The plugin whose middleware raised an error; empty when the error comes from further inside."""
         found, inner = "", list(self.middlewares)
@@ -207,8 +182,10 @@ class AgentVersion(Agent):
             if frame.f_code is AgentVersion.run.__code__:
                 return ""
             # Each entered middleware has a frame, so two with the same code are distinct.
-            if at := [i for i, one in enumerate(inner) if one.endpoint.__code__ is frame.f_code]:
-                found, inner = inner[at[0]].plugin, inner[at[0] + 1 :]
+            for index, applied in enumerate(inner):
+                if applied.endpoint.__code__ is frame.f_code:
+                    found, inner = applied.plugin, inner[index + 1 :]
+                    break
         return found
 
     def encode(self, value: object) -> bytes:
@@ -221,7 +198,7 @@ class AgentVersion(Agent):
         call.deadline = asyncio.get_running_loop().time() + timeout
         set_current_call(call)
         call.input = self.handler.decode(self.name, request.body)
-        return self.encode(await self.handler.endpoint()(call))
+        return self.encode(await self.endpoint(call))
 
     def _input(self, call: ServedCall) -> Any:  # noqa: ANN401 - of the author's type
         """Check the verb and decode the input."""
@@ -278,8 +255,7 @@ def declare(  # noqa: PLR0913 - what `@mesh.agent` takes
     location = source_location(function)
     if problem := _problem_of_spec(spec, sources, active_when):
         raise InvalidAgent(f"Agent {spec.name!r} ({location}) is invalid: {problem}.", agent=spec.name)
-    handler = inspect_handler(function, spec.name, types, driven=bool(sources), thread=spec.thread)
-    _check_sources(handler, sources, spec.name)
+    handler = inspect_handler(function, spec.name, types, sources, thread=spec.thread)
     return AgentVersion(
         name=spec.name,
         contract=_contract(spec, handler, mcp),
@@ -301,18 +277,6 @@ def _problem_of_spec(spec: AgentSpec, sources: object, active_when: object) -> s
     if active_when is not None and not isinstance(active_when, KVCondition | SubjectCondition):
         return f"active_when= must come from mesh.kv_condition or mesh.subject_condition, not {active_when!r}"
     return None
-
-
-def _check_sources(handler: Handler, sources: Sequence[Source], agent: str) -> None:
-    wanted = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}[handler.envelope]
-    for source in sources:
-        if not isinstance(source, wanted):
-            where = source_location(handler.function)
-            raise InvalidAgent(
-                f"The handler of agent '{agent}' ({where}) takes {handler.envelope or 'data'} and cannot be "
-                f"driven by {source!r}.",
-                agent=agent,
-            )
 
 
 def _contract(spec: AgentSpec, handler: Handler, mcp: dict[str, Any] | bool | None) -> AgentContract:  # noqa: FBT001 - the published signature

@@ -52,8 +52,8 @@ class Caller(str):
     @classmethod
     def anonymous(cls, instance_id: str) -> Self:
         """A caller that proved no identity: an empty text, whatever its request states."""
-        caller = str.__new__(cls)
-        caller.instance_id, caller.subject, caller.scopes = instance_id, "", frozenset()
+        caller = cls("")
+        caller.instance_id = instance_id
         return caller
 
 
@@ -75,8 +75,8 @@ class Call:
         send: sends one chunk of a stream; chunks that a streamer yields are passed to it.
         usage: what the handler reported so far.
         identity: the verified caller, set by a plugin.
-        is_sequential: one of a series, such as the changes of a key: the next one is delivered after this
-            one, and it would not be repeated, so it waits where others are rejected.
+        is_sequential: one of a series, such as the changes of a key: the next one is delivered after it, and
+            it is not repeated, so it waits where other requests are rejected.
         is_abandoned: the caller does not wait for an answer any more.
     """
 
@@ -99,8 +99,8 @@ class Call:
     def add_done_callback(self, callback: DoneCallback) -> None:
         """Call a function once the request is answered, with the error or with None.
 
-        Middlewares see what the handler returns or raises; errors after them, such as a result of the wrong
-        type or above the size limit, are seen here.
+        Middlewares get what the handler returns or raises; the callback also gets later errors, such as a
+        result of the wrong type or above the size limit.
         """
         self._done_callbacks.append(callback)
 
@@ -124,8 +124,6 @@ class ServedCall(Call):
     """A Call with what the host needs to serve it.
 
     Attributes:
-        request: the decoded request.
-        limiter: of the agent's version.
         trigger: what a source delivered; None for a request.
         started: when it arrived, by `time.monotonic`: the clock of uvloop counts whole milliseconds.
         timeout_s: how long it may take; for a stream, from chunk to chunk.
@@ -198,13 +196,10 @@ def within_deadline(timeout: float | None, *, streaming: bool = False) -> float 
     that forwards the chunks.
     """
     call = _current.get(None)
-    if call is None:
+    # A task that outlives its request keeps the context, but not the deadline.
+    if call is None or (isinstance(call, ServedCall) and call.is_done):
         return timeout
     left = call.remaining
-    if isinstance(call, ServedCall):
-        # A task that outlives its request keeps the context, but not the deadline.
-        if call.is_done:
-            return timeout
-        if streaming and call.request.streaming:
-            left = call.timeout_s
+    if streaming and isinstance(call, ServedCall) and call.request.streaming:
+        left = call.timeout_s
     return min(left, math.inf if timeout is None else timeout)

@@ -61,7 +61,7 @@ class ClientMiddlewares:
         """Run an operation within all middlewares.
 
         Together they have `timeout` seconds before it, and each of them as many after it. A middleware may
-        turn an error into another one, but no failure into a success.
+        replace an error by another one, but cannot suppress it.
 
         Raises:
             MeshTimeout: they take longer.
@@ -100,15 +100,11 @@ def _attributed(
     """Raise a plugin's errors as MeshErrors that name it; `passing` is the operation's own error."""
     try:
         yield
-    except MeshError:
-        raise
-    except TimeoutError as exc:
-        if exc is passing:
-            raise
-        message = f"The plugin '{plugin}' took too long {when} the {operation.verb} of {operation.target}."
-        raise MeshTimeout(message, details={"plugin": plugin}) from exc
     except Exception as exc:
-        if exc is passing:
+        if exc is passing or isinstance(exc, MeshError):
             raise
-        message = f"the plugin '{plugin}' failed {when} the {operation.verb} of {operation.target}"
-        raise PluginFailed(f"{message}: {error_text(exc)}", details={"plugin": plugin}) from exc
+        step, details = f"{when} the {operation.verb} of {operation.target}", {"plugin": plugin}
+        if isinstance(exc, TimeoutError):
+            raise MeshTimeout(f"The plugin '{plugin}' took too long {step}.", details=details) from exc
+        message = f"the plugin '{plugin}' failed {step}: {error_text(exc)}"
+        raise PluginFailed(message, details=details) from exc

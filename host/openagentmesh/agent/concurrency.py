@@ -1,18 +1,13 @@
 """The limiter of one agent: how many requests run at once, and how many more may wait."""
 
 import asyncio
-from types import TracebackType
 
 
 class Limiter:
-    """Admits requests up to a capacity, and lets a part of them run at once, in the order of admission.
+    """Lets `concurrency` requests run at once, in the order of admission; `queue` more may wait.
 
     A request is admitted, entered with `async with` while its handler runs, and released when it is
     answered.
-
-    Args:
-        concurrency: how many may run at once.
-        queue: how many more may wait.
     """
 
     def __init__(self, concurrency: int, queue: int) -> None:
@@ -33,7 +28,7 @@ class Limiter:
         return max(0, self._admitted - self._concurrency)
 
     def admit(self) -> None:
-        """Count one request; `is_full` is for the caller to check."""
+        """Count one request; the caller checks `is_full`."""
         self._admitted += 1
 
     def release(self) -> None:
@@ -50,7 +45,5 @@ class Limiter:
     async def __aenter__(self) -> None:
         await self._slots.acquire()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, exc: object, traceback: object) -> None:
         self._slots.release()

@@ -4,7 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticSerializationError, to_json
 
 from openagentmesh.agent.call import Call, Endpoint
+from openagentmesh.agent.sources import KVSource, Source, SubjectSource
 from openagentmesh.agent.threads import pool
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, validation_problems
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
@@ -24,9 +25,11 @@ Envelope = Literal["", "entry", "message"]
 Function = Callable[..., Any]
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
 _EMPTY_REPLY: Final = b"{}"
+_EMPTY_BODY: Final = "Field required: the body is empty"
 # The beginning of pydantic's warning about a value that its class does not declare.
 _TYPE_MISMATCH: Final = "Pydantic serializer warnings"
 _ENVELOPES: Final[dict[Any, Envelope]] = {KVEntry: "entry", MeshMessage: "message"}
+_SOURCE_TYPES: Final = {"entry": KVSource, "message": SubjectSource, "": SubjectSource | KVSource}
 
 
 class PayloadType:
@@ -44,7 +47,7 @@ class PayloadType:
         Raises:
             ValueError: it has another type and cannot be converted.
         """
-        adapter = self.adapter  # not its own methods, which take as long again
+        adapter = self.adapter  # not its own methods, which double the time
         try:
             # With its argument warnings="error" it takes four times as long.
             return adapter.serializer.to_json(adapter.validator.validate_python(value))
@@ -53,7 +56,7 @@ class PayloadType:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether it is text or bytes, or None beside one of them."""
+        """Whether it is text or bytes, possibly optional."""
         return set(get_args(self.hint) or [self.hint]) - {type(None)} in ({str}, {bytes})
 
     @cached_property
@@ -61,7 +64,7 @@ class PayloadType:
         """Whether None is a value of this type."""
         try:
             self.adapter.validate_python(None)
-        except Exception:  # noqa: BLE001 - an author's validator may raise anything: a no
+        except Exception:  # noqa: BLE001 - an author's validator may raise anything
             return False
         return True
 
@@ -94,15 +97,12 @@ class TypeCache:
 
 @dataclass(slots=True, frozen=True)
 class Handler:
-    """A function with its kind and types.
+    """An author's function with its kind and types.
 
     Attributes:
-        function: the author's function.
-        kind: how it is called.
         input: the type of its parameter; None when it has none.
         output: the type of its result; of a streamer's chunks and a publisher's events.
         input_optional: its parameter has a default.
-        envelope: how a source-driven handler takes its data.
         is_blocking: it is a `def`, which runs in a thread.
     """
 
@@ -125,18 +125,14 @@ class Handler:
         try:
             if not body:
                 return self.input.adapter.validate_python(None)
-            # Not the adapter's own method, which takes as long again.
+            # Not the adapter's own method, which doubles the time.
             return self.input.adapter.validator.validate_json(body)
         except ValidationError as exc:
-            problems = _EMPTY_BODY if not body else validation_problems(exc)
+            problems = validation_problems(exc) if body else [_problem("missing", _EMPTY_BODY)]
             raise _invalid_input(agent, problems) from exc
 
     def decode_plain(self, agent: str, body: bytes) -> Any:  # noqa: ANN401 - of the author's type
-        """A stored or published value as the handler's input: text and bytes need not be JSON.
-
-        Raises:
-            InvalidInput: as `decode`.
-        """
+        """A stored or published value as the handler's input: text and bytes need not be JSON."""
         if self.input is None:
             return None
         if self.input.is_plain:
@@ -145,21 +141,13 @@ class Handler:
             try:
                 return body.decode()
             except UnicodeDecodeError as exc:
-                problem: dict[str, Any] = {
-                    "type": "string_unicode",
-                    "loc": [],
-                    "msg": str(exc),
-                    "input": None,
-                }
-                raise _invalid_input(agent, [problem]) from exc
+                raise _invalid_input(agent, [_problem("string_unicode", str(exc))]) from exc
         try:
             return self.decode(agent, body)
         except InvalidInput:
             # Not JSON of this type; it may be a valid text, as for `Any` or a Literal.
-            try:
+            with suppress(ValueError):
                 return self.input.adapter.validate_python(body.decode())
-            except ValueError:
-                pass
             raise
 
     def encode(self, value: object) -> bytes:
@@ -199,9 +187,9 @@ class Handler:
         return respond_in_thread if self.is_blocking else respond
 
 
-_EMPTY_BODY: Final[list[dict[str, Any]]] = [
-    {"type": "missing", "loc": [], "msg": "Field required: the body is empty", "input": None}
-]
+def _problem(kind: str, message: str) -> dict[str, object]:
+    """A problem of a whole body, in pydantic's form."""
+    return {"type": kind, "loc": [], "msg": message, "input": None}
 
 
 def _invalid_input(agent: str, problems: Sequence[Mapping[str, Any]]) -> InvalidInput:
@@ -222,99 +210,100 @@ def _invoke_blocking(function: Function, handler: Handler, call: Call) -> object
     return result
 
 
-def inspect_handler(
-    function: Function, agent: str, types: TypeCache, *, driven: bool = False, thread: bool = False
-) -> Handler:
-    """Derive a handler's kind and types from the function's signature.
+class _InvalidHandler(Exception):
+    """A function cannot be a handler; the text says why."""
 
-    Args:
-        function: the author's function.
-        agent: the agent's name, for messages.
-        types: where its types are cached.
-        driven: it has sources.
-        thread: it must run in a thread.
+
+def inspect_handler(
+    function: Function, agent: str, types: TypeCache, sources: Sequence[Source] = (), *, thread: bool = False
+) -> Handler:
+    """Derive a handler's kind and types from the function's signature; with `thread` it must be a `def`.
 
     Raises:
         InvalidAgent: it is not a function, is async and must not be or vice versa, takes more than one
-            parameter, or a type is missing, unknown or not supported by pydantic.
+            parameter, does not fit the sources, or a type is missing, unknown or not supported by pydantic.
     """
+    try:
+        return _inspect(function, types, sources, thread=thread)
+    except _InvalidHandler as exc:
+        name, where = getattr(_unwrapped(function), "__name__", repr(function)), source_location(function)
+        message = f"The handler '{name}' of agent '{agent}' ({where}) cannot serve: {exc}."
+        raise InvalidAgent(message, agent=agent) from exc.__cause__
+
+
+def _inspect(function: Function, types: TypeCache, sources: Sequence[Source], *, thread: bool) -> Handler:
     is_streaming = inspect.isasyncgenfunction(_unwrapped(function))
     is_blocking = not is_streaming and not inspect.iscoroutinefunction(_unwrapped(function))
-    if problem := _problem_of_form(function, is_blocking=is_blocking, thread=thread):
-        raise _invalid(agent, function, problem)
-    parameter, hints = _parameter(function, agent), _hints(function, agent)
-    input_hint, envelope = _input_hint(parameter, hints, agent, function)
+    if is_blocking:
+        _check_blocking(_unwrapped(function))
+    elif thread:
+        raise _InvalidHandler("an `async def` runs on the event loop; thread=True is for a `def`")
+    parameter, hints = _parameter(function), _hints(function)
+    input_hint, envelope = _input_hint(parameter, hints)
     output_hint = hints.get("return", type(None))
     if is_streaming and get_origin(output_hint) in _ITERATORS:
         output_hint = get_args(output_hint)[0]
     returns_nothing = output_hint is type(None)
-    if envelope or (driven and parameter is None and returns_nothing):
+    if envelope or (sources and parameter is None and returns_nothing):
         kind: Kind = "driven"
     else:
-        kind = _kind(
-            takes_input=parameter is not None, is_streaming=is_streaming, returns_nothing=returns_nothing
+        kind = _kind(parameter, is_streaming=is_streaming, returns_nothing=returns_nothing)
+    if is_blocking and kind == "watcher":
+        raise _InvalidHandler(
+            "it takes and returns nothing, so it runs in the background and must be an `async def`"
         )
-    if problem := _problem_of_kind(
-        kind, envelope, is_blocking=is_blocking, is_streaming=is_streaming, driven=driven
-    ):
-        raise _invalid(agent, function, problem)
+    _check_sources(sources, envelope, is_streaming=is_streaming)
     return Handler(
         function,
         kind,
-        None if input_hint is None else _type(input_hint, types, agent, function),
-        None if returns_nothing else _type(output_hint, types, agent, function),
+        None if input_hint is None else _type(input_hint, types),
+        None if returns_nothing else _type(output_hint, types),
         input_optional=parameter is not None and parameter.default is not parameter.empty,
         envelope=envelope,
         is_blocking=is_blocking,
     )
 
 
-def _kind(*, takes_input: bool, is_streaming: bool, returns_nothing: bool) -> Kind:
+def _kind(parameter: object, *, is_streaming: bool, returns_nothing: bool) -> Kind:
     """The kind by protocol §5."""
-    if takes_input:
+    if parameter is not None:
         return "streamer" if is_streaming else "responder"
     if is_streaming:
         return "publisher"
     return "watcher" if returns_nothing else "trigger"
 
 
-def _problem_of_form(function: Function, *, is_blocking: bool, thread: bool) -> str:
-    """Why a function cannot be a handler, whatever its types are; empty when it can."""
-    if not is_blocking:
-        return "an `async def` runs on the event loop; thread=True is for a `def`" if thread else ""
-    plain = _unwrapped(function)
-    if not inspect.isroutine(plain):
-        return "it must be a function, `async def` or `def`"
-    if inspect.isgeneratorfunction(plain):
-        return "it is a `def` that yields; only an `async def` may"
-    inner = inspect.unwrap(plain)
+def _check_blocking(function: Function) -> None:
+    """Check that a function is a `def` that can run in a thread."""
+    if not inspect.isroutine(function):
+        raise _InvalidHandler("it must be a function, `async def` or `def`")
+    if inspect.isgeneratorfunction(function):
+        raise _InvalidHandler("it is a `def` that yields; only an `async def` may")
+    inner = inspect.unwrap(function)
     if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
-        return "it is a `def` around an `async def`; it must be an `async def` itself"
-    return ""
+        raise _InvalidHandler("it is a `def` around an `async def`; it must be an `async def` itself")
 
 
-def _problem_of_kind(
-    kind: Kind, envelope: Envelope, *, is_blocking: bool, is_streaming: bool, driven: bool
-) -> str:
-    """Why a handler of this kind cannot serve; empty when it can."""
-    if is_blocking and kind == "watcher":
-        return "it takes and returns nothing, so it runs in the background and must be an `async def`"
-    if is_streaming and (driven or envelope):
-        return "it has sources and yields, but what it yields is not sent anywhere; return a result instead"
-    if envelope and not driven:
-        return "it takes what a source delivers, but has none: `sources=[...]`"
-    return ""
+def _check_sources(sources: Sequence[Source], envelope: Envelope, *, is_streaming: bool) -> None:
+    if is_streaming and (sources or envelope):
+        raise _InvalidHandler(
+            "it has sources and yields, but what it yields is not sent anywhere; return a result instead"
+        )
+    if envelope and not sources:
+        raise _InvalidHandler("it takes what a source delivers, but has none: `sources=[...]`")
+    for source in sources:
+        if not isinstance(source, _SOURCE_TYPES[envelope]):
+            raise _InvalidHandler(f"it takes {envelope or 'data'} and cannot be driven by {source!r}")
 
 
-def _input_hint(
-    parameter: inspect.Parameter | None, hints: dict[str, Any], agent: str, function: Function
-) -> tuple[Any, Envelope]:
+def _input_hint(parameter: inspect.Parameter | None, hints: dict[str, Any]) -> tuple[Any, Envelope]:
     """The annotation of the input, without its envelope, and the envelope."""
     if parameter is None:
         return None, ""
     if parameter.name not in hints:
-        problem = f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
-        raise _invalid(agent, function, problem)
+        raise _InvalidHandler(
+            f"its parameter '{parameter.name}' has no type; write `{parameter.name}: MyInput`"
+        )
     hint = hints[parameter.name]
     origin = get_origin(hint) or hint
     if origin not in _ENVELOPES:
@@ -334,43 +323,32 @@ def _unwrapped(function: Function) -> Function:
     return function
 
 
-def _parameter(function: Function, agent: str) -> inspect.Parameter | None:
+def _parameter(function: Function) -> inspect.Parameter | None:
     parameters = list(inspect.signature(function).parameters.values())
-    required = [
-        p for p in parameters[1:] if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}
-    ]
-    if required:
-        raise _invalid(agent, function, "it takes more than one parameter; use one pydantic model instead")
-    if parameters and parameters[0].kind not in {
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    }:
-        raise _invalid(agent, function, "its parameter must be positional, as in `req: MyInput`")
-    return parameters[0] if parameters else None
+    if any(p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in parameters[1:]):
+        raise _InvalidHandler("it takes more than one parameter; use one pydantic model instead")
+    if not parameters:
+        return None
+    first = parameters[0]
+    if first.kind not in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}:
+        raise _InvalidHandler("its parameter must be positional, as in `req: MyInput`")
+    return first
 
 
-def _hints(function: Function, agent: str) -> dict[str, Any]:
+def _hints(function: Function) -> dict[str, Any]:
     try:
         return get_type_hints(_unwrapped(function), include_extras=True)
     except NameError as exc:
         problem = f"the type '{exc.name}' is unknown; define or import it at the top of the module"
-        raise _invalid(agent, function, problem) from exc
+        raise _InvalidHandler(problem) from exc
     except (TypeError, SyntaxError, AttributeError) as exc:
-        raise _invalid(agent, function, f"its annotations are invalid: {exc}") from exc
+        raise _InvalidHandler(f"its annotations are invalid: {exc}") from exc
 
 
-def _type(hint: Any, types: TypeCache, agent: str, function: Function) -> PayloadType:  # noqa: ANN401 - as above
+def _type(hint: Any, types: TypeCache) -> PayloadType:  # noqa: ANN401 - as above
     try:
         found = types.get(hint)
         assert found.schema is not None  # a type without a schema fails here, at its declaration
     except (PydanticUserError, NameError, TypeError) as exc:
-        raise _invalid(agent, function, f"pydantic does not support the type {hint!r}: {exc}") from exc
+        raise _InvalidHandler(f"pydantic does not support the type {hint!r}: {exc}") from exc
     return found
-
-
-def _invalid(agent: str, function: Function, problem: str) -> InvalidAgent:
-    name = getattr(_unwrapped(function), "__name__", repr(function))
-    where = source_location(function)
-    return InvalidAgent(
-        f"The handler '{name}' of agent '{agent}' ({where}) cannot serve: {problem}.", agent=agent
-    )

@@ -30,7 +30,7 @@ class KVSource:
 
     Of several quick changes of one key, the last is certain to be delivered. `on_init` decides whether
     existing keys count as changes. With a `queue_group` each change goes to one of the instances in the
-    group, also while some are away, otherwise to each instance.
+    group, also while some are not connected, otherwise to each instance.
     """
 
     pattern: str
@@ -94,6 +94,6 @@ def _check_group(group: str | None) -> None:
         raise InvalidAgent(f"The queue group {group!r} is invalid: only letters, digits, '_' and '-'.")
 
 
-def _check(what: str, problem: str | None) -> None:
+def _check(value: str, problem: str | None) -> None:
     if problem:
-        raise InvalidAgent(f"The {what} is invalid: {problem}.")
+        raise InvalidAgent(f"The {value} is invalid: {problem}.")

@@ -17,7 +17,7 @@ from openagentmesh.protocol.status import ThreadPoolStatus
 
 log = logging.getLogger(__name__)
 
-# An agent may abandon this part of the threads; then it gets no more of them.
+# An agent that has abandoned this part of the threads gets no more of them.
 _MAX_ABANDONED_PART: Final = 4
 _RETRY_AFTER_MS: Final = 1000
 
@@ -25,13 +25,10 @@ _RETRY_AFTER_MS: Final = 1000
 class ThreadPool:
     """Runs functions in threads; functions above the maximum wait for a thread.
 
-    A thread cannot be stopped. When its request has ended, it is *abandoned*: another thread
-    takes its place, and it is counted and logged until it ends.
+    A thread cannot be stopped. When its request has ended, it is *abandoned*: another thread replaces it,
+    and it is counted and logged until it ends.
 
     `concurrent.futures` does not fit: the interpreter waits for its threads at exit.
-
-    Args:
-        max_threads: the maximum; 0 for four more than there are processors, at most 32.
     """
 
     def __init__(self, max_threads: int = 0) -> None:
@@ -44,7 +41,7 @@ class ThreadPool:
         self._idle = 0
 
     def resize(self, max_threads: int) -> None:
-        """Change the maximum; 0 as in the constructor."""
+        """Change the maximum; 0 is four more than there are processors, at most 32."""
         self.max_threads = max_threads or min(32, (os.cpu_count() or 1) + 4)
 
     def status(self) -> ThreadPoolStatus:
@@ -81,7 +78,7 @@ class ThreadPool:
             raise
 
     def _wake_or_start(self) -> None:
-        """Give what waits a thread, if the maximum allows one."""
+        """Assign a thread to a waiting function, if the maximum allows one."""
         if self._idle >= len(self._waiting):
             self._changed.notify()
         elif self._threads - self.abandoned.total() < self.max_threads:
@@ -91,7 +88,7 @@ class ThreadPool:
     def _work(self) -> None:
         while True:
             with self._changed:
-                if self._threads - self.abandoned.total() > self.max_threads:  # an abandoned one came back
+                if self._threads - self.abandoned.total() > self.max_threads:  # an abandoned one has returned
                     self._threads -= 1
                     return
                 self._idle += 1

@@ -5,18 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from openagentmesh.cli.connecting import connected
+from openagentmesh.cli.connecting import Connecting, mesh_command
 from openagentmesh.cli.output import (
     Json,
     Payload,
-    Url,
     agent_name,
     print_each,
+    print_json,
     print_line,
-    read_payload,
-    run,
     to_json_text,
-    usage_error,
 )
 from openagentmesh.protocol.contract import AgentContract
 
@@ -28,79 +25,49 @@ Timeout = Annotated[
 ]
 
 
-@app.command()
-def call(
-    name: Name, payload: Payload = None, timeout: Timeout = 30.0, url: Url = None, *, json_: Json = False
-) -> None:
+@mesh_command(app)
+async def call(mesh: Connecting, name: Name, payload: Payload = None, timeout: Timeout = 30.0) -> None:
     """Call an agent and print its reply, one line of JSON."""
-    given = read_payload(payload)
-
-    async def main() -> None:
-        async with connected(url) as node:
-            print_line(to_json_text(await node.requests.call(name, given, timeout, None)))
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        print_json(await node.requests.call(name, payload, timeout, None))
 
 
-@app.command()
-def stream(
-    name: Name, payload: Payload = None, timeout: Timeout = 60.0, url: Url = None, *, json_: Json = False
-) -> None:
+@mesh_command(app)
+async def stream(mesh: Connecting, name: Name, payload: Payload = None, timeout: Timeout = 60.0) -> None:
     """Call a streamer and print its chunks, one line of JSON each."""
-    given = read_payload(payload)
-
-    async def main() -> None:
-        async with (
-            connected(url) as node,
-            aclosing(node.requests.stream(name, given, timeout, None)) as chunks,
-        ):
-            async for chunk in chunks:
-                print_line(to_json_text(chunk))
-
-    run(main(), json_=json_)
+    async with mesh as node, aclosing(node.requests.stream(name, payload, timeout, None)) as chunks:
+        async for chunk in chunks:
+            print_json(chunk)
 
 
-@app.command()
-def send(name: Name, payload: Payload = None, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def send(mesh: Connecting, name: Name, payload: Payload = None) -> None:
     """Send a request without waiting for its result."""
-    given = read_payload(payload)
-
-    async def main() -> None:
-        async with connected(url) as node:
-            await node.requests.send(name, given, None, None)
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        await node.requests.send(name, payload, None, None)
 
 
-@app.command()
-def subscribe(name: Name, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def subscribe(mesh: Connecting, name: Name) -> None:
     """Print the events of a publisher, one line of JSON each, until its run ends or Ctrl-C."""
-
-    async def main() -> None:
-        async with connected(url) as node, aclosing(node.events.of_agent(name, None)) as events:
-            await print_each(events, lambda event: to_json_text(event.data))
-
-    run(main(), json_=json_)
+    async with mesh as node, aclosing(node.events.of_agent(name, None)) as events:
+        await print_each(events, lambda event: to_json_text(event.data))
 
 
-@app.command()
-def contract(
+@mesh_command(app)
+async def contract(
+    mesh: Connecting,
     name: Name,
-    text: Annotated[bool, typer.Option("--text", help="Print it as text.")] = False,  # noqa: FBT002 - a flag
-    url: Url = None,
     *,
+    text: Annotated[bool, typer.Option("--text", help="Print it as text.")] = False,
     json_: Json = False,
 ) -> None:
     """Print an agent's input and output types."""
     if text and json_:
-        usage_error("--text and --json are mutually exclusive; give one of them")
-
-    async def main() -> None:
-        async with connected(url) as node:
-            found = await node.directory.contract(name)
-            print_line(_as_text(found) if text else to_json_text(found.to_document(), indent=2))
-
-    run(main(), json_=json_)
+        raise typer.BadParameter("--text and --json are mutually exclusive; give one of them")
+    async with mesh as node:
+        found = await node.directory.contract(name)
+        print_line(_as_text(found) if text else to_json_text(found.to_document(), indent=2))
 
 
 def _as_text(contract: AgentContract) -> str:
@@ -120,15 +87,14 @@ def _as_text(contract: AgentContract) -> str:
 
 
 def _fields(schema: dict[str, Any]) -> list[str]:
-    fields = schema.get("properties")
-    if fields is None:
+    if "properties" not in schema:
         return [f"  {_type(schema)}"]
     required = schema.get("required", [])
     return [
         f"  {name}: {_type(field)}"
         + ("" if name in required else f" = {to_json_text(field.get('default'))}")
         + (f"  {field['description']}" if "description" in field else "")
-        for name, field in fields.items()
+        for name, field in schema["properties"].items()
     ]
 
 

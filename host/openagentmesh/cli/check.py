@@ -1,20 +1,16 @@
 """`oam check`: what would fail at a start, without one."""
 
 import asyncio
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from openagentmesh.cli.output import count, fail, note, print_line
+from openagentmesh.cli.output import ConfigFile, count, fail, note, print_line
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import load_config
 from openagentmesh.runtime.host import Host
 
 
-def check(
-    config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
-) -> None:
+def check(config: ConfigFile = None) -> None:
     """Report what would fail at a start: mesh.toml, plugins and their settings, modules. Connects to nothing.
 
     Modules are imported for that, as at a start. The exit code is 1 when anything fails.

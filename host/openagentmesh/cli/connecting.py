@@ -1,16 +1,50 @@
 """How commands connect to the mesh, and advice when they cannot."""
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import update_wrapper
+from inspect import Parameter, Signature, signature
 from pathlib import Path
+from typing import Any
 
+import typer
+
+from openagentmesh.cli.output import Json, Url, run
 from openagentmesh.cli.plugins import local_client_middlewares
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.transport import address
 from openagentmesh.transport.connection import Target
+
+# The mesh for one command: connected in the `async with` block.
+Connecting = AbstractAsyncContextManager[Node]
+Main = Callable[..., Coroutine[Any, Any, None]]
+
+
+def mesh_command(app: typer.Typer, name: str | None = None) -> Callable[[Main], Main]:
+    """Make a coroutine function a command of `app`, with the further options --url and --json.
+
+    The first argument of the function is a `Connecting`; it receives `json_` if it has that parameter.
+    """
+
+    def register(main: Main) -> Main:
+        [_, *own] = signature(main).parameters.values()
+
+        def command(*, url: Url = None, json_: Json = False, **given: Any) -> None:  # noqa: ANN401 - any option
+            if "json_" in signature(main).parameters:
+                given["json_"] = json_
+            run(main(connected(url), **given), json_=json_)
+
+        [*shared, _] = signature(command).parameters.values()
+        options = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in own if option.name != "json_"]
+        update_wrapper(command, main)
+        command.__signature__ = Signature([*options, *shared])  # type: ignore[attr-defined]
+        app.command(name)(command)
+        return main
+
+    return register
 
 
 class WrongAddress(ConnectionFailed):
@@ -48,11 +82,7 @@ async def connected(url: str | None) -> AsyncIterator[Node]:
 
 
 def _target(url: str | None) -> Target:
-    """The server and its credentials.
-
-    Raises:
-        WrongAddress: the credentials file does not exist.
-    """
+    """The server and its credentials; raises WrongAddress if the credentials file does not exist."""
     target = Target(address.url_or_default(url), address.creds_or_none())
     if target.creds and not Path(target.creds).is_file():
         raise WrongAddress(

@@ -5,8 +5,8 @@ from typing import Annotated, Final
 
 import typer
 
-from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import Json, Url, note, print_each, print_line, run, to_json_text, usage_error
+from openagentmesh.cli.connecting import Connecting, mesh_command
+from openagentmesh.cli.output import Json, note, print_each, print_json, print_line, to_json_text
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.subjects import invalid_key
 from openagentmesh.state.kv import KV
@@ -17,13 +17,13 @@ app = typer.Typer(help="The shared state: text under keys.", no_args_is_help=Tru
 
 def _key(key: str) -> str:
     if reason := invalid_key(key):
-        usage_error(f"{key!r} is not a valid key: {reason}.")
+        raise typer.BadParameter(f"{key!r} is not a valid key: {reason}.")
     return key
 
 
 def _pattern(pattern: str) -> str:
     if reason := invalid_key(pattern, pattern=True):
-        usage_error(f"{pattern!r} is not a valid key or pattern: {reason}.")
+        raise typer.BadParameter(f"{pattern!r} is not a valid key or pattern: {reason}.")
     return pattern
 
 
@@ -32,54 +32,42 @@ Key = Annotated[str, typer.Argument(help=_HELP, callback=_key)]
 Pattern = Annotated[str, typer.Argument(help=_HELP, callback=_pattern)]
 
 
-@app.command()
-def get(key: Key, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def get(mesh: Connecting, key: Key, *, json_: Json = False) -> None:
     """Print the text under a key."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            text = await _kv(node).get(key)
-            print_line(to_json_text({"key": key, "value": text}) if json_ else text)
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        text = await _kv(node).get(key)
+        print_line(to_json_text({"key": key, "value": text}) if json_ else text)
 
 
-@app.command()
-def put(
-    key: Key, value: Annotated[str, typer.Argument(help="The text.")], url: Url = None, *, json_: Json = False
+@mesh_command(app)
+async def put(
+    mesh: Connecting,
+    key: Key,
+    value: Annotated[str, typer.Argument(help="The text.")],
+    *,
+    json_: Json = False,
 ) -> None:
     """Set a key."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            revision = await _kv(node).put(key, value)
-            if json_:
-                print_line(to_json_text({"key": key, "revision": revision}))
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        revision = await _kv(node).put(key, value)
+        if json_:
+            print_json({"key": key, "revision": revision})
 
 
-@app.command()
-def delete(key: Key, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def delete(mesh: Connecting, key: Key) -> None:
     """Delete a key."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            await _kv(node).delete(key)
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        await _kv(node).delete(key)
 
 
-@app.command()
-def watch(key: Pattern, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def watch(mesh: Connecting, key: Pattern, *, json_: Json = False) -> None:
     """Print a key's text now and each time it changes, until Ctrl-C; '*' and '>' match many keys."""
-
-    async def main() -> None:
-        async with connected(url) as node, aclosing(_kv(node).watch(key)) as values:
-            note(f"watching {key}; stop with Ctrl-C")
-            await print_each(values, lambda text: to_json_text(text) if json_ else text)
-
-    run(main(), json_=json_)
+    async with mesh as node, aclosing(_kv(node).watch(key)) as values:
+        note(f"watching {key}; stop with Ctrl-C")
+        await print_each(values, lambda text: to_json_text(text) if json_ else text)
 
 
 def _kv(node: Node) -> KV:

@@ -4,32 +4,24 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 import typer
 
-_COLOURS: Final = {
+# `auto` is `pretty` on a terminal and `plain` elsewhere.
+LogFormat = Literal["auto", "pretty", "plain", "json"]
+_COLORS: Final = {
     logging.WARNING: typer.colors.YELLOW,
     logging.ERROR: typer.colors.RED,
     logging.CRITICAL: typer.colors.RED,
 }
 
 
-class LogFormat(StrEnum):
-    """`auto` is `pretty` on a terminal and `plain` elsewhere."""
-
-    AUTO = "auto"
-    PRETTY = "pretty"
-    PLAIN = "plain"
-    JSON = "json"
-
-
 class _Pretty(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")  # noqa: DTZ006 - local time on purpose
         text = super().format(record)
-        return f"{typer.style(clock, dim=True)}  {typer.style(text, fg=_COLOURS.get(record.levelno))}"
+        return f"{typer.style(clock, dim=True)}  {typer.style(text, fg=_COLORS.get(record.levelno))}"
 
 
 class _Plain(logging.Formatter):
@@ -56,12 +48,12 @@ def _time(record: logging.LogRecord) -> str:
 
 def configure_logging(log_format: LogFormat, level: str) -> bool:
     """Send all log records to stderr; returns whether the format is `pretty`."""
-    if log_format is LogFormat.AUTO:
-        log_format = LogFormat.PRETTY if sys.stderr.isatty() else LogFormat.PLAIN
-    formatters = {LogFormat.PRETTY: _Pretty, LogFormat.PLAIN: _Plain, LogFormat.JSON: _Json}
+    if log_format == "auto":
+        log_format = "pretty" if sys.stderr.isatty() else "plain"
+    formatters = {"pretty": _Pretty, "plain": _Plain, "json": _Json}
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatters[log_format]())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # The library logs each failed reconnect with a traceback; the connection logs one line.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
-    return log_format is LogFormat.PRETTY
+    return log_format == "pretty"

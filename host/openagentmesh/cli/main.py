@@ -6,6 +6,7 @@ try:
     import typer
 
     from openagentmesh.cli import agent, check, kv, mesh, observe, plugins, reload, status, up
+    from openagentmesh.cli.connecting import mesh_command
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -17,8 +18,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(up.up)
-app.command()(status.status)
-app.command()(reload.reload)
+mesh_command(app)(status.status)
+mesh_command(app)(reload.reload)
 app.command()(plugins.plugins)
 app.command()(check.check)
 app.add_typer(mesh.app, name="mesh")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
@@ -11,19 +12,18 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from tenacity import AsyncRetrying, TryAgain, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from openagentmesh.cli.connecting import connected, with_advice
+from openagentmesh.cli.connecting import Connecting, mesh_command, with_advice
 from openagentmesh.cli.output import (
     Json,
     Payload,
-    Url,
     agent_name,
     fail,
     note,
     print_each,
+    print_json,
     print_line,
-    read_payload,
     run,
     to_json_text,
 )
@@ -51,7 +51,9 @@ app = typer.Typer(help="The mesh as a whole.", no_args_is_help=True)
 _STORE: Final = Path(".oam/nats")
 _PID_FILE: Final = _STORE / "server.pid"
 _LOG_FILE: Final = _STORE / "server.log"
-_START_TIMEOUT_S: Final = 10.0
+# For the server's start, and for its stop.
+_TIMEOUT_S: Final = 10.0
+_POLL_INTERVAL_S: Final = 0.02
 _JSON_HEADERS: Final = {CONTENT_TYPE: "application/json"}
 _MAX_BACKLOG: Final = 10_000
 # The command for an agent, by invocable and streaming.
@@ -61,8 +63,8 @@ _KINDS: Final = {(True, False): "call", (True, True): "stream", (False, True): "
 @app.command()
 def up(
     port: Annotated[int, typer.Option("-p", "--port", min=1, max=65535, help="Where it listens.")] = 4222,
-    foreground: Annotated[bool, typer.Option("-f", "--foreground", help="Stay until Ctrl-C.")] = False,  # noqa: FBT002 - a flag
     *,
+    foreground: Annotated[bool, typer.Option("-f", "--foreground", help="Stay until Ctrl-C.")] = False,
     json_: Json = False,
 ) -> None:
     """Start a NATS server for development, without agents, and write .oam-url."""
@@ -77,7 +79,7 @@ async def _foreground(port: int, *, json_: bool) -> None:
         stop = stop_event()
         note(f"nats-server is running on {server.url}; stop it with Ctrl-C")
         if json_:
-            print_line(to_json_text({"url": server.url, "pid": server.pid}))
+            print_json({"url": server.url, "pid": server.pid})
         await stop.wait()
     finally:
         path.unlink(missing_ok=True)
@@ -98,42 +100,25 @@ async def _background(port: int, *, json_: bool) -> None:
     )
     lock.write(f"{process.pid} {url}")  # for the message of other servers
     lock.close()
-    try:
-        await _until_ready(process, url)
-    except ServerFailed:
-        process.kill()
-        raise
+    await _wait_ready(process, url)
     address.write(Path.cwd(), url)
     note(f"nats-server (pid {process.pid}) is running on {url}; stop it with `oam mesh down`")
     if json_:
-        print_line(to_json_text({"url": url, "pid": process.pid}))
+        print_json({"url": url, "pid": process.pid})
 
 
-async def _until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    """Wait until the server is ready, by its log."""
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(TryAgain),
-        wait=wait_fixed(0.02),
-        stop=stop_after_delay(_START_TIMEOUT_S),
-        reraise=True,
-    )
-    try:
-        async for attempt in retrying:
-            with attempt:
-                _check_ready(process, url)
-    except TryAgain:
-        raise ServerFailed(
-            f"nats-server is not ready after {_START_TIMEOUT_S:g}s; see {_LOG_FILE}."
-        ) from None
-
-
-def _check_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    output = _LOG_FILE.read_text()
-    if process.poll() is not None:
-        fatal = [line for line in output.splitlines() if "[FTL]" in line]
-        raise ServerFailed(start_failure(" ".join(fatal), url))
-    if "Server is ready" not in output:
-        raise TryAgain
+async def _wait_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
+    """Wait until the server's log reports that it is ready; kill it when that takes too long."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while process.poll() is None:
+        if "Server is ready" in _LOG_FILE.read_text():
+            return
+        if time.monotonic() > deadline:
+            process.kill()
+            raise ServerFailed(f"nats-server is not ready after {_TIMEOUT_S:g}s; see {_LOG_FILE}.")
+        await asyncio.sleep(_POLL_INTERVAL_S)
+    fatal = [line for line in _LOG_FILE.read_text().splitlines() if "[FTL]" in line]
+    raise ServerFailed(start_failure(" ".join(fatal), url))
 
 
 @app.command()
@@ -144,34 +129,31 @@ def down(*, json_: Json = False) -> None:
         fail(ServerFailed(message), json_=json_)
     lock = _STORE / LOCK_FILE
     pid = lock.read_text().partition(" ")[0] if lock.exists() else ""
-    try:
-        # A running server holds the lock; without one, the pid may belong to another process by now.
+    # A running server holds the lock; without one, the pid may belong to another process by now.
+    with suppress(ServerFailed):
         lock_store(_STORE).close()
         pid = ""
-    except ServerFailed:
-        pass
     if pid:
         os.kill(int(pid), signal.SIGTERM)
-        run(_until_free(), json_=json_)
+        run(_wait_stopped(), json_=json_)
     note("stopped" if pid else "it was not running")
     if json_:
-        print_line(to_json_text({"stopped": bool(pid)}))
+        print_json({"stopped": bool(pid)})
     _PID_FILE.unlink(missing_ok=True)
     written = Path.cwd() / address.FILE_NAME
     if written.is_file() and written.read_text(encoding="utf-8").startswith(f"nats://{HOST}:"):
         written.unlink()  # one that `mesh connect` wrote for another server is kept
 
 
-async def _until_free() -> None:
-    """Wait until the store's lock is free: the server has ended."""
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(ServerFailed),
-        wait=wait_fixed(0.02),
-        stop=stop_after_delay(_START_TIMEOUT_S),
-        reraise=True,
-    ):
-        with attempt:
-            lock_store(_STORE).close()
+@retry(
+    retry=retry_if_exception_type(ServerFailed),
+    wait=wait_fixed(_POLL_INTERVAL_S),
+    stop=stop_after_delay(_TIMEOUT_S),
+    reraise=True,
+)
+async def _wait_stopped() -> None:
+    """Wait until the store is not locked any more: the server has ended."""
+    lock_store(_STORE).close()
 
 
 @app.command()
@@ -199,78 +181,63 @@ def connect(
     run(main(), json_=json_)
 
 
-@app.command()
-def catalog(
+@mesh_command(app)
+async def catalog(
+    mesh: Connecting,
     channel: Annotated[
         str | None, typer.Option(help="Only this name and the names below it.", callback=agent_name)
     ] = None,
-    url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
     """List the agents of the mesh."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            entries = [
-                entry
-                for entry in await node.directory.catalog()
-                if channel is None or in_channel(entry.name, channel)
-            ]
-        if json_:
-            print_line(to_json_text([entry.model_dump() for entry in entries]))
-            return
-        if not entries:
-            note("no agents" if channel is None else f"no agents in '{channel}'")
-        width = max((len(entry.name) for entry in entries), default=0)
-        for entry in entries:
-            kind = _KINDS[entry.invocable, entry.streaming]
-            about = entry.description.partition("\n")[0]
-            print_line(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        entries = [
+            entry
+            for entry in await node.directory.catalog()
+            if channel is None or in_channel(entry.name, channel)
+        ]
+    if json_:
+        print_json([entry.model_dump() for entry in entries])
+        return
+    if not entries:
+        note("no agents" if channel is None else f"no agents in '{channel}'")
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        kind = _KINDS[entry.invocable, entry.streaming]
+        about = entry.description.partition("\n")[0]
+        print_line(f"{entry.name:<{width}}  {entry.version}  {kind:<6}  {about}")
 
 
-@app.command()
-def publish(
+@mesh_command(app)
+async def publish(
+    mesh: Connecting,
     subject: Annotated[str, typer.Argument(help="A NATS subject without wildcards.")],
     payload: Payload = None,
-    url: Url = None,
-    *,
-    json_: Json = False,
 ) -> None:
     """Publish one JSON value on a subject."""
-    given = read_payload(payload)
     if reason := invalid_subject(subject):
         raise typer.BadParameter(f"'{subject}' cannot be published to: {reason}")
-
-    async def main() -> None:
-        async with connected(url) as node:
-            # Text is published as JSON, too: it is quoted on the command line.
-            await node.connection.publish(subject, codec.encode(given), write_headers(_JSON_HEADERS))
-            await node.connection.flush()
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        # Text is published as JSON, too: it is quoted on the command line.
+        await node.connection.publish(subject, codec.encode(payload), write_headers(_JSON_HEADERS))
+        await node.connection.flush()
 
 
-@app.command()
-def listen(
+@mesh_command(app)
+async def listen(
+    mesh: Connecting,
     subject: Annotated[str, typer.Argument(help="A NATS subject, or a pattern such as 'mesh.errors.>'.")],
-    url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
     """Print every message on a subject until Ctrl-C, one line each."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            messages = await _listen(node, subject)
-            note(f"listening on {subject}; stop with Ctrl-C")
-            await print_each(messages, partial(_line, as_record=json_))
-
     if reason := invalid_pattern(subject):
         raise typer.BadParameter(f"'{subject}' is not a subject: {reason}")
-    run(main(), json_=json_)
+    async with mesh as node:
+        messages = await _listen(node, subject)
+        note(f"listening on {subject}; stop with Ctrl-C")
+        await print_each(messages, partial(_line, as_record=json_))
 
 
 async def _listen(node: Node, subject: str) -> AsyncIterator[Message]:
@@ -282,13 +249,13 @@ async def _listen(node: Node, subject: str) -> AsyncIterator[Message]:
         with suppress(asyncio.QueueFull):
             messages.put_nowait(message)
 
-    async def take() -> AsyncIterator[Message]:
+    async def received() -> AsyncIterator[Message]:
         while True:
             yield await messages.get()
 
     await node.connection.subscribe(subject, receive)
     await node.connection.flush()
-    return take()
+    return received()
 
 
 def _line(message: Message, *, as_record: bool) -> str:

@@ -5,18 +5,8 @@ from typing import Annotated
 
 import typer
 
-from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import (
-    Json,
-    Url,
-    agent_name,
-    note,
-    print_each,
-    print_line,
-    run,
-    to_json_text,
-    usage_error,
-)
+from openagentmesh.cli.connecting import Connecting, mesh_command
+from openagentmesh.cli.output import Json, agent_name, note, print_each, print_json, print_line, to_json_text
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol.messages import LogEvent, LogLevel
 from openagentmesh.state.observe import Observe
@@ -27,70 +17,56 @@ Agent = Annotated[str | None, typer.Argument(help="One agent; all of them withou
 _COLORS = {"debug": typer.colors.BLUE, "warn": typer.colors.YELLOW, "error": typer.colors.RED}
 
 
-@app.command()
-def logs(
+@mesh_command(app)
+async def logs(
+    mesh: Connecting,
     agent: Agent = None,
     level: Annotated[LogLevel, typer.Option(help="From this level on.")] = "debug",
-    url: Url = None,
     *,
     json_: Json = False,
 ) -> None:
     """Print log events as they are published, until Ctrl-C."""
+    async with mesh as node, aclosing(_observe(node).logs(agent, level=level)) as events:
 
-    async def main() -> None:
-        async with connected(url) as node, aclosing(_observe(node).logs(agent, level=level)) as events:
+        async def on_begin() -> None:
+            await node.connection.flush()
+            note(f"log events of {agent or 'all agents'}; stop with Ctrl-C")
 
-            async def on_begin() -> None:
-                await node.connection.flush()
-                note(f"log events of {agent or 'all agents'}; stop with Ctrl-C")
-
-            await print_each(
-                events, lambda event: event.model_dump_json() if json_ else _line(event), on_begin
-            )
-
-    run(main(), json_=json_)
+        await print_each(events, lambda event: event.model_dump_json() if json_ else _line(event), on_begin)
 
 
-@app.command()
-def config(agent: Agent = None, url: Url = None, *, json_: Json = False) -> None:
+@mesh_command(app)
+async def config(mesh: Connecting, agent: Agent = None, *, json_: Json = False) -> None:
     """Print the lowest level of log events that an agent publishes."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            found = await _observe(node).get(agent)
-        print_line(
-            to_json_text(found.model_dump()) if json_ else f"{agent or 'all agents'}: {found.log_level}"
-        )
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        found = await _observe(node).get(agent)
+    print_line(to_json_text(found.model_dump()) if json_ else f"{agent or 'all agents'}: {found.log_level}")
 
 
-@app.command("set")
-def set_(
+@mesh_command(app, "set")
+async def set_(
+    mesh: Connecting,
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="The lowest published level.")],
-    agent: Agent = None,
-    everywhere: Annotated[  # noqa: FBT002 - a flag
+    agent: Annotated[
+        str | None, typer.Argument(help="One agent; without it give --global.", callback=agent_name)
+    ] = None,
+    *,
+    everywhere: Annotated[
         bool, typer.Option("--global", help="For all agents without a level of their own.")
     ] = False,
-    url: Url = None,
-    *,
     json_: Json = False,
 ) -> None:
     """Set the lowest level of log events that an agent publishes, on all its instances and at once."""
     if (agent is None) != everywhere:
-        usage_error("Give one agent, or --global.")
-
-    async def main() -> None:
-        async with connected(url) as node:
-            if agent is None:
-                await _observe(node).set_global(log_level=log_level)
-            else:
-                await _observe(node).set(agent, log_level=log_level)
-            note(f"{agent or 'all agents'}: {log_level}")
-            if json_:
-                print_line(to_json_text({"log_level": log_level}))
-
-    run(main(), json_=json_)
+        raise typer.BadParameter("Give one agent, or --global.")
+    async with mesh as node:
+        if agent is None:
+            await _observe(node).set_global(log_level=log_level)
+        else:
+            await _observe(node).set(agent, log_level=log_level)
+        note(f"{agent or 'all agents'}: {log_level}")
+        if json_:
+            print_json({"log_level": log_level})
 
 
 def _observe(node: Node) -> Observe:

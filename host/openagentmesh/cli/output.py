@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
@@ -14,20 +15,9 @@ from openagentmesh.protocol.json_schema import Schema, resolved
 from openagentmesh.protocol.subjects import invalid_name
 from openagentmesh.transport.tasks import cancel_and_wait
 
-Url = Annotated[
-    str | None,
-    typer.Option(
-        "--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, also for errors.")]
-
-Payload = Annotated[
-    str | None, typer.Argument(metavar="JSON", help="The input as JSON; read from stdin without it.")
-]
-
 T = TypeVar("T")
 _MAX_DETAILS: Final = 2000
+_EXAMPLES: Final = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
 
 
 def run(main: Coroutine[Any, Any, None], *, json_: bool = False) -> None:
@@ -37,7 +27,7 @@ def run(main: Coroutine[Any, Any, None], *, json_: bool = False) -> None:
     except MeshError as exc:
         fail(exc, json_=json_)
     except BrokenPipeError:
-        # The reader of the output is gone.
+        # The reader of the output has exited.
         sys.stderr.close()
         raise typer.Exit(1) from None
 
@@ -61,9 +51,7 @@ def _hint(error: MeshError) -> str:
         return ""
     if isinstance(error, ConnectionFailed) and "url" not in error.details:  # the hint is for addresses
         return ""
-    if "NAME" in error.hint and not error.agent:
-        return ""
-    return error.hint.replace("NAME", error.agent)
+    return error.hint.replace("NAME", error.agent) if error.agent or "NAME" not in error.hint else ""
 
 
 def to_json_text(value: object, *, indent: int | None = None) -> str:
@@ -85,6 +73,11 @@ def print_line(text: str) -> None:
     """Print a line of data and flush it, also into a pipe."""
     typer.echo(text)
     sys.stdout.flush()
+
+
+def print_json(value: object) -> None:
+    """Print a value as one line of JSON."""
+    print_line(to_json_text(value))
 
 
 async def _nothing() -> None: ...
@@ -119,34 +112,45 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def usage_error(text: str) -> NoReturn:
-    """Exit with code 2."""
-    raise typer.BadParameter(text)
-
-
 def agent_name(name: str | None) -> str | None:
     """Check that an argument is a valid name, before anything is sent."""
     if name is not None and (reason := invalid_name(name)):
-        usage_error(f"{name!r} is not a valid name: {reason}.")
+        raise typer.BadParameter(f"{name!r} is not a valid name: {reason}.")
     return name
 
 
-def read_payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape
+def _read_payload(text: str | None) -> Any:  # noqa: ANN401 - a JSON value of any shape
     """The input of a command, JSON from the command line or from stdin."""
-    if text is None and not sys.stdin.isatty():
-        text = sys.stdin.read()
-    if text is None or not text.strip():
-        return None
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except ValueError as exc:
-        usage_error(
-            f"the input is not JSON ({exc}): {text[:80]!r}. Text needs quotes of its own: '\"hello\"'"
-        )
+        if text is None and not sys.stdin.isatty():
+            text = sys.stdin.read()
+        return json.loads(text, parse_constant=_no_constant) if text and text.strip() else None
+    except ValueError as exc:  # also for bytes that are not text
+        start = (text or "")[:80]
+        raise typer.BadParameter(
+            f"the input is not JSON ({exc}): {start!r}. Text needs quotes of its own: '\"hello\"'"
+        ) from None
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="The NATS server; else OAM_URL, else the nearest .oam-url, else localhost:4222."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, also for errors.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="The configuration; else mesh.toml here.")]
+# Commands receive the decoded value, not the text.
+Payload = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="JSON", help="The input as JSON; read from stdin without it.", callback=_read_payload
+    ),
+]
 
 
 def example_input(schema: dict[str, Any] | None) -> object:
@@ -162,13 +166,4 @@ def example_input(schema: dict[str, Any] | None) -> object:
 
 
 def _example(schema: Schema) -> object:
-    return _EXAMPLES.get(str(schema.get("type")), lambda: "hello")()
-
-
-_EXAMPLES: Final[dict[str, Callable[[], object]]] = {
-    "integer": lambda: 1,
-    "number": lambda: 1.5,
-    "boolean": lambda: True,
-    "array": list,
-    "object": dict,
-}
+    return _EXAMPLES.get(str(schema.get("type")), "hello")

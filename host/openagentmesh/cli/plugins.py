@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from openagentmesh.agent.client_middleware import ClientMiddlewares
-from openagentmesh.cli.output import Json, fail, note, print_line, to_json_text
+from openagentmesh.cli.output import ConfigFile, Json, fail, note, print_json, print_line, to_json_text
 from openagentmesh.hooks.manager import Plugin, Plugins
 from openagentmesh.protocol.errors import MeshError
 from openagentmesh.runtime.config import FILE_NAME, load_config, plugin_name
@@ -42,7 +42,7 @@ def note_unusable(error: str) -> None:
     note(f"the plugins of {FILE_NAME} are not used: {error}")
 
 
-def plugins(config: Path | None = None, *, json_: Json = False) -> None:
+def plugins(config: ConfigFile = None, *, json_: Json = False) -> None:
     """List all plugins: installed or a file, their order, hooks and settings."""
     try:
         read = load_config(config)
@@ -53,7 +53,7 @@ def plugins(config: Path | None = None, *, json_: Json = False) -> None:
     rows = [_row(found, plugin, order[plugin.name]) for plugin in found.all]
     rows += [{"name": name, "enabled": False} for name in sorted(installed_plugins().keys() - order.keys())]
     if json_:
-        print_line(to_json_text(rows))
+        print_json(rows)
         return
     if not rows:
         note("no plugins are installed, and none are enabled")

@@ -7,8 +7,8 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import Json, Url, note, print_line, run, to_json_text
+from openagentmesh.cli.connecting import Connecting
+from openagentmesh.cli.output import Json, note, print_json, print_line
 from openagentmesh.mesh.node import Node
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.errors import MeshError, MeshTimeout, NotFound
@@ -19,40 +19,37 @@ from openagentmesh.registry.presence import read_records
 _TIMEOUT_S: Final = 60.0
 
 
-def reload(
+async def reload(
+    mesh: Connecting,
     module: Annotated[
         str, typer.Argument(help="A module, by its name in `oam status`; without it everything that changed.")
     ] = "",
-    find_references: Annotated[  # noqa: FBT002 - a flag
+    *,
+    find_references: Annotated[
         bool,
         typer.Option(
             "--find-references", help="Report what keeps the old version in memory; agents pause meanwhile."
         ),
     ] = False,
-    url: Url = None,
-    *,
     json_: Json = False,
 ) -> None:
     """Let all hosts load what has changed on disk, as they do on their own while they watch it."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            records = await read_records(node.buckets)
-            body = to_json({"module": module, "find_references": find_references})
-            found = await asyncio.gather(*[_request(node, key, body) for key in records])
-            server = node.connection.target.display_url
-        replies = [reply for reply in found if reply]
-        if json_:
-            print_line(to_json_text([reply.model_dump(mode="json") for reply in replies]))
-        else:
-            for reply in replies:
-                _print(reply)
-        if not replies:
-            raise NotFound(f"No host answers on {server}. Start one with `oam up`.")
-        if refusals := _refusals(replies):
-            raise MeshError("reload_refused", "; ".join(refusals))
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        records = await read_records(node.buckets)
+        body = to_json({"module": module, "find_references": find_references})
+        found = await asyncio.gather(*[_request(node, key, body) for key in records])
+    replies = [reply for reply in found if reply]
+    if json_:
+        print_json([reply.model_dump(mode="json") for reply in replies])
+    else:
+        for reply in replies:
+            _print(reply)
+    if not replies:
+        # Without the hint of NotFound, which is about agents.
+        server = node.connection.target.display_url
+        raise MeshError(NotFound.code, f"No host answers on {server}. Start one with `oam up`.")
+    if refusals := _refusals(replies):
+        raise MeshError("reload_refused", "; ".join(refusals))
 
 
 def _refusals(replies: list[ReloadReply]) -> list[str]:
@@ -63,7 +60,7 @@ def _refusals(replies: list[ReloadReply]) -> list[str]:
 
 
 async def _request(node: Node, instance_id: str, body: bytes) -> ReloadReply | None:
-    """The reply of one host; None for an instance that is not a host, or is gone."""
+    """The reply of one host; None for an instance that is not a host, or does not answer."""
     try:
         message = await node.inbox.request(subjects.host(instance_id, "reload"), body, timeout=_TIMEOUT_S)
         if codec.is_no_responders(message.head) or message.body == b"{}":

@@ -2,76 +2,61 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import typer
 from pydantic import ValidationError
 
-from openagentmesh.cli.connecting import connected
-from openagentmesh.cli.output import Json, Url, count, note, print_line, run, to_json_text
+from openagentmesh.cli.connecting import Connecting
+from openagentmesh.cli.output import Json, count, note, print_json, print_line
 from openagentmesh.mesh.node import Node
-from openagentmesh.protocol import codec, subjects
+from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshTimeout
 from openagentmesh.protocol.status import AgentStatus, HistoryEvent, HostStatus, InstanceRecord
 from openagentmesh.registry.presence import read_records
 
 _TIMEOUT_S: Final = 2.0
 _MAX_EVENTS: Final = 6
+_green = partial(typer.style, fg=typer.colors.GREEN)
+_red = partial(typer.style, fg=typer.colors.RED)
 
 
-@dataclass(slots=True, frozen=True)
-class InstanceStatus:
-    """One instance: its status; None when it does not answer, or not in this form."""
-
-    instance_id: str
-    record: InstanceRecord
-    status: HostStatus | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        if self.status is not None:
-            return self.status.model_dump(mode="json")
-        record = self.record.model_dump(mode="json")
-        return {"instance_id": self.instance_id, "answers": False, "record": record}
-
-
-def status(url: Url = None, *, json_: Json = False) -> None:
+async def status(mesh: Connecting, *, json_: Json = False) -> None:
     """Show all hosts: their agents, modules that failed to load, and events of the connection."""
-
-    async def main() -> None:
-        async with connected(url) as node:
-            records = await read_records(node.buckets)
-            found = await asyncio.gather(*[_request(node, key, record) for key, record in records.items()])
-            server = node.connection.target.display_url
-        if json_:
-            print_line(to_json_text([instance.to_dict() for instance in found]))
-        elif not found:
-            note(f"no instance serves agents on {server}")
-        else:
-            for instance in found:
-                print_line("\n".join(_lines(instance)))
-
-    run(main(), json_=json_)
+    async with mesh as node:
+        records = await read_records(node.buckets)
+        hosts = await asyncio.gather(*[_request(node, instance_id) for instance_id in records])
+    instances = [(key, records[key], host) for key, host in zip(records, hosts, strict=True)]
+    if json_:
+        print_json([_document(*instance) for instance in instances])
+    elif not instances:
+        note(f"no instance serves agents on {node.connection.target.display_url}")
+    else:
+        for instance in instances:
+            print_line("\n".join(_lines(*instance)))
 
 
-async def _request(node: Node, instance_id: str, record: InstanceRecord) -> InstanceStatus:
+async def _request(node: Node, instance_id: str) -> HostStatus | None:
+    """The status of an instance; None when it does not answer, or not in this form."""
     try:
         message = await node.inbox.request(subjects.host(instance_id, "info"), timeout=_TIMEOUT_S)
-        answered = not codec.is_no_responders(message.head)
-        found = HostStatus.model_validate_json(message.body) if answered else None
+        return HostStatus.model_validate_json(message.body)  # without responders the body is empty
     except (MeshTimeout, ValidationError):
-        found = None
-    return InstanceStatus(instance_id, record, found)
+        return None
 
 
-def _lines(instance: InstanceStatus) -> list[str]:
-    host = instance.status
+def _document(instance_id: str, record: InstanceRecord, host: HostStatus | None) -> dict[str, Any]:
     if host is None:
-        name = instance.record.host or instance.instance_id[:8]
+        return {"instance_id": instance_id, "answers": False, "record": record.model_dump(mode="json")}
+    return host.model_dump(mode="json")
+
+
+def _lines(instance_id: str, record: InstanceRecord, host: HostStatus | None) -> list[str]:
+    if host is None:
+        name = record.host or instance_id[:8]
         return [
-            f"{_red('?')} {name}: recorded with {len(instance.record.agents)} agents, but does not answer"
+            f"{_red('?')} {name}: recorded with {count(len(record.agents), 'agent')}, but does not answer"
         ]
     title = f"{_green('●')} {typer.style(host.host or 'a mesh without a host', bold=True)}"
     up = _age(time.time() - host.started_at)
@@ -81,7 +66,10 @@ def _lines(instance: InstanceStatus) -> list[str]:
     lines += [f"  {_red('✗')} {name}: {reason}" for name, reason in host.refused.items()]
     if host.agent_count > len(host.agents):
         lines.append(f"  and {host.agent_count - len(host.agents)} more agents")
-    return lines + [f"  {_clock(event.at)}  {event.what}" for event in _events(host)]
+    for event in _events(host):
+        age = _age(time.time() - event.at.timestamp())
+        lines.append(f"  {event.at.astimezone():%H:%M:%S} ({age} ago)  {event.what}")
+    return lines
 
 
 def _module_lines(host: HostStatus) -> list[str]:
@@ -113,19 +101,6 @@ def _activity(agent: AgentStatus) -> str:
     if background.restarts or background.error:
         text += f"  {count(background.restarts, 'restart')}  {_red(background.error)}"
     return text
-
-
-def _green(text: str) -> str:
-    return typer.style(text, fg=typer.colors.GREEN)
-
-
-def _red(text: str) -> str:
-    return typer.style(text, fg=typer.colors.RED)
-
-
-def _clock(at: datetime) -> str:
-    age = _age((datetime.now(UTC) - at).total_seconds())
-    return f"{at.astimezone():%H:%M:%S} ({age} ago)"
 
 
 def _age(seconds: float) -> str:

@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,7 +14,7 @@ import typer
 
 from openagentmesh.cli.connecting import with_advice
 from openagentmesh.cli.logs import LogFormat, configure_logging
-from openagentmesh.cli.output import count, example_input, fail, note, to_json_text
+from openagentmesh.cli.output import ConfigFile, count, example_input, fail, note, to_json_text
 from openagentmesh.mesh.runner import run, stop_event, wait_for_stop
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError
 from openagentmesh.runtime.config import FILE_NAME, Config, ConfigError, load_config
@@ -25,27 +25,31 @@ log = logging.getLogger("openagentmesh.up")
 
 _MAX_AGENTS_SHOWN: Final = 20
 _LOCAL_URLS: Final = {"nats://127.0.0.1:4222", "nats://localhost:4222"}
+_bold = partial(typer.style, bold=True)
+_dim = partial(typer.style, dim=True)
 
 
-def up(  # noqa: PLR0913, PLR0917 - one parameter per option
-    config: Annotated[Path | None, typer.Option(help="The configuration; else mesh.toml here.")] = None,
+def up(  # noqa: PLR0913 - one parameter per option
+    config: ConfigFile = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="The embedded server's port; 0 for any free one.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="Use this NATS server instead of an embedded one.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail when a module fails to load.")] = False,  # noqa: FBT002 - a flag
+    *,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when a module fails to load.")] = False,
     reload: Annotated[
         bool | None, typer.Option(help="Reload files as soon as they are saved; else as in mesh.toml.")
     ] = None,
-    log_format: Annotated[LogFormat, typer.Option(help="The format of log records.")] = LogFormat.AUTO,
+    log_format: Annotated[LogFormat, typer.Option(help="The format of log records.")] = "auto",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the agents of mesh.toml: one process, one connection, until Ctrl-C."""
     if log_level.upper() not in logging.getLevelNamesMapping():
         raise typer.BadParameter(f"'{log_level}' is not a level; give debug, info, warning or error")
     is_pretty = configure_logging(log_format, log_level)
+    host = {"reload": reload, "strict": strict or None}
+    read = partial(_read_config, config, {"mesh": {"url": url}, "server": {"port": port}, "host": host})
     try:
-        read = partial(_read_config, config, port, url, {"reload": reload, "strict": strict or None})
         run(_serve(read, (config or Path(FILE_NAME)).resolve(), is_pretty=is_pretty))
     except ConnectionFailed as exc:
         source = "--url" if url else f"[mesh] url in {config or FILE_NAME}"
@@ -55,20 +59,18 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter per option
         fail(exc)
 
 
-def _read_config(path: Path | None, port: int | None, url: str | None, host: dict[str, object]) -> Config:
-    """mesh.toml, with the options of the command line."""
+def _read_config(path: Path | None, options: Mapping[str, Mapping[str, object]]) -> Config:
+    """mesh.toml, with the options of the command line by section and key; None for missing ones."""
     config = load_config(path)
-    if url is not None:
-        config = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": url})})
-    if port is not None:
-        if config.mesh.url:
-            raise ConfigError(
-                f"--port is for the embedded server, but [mesh] url or --url is {config.mesh.url}. "
-                "Remove one of them."
-            )
-        config = config.model_copy(update={"server": config.server.model_copy(update={"port": port})})
-    given = {key: value for key, value in host.items() if value is not None}
-    return config.model_copy(update={"host": config.host.model_copy(update=given)})
+    for section, values in options.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=given)})
+    if options["server"]["port"] is not None and config.mesh.url:
+        raise ConfigError(
+            f"--port is for the embedded server, but [mesh] url or --url is {config.mesh.url}. "
+            "Remove one of them."
+        )
+    return config
 
 
 async def _serve(read_config: Callable[[], Config], file: Path, *, is_pretty: bool) -> None:
@@ -94,7 +96,7 @@ async def _serve(read_config: Callable[[], Config], file: Path, *, is_pretty: bo
 
 
 def _handle_hangup(host: Host, stop: asyncio.Event) -> None:
-    """On SIGHUP reload what has changed, or stop when the controlling terminal is gone."""
+    """On SIGHUP reload what has changed, or stop when the controlling terminal was closed."""
     if not hasattr(signal, "SIGHUP"):
         return  # Windows
     # A process that nohup started outlives its terminal.
@@ -165,14 +167,6 @@ def _agent_lines(host: Host) -> list[str]:
     if len(host.agents) > len(shown):
         lines.append(_dim(f"    and {len(host.agents) - len(shown)} more: oam mesh catalog"))
     return lines
-
-
-def _bold(text: str) -> str:
-    return typer.style(text, bold=True)
-
-
-def _dim(text: str) -> str:
-    return typer.style(text, dim=True)
 
 
 def _call_lines(host: Host) -> list[str]:

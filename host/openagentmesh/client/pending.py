@@ -21,7 +21,7 @@ from openagentmesh.protocol.errors import (
     NotFound,
 )
 from openagentmesh.protocol.messages import DeathNotice
-from openagentmesh.registry.directory import Directory
+from openagentmesh.registry.directory import Directory, OwnContracts, not_found
 from openagentmesh.registry.liveness import LivenessMonitor, agent_died, reports_no_responders
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import RECOVERY_RETRY_S, Inbox
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # An agent that has just subscribed may be about to publish its contract.
 _SECOND_LOOKUP_S: Final = 0.25
 _MAX_KNOWN: Final = 100_000
-# A known name is looked up again beside its next request after this many seconds.
+# A known name is looked up again, while a request is on its way, after this many seconds.
 _KNOWN_FOR_S: Final = 3.0
 # A host acknowledges a request within this many seconds.
 _MAX_ACCEPT_S: Final = 2.0
@@ -40,33 +40,21 @@ _MAX_ACCEPT_S: Final = 2.0
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request that waits for its answer.
-
-    Attributes:
-        name: the agent.
-        fail: called with an error when no answer will come.
-        lookup: looks the name up while the request is on its way.
-        instance: the instance that acknowledged it.
-        control: where that instance receives a cancel.
-    """
+    """A request that waits for its answer; `fail` is called with an error when none will come."""
 
     name: str
     fail: Callable[[MeshError], None]
+    # Looks the name up while the request is on its way.
     lookup: asyncio.Task[None] | None = None
+    # The instance that acknowledged it, and the subject on which that receives a cancel.
     instance: str = ""
     control: str = ""
 
 
 class PendingRequests:
-    """All pending requests of one node; `own` gives the contract of an agent served here."""
+    """All pending requests of one node."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        inbox: Inbox,
-        directory: Directory,
-        own: Callable[[str], AgentContract | None],
-    ) -> None:
+    def __init__(self, connection: Connection, inbox: Inbox, directory: Directory, own: OwnContracts) -> None:
         self._connection = connection
         self._inbox = inbox
         self._directory = directory
@@ -100,35 +88,25 @@ class PendingRequests:
             raise InvalidInput(f"{name!r} is not an agent's name: {reason}.")
 
     async def is_registered(self, name: str, verb: Verb) -> bool:
-        """Whether the agent is in the registry; agents of peers may be served without being there.
-
-        Raises:
-            InvocationMismatch: it is, and does not support `verb`.
-        """
-        if self._is_known(name):
-            return True
-        contract = await self._find(name)
-        if contract is None:
-            return False
-        contract.check_verb(verb)
-        self.mark_known(name)
+        """Whether the agent is in the registry, and supports `verb`; peers may serve unregistered agents."""
+        if not self._is_known(name):
+            contract = await self._find(name)
+            if contract is None:
+                return False
+            contract.check_verb(verb)
+            self.mark_known(name)
         return True
 
     async def check_delivered(self, name: str, verb: Verb) -> None:
-        """Check that a request without a 503 from NATS was delivered.
-
-        Raises:
-            NotFound: the agent is not in the registry, and NATS would not report it.
-            InvocationMismatch: the agent does not support `verb`.
-        """
+        """Raise NotFound for an unregistered agent unless NATS would have reported a missing subscription."""
         if not await self.is_registered(name, verb) and not await reports_no_responders(self._inbox, name):
-            raise _not_found(name)
+            raise not_found(name)
 
     async def no_responders(self, name: str, verb: Verb) -> MeshError:
         """The error for a request that no instance received."""
         contract = self._own(name) or await self._directory.find(name)
         if contract is None:
-            return _not_found(name)
+            return not_found(name)
         contract.check_verb(verb)
         return NotAvailable(f"Agent '{name}' is in the catalog, but no instance serves it now", agent=name)
 
@@ -151,7 +129,7 @@ class PendingRequests:
     def accepted(self, pending: PendingRequest, instance: str, control: str) -> None:
         """An instance acknowledged the request: monitor it, and remember where it receives a cancel."""
         pending.control = control or pending.control
-        # It becomes part of a subject, and may come from anyone.
+        # It becomes part of a subject, and is not trusted.
         if subjects.is_token(instance) and instance != pending.instance:
             if pending.instance:
                 self._liveness.unwatch(pending.instance, pending.fail)
@@ -159,10 +137,7 @@ class PendingRequests:
             self._liveness.watch(instance, pending.name, pending.fail)
 
     async def cancel(self, pending: PendingRequest, reply: str, *, timed_out: bool) -> None:
-        """Cancel the request at its host, once that has acknowledged it on the subject `reply`.
-
-        `timed_out` when the caller's timeout expired.
-        """
+        """Cancel the request at its host, as soon as that has acknowledged it on the subject `reply`."""
         if self._connection.is_closed:
             return
         if pending.control:
@@ -188,16 +163,13 @@ class PendingRequests:
         return time.monotonic() - self._known.get(name, -_KNOWN_FOR_S) < _KNOWN_FOR_S
 
     def mark_known(self, name: str) -> None:
-        """An instance answered for this name, so it is not looked up for a while."""
+        """Look this name up no more for a while: an instance has answered for it."""
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[name] = time.monotonic()
 
     async def _look_up(self, pending: PendingRequest, verb: Verb) -> None:
-        """Look a name up while its request is on its way.
-
-        Usually NATS reports a subject without a subscription, but not while one matches every subject.
-        """
+        """Look a name up: while a subscription matches all subjects, NATS reports no missing subscription."""
         try:
             await self.check_delivered(pending.name, verb)
         except InvocationMismatch as exc:
@@ -231,7 +203,3 @@ class PendingRequests:
         for pending in [p for p in self._pending if p.name == notice.agent and p.instance in concerned]:
             text = f"The last instance serving agent '{notice.agent}' is gone ({notice.reason})"
             pending.fail(agent_died(notice, text))
-
-
-def _not_found(name: str) -> NotFound:
-    return NotFound(f"Agent '{name}' is not in the catalog", agent=name)

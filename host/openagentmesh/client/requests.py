@@ -33,13 +33,7 @@ Decode = Callable[[bytes], Any]
 class RequestClient:
     """Calls, streams and sends, each within the client middlewares.
 
-    Args:
-        connection: the connection.
-        inbox: for replies.
-        pending: monitors requests that wait for an answer.
-        instance_id: this instance.
-        middlewares: the client middlewares of all plugins.
-        router: the agents of this node, which receive requests directly while it drains.
+    While the node drains, agents of its own `router` receive requests directly.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that a request uses
@@ -81,7 +75,7 @@ class RequestClient:
         if not self._middlewares:
             return await self._call(request, timeout, decode)
         async with self._middlewares.around(request, timeout):
-            return await self._call(request, _left(timeout, began), decode)
+            return await self._call(request, time_left(timeout, began), decode)
 
     async def _call(self, request: ClientOperation, timeout: float | None, decode: Decode) -> Any:  # noqa: ANN401 - as `decode` returns
         self._pending.check(request.target, "call")
@@ -144,7 +138,7 @@ class RequestClient:
         began = asyncio.get_running_loop().time()
         async with (
             self._middlewares.around(request, timeout),
-            aclosing(self._stream(request, timeout, _left(total, began), decode)) as chunks,
+            aclosing(self._stream(request, timeout, time_left(total, began), decode)) as chunks,
         ):
             async for chunk in chunks:
                 request.chunks += 1
@@ -245,7 +239,7 @@ class RequestClient:
             raise _located(exc, request) from exc.__cause__
 
     async def _send_with_reply_to(self, name: str, body: bytes, head: bytes, reply_to: str) -> None:
-        """Send with a reply subject of the caller's, and learn from a subscription there about a 503."""
+        """Send with a reply subject of the caller's, on which a 503 is received, too."""
         if subjects.invalid_subject(reply_to):
             raise InvalidInput(f"{reply_to!r} is not a subject to reply to: no wildcards, no blanks.")
         if await self._pending.is_registered(name, "send"):
@@ -277,7 +271,7 @@ class RequestClient:
         return await self._inbox.has_responders(subjects.agent(name), body, head)
 
     async def _wait_for_recovery(self, name: str) -> None:
-        """Wait a moment while hosts reconnect to a restarted server; raise when they do not."""
+        """Wait a moment while hosts reconnect to a restarted server; raise when they have had time to."""
         if not self._connection.is_recovering:
             raise await self._pending.no_responders(name, "send")
         await asyncio.sleep(RECOVERY_RETRY_S)
@@ -318,7 +312,7 @@ class RequestClient:
         publish: Callable[[], Awaitable[None]],
         subscription: AsyncExitStack,
     ) -> None:
-        """Pass replies, or the error that ended them, to the callbacks; `publish` sends the request again."""
+        """Pass replies, or the error that ended them, to the callbacks; `publish` repeats the request."""
         try:
             async with subscription:
                 while True:
@@ -341,7 +335,7 @@ class RequestClient:
             await replies.fail(_located(exc, request))
 
     async def _ok_body(self, reply: codec.Reply, name: str, verb: Verb) -> bytes:
-        """The body of an ok reply; raises the error of any other."""
+        """The body of an ok reply; raises the error of an error reply and of NATS' 503."""
         if reply.no_responders:
             raise await self._pending.no_responders(name, verb)
         if reply.error:
@@ -353,11 +347,9 @@ def _message(name: str, reply: str, head: bytes, body: bytes) -> Message:
     return Message(subjects.agent(name), reply, head, body)
 
 
-def _left(seconds: float | None, began: float) -> float | None:
-    """What is left of a time that began by the event loop's clock."""
-    if seconds is None:
-        return None
-    return max(0.0, began + seconds - asyncio.get_running_loop().time())
+def time_left(seconds: float | None, began: float) -> float | None:
+    """The rest of `seconds` that began at `began`, by the event loop's clock; None for no limit."""
+    return None if seconds is None else max(0.0, began + seconds - asyncio.get_running_loop().time())
 
 
 def _operation(

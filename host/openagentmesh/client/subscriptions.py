@@ -3,18 +3,16 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any, Final
 
 from openagentmesh.agent.client_middleware import EVENT_TIMEOUT_S, ClientMiddlewares, ClientOperation
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import ConnectionFailed, MeshError, MeshTimeout, Overloaded
 from openagentmesh.protocol.messages import MeshMessage
-from openagentmesh.registry.directory import Directory
+from openagentmesh.registry.directory import Directory, OwnContracts
 from openagentmesh.transport.connection import Connection
-from openagentmesh.transport.inbox import set_result
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
@@ -25,14 +23,14 @@ _MAX_BYTES: Final = 64 * 1024 * 1024
 
 
 class EventClient:
-    """Publishes and subscribes; `own` gives the contract of an agent served here."""
+    """Publishes and subscribes."""
 
     def __init__(
         self,
         connection: Connection,
         directory: Directory,
         instance_id: str,
-        own: Callable[[str], AgentContract | None],
+        own: OwnContracts,
         middlewares: ClientMiddlewares,
     ) -> None:
         self._connection = connection
@@ -62,30 +60,21 @@ class EventClient:
             await self._connection.publish(subject, event.body, head)
 
     async def of_agent(self, name: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
-        """The events of one publisher until its run ends; its failure is raised.
-
-        Raises:
-            NotFound: there is no agent of this name.
-            InvocationMismatch: it is not a publisher.
-        """
+        """The events of one publisher until its run ends; its failure is raised."""
         contract = self._own(name) or await self._directory.contract(name)
         contract.check_verb("subscribe")
         async with aclosing(self.on_subject(subjects.events(name), timeout)) as messages:
             async for message in messages:
                 yield message
 
-    async def of_channel(self, channel: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
+    def of_channel(self, channel: str, timeout: float | None) -> AsyncGenerator[MeshMessage[Any], None]:
         """The events of all publishers of a channel; one that fails or ends does not end the others."""
         if reason := subjects.invalid_name(channel):
             raise ValueError(f"{channel!r} is not a channel: {reason}.")
         pattern = subjects.channel_events(channel)
-        async with self._subscribed(
-            _Subscription(pattern, endless=True, publishers_only=True)
-        ) as subscription:
-            while (message := await self._next(subscription, timeout)) is not None:
-                yield message
+        return self._received(_Subscription(pattern, endless=True, publishers_only=True), timeout)
 
-    async def on_subject(
+    def on_subject(
         self, subject: str, timeout: float | None, *, endless: bool = False
     ) -> AsyncGenerator[MeshMessage[Any], None]:
         """The messages of a subject until an end frame; an error frame is raised.
@@ -93,46 +82,41 @@ class EventClient:
         On a subject with wildcards, or with `endless`, frames of one publisher do not end the others.
         """
         has_many = endless or "*" in subject or ">" in subject
-        async with self._subscribed(_Subscription(subject, endless=has_many)) as subscription:
-            while (message := await self._next(subscription, timeout)) is not None:
-                yield message
+        return self._received(_Subscription(subject, endless=has_many), timeout)
 
-    async def _next(self, subscription: "_Subscription", timeout: float | None) -> MeshMessage[Any] | None:
-        while (received := await subscription.next(timeout)) is not None:
-            subject, frame = received
-            if not self._middlewares:
-                return _message(subject, frame.headers, frame.body)
-            event = ClientOperation("receive", subject, body=frame.body, headers=dict(frame.headers))
-            try:
-                async with self._middlewares.around(event, EVENT_TIMEOUT_S):
-                    pass  # the subscriber's own work is outside of the middlewares
-            except MeshError as exc:  # a rejected event does not end the subscription
-                log.warning("event on %s rejected: %s", subject, exc)
-            else:
-                return _message(subject, event.headers, event.body)
-        return None
-
-    @asynccontextmanager
-    async def _subscribed(self, subscription: "_Subscription") -> AsyncIterator["_Subscription"]:
+    async def _received(
+        self, subscription: "_Subscription", timeout: float | None
+    ) -> AsyncGenerator[MeshMessage[Any], None]:
         sid = await self._connection.subscribe(subscription.subject, subscription.receive)
         self._subscriptions.add(subscription)
         try:
-            yield subscription
+            while (received := await subscription.next(timeout)) is not None:
+                subject, headers, body = received[0], received[1].headers, received[1].body
+                if self._middlewares:
+                    event = ClientOperation("receive", subject, body=body, headers=dict(headers))
+                    if not await self._is_accepted(event):
+                        continue
+                    headers, body = event.headers, event.body
+                yield MeshMessage(subject, codec.decode_message(headers, body), headers)
         finally:
             self._subscriptions.discard(subscription)
             if not self._connection.is_closed:
                 await self._connection.unsubscribe(sid)
 
-
-def _message(subject: str, headers: Mapping[str, str], body: bytes) -> MeshMessage[Any]:
-    return MeshMessage(subject, codec.decode_message(headers, body), headers)
+    async def _is_accepted(self, event: ClientOperation) -> bool:
+        try:
+            async with self._middlewares.around(event, EVENT_TIMEOUT_S):
+                return True  # the subscriber's own work is outside of the middlewares
+        except MeshError as exc:  # a rejected event does not end the subscription
+            log.warning("event on %s rejected: %s", event.target, exc)
+            return False
 
 
 class _Subscription:
     """The messages that one subscriber has not read yet.
 
-    An `endless` one goes on when one of many publishers fails or ends; with `publishers_only` all other
-    messages on its subjects are ignored.
+    With `endless`, one of many publishers that fails or ends does not end it; with `publishers_only`,
+    messages that are no events are ignored.
     """
 
     def __init__(self, subject: str, *, endless: bool = False, publishers_only: bool = False) -> None:
@@ -141,7 +125,7 @@ class _Subscription:
         self._publishers_only = publishers_only
         self._messages: deque[Message] = deque()
         self._size = 0
-        self._waiting: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
         self._error: MeshError | None = None
         self._ended = False
 
@@ -157,22 +141,15 @@ class _Subscription:
             return
         self._messages.append(message)
         self._size += len(message.body)
-        if self._waiting is not None:
-            set_result(self._waiting, None)
+        self._changed.set()
 
     def fail(self, error: MeshError) -> None:
         """End the subscription with an error, after the messages that have arrived."""
         self._error = self._error or error
-        if self._waiting is not None:
-            set_result(self._waiting, None)
+        self._changed.set()
 
     async def next(self, timeout: float | None) -> tuple[str, codec.Reply] | None:
-        """The next message with a body, and its subject; None after the end frame.
-
-        Raises:
-            MeshTimeout: none arrived within `timeout` seconds.
-            MeshError: the publisher or the subscription failed.
-        """
+        """The subject and the frame of the next message with a body; None after the end frame."""
         try:
             async with asyncio.timeout(timeout):
                 while not self._ended:
@@ -196,11 +173,11 @@ class _Subscription:
         error = codec.decode_error(frame.body)
         if not self._endless:
             raise error
-        log.info("error on %s, other publishers go on: %s", subject, error)
+        log.info("error on %s, the subscription continues: %s", subject, error)
 
     async def _wait(self) -> None:
         while not self._messages:
             if self._error is not None:
                 raise self._error
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
+            self._changed.clear()
+            await self._changed.wait()

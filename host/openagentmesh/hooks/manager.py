@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Container, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import isasyncgenfunction, iscoroutinefunction
@@ -14,7 +14,6 @@ import pluggy
 from pydantic import BaseModel, ValidationError
 
 from openagentmesh.agent.agent import AgentVersion
-from openagentmesh.agent.call import Middleware
 from openagentmesh.agent.client_middleware import ClientMiddlewares
 from openagentmesh.hooks import specs
 from openagentmesh.hooks.reload_result import ReloadResult
@@ -41,11 +40,8 @@ class Plugin:
 class Plugins:
     """Plugins in the order of their middlewares, the first one outermost.
 
-    Args:
-        implementations: objects that implement hooks, by name; a class is called without arguments.
-
-    Raises:
-        PluginFailed: one implements no hook, or an unknown one.
+    `implementations` are objects that implement hooks, by name; a class is called without arguments. One that
+    implements no hook, or an unknown one, raises PluginFailed.
     """
 
     def __init__(self, implementations: Mapping[str, object] | None = None) -> None:
@@ -78,13 +74,8 @@ class Plugins:
         return found
 
     def check_includes(self, others: Sequence[object], origin: str) -> None:
-        """Check that the plugins that a module passes to its mesh are in force here.
-
-        Raises:
-            PluginFailed: one is not, so what it protects would not be protected.
-        """
-        missing = self.named(others).keys() - {plugin.name for plugin in self.all}
-        if missing:
+        """Raise PluginFailed unless all plugins that a module passes to its mesh are in force here."""
+        if missing := self.named(others).keys() - {plugin.name for plugin in self.all}:
             name = min(missing)
             raise PluginFailed(
                 f"{origin} uses the plugin '{name}', but in a host only the plugins of mesh.toml are in "
@@ -93,15 +84,10 @@ class Plugins:
             )
 
     def _registered(self, name: str, implementation: object) -> object:
-        try:
+        with _named(name, "cannot be used", unchanged=()):
             created = implementation() if isinstance(implementation, type) else implementation
             self._manager.register(created, name)
             self._manager.check_pending()
-        # A plugin's code may raise anything; the start ends here.
-        except Exception as exc:
-            raise PluginFailed(
-                f"The plugin '{name}' cannot be used: {error_text(exc)}", details={"plugin": name}
-            ) from exc
         if problem := self._problem_of(created):
             raise PluginFailed(f"The plugin '{name}' {problem}.", details={"plugin": name})
         return created
@@ -110,9 +96,8 @@ class Plugins:
         """Why a plugin would not work as it looks; empty when it would."""
         if not self._manager.get_hookcallers(created):
             return "implements no hook: put @hookimpl above a function named mesh_…"
-        names = [name for name in dir(created) if name.startswith("mesh_")]
-        problems = (self._problem_of_hook(created, name) for name in names)
-        return next((problem for problem in problems if problem), "")
+        names = (name for name in dir(created) if name.startswith("mesh_"))
+        return next(filter(None, (self._problem_of_hook(created, name) for name in names)), "")
 
     def _problem_of_hook(self, created: object, name: str) -> str:
         hook = getattr(created, name, None)
@@ -132,25 +117,14 @@ class Plugins:
         return sorted(caller.name for caller in self._manager.get_hookcallers(plugin.implementation) or ())
 
     def _call(self, plugin: Plugin, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - as the hook returns
-        """The result of one plugin's hook; None when it does not implement it.
-
-        Raises:
-            PluginFailed: the hook raised anything.
-        """
+        """The result of one plugin's hook; None when it does not implement it."""
         others = [each.implementation for each in self.all if each is not plugin]
-        try:
+        with _named(plugin.name, f"failed in {hook}"):
             found = self._manager.subset_hook_caller(hook, others)(**arguments)
-        except PluginFailed:
-            raise
-        # A plugin's code may raise anything; the hook ends here.
-        except Exception as exc:
-            raise _failed_in(plugin, hook, exc) from exc
         return (found[0] if found else None) if isinstance(found, list) else found
 
     def configure(self, tables: Tables, folder: Path) -> None:
-        """Apply validated settings to all plugins; when one refuses, restore the previous ones.
-
-        Relative paths in them start at the folder.
+        """Validate and apply settings, with paths relative to `folder`; when one fails, restore all.
 
         Raises:
             pydantic.ValidationError: a table does not match its plugin's model.
@@ -172,17 +146,17 @@ class Plugins:
         return [plugin.settings for plugin in self.all]
 
     def restore(self, settings: Iterable[BaseModel | None], folder: Path) -> None:
-        """Apply previous settings again; a plugin that fails then is named in the log."""
+        """Restore previous settings; a plugin that fails is named in the log."""
         for plugin, previous in zip(self.all, settings, strict=True):
             if plugin.settings is not previous:
                 try:
                     self._configure(plugin, previous, folder)
                 except PluginFailed as exc:
-                    plugin.settings = None  # unknown, so it is configured again with the next settings
+                    plugin.settings = None  # unknown, so the next settings are applied in any case
                     log.exception("previous settings not restored: %s", exc.message)
 
     def _configure(self, plugin: Plugin, settings: BaseModel | None, folder: Path) -> None:
-        plugin.settings = settings  # also when it refuses: it is then configured with the previous ones
+        plugin.settings = settings  # also when it fails: it is then configured with the previous ones
         if settings is not None:
             self._call(plugin, "mesh_configure", settings=settings, folder=folder)
 
@@ -207,11 +181,7 @@ class Plugins:
         )
 
     def wrap(self, agent: AgentVersion, tables: Tables) -> AgentVersion:
-        """An agent within the middlewares of all plugins; `tables` are its own settings of them.
-
-        Raises:
-            PluginFailed: a plugin cannot be applied to this agent, so it must not serve.
-        """
+        """An agent within the middlewares of all plugins; `tables` are its own settings of them."""
         self._known_agents.add(agent.name)
         redactors = (self._call(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
         agent = replace(agent, redactor=next((each for each in redactors if each is not None), None))
@@ -219,27 +189,22 @@ class Plugins:
             settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
             middleware = self._call(plugin, "mesh_middleware", agent=agent, settings=settings)
             if middleware is not None:
-                agent = _with_middleware(agent, plugin, middleware)
+                with _named(plugin.name, f"cannot be applied to '{agent.name}'", unchanged=()):
+                    agent = agent.with_middleware(plugin.name, middleware)
         return agent
 
     @cached_property
     def _innermost_first(self) -> list[Plugin]:
         """The reverse order; with `trylast` a plugin is next to the handler, wherever it is listed."""
-        by_list = list(reversed(self.all))
-        return sorted(by_list, key=lambda plugin: not self._tries_last(plugin))
+        in_reverse = self.all[::-1]
+        return sorted(in_reverse, key=lambda plugin: not self._tries_last(plugin))
 
     def _tries_last(self, plugin: Plugin) -> bool:
-        if "mesh_middleware" not in self.hooks_of(plugin):
-            return False
-        options = self._manager.parse_hookimpl_opts(plugin.implementation, "mesh_middleware")
-        return bool(options and options.get("trylast"))
+        implementations = self._manager.hook.mesh_middleware.get_hookimpls()
+        return any(each.trylast and each.plugin is plugin.implementation for each in implementations)
 
     def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
-        """One agent's settings of one plugin.
-
-        Raises:
-            PluginFailed: they do not match the plugin's model, or it has none.
-        """
+        """One agent's settings of one plugin, validated by its model; None when it has no model."""
         model = self._model(plugin, "mesh_agent_settings")
         where = f'[agents."{agent}".plugins.{plugin.name}]'
         if model is None and table:
@@ -257,45 +222,15 @@ class Plugins:
 
     @asynccontextmanager
     async def lifespan(self, instance: specs.Instance) -> AsyncIterator[None]:
-        """Run the lifespans of all plugins.
-
-        Raises:
-            PluginFailed: one cannot start; those before it are stopped.
-        """
-        # Errors are not thrown into them: whatever ends the mesh, they just exit.
-        running = AsyncExitStack()
-        try:
+        """Run the lifespans of all plugins; when one cannot start, those before it are stopped."""
+        async with AsyncExitStack() as running:
             for plugin in self.all:
                 lifespan = self._call(plugin, "mesh_lifespan", instance=instance)
                 if lifespan is not None:
-                    await self._enter(running, plugin, lifespan)
+                    with _named(plugin.name, "cannot start"):
+                        await lifespan.__aenter__()
+                    running.push_async_callback(_exit, plugin.name, lifespan)
             yield
-        finally:
-            await running.aclose()
-
-    async def _enter(
-        self, running: AsyncExitStack, plugin: Plugin, lifespan: AbstractAsyncContextManager[None]
-    ) -> None:
-        try:
-            await lifespan.__aenter__()
-        except PluginFailed:
-            raise
-        # As in `_call`.
-        except Exception as exc:
-            message = f"The plugin '{plugin.name}' cannot start: {error_text(exc)}"
-            raise PluginFailed(message, details={"plugin": plugin.name}) from exc
-
-        async def leave() -> None:
-            try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await lifespan.__aexit__(None, None, None)
-            # The stop goes on, whatever a plugin raises; a task that it has cancelled may be its own.
-            except BaseException:
-                if (task := asyncio.current_task()) is not None and task.cancelling():
-                    raise
-                log.exception("plugin '%s' did not stop cleanly", plugin.name)
-
-        running.push_async_callback(leave)
 
     @property
     def check_candidates(self) -> bool:
@@ -303,22 +238,12 @@ class Plugins:
         return any("mesh_check_candidate" in self.hooks_of(plugin) for plugin in self.all)
 
     async def check_candidate(self, agent: AgentVersion, serving: AgentVersion | None) -> list[str]:
-        """The notes of all plugins on a new version that does not serve yet.
-
-        Raises:
-            MeshError: a plugin refuses it.
-            PluginFailed: a plugin raised anything else.
-        """
+        """The notes of all plugins on a new version that does not serve yet; a MeshError refuses it."""
         notes: list[str] = []
         for plugin in self.all:
             check = self._call(plugin, "mesh_check_candidate", agent=agent, serving=serving)
-            try:
+            with _named(plugin.name, "failed in mesh_check_candidate", unchanged=MeshError):
                 notes += [] if check is None else await check
-            except MeshError:
-                raise
-            # As in `_call`.
-            except Exception as exc:
-                raise _failed_in(plugin, "mesh_check_candidate", exc) from exc
         return notes
 
     def add_commands(self, app: "Typer") -> None:
@@ -330,7 +255,7 @@ class Plugins:
                 log.warning("%s", exc.message)
 
     def notify_unloaded(self, served: Container[str]) -> None:
-        """Notify plugins of agents that are not served, or not any more."""
+        """Notify plugins of agents that are not served any more, or that never were."""
         for name in [name for name in self._known_agents if name not in served]:
             self._known_agents.discard(name)
             self._notify("mesh_agent_unloaded", name=name)
@@ -347,16 +272,28 @@ class Plugins:
                 log.exception("%s", exc.message)
 
 
-def _failed_in(plugin: Plugin, hook: str, exc: Exception) -> PluginFailed:
-    return PluginFailed(
-        f"The plugin '{plugin.name}' failed in {hook}: {error_text(exc)}", details={"plugin": plugin.name}
-    )
-
-
-def _with_middleware(agent: AgentVersion, plugin: Plugin, middleware: Middleware) -> AgentVersion:
+async def _exit(plugin: str, lifespan: AbstractAsyncContextManager[None]) -> None:
+    """Exit a plugin's lifespan without an error, whatever ends the mesh."""
     try:
-        return agent.with_middleware(plugin.name, middleware)
-    # A plugin's code may raise anything; the agent does not serve without it.
+        async with asyncio.timeout(_STOP_TIMEOUT_S):
+            await lifespan.__aexit__(None, None, None)
+    # The stop continues, whatever a plugin raises; a task that it has cancelled may be its own.
+    except BaseException:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise
+        log.exception("plugin '%s' did not stop cleanly", plugin)
+
+
+@contextmanager
+def _named(
+    plugin: str, problem: str, *, unchanged: type[Exception] | tuple[()] = PluginFailed
+) -> Iterator[None]:
+    """Raise errors of a plugin's code as PluginFailed with its name, except those that are `unchanged`."""
+    try:
+        yield
+    except unchanged:
+        raise
+    # A plugin's code may raise anything.
     except Exception as exc:
-        message = f"The plugin '{plugin.name}' cannot be applied to '{agent.name}': {error_text(exc)}"
-        raise PluginFailed(message, details={"plugin": plugin.name}) from exc
+        message = f"The plugin '{plugin}' {problem}: {error_text(exc)}"
+        raise PluginFailed(message, details={"plugin": plugin}) from exc

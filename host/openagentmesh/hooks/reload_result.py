@@ -21,7 +21,7 @@ class ReloadResult:
         error: why it was refused; empty when it was not.
         details: the error's traceback, or the source line with a caret.
         line: the error's `file:line`.
-        notes: breaking changes, results of plugins' checks, what the old version left behind.
+        notes: breaking changes, results of plugins' checks, and what the old version did not stop or release.
         names: the agents of the modules concerned.
         took_ms: milliseconds from the first step to the swap, or to the refusal.
         in_flight: requests that were running on the old version then.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -84,11 +85,10 @@ class AgentMesh(Verbs, ReloadAPI):
         self._names: set[str] = set()
         self._types = TypeCache()
         self._node: Node | None = None
-        self._hosted = False
         self._plugins = Plugins.of(plugins)
         module = current_module()
+        self._hosted = module is not None
         if module is not None:
-            self._hosted = True
             module.node.plugins.check_includes(plugins, module.origin)
             self._node = module.node
             target = module.node.connection.target
@@ -215,21 +215,14 @@ class AgentMesh(Verbs, ReloadAPI):
             return self
         if self._node is not None:
             raise ConnectionFailed("This mesh is already connected; leave its `async with` block first.")
-        target = self._target
-        node = Node(
-            Target(
-                target.url,
-                address.creds_or_none(target.creds),
-                target.tls_cert,
-                target.tls_key,
-                target.tls_ca,
-            ),
+        target, plugins = self._target, self._plugins
+        # Handlers may be called, and call other agents, before the start is complete.
+        node = self._node = Node(
+            replace(target, creds=address.creds_or_none(target.creds)),
             self._instance_id,
-            prepare=lambda agent: self._plugins.wrap(agent, {}),
-            plugins=self._plugins,
+            prepare=lambda agent: plugins.wrap(agent, {}),
+            plugins=plugins,
         )
-        # Handlers may be called, and call others, before the start is complete.
-        self._node = node
         try:
             await node.start([node.prepare(agent) for agent in self._agents.values()])
         except BaseException:
@@ -243,7 +236,7 @@ class AgentMesh(Verbs, ReloadAPI):
         """Finish what runs, deregister, close."""
         if not self._hosted and self._node is not None:
             try:
-                await self._node.stop(DRAIN_TIMEOUT_S)  # running handlers may still call others
+                await self._node.stop(DRAIN_TIMEOUT_S)  # running handlers may still call other agents
             finally:
                 self._node = None
 
@@ -258,14 +251,8 @@ class AgentMesh(Verbs, ReloadAPI):
     async def _serve(self) -> None:
         async with self:
             node = await self._ready()
-            stop = stop_event()
-            count = len(node.router)
-            log.info(
-                "serving %d %s on %s",
-                count,
-                "agent" if count == 1 else "agents",
-                node.connection.target.display_url,
-            )
+            stop, count, url = stop_event(), len(node.router), node.connection.target.display_url
+            log.info("serving %d %s on %s", count, "agent" if count == 1 else "agents", url)
             await wait_for_stop(stop, node.connection.closed)
 
 

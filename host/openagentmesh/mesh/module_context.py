@@ -24,7 +24,6 @@ class Generation:
     """What one loading of a module declares.
 
     Attributes:
-        agents: its agents, in order.
         kept: the state that survives the next reload, by name.
         hints: the types of kept state: its class, or the annotation of a collection.
         disposals: called when another generation has replaced it.
@@ -52,13 +51,9 @@ class LoadingModule:
     """A module that is being loaded for a node.
 
     Attributes:
-        origin: its origin, for messages.
-        node: the node.
         own: what the module's managed files declare.
         unmanaged: what is declared by modules that it imports and that are not executed again.
-        settings: its table in mesh.toml.
         is_managed: whether a module, by its name, is executed again when its file changes.
-        declared: all agents by name.
     """
 
     origin: str
@@ -93,11 +88,7 @@ class LoadingModule:
         self.declared[agent.name] = agent
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - the author's object
-        """The object of this name that the previous generation kept, or a new one.
-
-        Raises:
-            InvalidAgent: the name is in use, or the next generation could not take the object over.
-        """
+        """The object of this name that the previous generation kept, or a new one."""
         generation = self.generation
         if name in generation.kept:
             raise InvalidAgent(f"{self.origin} keeps two objects named '{name}'; rename one of them.")

@@ -1,10 +1,11 @@
-"""One participant: a connection, the agents it serves, what it knows of the others."""
+"""One participant: a connection, the agents it serves, and what it knows about other participants."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final, Literal
 
 from pydantic_core import to_json
@@ -44,22 +45,16 @@ Control = Callable[[bytes], Awaitable[bytes]]
 
 # More agents do not fit into the reply to `oam status`.
 _MAX_AGENTS_IN_STATUS: Final = 1000
-# After a peer has removed our agents from the registry, they are published again after this much quiet.
+# After a peer has removed agents of this node from the registry, they are published again after this delay.
 _REPUBLISH_DELAY_S: Final = 0.5
 
 
 class Node:
     """Serves agents and calls others, over one connection.
 
-    Args:
-        target: where to connect.
-        instance_id: this instance's id on the wire.
-        about: what the instance record contains besides the agents.
-        prepare: adds limits and middlewares to a declared agent.
-        plugins: the plugins of this node.
-        middlewares: the client middlewares; else those of the plugins.
-        contract_policy: what happens to an agent whose contract is incompatible with the one that another
-            live instance serves: it serves anyway, with or without a warning, or it is refused.
+    `about` is what the instance record contains besides the agents; `prepare` adds limits and middlewares to
+    a declared agent. By `contract_policy` an agent serves, with or without a warning, or is refused when its
+    contract is incompatible with that of another live instance.
 
     Attributes:
         refused: the refused agents, with the reason.
@@ -96,18 +91,15 @@ class Node:
         self.requests = RequestClient(connection, inbox, self.pending, instance_id, middlewares, self.router)
         self.events = EventClient(connection, self.directory, instance_id, self.own, middlewares)
         self.status: Callable[[], NodeStatus] = self.node_status
-        self.on_finished: Callable[[], Awaitable[None]] = _do_nothing
+        self.on_finished: Callable[[], Awaitable[None]] | None = None
         self.controls: dict[str, Control] = {"info": self._info}
         self.refused: dict[str, str] = {}
         self.prepare = prepare
         self.contract_policy = contract_policy
         self.reconciler = Reconciler(self.router, self._serve)
         self._plugins_running = AsyncExitStack()
-        # Published contracts: new code alone is no reason to publish a contract again.
-        self._published: dict[str, AgentContract] = {}
         self._removed_by_peer = asyncio.Event()
-        self._republishing: asyncio.Task[None] | None = None
-        self._monitoring: asyncio.Task[None] | None = None
+        self._monitoring: list[asyncio.Task[None]] = []
         self._following_levels: asyncio.Task[None] | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._registering = asyncio.Lock()
@@ -152,7 +144,7 @@ class Node:
         await self.reconciler.wait(names)
 
     def remove(self, names: Collection[str]) -> list[Route]:
-        """Serve these agents no longer; returns their routes, which `withdraw` closes."""
+        """Serve these agents no longer; returns their routes, for `withdraw`."""
         for name in names:
             self.refused.pop(name, None)
         routes = self.reconciler.remove(names)
@@ -166,19 +158,21 @@ class Node:
         await self.reconciler.wait_idle()  # one of them may be about to open
         await asyncio.gather(*[route.close(drain_timeout) for route in routes])
         names = {route.agent.name for route in routes}
-        await retry_forever(lambda: self._deregister(names), "deregistering")
+        await retry_forever(partial(self._deregister, names), "deregistering")
 
     async def _deregister(self, names: set[str]) -> None:
         async with self._registering:
-            # One may have been declared again meanwhile.
-            gone = {name for name in names if self.router.get(name) is None}
-            unserved = await self._unserved(await self.presence.remove_agents(gone))
-            await self.registry.withdraw(gone, everywhere=unserved)
-            for name in gone:
-                self._published.pop(name, None)
-            await self.presence.notify_deaths(unserved, self.instance_id, "graceful_shutdown")
-            for name in gone:
-                await self.router.logs.publish("info", name, "agent_deregistered")
+            # An agent may have been declared again meanwhile.
+            removed = {name for name in names if self.router.get(name) is None}
+            await self._withdraw(removed, await self.presence.remove_agents(removed))
+
+    async def _withdraw(self, names: Collection[str], unlisted: set[str]) -> None:
+        """Withdraw the contracts of these agents, and remove those of them that no instance serves."""
+        unserved = await self._unserved(unlisted)
+        await self.registry.withdraw(names, everywhere=unserved)
+        await self.presence.notify_deaths(unserved, self.instance_id, "graceful_shutdown")
+        for name in names:
+            await self.router.logs.publish("info", name, "agent_deregistered")
 
     async def _serve(self, names: Collection[str]) -> None:
         await self._check_conflicts(names)
@@ -189,22 +183,12 @@ class Node:
                 await self.router.serve(wanted[name])
         await self.connection.flush()  # from here on they can be called
         async with self._registering:
-            agents = {route.agent.name: route.agent for n in names if (route := self.router.get(n))}
-            await self._publish(agents)
-            await self._announce(agents)
-        for agent in agents.values():
-            data: dict[str, object] = {"version": agent.contract.version}
-            await self.router.logs.publish("info", agent.name, "agent_registered", data=data)
-
-    async def _publish(self, agents: dict[str, AgentVersion]) -> None:
-        contracts = {n: a.contract for n, a in agents.items() if not self._is_published(a.contract)}
-        if contracts:
-            await self.registry.publish(contracts.values())
-            self._published |= contracts
-
-    def _is_published(self, contract: AgentContract) -> bool:
-        known = self._published.get(contract.name)
-        return known is not None and known.equals(contract)
+            contracts = [contract for name in names if (contract := self.own(name))]
+            await self.registry.publish(contracts)
+            await self._announce([contract.name for contract in contracts])
+        for contract in contracts:
+            data: dict[str, object] = {"version": contract.version}
+            await self.router.logs.publish("info", contract.name, "agent_registered", data=data)
 
     async def _check_conflicts(self, names: Collection[str]) -> None:
         """Warn about, or refuse, agents that other live instances serve with incompatible contracts."""
@@ -220,8 +204,8 @@ class Node:
         for name, changes in (await self.registry.conflicts(compared)).items():
             if name not in wanted:
                 continue
-            reason = "contract incompatible with the one of another live instance: "
-            reason += "; ".join(map(str, changes))
+            listed = "; ".join(map(str, changes))
+            reason = f"contract incompatible with the one of another live instance: {listed}"
             if self.contract_policy == "refuse":
                 log.error("%s not served: %s", name, reason)
                 self.refused[name] = reason
@@ -229,18 +213,15 @@ class Node:
                 log.warning('%s: %s; serving anyway (contract = "warn")', name, reason)
 
     async def _announce(self, agents: Iterable[str]) -> None:
-        is_first = self._monitoring is None
-        if is_first:
-            await self.services.open()
+        await self.services.open()
         await self.presence.announce(agents)
-        if is_first:
+        if not self._monitoring:
             self.directory.on_change = self._on_registry_change
             self.directory.follow()
-            self._monitoring = asyncio.create_task(self.presence.monitor_others(self._remove_unserved))
-            self._republishing = asyncio.create_task(self._keep_published())
-            self._following_levels = asyncio.create_task(
-                retry_forever(lambda: follow_levels(self.buckets, self.router.logs), "following log levels")
-            )
+            work = (self.presence.monitor_others(self._remove_unserved), self._keep_published())
+            self._monitoring = [asyncio.create_task(each) for each in work]
+            following = partial(follow_levels, self.buckets, self.router.logs)
+            self._following_levels = asyncio.create_task(retry_forever(following, "following log levels"))
 
     async def _remove_unserved(self, agents: set[str]) -> set[str]:
         """Remove agents of dead instances from the registry, unless they are served; returns them."""
@@ -249,37 +230,34 @@ class Node:
         return unserved
 
     async def _unserved(self, agents: set[str]) -> set[str]:
-        """Those of these agents, which no record lists, that no peer without a record serves either."""
+        """Which of these agents, which no record lists, no instance without a record serves either."""
         known = [self.own(name) or self.directory.cached(name) for name in agents]
         contracts = [contract for contract in known if contract]
         return agents - await served_without_record(self.connection, self.inbox, contracts)
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave queue groups, finish what runs while replies still work, deregister, close."""
-        is_serving = self._monitoring is not None
         await self.reconciler.stop()
-        await cancel_and_wait(self._republishing, self._monitoring)
+        await cancel_and_wait(*self._monitoring)
         await self.services.close()
         try:
-            if self.connection.connected and is_serving:
+            if self.connection.connected and self._monitoring:
                 await self.router.drain(drain_timeout)
-                unserved = await self._unserved(await self.presence.delete_record())
-                await self.registry.withdraw([route.agent.name for route in self.router], everywhere=unserved)
-                await self.presence.notify_deaths(unserved, self.instance_id, "graceful_shutdown")
-                for route in self.router:
-                    await self.router.logs.publish("info", route.agent.name, "agent_deregistered")
+                names = [route.agent.name for route in self.router]
+                await self._withdraw(names, await self.presence.delete_record())
                 await self.connection.flush()
         except MeshError as exc:
-            log.warning("not deregistered, other instances will do it: %s", exc)
+            log.warning("not deregistered, another instance will do it: %s", exc)
         finally:
             await self._close()
 
     async def _close(self) -> None:
         await self.reconciler.stop()
-        await cancel_and_wait(self._republishing, self._monitoring, self._following_levels)
+        await cancel_and_wait(*self._monitoring, self._following_levels)
         try:
             await self.router.finish(0)
-            await self.on_finished()
+            if self.on_finished is not None:
+                await self.on_finished()
             self.plugins.notify_unloaded(())
             await self._plugins_running.aclose()
         finally:
@@ -323,7 +301,7 @@ class Node:
         await self.buckets.restore()
         await self._republish()
         await self.presence.restore()
-        if self._monitoring is not None:
+        if self._monitoring:
             self.directory.follow()
         self.reconciler.start()
         await self.objects.restore()
@@ -333,7 +311,7 @@ class Node:
             self._removed_by_peer.set()
 
     async def _keep_published(self) -> None:
-        """Publish contracts again: a stock replica removes the agent for all instances when it stops."""
+        """Publish contracts again: a stopping replica of the published SDK removes them for all instances."""
         while True:
             await self._removed_by_peer.wait()
             await asyncio.sleep(_REPUBLISH_DELAY_S)  # until the peer has removed everything
@@ -372,7 +350,3 @@ class Node:
             if len(body) <= self.connection.max_payload or not agents:
                 return body
             agents = agents[: len(agents) // 2]
-
-
-async def _do_nothing() -> None:
-    return

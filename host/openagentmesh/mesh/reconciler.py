@@ -1,4 +1,4 @@
-"""Serves the agents that are wanted: one task brings all changes onto the mesh."""
+"""Serves the wanted agents: one task applies all changes."""
 
 import asyncio
 import logging
@@ -21,19 +21,15 @@ _MAX_RETRY_S: Final = 60.0
 class Reconciler:
     """Makes the router serve the wanted agents.
 
-    Args:
-        router: serves agents.
-        serve: serves agents by their names; it reads `wanted` again whenever it has awaited something.
-
-    Attributes:
-        wanted: the agents that are served, about to be, or refused.
+    `serve` serves agents by their names; it reads `wanted` again whenever it has awaited something.
     """
 
     def __init__(self, router: Router, serve: Callable[[Collection[str]], Awaitable[None]]) -> None:
+        # The agents that are served, about to be, or refused.
         self.wanted: dict[str, AgentVersion] = {}
         self._router = router
         self._serve = serve
-        # Names in order; one that is being served may be wanted again meanwhile.
+        # Names in order; one that is being served may be pending once more.
         self._pending: dict[str, None] = {}
         self._current: dict[str, None] = {}
         self._task: asyncio.Task[None] | None = None
@@ -68,19 +64,19 @@ class Reconciler:
         self._begin()
 
     def remove(self, names: Iterable[str]) -> list[Route]:
-        """Want these agents no longer; returns the routes they had."""
+        """Serve these agents no longer; returns their routes."""
         for name in names:
             self.wanted.pop(name, None)
             self._pending.pop(name, None)
         return [route for name in names if (route := self._router.remove(name))]
 
     def start(self) -> None:
-        """Begin to serve what is wanted."""
+        """Begin to serve the wanted agents."""
         self._is_started = True
         self._begin()
 
     async def stop(self) -> None:
-        """Serve nothing more."""
+        """Stop serving new agents and versions."""
         self._is_started = False
         if self._retry is not None:
             self._retry.cancel()
@@ -88,7 +84,7 @@ class Reconciler:
 
     async def wait(self, names: Collection[str] | None = None) -> None:
         """Wait until all wanted agents are served, or these; raises the error that prevents it."""
-        self._begin()  # failed ones are tried again
+        self._begin()  # failed ones are retried
         while (task := self._task) is not None:
             if names is not None and not (self._pending.keys() | self._current.keys()).intersection(names):
                 return

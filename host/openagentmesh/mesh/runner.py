@@ -19,23 +19,13 @@ T = TypeVar("T")
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run`, on uvloop where that is installed (`openagentmesh[fast]`)."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    factory = import_module("uvloop").new_event_loop if find_spec("uvloop") else None
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if find_spec("uvloop") is None:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = import_module("uvloop").new_event_loop
-    return factory
-
-
 async def wait_for_stop(stop: asyncio.Event, closed: asyncio.Event) -> None:
-    """Wait until `stop` is set.
-
-    Raises:
-        ConnectionFailed: the connection was closed for good before.
-    """
+    """Wait until `stop` is set; ConnectionFailed when the connection is closed for good before."""
     waiting = [asyncio.create_task(event.wait()) for event in (stop, closed)]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     await cancel_and_wait(*waiting)

@@ -1,7 +1,7 @@
-"""The verbs of a mesh for those who use agents. Every verb is one call into its node."""
+"""The verbs of a mesh with which agents are used. Every verb is one call into its node."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from types import UnionType
@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from openagentmesh.agent.handler import TypeCache
 from openagentmesh.client import retry as retries
 from openagentmesh.client.replies import Callback
+from openagentmesh.client.requests import Headers
 from openagentmesh.mesh.node import Node
-from openagentmesh.mesh.typed import decode_untyped, decoder, get_reference, typed_decoder
+from openagentmesh.mesh.typed import decode_untyped, decoder, get_reference
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.contract import AgentContract, CatalogEntry
 from openagentmesh.protocol.messages import MeshMessage
@@ -28,7 +29,6 @@ T = TypeVar("T")
 InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
 ChunkT = TypeVar("ChunkT")
-Headers = Mapping[str, str] | None
 Request = tuple[str, object, Callable[[bytes], Any]]
 
 
@@ -224,9 +224,9 @@ class Verbs(ABC):
     def _request(self, name: str | Callable[..., Any], payload: object, returns: Any) -> Request:  # noqa: ANN401 - any annotation
         """The agent's name, the payload, and what decodes replies."""
         if isinstance(name, str):
-            return name, payload, codec.decode if returns is None else decoder(returns, self._types)
+            return name, payload, codec.decode if returns is None else decoder(self._types.get(returns))
         agent = get_reference(name)
-        decode = decode_untyped if agent.output is None else typed_decoder(agent.output)
+        decode = decode_untyped if agent.output is None else decoder(agent.output)
         return agent.name, agent.encode(payload), decode
 
     async def send(  # noqa: PLR0913 - the published signature, and headers
@@ -286,7 +286,7 @@ class Verbs(ABC):
         Args:
             agent: of this publisher, until its run ends; its failure is raised.
             channel: of all publishers of this channel; one that fails or ends does not end the others.
-                Ignored beside one of the others.
+                Ignored if one of the others is given.
             subject: the messages of this NATS subject until an end frame; on a subject with wildcards
                 there is no end.
             timeout: seconds to wait for the next event; None for ever.
@@ -338,10 +338,10 @@ class Verbs(ABC):
             streaming: only agents that stream, or do not.
             invocable: only agents that can be called, or cannot.
         """
-        node = await self._ready()
+        directory = (await self._ready()).directory
         return [
             entry
-            for entry in await node.directory.catalog()
+            for entry in await directory.catalog()
             if (channel is None or in_channel(entry.name, channel))
             and (not tags or set(tags) <= set(entry.tags))
             and streaming in {None, entry.streaming}
@@ -354,13 +354,11 @@ class Verbs(ABC):
         Raises:
             NotFound: there is no agent of this name.
         """
-        node = await self._ready()
-        return await node.directory.contract(name)
+        return await (await self._ready()).directory.contract(name)
 
     async def discover(self, channel: str | None = None) -> list[AgentContract]:
         """The full contracts of all agents, or of those of one channel."""
-        node = await self._ready()
-        contracts = await node.directory.discover()
+        contracts = await (await self._ready()).directory.discover()
         return [c for c in contracts if channel is None or in_channel(c.name, channel)]
 
     async def _buckets(self) -> KVBuckets:

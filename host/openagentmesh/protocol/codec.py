@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -40,11 +41,7 @@ def new_id() -> str:
 
 
 def encode(payload: object) -> bytes:
-    """A payload as a body: None is empty, bytes are unchanged, everything else is JSON.
-
-    Raises:
-        InvalidInput: the payload has no JSON form.
-    """
+    """A payload as a body: None is empty, bytes are unchanged, the rest is JSON; else raises InvalidInput."""
     if payload is None:
         return b""
     if isinstance(payload, bytes | bytearray | memoryview):
@@ -60,11 +57,7 @@ def encode(payload: object) -> bytes:
 
 
 def decode(body: bytes) -> Any:  # noqa: ANN401 - a JSON value of any shape
-    """A body as a JSON value; an empty body is None.
-
-    Raises:
-        MeshError: the body is not JSON.
-    """
+    """A body as a JSON value, None if it is empty; raises MeshError if it is not JSON."""
     if not body:
         return None
     try:
@@ -118,18 +111,11 @@ def request_headers(  # noqa: PLR0913 - one parameter per header
     reply_to: str = "",
     extra: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The header block of a request.
+    """The header block of a request; `extra` are the caller's own headers.
 
-    Args:
-        request_id: the request's id.
-        instance_id: the sending instance.
-        timeout: seconds that the caller waits; None for ever.
-        streaming: whether chunks are expected.
-        credit: chunks that may be unacknowledged.
-        accept: ACK requests acknowledgements, and that the host listens for a cancel; NO_REPLY requests no
-            answer: the reply subject serves for NATS' 503 alone.
-        reply_to: the subject of `send(reply_to=…)`.
-        extra: the caller's own headers.
+    `timeout` is in seconds, None without a limit; `credit` is how many chunks may be unacknowledged. With
+    `accept=ACK` the host acknowledges the request and listens for a cancel; with NO_REPLY it does not answer,
+    and only NATS sends its 503 to the reply subject. `reply_to` is that of `send(reply_to=…)`.
     """
     headers = {subjects.REQUEST_ID: request_id, subjects.INSTANCE_ID: instance_id}
     if timeout is not None and timeout != math.inf:
@@ -200,21 +186,13 @@ def publish_headers(instance_id: str, kind: str, extra: Mapping[str, str] | None
 
 
 def encode_message(payload: object) -> tuple[str, bytes]:
-    """The content type and body of `publish()`.
-
-    Raises:
-        InvalidInput: the payload is neither text, bytes nor JSON.
-    """
-    if isinstance(payload, str):
-        return "text/plain", _encode_text(payload)
+    """The content type and body of `publish()`; raises InvalidInput if it is neither text, bytes nor JSON."""
     if isinstance(payload, bytes | bytearray | memoryview):
         return "application/octet-stream", bytes(payload)
-    return "application/json", encode(payload)
-
-
-def _encode_text(text: str) -> bytes:
+    if not isinstance(payload, str):
+        return "application/json", encode(payload)
     try:
-        return text.encode()
+        return "text/plain", payload.encode()
     except UnicodeEncodeError as exc:
         raise InvalidInput(f"The text cannot be encoded as UTF-8: {exc}.") from exc
 
@@ -231,10 +209,8 @@ def decode_message(headers: Mapping[str, str], body: bytes) -> Any:  # noqa: ANN
 
 
 def error_headers(request_id: str, instance_id: str, *, frame: bool = False) -> bytes:
-    """The header block of an error reply or its copy; with `frame` of a stream's error frame.
-
-    A publisher's error belongs to no request and has no request id.
-    """
+    """The header block of an error reply or its copy; with `frame`, of a stream's error frame."""
+    # A publisher's error belongs to no request.
     headers = {subjects.REQUEST_ID: request_id} if request_id or not frame else {}
     headers |= {subjects.INSTANCE_ID: instance_id, subjects.STATUS: "error"}
     if frame:
@@ -269,10 +245,9 @@ def _encode_envelope(error: MeshError) -> bytes:
 
 def decode_error(body: bytes) -> MeshError:
     """The error of an error envelope; a MeshError when the envelope is malformed."""
-    try:
+    envelope = None
+    with suppress(ValueError):
         envelope = from_json(body)
-    except ValueError:
-        envelope = None
     if not isinstance(envelope, dict):
         shown = body[:200].decode("utf-8", "replace")
         return MeshError(f"The peer sent a malformed error envelope: {shown!r}")
@@ -288,17 +263,9 @@ def decode_error(body: bytes) -> MeshError:
 
 @dataclass(slots=True)  # one per chunk: properties would cost more than fields
 class Reply:
-    """A reply or a frame as received by the caller.
+    """A reply or a frame as received by the caller; `accepted` if it only acknowledges the request.
 
-    Attributes:
-        body: JSON; an error envelope when `error`.
-        error: whether it is an error.
-        accepted: whether it only acknowledges the request.
-        no_responders: whether it is NATS' 503.
-        seq: the number of a chunk; the count of chunks on an end frame.
-        end: whether it is the last frame.
-        instance: the instance that sent it.
-        headers: all headers.
+    `body` is JSON, an error envelope if `error`. `seq` is the number of a chunk, on an end frame their count.
     """
 
     body: bytes
@@ -346,7 +313,7 @@ def decode_frame(head: bytes, body: bytes) -> Reply:
 
 def is_no_responders(head: bytes) -> bool:
     """Whether a header block is NATS' 503: the subject has no subscription."""
-    return decode_reply(head, b"").no_responders
+    return read_headers(head).get(INLINE_STATUS) == _NO_RESPONDERS
 
 
 def credit_headers(credit: int) -> bytes:

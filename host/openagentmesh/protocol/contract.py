@@ -1,5 +1,6 @@
 """Specs, contracts and catalog entries of agents (protocol §3–§5, §7)."""
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Self
 
@@ -154,31 +155,28 @@ class AgentContract(BaseModel):
                 idempotent=own.get("idempotent") is True,
                 registered_at=own.get("registered_at") or datetime.fromtimestamp(0, UTC),
             )
-        except (ValueError, ValidationError, AttributeError, KeyError, TypeError, IndexError) as exc:
+        except (ValueError, AttributeError, LookupError, TypeError) as exc:
             raise MeshError(
                 f"A peer published a malformed contract ({type(exc).__name__}: {exc}): {document[:120]!r}"
             ) from exc
 
     def to_document(self) -> dict[str, Any]:
         """The document that is published (protocol §4)."""
-        own: dict[str, Any] = {
+        own = {
             "subject": self.subject,
             "tags": self.tags,
             "registered_at": self.registered_at.isoformat(),
+            "chunk_schema": self.chunk_schema,
+            "mcp": self.mcp,
+            "idempotent": self.idempotent or None,
         }
-        if self.chunk_schema is not None:
-            own["chunk_schema"] = self.chunk_schema
-        if self.mcp is not None:
-            own["mcp"] = self.mcp
-        if self.idempotent:
-            own["idempotent"] = True
         return {
             "name": self.name,
             "description": self.description,
             "version": self.version,
             "capabilities": self.capabilities,
             "skills": self.skills,
-            "x-agentmesh": own,
+            "x-agentmesh": {key: value for key, value in own.items() if value is not None},
         }
 
     def equals(self, other: "AgentContract") -> bool:
@@ -191,14 +189,7 @@ class AgentContract(BaseModel):
 
     def to_catalog_entry(self) -> CatalogEntry:
         """The contract's entry in the catalog."""
-        return CatalogEntry.model_construct(
-            name=self.name,
-            description=self.description,
-            version=self.version,
-            tags=self.tags,
-            invocable=self.invocable,
-            streaming=self.streaming,
-        )
+        return CatalogEntry.model_validate(self, from_attributes=True)
 
     def to_tool_schema(self) -> dict[str, Any]:
         """The agent as a tool: `{name, description, input_schema}`; the schema is always an object's.
@@ -255,7 +246,11 @@ class AgentContract(BaseModel):
 
 def decode_catalog(document: bytes | None) -> list[CatalogEntry]:
     """The entries in the value of the catalog's key; malformed ones are left out."""
-    return [entry for entry in map(_entry, catalog_objects(document)) if entry is not None]
+    entries = list[CatalogEntry]()
+    for found in catalog_objects(document):
+        with suppress(ValidationError):
+            entries.append(CatalogEntry.model_validate(found))
+    return entries
 
 
 def catalog_objects(document: bytes | None) -> list[dict[str, Any]]:
@@ -270,10 +265,3 @@ def catalog_objects(document: bytes | None) -> list[dict[str, Any]]:
 def encode_catalog(entries: list[dict[str, Any]]) -> bytes:
     """The value of the catalog's key for these entries."""
     return to_json(entries, inf_nan_mode="null")
-
-
-def _entry(found: dict[str, Any]) -> CatalogEntry | None:
-    try:
-        return CatalogEntry.model_validate(found)
-    except ValidationError:
-        return None

@@ -67,10 +67,7 @@ class MeshError(Exception):
         return type(self), (self.code, self.message, self.agent, self.request_id, self.details)
 
     def for_request(self, *, agent: str, request_id: str) -> "MeshError":
-        """A copy of this error for one request; an agent named by the error itself is kept.
-
-        A copy, because authors may raise the same object again and again.
-        """
+        """A copy for one request, since authors may raise one object twice; its own agent is kept."""
         return MeshError(self.code, self.message, self.agent or agent, request_id, self.details)
 
     @staticmethod
@@ -78,8 +75,7 @@ class MeshError(Exception):
         code: str, message: str, agent: str, request_id: str, details: dict[str, Any]
     ) -> "MeshError":
         """The error of the class for `code`; a MeshError with that code when it is unknown."""
-        error = _BY_CODE.get(code, MeshError)
-        return error(code, message, agent, request_id, details)
+        return _BY_CODE.get(code, MeshError)(code, message, agent, request_id, details)
 
     def to_dict(self) -> dict[str, Any]:
         """The error envelope (protocol §8)."""

@@ -12,11 +12,7 @@ _MAX_DIGITS: Final = 12
 
 
 def write_headers(headers: Mapping[str, str]) -> bytes:
-    """Headers as the block that precedes a body; empty for no headers.
-
-    Raises:
-        InvalidInput: a name or a value contains a line break or is not valid Unicode.
-    """
+    """Headers as the block that precedes a body; raises InvalidInput for line breaks and lone surrogates."""
     if not headers:
         return b""
     block = "\r\n".join([VERSION_LINE, *[f"{k}: {v}" for k, v in headers.items()], "", ""])

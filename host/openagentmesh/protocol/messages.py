@@ -54,22 +54,9 @@ class Usage(BaseModel):
 
     def plus(self, other: "Usage") -> "Usage":
         """The sum of both; the model is the other's if it has one."""
-        return Usage(
-            input_tokens=_sum(self.input_tokens, other.input_tokens),
-            output_tokens=_sum(self.output_tokens, other.output_tokens),
-            total_tokens=_sum(self.total_tokens, other.total_tokens),
-            model=other.model or self.model,
-            estimated_cost_usd=_sum(self.estimated_cost_usd, other.estimated_cost_usd),
-        )
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _sum(one: Number | None, other: Number | None) -> Number | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other
+        one, two = self.model_dump(exclude_none=True), other.model_dump(exclude_none=True)
+        sums = {key: one[key] + two[key] for key in one.keys() & two.keys() - {"model"}}
+        return Usage.model_validate({**one, **two, **sums, "model": other.model or self.model})
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,4 +1,4 @@
-"""ObjectStore of the workspace as they are stored: the NATS object store format (ADR-20)."""
+"""The workspace's objects as they are stored: the NATS object store format (ADR-20)."""
 
 import logging
 from base64 import urlsafe_b64encode
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 STREAM: Final = f"OBJ_{ARTIFACTS_BUCKET}"
 METADATA_SUBJECTS: Final = f"$O.{ARTIFACTS_BUCKET}.M.>"
-# Bytes. Clients read chunks of any size; this is the one that most of them write.
+# Bytes. Clients read chunks of any size; most of them write this one.
 CHUNK_SIZE: Final = 128 * 1024
 
 

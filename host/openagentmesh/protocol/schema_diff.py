@@ -8,19 +8,19 @@ Objects are read as pydantic means them: without `additionalProperties`, extra k
 nor rejected. A missing schema produces `{}`, the reply for None, and requires nothing as an input; old
 peers publish no input schema at all. A missing schema on the accepting side accepts anything.
 
-Schemas come from other peers: nothing here raises, work and result are bounded, and what is not a schema
-stands for any value. `not`, `if`, `contains`, `dependent…` and `unevaluated…`, which pydantic never
+Schemas come from other peers: nothing here raises, work and result are bounded, and anything that is not a
+schema accepts any value. `not`, `if`, `contains`, `dependent…` and `unevaluated…`, which pydantic never
 writes, are ignored.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, product, starmap
 from typing import Any, Final, Literal
 
 from openagentmesh.protocol.contract import AgentContract
-from openagentmesh.protocol.json_schema import resolve_ref
+from openagentmesh.protocol.json_schema import TYPES, constants, resolve_ref
 
 Part = Literal["input", "output", "chunk", "kind"]
 # A schema without references and unions, of one type or of any, reduced to the keywords compared here.
@@ -34,16 +34,7 @@ _MAX_DEPTH: Final = 100
 _CHARACTERS_PER_UNIT: Final = 20  # of text, which count as one unit of work
 _NO_VALUE: Final = {"type": "object", "title": "nothing", "properties": {}}
 _KINDS: Final = ("background task", "publisher", "responder", "streamer")
-_NULL: Final = type(None)
-_TYPES: Final = {
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    list: "array",
-    _NULL: "null",
-}
-_TYPE_NAMES: Final = {name: of.__name__ for of, name in _TYPES.items()} | {"null": "None"}
+_TYPE_NAMES: Final = {name: of.__name__ for of, name in TYPES.items()} | {"null": "None"}
 # Bounds: the sign that makes a tighter bound the greater number; the inclusive and the exclusive keyword;
 # the bound without either.
 _BOUNDS: Final = (
@@ -54,13 +45,7 @@ _BOUNDS: Final = (
 )
 _OPAQUE: Final = ("pattern", "format", "multipleOf", "uniqueItems")  # compared for equality alone
 _LOOSE_FORMATS: Final = ("binary", "password", "path")  # any string matches
-_OBJECT_KEYWORDS: Final = {
-    "properties",
-    "patternProperties",
-    "additionalProperties",
-    "propertyNames",
-    "required",
-}
+_OBJECT_KEYS: Final = {"properties", "patternProperties", "additionalProperties", "propertyNames", "required"}
 _KEYWORDS: Final[dict[str, Any]] = {
     **dict.fromkeys(("$ref", "title", "pattern", "format"), str),
     **dict.fromkeys(("properties", "patternProperties"), dict),
@@ -77,12 +62,8 @@ _KEYWORDS: Final[dict[str, Any]] = {
 class Change:
     """One breaking change.
 
-    Attributes:
-        what: the part of the contract.
-        path: the place in its schema: `text`, `items[].price`, `prices.*` for any key; empty for the root.
-        old: the old form; empty when the place is new.
-        new: the new form; empty when the place was removed. Both are empty when the schemas cannot be
-            compared.
+    `path` is a place in the schema: `text`, `items[].price`, `prices.*` for any key; empty for the root.
+    `old` is empty when the place is new, `new` when it was removed, both when the schemas cannot be compared.
     """
 
     what: Part
@@ -92,14 +73,11 @@ class Change:
 
     def __str__(self) -> str:
         where = f"{self.what} '{self.path}'" if self.path else self.what
-        match self.old, self.new:
-            case "", "":
-                return f"{where}: cannot be compared"
-            case old, "":
-                return f"{where}: {old} was removed"
-            case "", new:
-                return f"{where}: {new} was added"
-        return f"{where}: {self.old} became {self.new}"
+        if self.old and self.new:
+            return f"{where}: {self.old} became {self.new}"
+        if self.old or self.new:
+            return f"{where}: {self.old or self.new} was {'removed' if self.old else 'added'}"
+        return f"{where}: cannot be compared"
 
 
 def breaking_changes(old: AgentContract, new: AgentContract) -> list[Change]:
@@ -116,10 +94,6 @@ def breaking_changes(old: AgentContract, new: AgentContract) -> list[Change]:
         _Comparison("chunk", produced=new.chunk_schema, accepted=old.chunk_schema).changes(),
     )
     return list(islice(found, _MAX_CHANGES))
-
-
-class _TooMuchWork(ValueError):
-    """The schema is larger or deeper than any real contract's."""
 
 
 class _Comparison:
@@ -143,7 +117,7 @@ class _Comparison:
         if (id(produced), id(accepted)) in parents:
             return
         if len(parents) == _MAX_DEPTH:
-            raise _TooMuchWork
+            raise RecursionError
         parents |= {(id(produced), id(accepted))}
         outgoing = self._alternatives(produced, self._produced)
         incoming = self._alternatives(accepted, self._accepted)
@@ -165,9 +139,9 @@ class _Comparison:
         if not _is_value_accepted(produced, accepted):
             yield self._change(path, _shown([produced]), _shown([accepted]))
             return
-        for old, new in (*_bound_differences(produced, accepted), *_opaque_differences(produced, accepted)):
+        for old, new in _keyword_differences(produced, accepted):
             yield self._change(path, old, new)
-        if accepted.keys() & _OBJECT_KEYWORDS:
+        if accepted.keys() & _OBJECT_KEYS:
             yield from self._fields(produced, accepted, path, parents)
         if "items" in accepted or "prefixItems" in accepted:
             yield from self._items(produced, accepted, path, parents)
@@ -175,24 +149,23 @@ class _Comparison:
     def _fields(self, produced: _Plain, accepted: _Plain, path: str, parents: _Pairs) -> Iterator[Change]:
         outgoing, incoming = _properties(produced), _properties(accepted)
         extra_out, extra_in = _extra_properties(produced), _extra_properties(accepted)
+        given, needed = produced.get("required", {}), accepted.get("required", {})
+        # Callers read any declared output field, required or not.
+        read = needed if self._what == "input" or extra_out not in (None, False) else incoming
+        missing = read.keys() - outgoing.keys()
+        rejected = outgoing.keys() - incoming.keys() if extra_in is False else set()
+        broken = missing | rejected
+        changed = broken | (needed.keys() - given.keys())
         for name in outgoing | incoming:
             at = _join(path, name)
             one, other = outgoing.get(name, extra_out), incoming.get(name, extra_in)
-            always, must = name in produced.get("required", ()), name in accepted.get("required", ())
-            # Callers read any declared output field, required or not.
-            is_missed = must or (self._what != "input" and extra_out in (None, False))
-            if name not in outgoing and is_missed:
-                yield self._change(at, "", self._field(other, self._accepted, required=must))
-                continue
-            if name not in incoming and extra_in is False:
-                yield self._change(at, self._field(one, self._produced, required=always), "")
-                continue
-            if must and not always:
-                optional = self._field(one, self._produced, required=False)
-                yield self._change(at, optional, self._field(other, self._accepted, required=True))
-            if one is not None and other is not None:
+            if name in changed:
+                old = "" if name in missing else self._field(one, self._produced, required=name in given)
+                new = "" if name in rejected else self._field(other, self._accepted, required=name in needed)
+                yield self._change(at, old, new)
+            if name not in broken and None not in (one, other):
                 yield from self._schemas(one, other, at, parents)
-        if extra_out is not None and extra_in is not None:
+        if None not in (extra_out, extra_in):
             yield from self._schemas(extra_out, extra_in, _join(path, "*"), parents)
         if "propertyNames" in accepted:
             names = produced.get("propertyNames", {"type": "string"})
@@ -238,13 +211,13 @@ class _Comparison:
         for part in parts:
             branches = [one for branch in part for one in self._split(branch, root, followed)]
             self._work(sum(map(_size, branches)) * len(found) + sum(map(_size, found)) * len(branches))
-            found = _intersections(branches, found)
+            found = [both for both in starmap(_intersection, product(branches, found)) if both is not None]
         return found
 
     def _work(self, size: int) -> None:
         self._work_left -= size
         if self._work_left < 0:
-            raise _TooMuchWork
+            raise ValueError("The schema is larger than any real contract's.")
 
     def _field(self, schema: object, root: object, *, required: bool) -> str:
         return f"{'required' if required else 'optional'} {_shown(self._alternatives(schema, root))}"
@@ -258,8 +231,7 @@ def _known(schema: object) -> _Plain:
     """The keywords of a schema that are compared and have values of the right type."""
     if not isinstance(schema, dict):
         return {}
-    found = ((key, schema[key], of) for key, of in _KEYWORDS.items() if key in schema)
-    known = {key: value for key, value, of in found if isinstance(value, of)}
+    known = {key: value for key, value in schema.items() if isinstance(value, _KEYWORDS.get(key, ()))}
     if known.get("format") in _LOOSE_FORMATS:
         del known["format"]
     if "required" in known:
@@ -271,17 +243,15 @@ def _split_types(plain: _Plain) -> list[_Plain]:
     """A schema once for each of its types, or for each type of its constants."""
     named = plain.pop("type", [])
     types = [named] if isinstance(named, str) else [name for name in named if isinstance(name, str)]
-    if "const" not in plain and "enum" not in plain:
+    values = constants(plain)
+    if values is None:
         return [plain | {"type": name} for name in types] or [plain]
-    constants = dict[str, dict[str, bool]]()
-    for value in [plain.pop("const")] if "const" in plain else plain["enum"]:
-        constants.setdefault(_TYPES.get(type(value), "object"), {})[repr(value)] = True
-    found = [plain | {"type": name, "enum": texts} for name, texts in constants.items()]
-    return [one for one in found if not types or any(_is_subtype(one, {"type": name}) for name in types)]
-
-
-def _intersections(branches: list[_Plain], found: list[_Plain]) -> list[_Plain]:
-    return [both for one in branches for other in found if (both := _intersection(one, other)) is not None]
+    texts = dict[str, dict[str, bool]]()
+    for value in values:
+        texts.setdefault(TYPES.get(type(value), "object"), {})[repr(value)] = True
+    if "number" in types:
+        types.append("integer")
+    return [plain | {"type": name, "enum": of} for name, of in texts.items() if not types or name in types]
 
 
 def _intersection(one: _Plain, other: _Plain) -> _Plain | None:
@@ -310,11 +280,9 @@ def _intersection(one: _Plain, other: _Plain) -> _Plain | None:
 
 def _is_value_accepted(produced: _Plain, accepted: _Plain) -> bool:
     """Whether type and constants fit."""
-    if not _is_subtype(produced, accepted):
-        return False
-    if "enum" not in accepted:
-        return True
-    return "enum" in produced and produced["enum"].keys() <= accepted["enum"].keys()
+    one, other = produced.get("enum"), accepted.get("enum")
+    is_listed = other is None or (one is not None and one.keys() <= other.keys())
+    return is_listed and _is_subtype(produced, accepted)
 
 
 def _is_subtype(produced: _Plain, accepted: _Plain) -> bool:
@@ -331,13 +299,16 @@ def _counterpart(one: _Plain, outgoing: list[_Plain], incoming: list[_Plain]) ->
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _bound_differences(produced: _Plain, accepted: _Plain) -> Iterator[tuple[str, str]]:
-    """The bounds of the accepting side that are tighter, as text of both sides."""
+def _keyword_differences(produced: _Plain, accepted: _Plain) -> Iterator[tuple[str, str]]:
+    """The keywords of the accepting side that are tighter, as text of both sides."""
     for sign, *keys, default in _BOUNDS:
-        one, one_text = _bound(produced, sign, keys, default)
-        other, other_text = _bound(accepted, sign, keys, default)
+        (one, old), (other, new) = (_bound(of, sign, keys, default) for of in (produced, accepted))
         if one < other:
-            yield one_text, other_text
+            yield old, new
+    for key in _OPAQUE:
+        if accepted.get(key) and produced.get(key) != accepted[key]:
+            old, new = (f"{key} {_text(of[key])}" if of.get(key) else "" for of in (produced, accepted))
+            yield old, new
 
 
 def _bound(plain: _Plain, sign: int, keys: list[str], default: float) -> tuple[tuple[float, int], str]:
@@ -345,13 +316,6 @@ def _bound(plain: _Plain, sign: int, keys: list[str], default: float) -> tuple[t
     declared = [(key, exclusive) for exclusive, key in enumerate(keys) if key in plain]
     bounds = [((sign * plain[key], exclusive), f"{key} {_text(plain[key])}") for key, exclusive in declared]
     return max(bounds, default=((default, 0), ""))
-
-
-def _opaque_differences(produced: _Plain, accepted: _Plain) -> Iterator[tuple[str, str]]:
-    for key in _OPAQUE:
-        if accepted.get(key) and produced.get(key) != accepted[key]:
-            one, other = (f"{key} {_text(of[key])}" if of.get(key) else "" for of in (produced, accepted))
-            yield one, other
 
 
 def _properties(plain: _Plain) -> _Plain:
@@ -390,6 +354,6 @@ def _join(path: str, name: str) -> str:
 
 
 def _text(value: object, max_length: int = 60) -> str:
-    """Text of a peer, shortened and safe to print."""
+    """Text from a peer, shortened and safe to print."""
     text = repr(f"{value}"[: max_length + 1])[1:-1]
     return text if len(text) <= max_length else f"{text[: max_length - 1]}…"

@@ -18,7 +18,7 @@ class _Status(BaseModel):
 class HistoryEvent(_Status):
     """A past event, `at` in UTC."""
 
-    at: datetime
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     what: str
 
 
@@ -32,24 +32,18 @@ class BackgroundStatus(_Status):
 
 
 class AgentStatus(_Status):
-    """One agent of a node.
+    """One agent of a node, with the number of its requests since `since`.
 
     Attributes:
-        name: its name.
-        version: its version.
         kind: responder, streamer, trigger, publisher, watcher or driven.
         source: file and line of its handler.
-        in_flight: requests being answered, waiting ones included.
-        waiting: requests that wait for a slot.
-        requests: requests since the node started.
-        errors: those answered by an error.
-        overloaded: those of the errors with the code `overloaded`.
-        seconds: the sum of their durations.
+        in_flight: requests being answered, those waiting for a slot included.
+        errors: requests answered with an error; `overloaded`: those with that code.
+        seconds: the sum of the requests' durations.
         last_error: code and message of the last error, shortened.
         since: when counting began, in seconds since 1970.
-        limits: its limits, by name.
         active: false while its condition is false.
-        background: of a publisher or watcher.
+        background: only of a publisher or watcher.
     """
 
     name: str
@@ -92,13 +86,10 @@ class NodeStatus(_Status):
     """One participant of the mesh.
 
     Attributes:
-        instance_id: its id on the wire.
         started_at: in seconds since 1970.
-        agent_count: how many agents it serves.
-        agents: the agents, or as many as fit into one message.
+        agents: the agents that it serves, or as many of them as fit into one message.
         refused: agents that are not served because of their contracts, with the reason.
-        threads: of blocking handlers.
-        connection: to the NATS server.
+        threads: those of blocking handlers.
     """
 
     instance_id: str = ""

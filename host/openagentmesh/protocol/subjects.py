@@ -3,9 +3,13 @@
 import re
 from typing import Final
 
-NAME_RE: Final = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-PATTERN_RE: Final = re.compile(r">|([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
-KEY_RE: Final = re.compile(r"[-/_=A-Za-z0-9]+(\.[-/_=A-Za-z0-9]+)*")
+_WORDS: Final = r"{0}(\.{0})*"
+_PATTERN: Final = r">|({0}|\*)(\.({0}|\*))*(\.>)?"
+_KEY_WORD: Final = r"[-/_=A-Za-z0-9]+"
+NAME_RE: Final = re.compile(_WORDS.format("[A-Za-z0-9_-]+"))
+PATTERN_RE: Final = re.compile(_PATTERN.format(r"[^\s.*>]+"))
+KEY_RE: Final = re.compile(_WORDS.format(_KEY_WORD))
+KEY_PATTERN_RE: Final = re.compile(_PATTERN.format(_KEY_WORD))
 TOKEN_RE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 # A protocol line may have 4096 bytes; these leave room for the rest of the line.
 MAX_NAME: Final = 255
@@ -19,6 +23,8 @@ OBSERVABILITY_BUCKET: Final = "mesh-observability"
 CONTEXT_BUCKET: Final = "mesh-context"
 KV_BUCKETS: Final = (CATALOG_BUCKET, REGISTRY_BUCKET, INSTANCES_BUCKET, OBSERVABILITY_BUCKET, CONTEXT_BUCKET)
 ARTIFACTS_BUCKET: Final = "mesh-artifacts"
+RESULTS: Final = "mesh.results."
+DEATHS: Final = "mesh.death.>"
 # NATS service discovery (§10).
 SERVICES: Final = "$SRV.>"
 # The key of the observability settings for all agents.
@@ -80,16 +86,10 @@ def invalid_key(key: str, *, pattern: bool = False) -> str | None:
     """Why `key` cannot be the key of a bucket, or with `pattern` a key pattern; None when it can."""
     if not isinstance(key, str) or len(key) > MAX_SUBJECT:
         return f"a key is a text of at most {MAX_SUBJECT} characters"
-    words = _literal_words(key) if pattern else [key]
-    if key and all(KEY_RE.fullmatch(word) for word in words):
+    if (KEY_PATTERN_RE if pattern else KEY_RE).fullmatch(key):
         return None
     wildcards = "; '*' stands for one word, '>' at the end for all following words" if pattern else ""
     return f"a key is words of letters, digits, '-', '_', '/' and '=', joined by single dots{wildcards}"
-
-
-def _literal_words(pattern: str) -> list[str]:
-    words = [word for word in pattern.split(".") if word != "*"]
-    return words[:-1] if words[-1:] == [">"] else words
 
 
 def is_token(text: str) -> bool:
@@ -134,9 +134,6 @@ def stream(request_id: str) -> str:
     return f"mesh.stream.{request_id}"
 
 
-RESULTS: Final = "mesh.results."
-
-
 def results(request_id: str) -> str:
     """The subject of the replies to one `send(on_reply=...)`."""
     return f"{RESULTS}{request_id}"
@@ -150,9 +147,6 @@ def errors(name: str) -> str:
 def death(name: str) -> str:
     """The subject of the death notice of `name`."""
     return f"mesh.death.{name}"
-
-
-DEATHS: Final = "mesh.death.>"
 
 
 def logs(name: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json, to_json
 
-from openagentmesh.protocol.json_schema import Schema, resolve_ref
+from openagentmesh.protocol.json_schema import TYPES, Schema, constants, resolved
 
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VALUE: Final = "value"
@@ -16,15 +16,10 @@ _COMBINING: Final = {"$ref", "allOf", "anyOf", "oneOf"}
 # Keywords that model APIs reject in the root of a tool's input.
 _NOT_IN_ROOT: Final = _COMBINING | {"not", "enum", "const"}
 _STRICT_REF: Final = re.compile(r"#|#/(\$defs|definitions)/[^/]+")
-_TYPES: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def tool(agent: str, description: str, input_schema: Schema | None, output_schema: Schema | None) -> Schema:
-    """An agent as `{name, description, input_schema}`: the neutral form, and Anthropic's.
-
-    Raises:
-        ValueError: the agent's name cannot be a tool's name.
-    """
+    """An agent as `{name, description, input_schema}`: the neutral form, and Anthropic's."""
     name = agent.replace(".", "_")
     if not _TOOL_NAME.fullmatch(name):
         raise ValueError(
@@ -38,11 +33,7 @@ def tool(agent: str, description: str, input_schema: Schema | None, output_schem
 
 
 def openai_tool(neutral: Schema, *, api: str, strict: bool) -> Schema:
-    """A tool in the form of OpenAI's chat or responses API.
-
-    Raises:
-        ValueError: an unknown API, or input that strict mode cannot express.
-    """
+    """A tool in the form of OpenAI's chat or responses API."""
     if api not in ("chat", "responses"):
         raise ValueError(f"api must be 'chat' or 'responses', not {api!r}")
     name, parameters = neutral["name"], neutral["input_schema"]
@@ -90,16 +81,15 @@ def _tool_input_schema(input_schema: Schema | None) -> Schema:
 
 def _plain_object(schema: Schema) -> Schema | None:
     """The schema as one object without a reference or union in its root, as model APIs require; else None."""
-    match _alternatives(schema, schema):
+    match _alternatives([schema], schema):
         case [{"type": "object"} as found] if not _NOT_IN_ROOT & found.keys():
             return found
     return None
 
 
-def _alternatives(schema: object, root: Schema) -> list[Schema]:
-    """The alternatives of a schema, with references followed and unions split; cycles add nothing."""
-    pending, plain = [schema], list[Schema]()
-    followed = set[str]()
+def _alternatives(schemas: list[Any], root: Schema) -> list[Schema]:
+    """The alternatives of these schemas: references are followed and unions split; cycles add nothing."""
+    pending, plain, followed = list(schemas), list[Schema](), set[str]()
     for one in pending:  # which grows during the loop
         match one:
             case dict() if "properties" in one:  # they apply beside any other keyword
@@ -107,7 +97,7 @@ def _alternatives(schema: object, root: Schema) -> list[Schema]:
             case {"$ref": str(ref), **rest}:
                 if ref not in followed:
                     followed.add(ref)
-                    pending.append(_target(ref, root) | rest)
+                    pending.append(resolved(one, root) | rest)
             case {"anyOf": list(of), **rest} | {"oneOf": list(of), **rest} | {"allOf": [_] as of, **rest}:
                 pending += [branch | rest if isinstance(branch, dict) else branch for branch in of]
             case _:
@@ -115,50 +105,36 @@ def _alternatives(schema: object, root: Schema) -> list[Schema]:
     return plain
 
 
-def _target(ref: str, root: Schema) -> Schema:
-    """The schema that a reference points to; `{}`, which accepts anything, when it points nowhere."""
-    found = resolve_ref(ref, root)
-    return found if isinstance(found, dict) else {}
-
-
-def _values(plain: Schema) -> list[Any] | None:
-    """The values that a schema accepts, when it lists them."""
-    return [plain["const"]] if "const" in plain else plain.get("enum")
-
-
-def _accepts(value: object, schema: object, root: Schema) -> bool:
-    """Whether a schema may accept a value, judged by its constants and by null."""
+def _accept(schemas: list[Any], value: object, root: Schema) -> bool:
+    """Whether one of the schemas, if there are any, may accept a value: by its constants and by null."""
     return any(
-        value in (_values(plain) or [value]) and (value is not None or "null" in plain.get("type", "null"))
-        for plain in _alternatives(schema, root)
+        value in (constants(plain) or [value]) and (value is not None or "null" in plain.get("type", "null"))
+        for plain in _alternatives(schemas or [{}], root)
     )
 
 
 def _without_nulls(value: object, schemas: list[Any], root: Schema) -> object:
     """The value, which has one of these schemas, without the nulls that none of them accepts."""
-    plain = _unique([one for schema in schemas for one in _alternatives(schema, root)])
+    plain = _unique(_alternatives(schemas, root))
     if isinstance(value, list):
-        return [_without_nulls(item, _item_schemas(plain), root) for item in value]
+        items = [item for one in plain for item in (*one.get("prefixItems", ()), one.get("items"))]
+        return [_without_nulls(item, items, root) for item in value]
     if not isinstance(value, dict):
         return value
-    candidates = [one.get("properties", {}) for one in plain]
-    objects = [properties for properties in candidates if _matches(value, properties, root)]
+    objects = [one.get("properties", {}) for one in plain if _matches(value, one, root)]
     kept = {}
     for key, item in value.items():
         fields = [properties[key] for properties in objects]
-        if item is not None or not fields or any(_accepts(None, field, root) for field in fields):
+        if item is not None or _accept(fields, None, root):
             kept[key] = _without_nulls(item, fields, root)
     return kept
 
 
-def _item_schemas(arrays: list[Schema]) -> list[Any]:
-    return [item for one in arrays for item in (*one.get("prefixItems", ()), one.get("items"))]
-
-
-def _matches(value: Schema, properties: Schema, root: Schema) -> bool:
-    """Whether a value has exactly these properties, as strict mode sends them, and their constants."""
+def _matches(value: Schema, plain: Schema, root: Schema) -> bool:
+    """Whether a value has exactly a schema's properties, as strict mode sends them, and their constants."""
+    properties = plain.get("properties", {})
     return value.keys() == properties.keys() and all(
-        item is None or _accepts(item, properties[key], root) for key, item in value.items()
+        item is None or _accept([properties[key]], item, root) for key, item in value.items()
     )
 
 
@@ -183,7 +159,7 @@ def _strict(schema: Any, path: str, root: Schema) -> Schema:  # noqa: ANN401 - p
         case {"allOf": _}:
             raise _inexpressible(path, "combines several schemas")
         case {"$ref": ref}:
-            if not _STRICT_REF.fullmatch(ref) or not _target(ref, root):
+            if not _STRICT_REF.fullmatch(ref) or not resolved(schema, root):
                 raise _inexpressible(path, f"refers to {ref}, which is not defined")
             return {"$ref": ref}
         case {"anyOf": union} | {"oneOf": union}:
@@ -215,7 +191,7 @@ def _strict_object(schema: Schema, path: str, root: Schema) -> Schema:
         strict = _strict(field, f"{path}/properties/{key}", root)
         # A constant that is its own default, such as the tag of a union, is always sent: null would hide it.
         is_sent = key in schema.get("required", ()) or field.get("const", field) == field.get("default", ...)
-        fields[key] = strict if is_sent or _accepts(None, field, root) else _nullable(strict)
+        fields[key] = strict if is_sent or _accept([field], None, root) else _nullable(strict)
     return {"properties": fields, "required": list(fields), "additionalProperties": False}
 
 
@@ -237,7 +213,7 @@ def _nullable(strict: Schema) -> Schema:
 
 def _types(schema: Schema) -> list[str]:
     """The types that a schema declares, or those of its constants; empty for any type."""
-    named = schema.get("type", [_TYPES.get(type(value), "object") for value in _values(schema) or ()])
+    named = schema.get("type", [TYPES.get(type(value), "object") for value in constants(schema) or ()])
     return [named] if isinstance(named, str) else list(dict.fromkeys(named))
 
 

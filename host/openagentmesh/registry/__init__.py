@@ -1,1 +1,1 @@
-"""Who is on the mesh: contracts, instances, liveness."""
+"""What is on the mesh: contracts, instances, liveness."""

@@ -15,6 +15,8 @@ from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
+# The contract of an agent that this node serves, by name; None for other agents.
+OwnContracts = Callable[[str], AgentContract | None]
 # A complete copy that receives nothing for this long is up to date: purged revisions never arrive.
 _MAX_SILENCE_S: Final = 1.0
 
@@ -24,12 +26,10 @@ class Directory:
 
     The catalog's single key gives the order; the registry, one key per agent, has the agents for which
     that key has no space.
-
-    Attributes:
-        on_change: called with an agent's name and its document, None when it was deleted.
     """
 
     def __init__(self, buckets: KVBuckets) -> None:
+        # Called with an agent's name and its document, None when it was deleted.
         self.on_change: Callable[[str, bytes | None], None] = lambda _name, _document: None
         self._buckets = buckets
         self._documents: dict[str, bytes] = {}
@@ -39,7 +39,7 @@ class Directory:
         self._following: asyncio.Task[None] | None = None
 
     def follow(self) -> None:
-        """Start to follow the registry, unless it is followed."""
+        """Start to follow the registry, once."""
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._follow())
 
@@ -61,14 +61,10 @@ class Directory:
         return [contract for contract in contracts if contract]
 
     async def contract(self, name: str) -> AgentContract:
-        """One agent's contract.
-
-        Raises:
-            NotFound: there is no agent of this name.
-        """
+        """One agent's contract; raises NotFound when there is none."""
         contract = await self.find(name)
         if contract is None:
-            raise NotFound(f"Agent '{name}' is not in the catalog", agent=name)
+            raise not_found(name)
         return contract
 
     async def find(self, name: str) -> AgentContract | None:
@@ -112,7 +108,7 @@ class Directory:
             log.warning("the registry is not followed any more: %s", exc)
 
     async def _copy(self) -> None:
-        loading: dict[str, bytes] = self._documents
+        loading = self._documents
         async with aclosing(self._buckets.watch(subjects.REGISTRY_BUCKET)) as entries:
             async for entry in entries:
                 if isinstance(entry, Entry):
@@ -128,3 +124,8 @@ class Directory:
                 else:
                     self._documents, self._is_complete = loading, True
                 self._changed.set()
+
+
+def not_found(name: str) -> NotFound:
+    """The error for a name without an agent."""
+    return NotFound(f"Agent '{name}' is not in the catalog", agent=name)

@@ -1,9 +1,10 @@
-"""Liveness of instances: which are alive, and which agents someone serves (protocol §10)."""
+"""Liveness of instances, and of agents that no instance record lists (protocol §10)."""
 
 import asyncio
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.contract import AgentContract
@@ -14,7 +15,7 @@ from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 from openagentmesh.transport.tasks import cancel_and_wait
 
-# How often an instance with one of our requests is pinged.
+# How often an instance that handles a request of this node is pinged.
 _PING_S: Final = 1.0
 # A disconnected instance may reconnect, so two 503s in a row count as its death. An instance that
 # does not answer may be busy: ten unanswered pings.
@@ -23,6 +24,7 @@ _UNANSWERED_SCORE: Final = 1
 _DEAD_SCORE: Final = 10
 
 Fail = Callable[[MeshError], None]
+DeathReason = Literal["graceful_shutdown", "disconnect"]
 
 
 class LivenessMonitor:
@@ -42,7 +44,7 @@ class LivenessMonitor:
             self._pinging = asyncio.create_task(self._ping_all())
 
     def unwatch(self, instance_id: str, fail: Fail) -> None:
-        """The request is answered."""
+        """Call `fail` no more: the request is answered."""
         requests = self._requests.get(instance_id, {})
         requests.pop(fail, None)
         if not requests:
@@ -69,79 +71,73 @@ class LivenessMonitor:
             return
         del self._scores[instance_id]
         for fail, agent in self._requests.pop(instance_id, {}).items():
-            notice = DeathNotice(
-                agent=agent,
-                reason="disconnect",
-                detected_at=datetime.now(UTC).isoformat(),
-                instance_id=instance_id,
-            )
+            notice = death_notice(agent, instance_id, "disconnect")
             fail(agent_died(notice, f"The instance that answered for agent '{agent}' is gone"))
 
 
+def death_notice(agent: str, instance_id: str, reason: DeathReason) -> DeathNotice:
+    """The notice that an agent's last instance is dead, as of now."""
+    now = datetime.now(UTC).isoformat()
+    return DeathNotice(agent=agent, reason=reason, detected_at=now, instance_id=instance_id)
+
+
 def agent_died(notice: DeathNotice, message: str) -> AgentDied:
-    """The error of requests to an agent that is gone."""
+    """The error of requests to an agent whose instance is dead."""
     return AgentDied(message, agent=notice.agent, details=notice.model_dump())
 
 
 async def is_dead(inbox: Inbox, instance_id: str) -> bool | None:
     """Whether an instance's ping subject has no subscription; None when it does not answer in time."""
-    try:
-        message = await inbox.request(subjects.host(instance_id, "ping"), timeout=_PING_S)
-    except MeshTimeout:
-        return None
-    except MeshError:
-        return False  # the connection is down, not the instance
-    return codec.is_no_responders(message.head)
+    return await _has_no_responders(inbox, subjects.host(instance_id, "ping"))
 
 
 async def reports_no_responders(inbox: Inbox, name: str) -> bool:
-    """Whether NATS answers 503 for a name like this that no agent can have.
+    """Whether NATS reports subjects without a subscription; it does not while one matches all subjects."""
+    return bool(await _has_no_responders(inbox, _unused_subject(name)))
 
-    It does not while a subscription matches every subject.
-    """
+
+async def _has_no_responders(inbox: Inbox, subject: str) -> bool | None:
     try:
-        message = await inbox.request(_unused_subject(name), timeout=_PING_S)
+        message = await inbox.request(subject, timeout=_PING_S)
+    except MeshTimeout:
+        return None
     except MeshError:
-        return False
+        return False  # the connection is down
     return codec.is_no_responders(message.head)
 
 
 def _unused_subject(name: str) -> str:
-    """A subject beside an agent's own that no agent has."""
+    """A subject like an agent's, which no agent has."""
     return f"{subjects.agent(name).rpartition('.')[0]}.{codec.new_id()}"
 
 
 async def served_without_record(
     connection: Connection, inbox: Inbox, contracts: Iterable[AgentContract]
 ) -> set[str]:
-    """Which of these agents have a subscription though no record lists them: instances of other hosts.
+    """Which of these agents have a subscription though no record lists them: instances without a record.
 
     Each gets a request with the wrong verb, which runs nothing: only NATS' 503 matters. Where an unused
-    subject beside it gets no 503, a subscription matches everything, and nothing can be concluded.
+    subject like the agent's gets no 503, a subscription matches all subjects, and nothing can be concluded.
     """
     unserved: set[str] = set()
     replies: list[str] = []
-    requested = []
+    requested: dict[str, tuple[str, str]] = {}
 
-    async def request(subject: str, *, streaming: bool) -> None:
-        def receive(message: Message) -> None:
-            if codec.is_no_responders(message.head):
-                unserved.add(subject)
-
-        reply = inbox.register(receive)
-        replies.append(reply)
-        head = codec.request_headers(codec.new_id(), "", timeout=None, streaming=streaming)
-        await connection.publish(subject, b"", head, reply)
+    def receive(subject: str, message: Message) -> None:
+        if codec.is_no_responders(message.head):
+            unserved.add(subject)
 
     try:
         for contract in contracts:
             if contract.invocable:
-                subject, unused = subjects.agent(contract.name), _unused_subject(contract.name)
-                await request(subject, streaming=not contract.streaming)
-                await request(unused, streaming=False)
-                requested.append((contract.name, subject, unused))
+                requested[contract.name] = subjects.agent(contract.name), _unused_subject(contract.name)
+                wrong_verb = not contract.streaming
+                head = codec.request_headers(codec.new_id(), "", timeout=None, streaming=wrong_verb)
+                for subject in requested[contract.name]:
+                    replies.append(inbox.register(partial(receive, subject)))
+                    await connection.publish(subject, b"", head, replies[-1])
         await connection.flush()  # the 503s arrive before it
     finally:
         for reply in replies:
             inbox.unregister(reply)
-    return {name for name, subject, unused in requested if subject not in unserved and unused in unserved}
+    return {name for name, (own, unused) in requested.items() if own not in unserved and unused in unserved}

@@ -3,20 +3,12 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
-from nats.micro.service import (
-    NAME_REGEX,
-    SEMVER_REGEX,
-    EndpointInfo,
-    EndpointStats,
-    ServiceInfo,
-    ServicePing,
-    ServiceStats,
-)
+from nats.micro import service as micro
 from pydantic_core import to_json
 
 from openagentmesh.protocol import subjects
@@ -30,20 +22,14 @@ log = logging.getLogger(__name__)
 
 # Requests that wait for an answer; tools request each service by its id, and further requests are dropped.
 _MAX_WAITING: Final = 10_000
-# After this many answers the event loop gets a turn.
+# After this many answers, yield to the event loop.
 _YIELD_EVERY: Final = 50
 _NO_VERSION: Final = "0.0.0"
 _NANOSECONDS: Final = 1_000_000_000
 
 
 class NatsServices:
-    """Answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`, for all agents, those of a name, or one.
-
-    Args:
-        connection: the connection.
-        routes: the agents that are served.
-        instance_id: this instance.
-    """
+    """Answers `$SRV.PING`, `$SRV.INFO` and `$SRV.STATS`, for all agents, those of a name, or one."""
 
     def __init__(self, connection: Connection, routes: Iterable[Route], instance_id: str) -> None:
         self._connection = connection
@@ -53,11 +39,7 @@ class NatsServices:
         # Each with the words of its subject, and its reply subject.
         self._waiting: deque[tuple[list[str], str]] = deque()
         self._answering: asyncio.Task[None] | None = None
-        self._verbs: dict[str, Callable[[Route], dict[str, Any]]] = {
-            "PING": self._ping,
-            "INFO": self._info,
-            "STATS": self._stats,
-        }
+        self._verbs = {"PING": self._ping, "INFO": self._info, "STATS": self._stats}
 
     async def open(self) -> None:
         """Subscribe, once."""
@@ -84,16 +66,14 @@ class NatsServices:
     async def _answer_all(self) -> None:
         while self._waiting:
             (verb, *filters), reply = self._waiting.popleft()
-            await self._answer(reply, self._verbs[verb], filters)
+            await self._answer(verb, filters, reply)
             await asyncio.sleep(0)
 
-    async def _answer(
-        self, reply: str, describe: Callable[[Route], dict[str, Any]], filters: list[str]
-    ) -> None:
+    async def _answer(self, verb: str, filters: list[str], reply: str) -> None:
         matching = [route for route in self._routes if self._matches(route, *filters)]
         for number, route in enumerate(matching, 1):
             try:
-                await self._connection.publish(reply, to_json(describe(route)))
+                await self._connection.publish(reply, to_json(self._verbs[verb](route)))
             except MeshError as exc:
                 log.warning("%s: service discovery not answered: %s", route.agent.name, exc)
             if not number % _YIELD_EVERY:
@@ -115,11 +95,10 @@ class NatsServices:
     def _identity(self, route: Route) -> dict[str, Any]:
         """What every answer contains; the agent's own name and version are in `metadata`."""
         contract = route.agent.contract
-        is_version = SEMVER_REGEX.fullmatch(contract.version)
         return {
             "id": self._service_id(contract.name),
             "name": service_name(contract.name),
-            "version": contract.version if is_version else _NO_VERSION,
+            "version": contract.version if micro.SEMVER_REGEX.fullmatch(contract.version) else _NO_VERSION,
             "metadata": {
                 "agent": contract.name,
                 "version": contract.version,
@@ -131,20 +110,18 @@ class NatsServices:
         }
 
     def _ping(self, route: Route) -> dict[str, Any]:
-        return ServicePing(**self._identity(route)).to_dict()
+        return micro.ServicePing(**self._identity(route)).to_dict()
 
     def _info(self, route: Route) -> dict[str, Any]:
         contract = route.agent.contract
-        endpoint = EndpointInfo(**_endpoint(contract.name))
-        described = ServiceInfo(
-            **self._identity(route), description=contract.description, endpoints=[endpoint]
-        )
-        return described.to_dict()
+        endpoints = [micro.EndpointInfo(**_endpoint(contract.name))]
+        described = self._identity(route) | {"description": contract.description, "endpoints": endpoints}
+        return micro.ServiceInfo(**described).to_dict()
 
     def _stats(self, route: Route) -> dict[str, Any]:
         stats = route.stats
         duration = int(stats.seconds * _NANOSECONDS)
-        endpoint = EndpointStats(
+        endpoint = micro.EndpointStats(
             **_endpoint(route.agent.name),
             num_requests=stats.requests,
             num_errors=stats.errors,
@@ -153,13 +130,13 @@ class NatsServices:
             last_error=stats.last_error,
         )
         started = datetime.fromtimestamp(stats.since, UTC)
-        return ServiceStats(**self._identity(route), started=started, endpoints=[endpoint]).to_dict()
+        return micro.ServiceStats(**self._identity(route), started=started, endpoints=[endpoint]).to_dict()
 
 
 def service_name(agent: str) -> str:
     """An agent's name as a service name, which has no dots."""
     name = agent.replace(".", "-")
-    assert NAME_REGEX.match(name)
+    assert micro.NAME_REGEX.match(name)
     return name
 
 

@@ -1,19 +1,17 @@
-"""Which instances are there: the instance record, death notices, removing the dead (protocol §9)."""
+"""Instance records, death notices, and the removal of dead instances (protocol §9)."""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.protocol.messages import DeathNotice
 from openagentmesh.protocol.status import InstanceRecord
-from openagentmesh.registry.liveness import is_dead
+from openagentmesh.registry.liveness import DeathReason, death_notice, is_dead
 from openagentmesh.transport.backoff import jitter
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
@@ -28,15 +26,7 @@ HEARTBEAT_S: Final = 3.0
 
 
 class Presence:
-    """This instance's record, and the monitoring of the others.
-
-    Args:
-        connection: the connection.
-        inbox: for pings.
-        buckets: the KV buckets.
-        instance_id: this instance.
-        about: what the record contains besides the agents.
-    """
+    """This instance's record, which has `about` and the agents, and the monitoring of other instances."""
 
     def __init__(
         self,
@@ -61,9 +51,9 @@ class Presence:
         await self.restore()
 
     async def restore(self) -> None:
-        """Write the record again, if there was one."""
+        """Write the record, if there was one."""
         if self._has_record:
-            # Instances of other hosts have no such key and do not answer pings.
+            # Instances without this key do not answer pings.
             record = self._about | {"answers_pings": True, "agents": sorted(self._agents)}
             await self._buckets.put(subjects.INSTANCES_BUCKET, self._instance_id, to_json(record))
 
@@ -79,7 +69,7 @@ class Presence:
             return set()
         self._has_record = False
         await self._buckets.delete_all(subjects.INSTANCES_BUCKET, [self._instance_id])
-        return self._agents - _agents_of(await read_records(self._buckets))
+        return self._agents - await self.served_elsewhere()
 
     async def served_elsewhere(self) -> set[str]:
         """The agents that other records list."""
@@ -87,24 +77,18 @@ class Presence:
         records.pop(self._instance_id, None)
         return _agents_of(records)
 
-    async def notify_deaths(
-        self, agents: Iterable[str], instance_id: str, reason: Literal["graceful_shutdown", "disconnect"]
-    ) -> None:
-        """Publish death notices: the last instance of these agents is gone."""
-        now = datetime.now(UTC).isoformat()
+    async def notify_deaths(self, agents: Iterable[str], instance_id: str, reason: DeathReason) -> None:
+        """Publish death notices: the last instance of these agents has stopped or died."""
         for name in sorted(agents):
-            notice = DeathNotice(agent=name, reason=reason, detected_at=now, instance_id=instance_id)
+            notice = death_notice(name, instance_id, reason)
             await self._connection.publish(subjects.death(name), notice.model_dump_json().encode())
 
     async def monitor_others(self, remove_agents: RemoveAgents) -> None:
         """Remove instances that died without deleting their record; runs until cancelled.
 
-        First all records are checked, then each instance pings the next one in the order of their ids. Two
-        pings in a row must find no subscription.
-
-        Args:
-            remove_agents: gets agents that no record lists any more, removes those that no one serves
-                from the registry, and returns them.
+        First all records are checked, then each instance pings the next one in the order of their ids.
+        `remove_agents` gets agents that no record lists any more, removes those that are not served from
+        the registry, and returns them.
         """
         suspects: set[str] = set()
         is_first = True
@@ -130,7 +114,7 @@ class Presence:
         return set((following or others)[:1])
 
     async def _dead(self, records: Records) -> set[str]:
-        """Those of these instances whose ping subject has no subscription."""
+        """The instances without a subscription on their ping subject."""
         pinged = [key for key, record in records.items() if record.answers_pings and key != self._instance_id]
         results = await asyncio.gather(*[is_dead(self._inbox, key) for key in pinged])
         return {key for key, dead in zip(pinged, results, strict=True) if dead}

@@ -17,10 +17,10 @@ from openagentmesh.mesh.node import ContractPolicy
 from openagentmesh.protocol.errors import MeshError
 
 FILE_NAME: Final = "mesh.toml"
-_BARE_RE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY_RE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
 # The path of a value in the file: the names of its tables, its own name, indexes of lists.
 Loc = tuple[int | str, ...]
-_VARIABLE_RE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(:-(?P<default>[^}]*))?\}")
 
 
 def _no_bool(value: object) -> object:
@@ -37,8 +37,6 @@ def _names(value: object) -> object:
 
 # A boolean is not a number; text may be one, because `${PORT}` is text.
 Whole = Annotated[int, BeforeValidator(_no_bool)]
-Concurrency = Annotated[Whole, Field(ge=1, le=100_000)]
-Queue = Annotated[Whole, Field(ge=0, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -74,18 +72,15 @@ class HostSection(_Section):
     """`[host]`: what is loaded, and how the host stops.
 
     Attributes:
-        name: the host's name; the folder's without it.
-        agents: folders, files and dotted modules; `agents/` without it.
-        entry_points: whether installed agents are loaded, or their names.
+        agents: folders, files and dotted modules; None for `agents/`.
+        entry_points: whether installed agents are loaded, or the names of those that are.
         plugins: names or files, the outermost first.
-        strict: refuse to start when a module fails to load.
-        contract: for a contract that is incompatible with the one of another live instance, or with the
-            version that it replaces: warn, refuse or allow.
-        reload: whether saved files are reloaded.
-        threads: how many blocking handlers may run at once; 0 for four more than there are processors, at
+        contract: what follows from a contract that is incompatible with that of another live instance, or
+            with the version that it replaces.
+        threads: the limit of blocking handlers that run at once; 0 for the number of processors plus 4, at
             most 32.
-        load_timeout: seconds in which a module must reload.
-        drain_timeout: seconds that running requests have at a stop.
+        load_timeout: seconds, of one reload.
+        drain_timeout: seconds, for running requests at a stop.
     """
 
     name: str = ""
@@ -103,23 +98,18 @@ class HostSection(_Section):
 class LimitsSection(_Section):
     """`[limits]`: the defaults of every agent; `timeout` and pauses in seconds."""
 
-    concurrency: Concurrency = DEFAULT_LIMITS.concurrency
-    queue: Queue = DEFAULT_LIMITS.queue
+    concurrency: Annotated[Whole, Field(ge=1, le=100_000)] = DEFAULT_LIMITS.concurrency
+    queue: Annotated[Whole, Field(ge=0, le=1_000_000)] = DEFAULT_LIMITS.queue
     timeout: Seconds = DEFAULT_LIMITS.timeout
     restart_pause: Seconds = DEFAULT_LIMITS.restart_pause
     restart_pause_max: Seconds = DEFAULT_LIMITS.restart_pause_max
 
 
-class AgentSection(_Section):
-    """`[agents."name"]`: one agent; missing keys have the defaults of `[limits]`."""
+class AgentSection(LimitsSection):
+    """`[agents."name"]`: one agent; keys that are not set have the values of `[limits]`."""
 
     enabled: bool = True
     plugins: dict[str, dict[str, Any]] = {}
-    concurrency: Concurrency | None = None
-    queue: Queue | None = None
-    timeout: Seconds | None = None
-    restart_pause: Seconds | None = None
-    restart_pause_max: Seconds | None = None
 
 
 class Config(_Section):
@@ -136,9 +126,8 @@ class Config(_Section):
 
     def limits_of(self, name: str) -> Limits:
         """The limits of one agent."""
-        own = self.agents.get(name, AgentSection()).model_dump(
-            exclude={"enabled", "plugins"}, exclude_none=True
-        )
+        section = self.agents.get(name, AgentSection())
+        own = section.model_dump(exclude={"enabled", "plugins"}, exclude_unset=True)
         return Limits(**(self.limits.model_dump() | own))
 
     def plugin_tables_of(self, name: str) -> dict[str, dict[str, Any]]:
@@ -147,31 +136,22 @@ class Config(_Section):
 
     def is_enabled(self, name: str) -> bool:
         """Whether an agent is served."""
-        return name not in self.agents or self.agents[name].enabled
+        return self.agents.get(name, AgentSection()).enabled
 
     def unused(self, modules: Collection[str], agents: Collection[str]) -> Iterator[str]:
-        """Warnings about tables that match no loaded agent, enabled plugin or module.
-
-        Args:
-            modules: the keys of all modules.
-            agents: the names of all agents.
-        """
+        """Warnings about tables that match no agent, no enabled plugin, no key of a module."""
         for name in sorted(self.agents.keys() - set(agents)):
             yield f'mesh.toml has [agents."{name}"], but no loaded module declares that agent'
         enabled = {plugin_name(entry) for entry in self.host.plugins}
-        for table in self._plugin_tables():
-            if str(table[-1]) not in enabled:
+        tables: list[Loc] = [("plugins", name) for name in self.plugins]
+        for agent, section in self.agents.items():
+            tables += [("agents", agent, "plugins", name) for name in section.plugins]
+        for table in tables:
+            if table[-1] not in enabled:
                 yield f"mesh.toml has [{_key(table)}], but [host] plugins does not enable it"
         for name in sorted(self.settings.keys() - set(modules)):
             hint = nearest(name, modules, "modules")
             yield f"mesh.toml has [{_key(('settings', name))}], but there is no module '{name}'; {hint}"
-
-    def _plugin_tables(self) -> Iterator[Loc]:
-        for name in self.plugins:
-            yield "plugins", name
-        for agent in self.agents:
-            for name in self.plugin_tables_of(agent):
-                yield "agents", agent, "plugins", name
 
     def path(self, text: str | None) -> str | None:
         """A path of this file, made absolute."""
@@ -190,12 +170,15 @@ def is_file(entry: str) -> bool:
 
 def keys_that_need_restart(started: Config, now: Config) -> list[str]:
     """The changed keys that a running host does not apply."""
-    fixed = [("mesh", key) for key in MeshSection.model_fields]
-    fixed += [("server", key) for key in ServerSection.model_fields]
-    fixed += [("host", key) for key in ("name", "plugins", "reload", "threads")]
+    fixed = {
+        "mesh": MeshSection.model_fields,
+        "server": ServerSection.model_fields,
+        "host": ("name", "plugins", "reload", "threads"),
+    }
     return [
         f"[{section}] {key}"
-        for section, key in fixed
+        for section, keys in fixed.items()
+        for key in keys
         if getattr(getattr(started, section), key) != getattr(getattr(now, section), key)
     ]
 
@@ -216,12 +199,11 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
         problems.append(_unknown(("folder",)))
     try:
         config = Config(folder=file.resolve().parent, **tables)
+        problems += _pause_problems(config)
     except ValidationError as exc:
-        more = [problem for problem in config_problems(exc) if problem.partition(":")[0] not in reported]
-        raise _error(file, problems + more) from exc
-    problems += _pause_problems(config)
+        problems += [problem for problem in config_problems(exc) if problem.partition(":")[0] not in reported]
     if problems:
-        raise _error(file, problems)
+        raise ConfigError(f"{file} is invalid:\n" + "\n".join(f"  {problem}" for problem in problems))
     return config
 
 
@@ -232,10 +214,6 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read: {exc.strerror}. Give its path with --config.") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{file} is not TOML: {exc}.") from exc
-
-
-def _error(file: Path, problems: list[str]) -> ConfigError:
-    return ConfigError(f"{file} is invalid:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _expanded(value: object, key: str, environ: Mapping[str, str], problems: list[str]) -> object:
@@ -259,7 +237,7 @@ def _expanded(value: object, key: str, environ: Mapping[str, str], problems: lis
 
 def _pause_problems(config: Config) -> Iterator[str]:
     """Sections whose restart_pause is longer than their restart_pause_max, own or inherited."""
-    sections: dict[Loc, LimitsSection | AgentSection] = {("limits",): config.limits}
+    sections: dict[Loc, LimitsSection] = {("limits",): config.limits}
     sections |= {("agents", name): section for name, section in config.agents.items()}
     for loc, section in sections.items():
         limits = config.limits_of(str(loc[1])) if loc[1:] else Limits(**config.limits.model_dump())
@@ -285,8 +263,8 @@ def config_problems(
         elif error["type"] in {"model_type", "dict_type"}:
             yield f"{_key(loc)}: {_not_a_table(loc)}, found {_shown(given)}"
         else:
-            shown = "" if isinstance(given, dict) else f", found {_shown(given)}"
-            yield f"{_key(loc)}: {_lowered(error['msg'])}{shown}"
+            found = "" if isinstance(given, dict) else f", found {_shown(given)}"
+            yield f"{_key(loc)}: {error['msg'][:1].lower()}{error['msg'][1:]}{found}"
 
 
 def _unknown(loc: Loc, given: object = None) -> str:
@@ -322,19 +300,15 @@ def nearest(name: str, known: Collection[str], title: str) -> str:
 
 def _known_keys(loc: Loc) -> list[str]:
     """The keys of the section at `loc`."""
-    model: type[BaseModel] = AgentSection
-    if loc[:1] != ("agents",):
-        model = Config
-        for part in loc:
-            section = model.model_fields[str(part)].annotation
-            assert isinstance(section, type)
-            model = section
-    return [name for name in model.model_fields if name != "folder"]
+    if not loc:
+        return [name for name in Config.model_fields if name != "folder"]
+    section = AgentSection() if loc[0] == "agents" else getattr(Config(), str(loc[0]))
+    return list(type(section).model_fields)
 
 
 def _key(loc: Loc) -> str:
     return "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" if _BARE_RE.fullmatch(part) else f'."{part}"'
+        f"[{part}]" if isinstance(part, int) else f".{part}" if _BARE_KEY_RE.fullmatch(part) else f'."{part}"'
         for part in loc
     ).removeprefix(".")
 
@@ -342,7 +316,3 @@ def _key(loc: Loc) -> str:
 def _shown(value: object) -> str:
     """A value as TOML writes it."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _lowered(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -7,7 +7,6 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -114,38 +113,30 @@ class Host:
             MeshError: with a message for the person who started it.
         """
         try:
-            await self._start()
+            origins = find_origins(self._config)
+            plugins = load_plugins(self._config, self._given_plugins)
+            reloader = self._assemble(plugins, await self._target())
+            node = self.node
+            node.status = self.status
+            node.controls["reload"] = self._on_reload_request
+            reloader.on_result = self._publish_result
+            self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
+            self._running.push_async_callback(reloader.close)
+            agents = reloader.load_all(origins)
+            self._report_modules()
+            await node.start(agents, is_host=True)
+            if self._watch:
+                # Only here: without reloads nothing watches.
+                from openagentmesh.runtime.reload.watcher import watch  # noqa: PLC0415
+
+                self._running.push_async_callback(cancel_and_wait, asyncio.create_task(watch(reloader)))
         except BaseException:
             await self.stop()
             raise
 
-    async def _start(self) -> None:
-        origins = find_origins(self._config)
-        plugins = load_plugins(self._config, self._given_plugins)
-        reloader = self._assemble(plugins, await self._target())
-        node = self.node
-        node.status = self.status
-        node.controls["reload"] = self._on_reload_request
-        reloader.on_result = self._publish_result
-        self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
-        self._running.push_async_callback(reloader.close)
-        agents = reloader.load_all(origins)
-        self._report_modules()
-        await node.start(agents, is_host=True)
-        if self._watch:
-            await self._start_watching(reloader)
-
-    async def _start_watching(self, reloader: Reloader) -> None:
-        # Only here: without reloads nothing watches.
-        from openagentmesh.runtime.reload.watcher import watch  # noqa: PLC0415
-
-        watching = asyncio.create_task(watch(reloader))
-        self._running.push_async_callback(cancel_and_wait, watching)
-
     def _assemble(self, plugins: Plugins, target: Target) -> Reloader:
         """Create all parts, without starting any."""
         config, self.plugins = self._config, plugins
-        about = {"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")}
         pool.resize(config.host.threads)
 
         def prepare(agent: AgentVersion, config: Config) -> AgentVersion:
@@ -155,13 +146,13 @@ class Host:
         node = self._node = Node(
             target,
             new_id(),
-            about=about,
+            about={"host": self.name, "pid": os.getpid(), "version": version("openagentmesh")},
             prepare=lambda agent: prepare(agent, self.config),
             plugins=plugins,
             contract_policy=config.host.contract,
         )
         loader = Loader(node, config)
-        self._running.callback(loader.close)
+        self._running.callback(loader.imports.close)
         changes = Changes(loader.imports, self._config_file, self._read_config)
         self._reloader = Reloader(loader, node, changes, config, prepare)
         return self._reloader
@@ -184,8 +175,8 @@ class Host:
     async def reload(self, module: str = "", *, finds_references: bool = False) -> ReloadResult | None:
         """Load what differs from disk, or one module in any case; None when nothing does.
 
-        With `finds_references` the result names what keeps the old version in memory; the search for that
-        blocks the event loop.
+        With `finds_references` the result names what keeps the old version in memory; that search blocks
+        the event loop.
 
         Raises:
             NotFound: there is no such module.
@@ -207,24 +198,25 @@ class Host:
             module, finds_references = str(request.get("module") or ""), bool(request.get("find_references"))
             result = await self.reload(module, finds_references=finds_references)
             if result is not None and finds_references:
-                await self.wait_retired()  # which adds what was found
+                await self.wait_retired()  # adds what was found
         except (ValueError, AttributeError) as exc:
-            return _encoded(ReloadReply(host=self.name, error=f"malformed reload request: {exc}"))
+            reply = ReloadReply(host=self.name, error=f"malformed reload request: {exc}")
         except NotFound as exc:
-            return _encoded(ReloadReply(host=self.name, error=exc.message))
-        not_loaded = [m.origin.display_name for m in self.modules if m.state != "serving"]
-        reload = result.status() if result else None
-        return _encoded(ReloadReply(host=self.name, reload=reload, not_loaded=not_loaded))
+            reply = ReloadReply(host=self.name, error=exc.message)
+        else:
+            not_loaded = [m.origin.display_name for m in self.modules if m.state != "serving"]
+            reload = result.status() if result else None
+            reply = ReloadReply(host=self.name, reload=reload, not_loaded=not_loaded)
+        return reply.model_dump_json().encode()
 
     async def _publish_result(self, result: ReloadResult) -> None:
         """Publish log events of a reload, completed or refused, and notify plugins."""
         event = "reload_failed" if result.error else "agent_reloaded"
         level: LogLevel = "error" if result.error else "info"
         data: dict[str, Any] = {"files": result.files, "took_ms": round(result.took_ms, 3)}
-        if result.line:
-            data["line"] = result.line
+        data |= {"line": result.line} if result.line else {}
+        message = result.error or result.text
         for name in result.names:
-            message = result.error or result.text
             await self.node.router.logs.publish(level, name, event, message=message, data=data)
         self.plugins.notify_reload(result)
 
@@ -258,7 +250,7 @@ class Host:
 
     def _on_server_event(self, what: str) -> None:
         log.warning("%s", what)
-        self._server_events.append(HistoryEvent(at=datetime.now(UTC), what=what))
+        self._server_events.append(HistoryEvent(what=what))
 
     def _report_modules(self) -> None:
         failed = [module for module in self.modules if module.state == "failed"]
@@ -284,13 +276,10 @@ class Host:
             version=version("openagentmesh"),
             modules=[module.status() for module in in_order],
             reloads=[result.status() for result in reloads],
-            embedded_server=self._server_status(),
+            embedded_server=self._server_status(self.server) if self.server else None,
         )
 
-    def _server_status(self) -> ServerStatus | None:
-        server = self.server
-        if server is None:
-            return None
+    def _server_status(self, server: "EmbeddedServer") -> ServerStatus:
         return ServerStatus(
             url=server.url,
             pid=server.pid,
@@ -298,7 +287,3 @@ class Host:
             websocket=server.websocket_url,
             history=list(self._server_events),
         )
-
-
-def _encoded(reply: ReloadReply) -> bytes:
-    return reply.model_dump_json().encode()

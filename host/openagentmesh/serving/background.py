@@ -27,27 +27,18 @@ _MIN_PAUSE_PART: Final = 0.5
 class Background:
     """Runs one publisher or watcher, once at a time, until it returns or is stopped.
 
-    Args:
-        agent: the publisher or watcher.
-        resources: what all routes use.
-        seq: the number of the first frame; not 0 where it continues the run of an older version.
-
     Attributes:
-        name: the agent's name.
-        state: `waiting` for its restart, `done` when it returned.
-        restarts: how often it was restarted.
-        error: the last failure; empty when it never failed.
-        next_start: when it is restarted, while it waits.
-        seq: the number of the next frame, where a new version continues the run.
+        state, restarts, error, next_start: as in `BackgroundStatus`.
+        seq: the number of the next frame; not 0 where a new version continues the run of an older one.
     """
 
     def __init__(self, agent: AgentVersion, resources: Resources, seq: int = 0) -> None:
-        self.name = agent.name
         self.state: Literal["running", "waiting", "done", "stopped"] = "stopped"
         self.restarts = 0
         self.error = ""
         self.next_start: datetime | None = None
         self.seq = seq
+        self.name = agent.name
         self._agent = agent
         self._resources = resources
         self._task: asyncio.Task[None] | None = None
@@ -62,13 +53,13 @@ class Background:
         )
 
     def start(self) -> None:
-        """Start it, once."""
+        """Start it, unless that is done already."""
         if self._task is None:
             # An empty context: it outlives the request, or the span, in which it was declared.
             self._task = asyncio.create_task(self._supervise(), context=Context())
 
     async def stop(self, *, is_final: bool = True) -> None:
-        """Cancel it and wait until it ends; one that does not end is left, and named in the log.
+        """Cancel it and wait until it ends; one that does not end is left running, and logged.
 
         A publisher's subscribers get an end frame when it `is_final`; otherwise a new version continues.
         """
@@ -95,9 +86,11 @@ class Background:
         while True:
             started, self.state = loop.time(), "running"
             # In a task of its own: the function may cancel the task that it runs in.
-            failure = await asyncio.create_task(self._run_and_catch())
-            if _is_cancelled():
-                self._log_failure_of_stop(failure)
+            failure = await asyncio.create_task(self._run())
+            if (task := asyncio.current_task()) and task.cancelling():
+                if failure is not None and not isinstance(failure, asyncio.CancelledError):
+                    text = error_text(failure)
+                    log.warning("%s failed while it was stopped: %s", self.name, text, exc_info=failure)
                 return
             if failure is None:
                 self.state = "done"
@@ -110,29 +103,19 @@ class Background:
             await asyncio.sleep(pause)
             self.restarts, self.next_start = self.restarts + 1, None
 
-    async def _run_and_catch(self) -> BaseException | None:
+    async def _run(self) -> BaseException | None:
         """One run; returns its exception, which may be any: a SystemExit would end the event loop."""
         try:
-            await self._run()
+            run = self._agent.handler.function()
+            await (run if self._agent.kind == "watcher" else self._publish(run))
         except BaseException as exc:  # noqa: BLE001 - the run ends here, and is reported
             return exc
         return None
 
-    async def _run(self) -> None:
-        function = self._agent.handler.function
-        if self._agent.kind == "watcher":
-            await function()
-        else:
-            await self._publish(function())
-
     async def _publish(self, events: Any) -> None:  # noqa: ANN401 - the author's generator
         """One run of a publisher: its events, then the end frame."""
-        resources, connection = self._resources, self._resources.connection
-        prefix = codec.frame_prefix("", resources.instance_id)
-        writer = EventWriter(
-            connection, subjects.events(self.name), prefix, self._agent.encode, resources.middlewares
-        )
-        writer.seq = self.seq
+        connection = self._resources.connection
+        writer = EventWriter(self._resources, subjects.events(self.name), self._agent.encode, self.seq)
         try:
             async with aclosing(events):
                 async for event in events:
@@ -149,33 +132,21 @@ class Background:
         self.seq = 0
         await writer.end()
 
-    def _log_failure_of_stop(self, exc: BaseException | None) -> None:
-        if exc is not None and not isinstance(exc, asyncio.CancelledError):
-            log.warning("%s failed while it was stopped: %s", self.name, error_text(exc), exc_info=exc)
-
     async def _on_failure(self, exc: BaseException) -> None:
         """Log a failure, and publish it to subscribers and `mesh.errors`."""
         name, resources = self.name, self._resources
+        publish, instance_id = resources.connection.publish, resources.instance_id
         self.error = f"{type(exc).__name__}: {error_text(exc)}"
         self._failure.set()
         log.error("%s failed and will be restarted: %s", name, self.error, exc_info=exc)
         error = exc if isinstance(exc, MeshError) else HandlerError(error_text(exc))
-        body, publish = (
-            codec.encode_error(error.for_request(agent=name, request_id="")),
-            resources.connection.publish,
-        )
+        body = codec.encode_error(error.for_request(agent=name, request_id=""))
         try:
             if self._agent.contract.streaming:
-                frame = codec.error_headers("", resources.instance_id, frame=True)
-                await publish(subjects.events(name), body, frame)
-            await publish(subjects.errors(name), body, codec.error_headers("", resources.instance_id))
+                head = codec.error_headers("", instance_id, frame=True)
+                await publish(subjects.events(name), body, head)
+            await publish(subjects.errors(name), body, codec.error_headers("", instance_id))
         except MeshError as failed:
             log.warning("%s: failure not published: %s", name, failed)
         data: dict[str, object] = {"code": error.code}
         await resources.logs.publish("error", name, "agent_failed", message=self.error, data=data)
-
-
-def _is_cancelled() -> bool:
-    """Whether the running task was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

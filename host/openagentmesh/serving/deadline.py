@@ -2,7 +2,6 @@
 
 import asyncio
 from contextvars import Context
-from types import TracebackType
 from typing import Final, Self
 
 from openagentmesh.agent.call import ServedCall
@@ -13,18 +12,23 @@ _SLOW_READER: Final = "had to wait too long for the reader of its stream"
 _RECOVERY_S: Final = 5.0
 
 
-class Deadline:
+class RequestDeadline:
     """`asyncio.timeout_at` that can be moved for next to nothing: a stream moves it with each chunk.
 
-    Leaving the block raises TimeoutError when the time `at` of the event loop's clock has come.
+    The block raises TimeoutError after the call's deadline, and is cancelled when the caller abandons the
+    request. `limit_s` is the agent's own timeout.
 
     Attributes:
-        expired: whether it has.
+        expired: whether the deadline has passed.
+        reason: what was not done in time, as words that follow the agent's name.
     """
 
-    def __init__(self, at: float) -> None:
-        self._at = at
+    def __init__(self, call: ServedCall, limit_s: float) -> None:
         self.expired = False
+        self.reason = _NO_ANSWER
+        self._at = call.deadline
+        self._call = call
+        self._limit_s = limit_s
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -34,27 +38,37 @@ class Deadline:
         self._arm()
         return self
 
-    def move(self, at: float) -> None:
-        """Expire at another time."""
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        self._timer.cancel()
+        # A cancellation from elsewhere propagates.
+        if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from exc
+
+    def abandon(self, timed_out: bool) -> None:  # noqa: FBT001 - passed as a callback
+        """Stop the request: its caller does not wait for the answer."""
+        if timed_out:  # the caller's clock was ahead
+            self._expire()
+        else:
+            self._call.is_abandoned = True
+            self._task.cancel()
+
+    def extend(self) -> None:
+        """Suspend the handler's time limit: a chunk has to wait for its reader, or for the server."""
+        self._move(self._loop.time() + self._limit_s + _RECOVERY_S)
+        self.reason = _SLOW_READER
+
+    def restart(self) -> None:
+        """Restart the time limit after a chunk: a stream may run for ever, as long as it makes progress."""
+        call = self._call
+        call.deadline = self._loop.time() + call.timeout_s
+        self._move(call.deadline)
+        self.reason = _NO_ANSWER
+
+    def _move(self, at: float) -> None:
         self._at = at
         if at < self._armed_for:
             self._timer.cancel()
             self._arm()
-
-    def expire(self) -> None:
-        """Expire now, unless it has."""
-        if not self.expired:
-            self._timer.cancel()
-            self.expired = True
-            self._task.cancel()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        # A cancellation by someone else passes on.
-        if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise TimeoutError from exc
 
     def _arm(self) -> None:
         self._armed_for = self._at
@@ -66,42 +80,10 @@ class Deadline:
         if self._loop.time() < self._at:  # it was moved
             self._arm()
         else:
-            self.expire()
+            self._expire()
 
-
-class RequestDeadline(Deadline):
-    """The deadline of a running request, which is cancelled when its caller is gone.
-
-    Args:
-        call: the request.
-        limit_s: the agent's own timeout.
-
-    Attributes:
-        reason: what was not done in time, as words that follow the agent's name.
-    """
-
-    def __init__(self, call: ServedCall, limit_s: float) -> None:
-        super().__init__(call.deadline)
-        self.reason = _NO_ANSWER
-        self._call = call
-        self._limit_s = limit_s
-
-    def caller_gone(self, timed_out: bool) -> None:  # noqa: FBT001 - passed as a callback
-        """Stop the request: its caller does not wait for the answer."""
-        if timed_out:  # the caller's clock was ahead
-            self.expire()
-        else:
-            self._call.is_abandoned = True
+    def _expire(self) -> None:
+        if not self.expired:
+            self._timer.cancel()
+            self.expired = True
             self._task.cancel()
-
-    def reader_slow(self) -> None:
-        """A chunk has to wait for its reader, or for the server: the time of the handler stands still."""
-        self.move(self._loop.time() + self._limit_s + _RECOVERY_S)
-        self.reason = _SLOW_READER
-
-    def chunk_sent(self) -> None:
-        """Begin anew: a stream may run for ever, as long as it makes progress."""
-        call = self._call
-        call.deadline = self._loop.time() + call.timeout_s
-        self.move(call.deadline)
-        self.reason = _NO_ANSWER

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.agent.call import Trigger
+from openagentmesh.agent.concurrency import Limiter
 from openagentmesh.agent.sources import KVSource, SubjectSource
 from openagentmesh.protocol import codec, subjects
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET
@@ -21,8 +22,7 @@ from openagentmesh.transport.tasks import cancel_and_wait, retry_forever
 
 log = logging.getLogger(__name__)
 
-# A change that a member of a group took and did not finish goes to another one after the
-# agent's timeout and this many seconds.
+# An unfinished change goes to another member of the group after the agent's timeout and this many seconds.
 _GROUP_GRACE_S: Final = 10.0
 _LAST_ACK_S: Final = 0.5
 # Messages of one subject that may wait for capacity, and their bytes.
@@ -30,25 +30,16 @@ _MAX_WAITING: Final = 65_536
 _MAX_BYTES: Final = 64 * 1024 * 1024
 
 
-class Target(Protocol):
-    """The route that a feed delivers to."""
+class _Route(Protocol):
+    """What feeds use of their route."""
 
     agent: AgentVersion
-
-    @property
-    def has_capacity(self) -> bool:
-        """Whether one more message may run or wait."""
-
-    async def wait_for_capacity(self) -> None:
-        """Wait until one more message may run or wait."""
+    limiter: Limiter
 
     def trigger(
         self, message: Message, trigger: Trigger, *, is_sequential: bool = False
-    ) -> "asyncio.Task[None]":
-        """Handle what was delivered."""
-
-    def reject(self, message: Message) -> None:
-        """Reject a message."""
+    ) -> "asyncio.Task[None]": ...
+    def reject(self, message: Message) -> None: ...
 
 
 class SubjectFeed:
@@ -57,10 +48,10 @@ class SubjectFeed:
     Messages are not sent again, so those above the agent's capacity wait.
     """
 
-    def __init__(self, source: SubjectSource, agent: str, target: Target, connection: Connection) -> None:
+    def __init__(self, source: SubjectSource, route: _Route, connection: Connection) -> None:
         self._source = source
-        self._own_subjects = {subjects.errors(agent), subjects.logs(agent)}
-        self._target = target
+        self._route = route
+        self._own_subjects = {subjects.errors(route.agent.name), subjects.logs(route.agent.name)}
         self._connection = connection
         self._sid: int | None = None
         self._waiting: deque[Message] = deque()
@@ -68,7 +59,7 @@ class SubjectFeed:
         self._delivering: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Subscribe, once."""
+        """Subscribe, unless that is done already."""
         if self._sid is None:
             queue = self._source.queue_group or ""
             self._sid = await self._connection.subscribe(self._source.subject, self._on_message, queue)
@@ -82,20 +73,20 @@ class SubjectFeed:
             await asyncio.wait([self._delivering], timeout=timeout)
             await cancel_and_wait(self._delivering)
         while self._waiting:
-            self._target.reject(self._pop())
+            self._route.reject(self._pop())
 
     def _on_message(self, message: Message) -> None:
         if message.subject in self._own_subjects or _is_end_of_run(message):
             return  # an agent that reads its own errors would run for ever
-        if not self._waiting and self._target.has_capacity:
-            self._target.trigger(message, message)
+        if not self._waiting and not self._route.limiter.is_full:
+            self._route.trigger(message, message)
         elif len(self._waiting) < _MAX_WAITING and self._bytes + len(message.body) <= _MAX_BYTES:
             self._waiting.append(message)
             self._bytes += len(message.body)
             if self._delivering is None or self._delivering.done():
                 self._delivering = asyncio.create_task(self._deliver_waiting(), context=Context())
         else:
-            self._target.reject(message)
+            self._route.reject(message)
 
     def _pop(self) -> Message:
         message = self._waiting.popleft()
@@ -104,13 +95,14 @@ class SubjectFeed:
 
     async def _deliver_waiting(self) -> None:
         while self._waiting:
-            await self._target.wait_for_capacity()
+            while self._route.limiter.is_full:  # a new version may have another limiter
+                await self._route.limiter.wait_for_capacity()
             message = self._pop()
-            self._target.trigger(message, message)
+            self._route.trigger(message, message)
 
 
 def _is_end_of_run(message: Message) -> bool:
-    """Whether it is the last frame of a publisher's run, which is no event."""
+    """Whether it is the last frame of a publisher's run, which is not an event."""
     frame = codec.decode_reply(message.head, message.body)
     return frame.is_error_frame or (frame.end and not message.body)
 
@@ -121,9 +113,9 @@ class KVFeed:
     Changes while it was closed, or while the server was unreachable, are delivered afterwards, each once.
     """
 
-    def __init__(self, source: KVSource, target: Target, buckets: KVBuckets) -> None:
+    def __init__(self, source: KVSource, route: _Route, buckets: KVBuckets) -> None:
         self._source = source
-        self._target = target
+        self._route = route
         self._buckets = buckets
         self._seen: dict[str, Version] = {}
         # Set once all existing keys were delivered or skipped.
@@ -133,12 +125,11 @@ class KVFeed:
         self._handling: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Begin to follow the keys, once."""
+        """Begin to follow the keys, unless that is done already."""
         if self._task is None:
             self._closing.clear()
-            self._task = asyncio.create_task(
-                retry_forever(self._follow, f"following the keys {self._source.pattern}")
-            )
+            following = retry_forever(self._follow, f"following the keys {self._source.pattern}")
+            self._task = asyncio.create_task(following)
 
     async def close(self, timeout: float) -> None:
         """Stop following; a running handler has `timeout` seconds, and then continues on its own."""
@@ -155,12 +146,12 @@ class KVFeed:
             await asyncio.wait([self._handling])
         async with aclosing(self._changes()) as changes:
             async for entry in changes:
-                input_type = self._target.agent.handler.input
+                input_type = self._route.agent.handler.input
                 if entry.operation and input_type is not None and not input_type.accepts_none:
                     continue  # the handler takes values only
                 message = Message(f"$KV.{CONTEXT_BUCKET}.{entry.key}", "", b"", entry.value or b"")
                 # In a task of its own: closing the feed must not stop the handler.
-                self._handling = self._target.trigger(message, entry, is_sequential=True)
+                self._handling = self._route.trigger(message, entry, is_sequential=True)
                 await asyncio.wait([self._handling])
 
     def _changes(self) -> AsyncGenerator[Entry, None]:
@@ -175,7 +166,7 @@ class KVFeed:
             source.pattern,
             source.queue_group,
             replay=replay,
-            ack_timeout=self._target.agent.limits.timeout + _GROUP_GRACE_S,
+            ack_timeout=self._route.agent.limits.timeout + _GROUP_GRACE_S,
             started=self._started,
             closing=self._closing,
         )

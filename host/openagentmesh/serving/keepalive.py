@@ -8,8 +8,7 @@ from typing import Final
 
 from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import MeshError
-from openagentmesh.transport.connection import Connection
-from openagentmesh.transport.inbox import Inbox
+from openagentmesh.serving.resources import Resources
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
@@ -18,33 +17,26 @@ log = logging.getLogger(__name__)
 _FIRST_S: Final = 0.02
 _INTERVAL_S: Final = 1.0
 # A caller that lost its connection for a moment misses one acknowledgement.
-_MAX_UNHEARD: Final = 2
+_MAX_MISSED: Final = 2
 
 
 class Keepalive:
-    """Acknowledges a request repeatedly; `on_gone` is called once its caller does not wait any more.
+    """Acknowledges a request repeatedly; calls `on_abandoned` once its caller does not wait any more.
 
     Either the caller cancels, and states whether its timeout expired, or NATS reports repeatedly that
-    the reply subject has no subscription.
-
-    Args:
-        connection: the connection.
-        inbox: for the caller's cancel.
-        head: the header block, see `codec.accepted_headers`.
-        reply: the request's reply subject.
-        on_gone: called with whether the caller's timeout expired.
+    the `reply` subject has no subscription. `on_abandoned` gets whether the caller's timeout expired.
     """
 
     def __init__(
-        self, connection: Connection, inbox: Inbox, head: bytes, reply: str, on_gone: Callable[[bool], object]
+        self, resources: Resources, request_id: str, reply: str, on_abandoned: Callable[[bool], object]
     ) -> None:
-        self._connection = connection
-        self._inbox = inbox
-        self._head = head
+        self._connection = resources.connection
+        self._inbox = resources.inbox
+        self._head = codec.accepted_headers(request_id, resources.instance_id)
         self._reply = reply
-        self._on_gone = on_gone
+        self._on_abandoned = on_abandoned
         self._control = ""
-        self._unheard, self._was_unheard = 0, False
+        self._missed, self._last_missed = 0, False
         self._sending: asyncio.Task[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(_FIRST_S, self._beat, context=Context())
 
@@ -56,7 +48,7 @@ class Keepalive:
 
     def _beat(self) -> None:
         self._control = self._control or self._inbox.register(self._receive)
-        self._unheard, self._was_unheard = self._unheard if self._was_unheard else 0, False
+        self._missed, self._last_missed = self._missed if self._last_missed else 0, False
         self._sending = asyncio.create_task(self._send())
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL_S, self._beat, context=Context())
 
@@ -69,10 +61,10 @@ class Keepalive:
             log.debug("a request was not acknowledged: %s", exc)
 
     def _receive(self, message: Message) -> None:
-        unheard = codec.is_no_responders(message.head)
-        if unheard and self._connection.is_recovering:
+        is_missed = codec.is_no_responders(message.head)
+        if is_missed and self._connection.is_recovering:
             return  # the caller may not have reconnected yet
-        self._unheard, self._was_unheard = self._unheard + 1, True
-        if not unheard or self._unheard >= _MAX_UNHEARD:
+        self._missed, self._last_missed = self._missed + 1, True
+        if not is_missed or self._missed >= _MAX_MISSED:
             self.close()
-            self._on_gone(codec.is_timeout_cancel(message.head))
+            self._on_abandoned(codec.is_timeout_cancel(message.head))

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 Publish = Callable[[str, bytes, bytes], Awaitable[None]]
 # Subjects of the mesh and of the server, where others answer.
-_FOREIGN_PREFIXES: Final = ("mesh.", "$")
-# Messages about requests: publishing more of them for each would never end.
+_RESERVED_PREFIXES: Final = ("mesh.", "$")
+# Messages about requests: publishing such messages for each of them would never end.
 _OBSERVED_PREFIXES: Final = (subjects.errors(""), subjects.logs(""))
 _NO_KEEPALIVE: Final = nullcontext()
 
@@ -48,14 +48,12 @@ class Destination:
         verb: the caller's verb.
         reply: the subject of the reply; empty when none is wanted.
         chunks: the subject of a streamer's chunks; empty when they are discarded.
-        error: the subject of an error; empty when none is wanted.
-        error_is_frame: an error is sent as the last frame of a stream.
+        error_is_frame: an error is sent as the last frame of the chunks, not as a reply.
     """
 
     verb: Verb | Literal["source"]
     reply: str
     chunks: str
-    error: str
     error_is_frame: bool
 
     @classmethod
@@ -63,17 +61,16 @@ class Destination:
         """The destination of the answer to a request, or to a message of a source (`is_trigger`)."""
         if is_trigger:
             # A source may listen where others answer requests; without an output it has nothing to send.
-            is_silent = agent.handler.output is None or message.subject.startswith(_FOREIGN_PREFIXES)
+            is_silent = agent.handler.output is None or message.subject.startswith(_RESERVED_PREFIXES)
             reply = "" if is_silent else message.reply
-            return cls("source", reply, reply, reply, error_is_frame=False)
+            return cls("source", reply, reply, error_is_frame=False)
         reply = "" if request.accept == codec.NO_REPLY else message.reply
         if request.streaming:
             if not subjects.is_token(request.request_id):  # `_stream` rejects it
-                return cls("stream", reply, "", reply, error_is_frame=False)
-            chunks = subjects.stream(request.request_id)
-            return cls("stream", reply, chunks, chunks, error_is_frame=True)
+                return cls("stream", reply, "", error_is_frame=False)
+            return cls("stream", reply, subjects.stream(request.request_id), error_is_frame=True)
         is_call = reply and not request.reply_to and not reply.startswith(subjects.RESULTS)
-        return cls("call" if is_call else "send", reply, reply, reply, error_is_frame=False)
+        return cls("call" if is_call else "send", reply, reply, error_is_frame=False)
 
 
 def receive(
@@ -87,7 +84,9 @@ def receive(
     """Decode a request, or a message of a source (`trigger`). Never raises."""
     now = asyncio.get_running_loop().time()
     request = codec.decode_request(message.head, message.body)
-    timeout = agent.timeout_of(request)
+    timeout = agent.limits.timeout
+    if request.timeout is not None:
+        timeout = min(timeout, request.timeout)
     to = Destination.of(message, request, agent, is_trigger=trigger is not None)
     call = ServedCall(
         agent.name,
@@ -122,7 +121,8 @@ class Responder:
         self.stats.requests += 1
         deadline, error = RequestDeadline(call, agent.limits.timeout), None
         try:
-            await self._log_received(call)
+            if self._is_logged(call, "debug"):
+                await self._log(call, "debug", "request_received", {})
             with deadline, self._keepalive(call, to, deadline):
                 if agent.contract.streaming:
                     await self._stream(call, agent, to, deadline)
@@ -151,17 +151,13 @@ class Responder:
     async def _stream(
         self, call: ServedCall, agent: AgentVersion, to: Destination, deadline: RequestDeadline
     ) -> None:
-        request, resources = call.request, self._resources
         if to.verb == "stream" and not to.chunks:
             raise InvalidInput(
                 f"A stream needs the header {subjects.REQUEST_ID} with at most 128 letters, digits, '_' and "
                 "'-': it becomes part of the chunks' subject."
             )
         writer_class = ChunkWriter if to.chunks else DiscardingWriter
-        prefix = codec.frame_prefix(call.request_id, resources.instance_id)
-        writer = writer_class(
-            resources.connection, resources.inbox, to.chunks, prefix, agent.encode, request.credit, deadline
-        )
+        writer = writer_class(self._resources, to.chunks, call.request, agent.encode, deadline)
         call.send = writer.send
         try:
             await agent.outermost(call)
@@ -174,9 +170,7 @@ class Responder:
     ) -> AbstractContextManager[object]:
         if call.request.accept != codec.ACK or not to.reply:
             return _NO_KEEPALIVE
-        resources = self._resources
-        head = codec.accepted_headers(call.request_id, resources.instance_id)
-        return closing(Keepalive(resources.connection, resources.inbox, head, to.reply, deadline.caller_gone))
+        return closing(Keepalive(self._resources, call.request_id, to.reply, deadline.abandon))
 
     async def _reply(self, call: ServedCall, to: Destination, body: bytes) -> None:
         if to.reply:
@@ -188,12 +182,13 @@ class Responder:
         """Send an error to the caller, and its copy to `mesh.errors`."""
         self.stats.add_error(error)
         resources, name = self._resources, self._agent
+        subject = to.chunks if to.error_is_frame else to.reply
         is_observed = call.subject.startswith(_OBSERVED_PREFIXES)
         body = codec.encode_error(error.for_request(agent=name, request_id=call.request_id))
         ids = call.request_id, resources.instance_id
         try:
-            if to.error:
-                await publish(to.error, body, codec.error_headers(*ids, frame=to.error_is_frame))
+            if subject:
+                await publish(subject, body, codec.error_headers(*ids, frame=to.error_is_frame))
             if not is_observed:
                 await resources.connection.publish(subjects.errors(name), body, codec.error_headers(*ids))
         except MeshError as exc:
@@ -202,31 +197,21 @@ class Responder:
             log.warning("%s failed on a message of %s: %s", name, call.subject, error)
             return
         event = "validation_error" if error.code == InvalidInput.code else "request_failed"
-        await self._publish_event(call, "warn", event, error.message, {"code": error.code})
+        await self._log(call, "warn", event, {"code": error.code}, error.message)
 
     def _is_logged(self, call: ServedCall, level: LogLevel) -> bool:
         is_enabled = self._resources.logs.is_enabled(self._agent, level)
         return is_enabled and not call.subject.startswith(_OBSERVED_PREFIXES)
 
-    async def _log_received(self, call: ServedCall) -> None:
-        if self._is_logged(call, "debug"):
-            await self._publish_event(call, "debug", "request_received")
-
     async def _log_completed(self, call: ServedCall) -> None:
         if call.usage is not None and self._is_logged(call, "info"):
-            usage = call.usage.model_dump(exclude_none=True)
-            await self._publish_event(call, "info", "usage_reported", data=usage)
+            await self._log(call, "info", "usage_reported", call.usage.model_dump(exclude_none=True))
         if self._is_logged(call, "debug"):
-            duration: dict[str, object] = {"duration_ms": round((monotonic() - call.started) * 1000, 3)}
-            await self._publish_event(call, "debug", "request_completed", data=duration)
+            duration_ms = round((monotonic() - call.started) * 1000, 3)
+            await self._log(call, "debug", "request_completed", {"duration_ms": duration_ms})
 
-    async def _publish_event(
-        self,
-        call: ServedCall,
-        level: LogLevel,
-        event: str,
-        message: str = "",
-        data: dict[str, object] | None = None,
+    async def _log(
+        self, call: ServedCall, level: LogLevel, event: str, data: dict[str, object], message: str = ""
     ) -> None:
         await self._resources.logs.publish(
             level, self._agent, event, request_id=call.request_id, message=message, data=data

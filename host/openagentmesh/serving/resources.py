@@ -11,7 +11,7 @@ from openagentmesh.transport.kv import KVBuckets
 
 @dataclass(slots=True, frozen=True)
 class Resources:
-    """What all routes of a node use."""
+    """The connection, and everything based on it, that all routes of a node share."""
 
     connection: Connection
     inbox: Inbox

@@ -1,4 +1,4 @@
-"""A route: the place of one agent on the mesh. It stays while the version it points at changes."""
+"""A route: one agent as the mesh reaches it. It stays while the version it points at changes."""
 
 import asyncio
 import logging
@@ -29,10 +29,11 @@ _CANCEL_GRACE_S: Final = 1.0
 
 
 class Route:
-    """The place of one agent: its subscription, its current version, what triggers it, what runs.
+    """One agent's subscription, its current version, what triggers it, and its running requests.
 
     Attributes:
         agent: the version for the next request.
+        limiter: of that version, or of an older one with the same limits.
         sid: of its subscription; None while it has none.
         is_open: it takes requests, unless its condition is false.
         background: runs a publisher or watcher.
@@ -41,23 +42,23 @@ class Route:
 
     def __init__(self, agent: AgentVersion, resources: Resources) -> None:
         self.agent = agent
+        self.limiter = agent.limits.limiter()
         self.sid: int | None = None
         self.is_open = False
         self.background: Background | None = None
         self.gate: Gate | None = None
-        # The version that triggers, gate and background belong to; `synchronize` updates it.
+        # The version that triggers, gate and background task belong to; `synchronize` updates it.
         self._synchronized: AgentVersion | None = None
         self._resources = resources
         self._responder = Responder(agent.name, resources)
         self.stats = self._responder.stats
-        self._limiter = agent.limits.limiter()
         self._feeds: dict[Source, SubjectFeed | KVFeed] = {}
-        # Feeds of removed sources, until what they delivered is handled.
+        # Feeds of removed sources, until everything that they delivered is handled.
         self._closing: set[asyncio.Task[None]] = set()
         self._draining: asyncio.Task[int] | None = None
-        # Where a publisher continues that replaces an older version.
+        # The first frame's number of a publisher that replaces an older version.
         self._next_seq = 0
-        # What runs, and on which version.
+        # Running requests, and on which version.
         self._tasks: dict[asyncio.Task[None], AgentVersion] = {}
 
     @property
@@ -74,7 +75,7 @@ class Route:
             kind=agent.kind,
             source=agent.source,
             in_flight=self.in_flight,
-            waiting=self._limiter.waiting,
+            waiting=self.limiter.waiting,
             limits=asdict(agent.limits),
             active=self.gate is None or self.gate.is_open,
             background=background.status() if background else None,
@@ -83,7 +84,7 @@ class Route:
 
     def receive(self, message: Message) -> None:
         """Take a request: spawn and return."""
-        agent, limiter = self.agent, self._limiter
+        agent, limiter = self.agent, self.limiter
         call, to = request.receive(message, agent, limiter)
         if agent.middlewares:
             # They decide which requests are admitted, so the agent counts behind them.
@@ -92,58 +93,41 @@ class Route:
             is_full = limiter.is_full
             if not is_full:
                 call.admit()
-        walk = self._responder.reject if is_full else self._responder.answer
-        self._spawn(walk(call, agent, to), agent)
-
-    @property
-    def has_capacity(self) -> bool:
-        """Whether one more request may run or wait."""
-        return not self._limiter.is_full
-
-    async def wait_for_capacity(self) -> None:
-        """Wait until one more request may run or wait."""
-        while self._limiter.is_full:  # a new version may have another limiter
-            await self._limiter.wait_for_capacity()
+        respond = self._responder.reject if is_full else self._responder.answer
+        self._spawn(respond(call, agent, to), agent)
 
     def trigger(
         self, message: Message, trigger: Trigger, *, is_sequential: bool = False
     ) -> "asyncio.Task[None]":
         """Handle what a source delivered in a task of its own."""
         agent = self.agent
-        call, to = request.receive(message, agent, self._limiter, trigger, is_sequential=is_sequential)
+        call, to = request.receive(message, agent, self.limiter, trigger, is_sequential=is_sequential)
         call.admit()
         return self._spawn(self._responder.answer(call, agent, to), agent)
 
     def reject(self, message: Message) -> None:
         """Reject a message of a source."""
-        call, to = request.receive(message, self.agent, self._limiter, message)
+        call, to = request.receive(message, self.agent, self.limiter, message)
         self._spawn(self._responder.reject(call, self.agent, to), self.agent)
 
-    def _spawn(self, walk: Coroutine[Any, Any, None], agent: AgentVersion) -> "asyncio.Task[None]":
-        task = asyncio.get_running_loop().create_task(walk)
+    def _spawn(self, responding: Coroutine[Any, Any, None], agent: AgentVersion) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(responding)
         self._tasks[task] = agent
         task.add_done_callback(self._tasks.pop)
         return task
 
     async def start(self) -> None:
         """Begin to serve; an agent with a condition when that is true."""
-        condition, resources, previous = self.agent.active_when, self._resources, self.gate
+        agent, condition, previous = self.agent.name, self.agent.active_when, self.gate
         self.gate = None
         if condition is None:
             await self.open()
             return
-        self.gate = Gate(
-            self.agent.name,
-            condition,
-            resources.connection,
-            resources.buckets,
-            self._activate,
-            self._deactivate,
-        )
+        self.gate = Gate(agent, condition, self._resources, self._activate, self._deactivate)
         await self.gate.start(is_open=self.is_open, previous=previous)
 
     async def open(self) -> None:
-        """Subscribe, open the sources, start the background task; what is open stays open."""
+        """Subscribe, open the sources, start the background task, unless that is done already."""
         agent, resources = self.agent, self._resources
         self.is_open = True
         if agent.contract.invocable and self.sid is None:
@@ -159,7 +143,7 @@ class Route:
 
     def _feed(self, source: Source) -> SubjectFeed | KVFeed:
         if isinstance(source, SubjectSource):
-            return SubjectFeed(source, self.agent.name, self, self._resources.connection)
+            return SubjectFeed(source, self, self._resources.connection)
         return KVFeed(source, self, self._resources.buckets)
 
     def swap(self, agent: AgentVersion) -> None:
@@ -169,7 +153,7 @@ class Route:
         """
         old, new = self.agent.limits, agent.limits
         if (old.concurrency, old.queue) != (new.concurrency, new.queue):
-            self._limiter = agent.limits.limiter()
+            self.limiter = agent.limits.limiter()
         self.agent = agent
         if self.is_synchronized:
             self._synchronized = agent  # releases the old version
@@ -202,7 +186,7 @@ class Route:
             closing.add_done_callback(self._closing.discard)
         if self.sid is not None and not agent.contract.invocable:
             await self._unsubscribe()
-        self._synchronized = agent  # only now: after a failure it is tried again
+        self._synchronized = agent  # only now: after a failure this is retried
 
     async def stop_triggers(self, timeout: float) -> None:
         """Stop gate, sources and background task; requests are still received."""
@@ -212,15 +196,15 @@ class Route:
         await self._stop_background()
 
     async def close(self, timeout: float) -> None:
-        """Unsubscribe and finish what runs; after `timeout` seconds cancel and answer it."""
+        """Unsubscribe; finish running requests, or cancel and answer them after `timeout` seconds."""
         await self.stop_triggers(timeout)
         await self._unsubscribe()
         await self.finish(timeout)
 
     async def finish(self, timeout: float, agent: AgentVersion | None = None) -> int:
-        """Wait for what runs, or runs on one version; after `timeout` seconds cancel and answer it.
+        """Finish running requests, or those on one version; cancel and answer them after `timeout` seconds.
 
-        Returns how many requests do not stop.
+        Returns how many do not stop.
         """
         running = [task for task, each in self._tasks.items() if agent is None or each is agent]
         if not running:
@@ -235,7 +219,7 @@ class Route:
         return sum(each is agent for each in self._tasks.values())
 
     async def _activate(self) -> None:
-        await cancel_and_wait(self._draining)  # what it waits for may go on
+        await cancel_and_wait(self._draining)  # the requests that it waits for may continue
         await self.open()
         await self._resources.logs.publish("info", self.agent.name, "agent_activated")
 

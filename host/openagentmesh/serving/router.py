@@ -15,12 +15,7 @@ from openagentmesh.transport.nats_client import Message
 
 
 class Router:
-    """The routes of one node.
-
-    Attributes:
-        logs: publishes log events.
-        is_draining: requests from outside are not received any more.
-    """
+    """The routes of one node; while it `is_draining`, it receives no requests from outside."""
 
     def __init__(
         self,
@@ -58,14 +53,14 @@ class Router:
         return self._routes.pop(name, None)
 
     async def drain(self, timeout: float) -> None:
-        """Leave the queue groups and finish what runs; after `timeout` seconds cancel and answer it."""
+        """Drain the subscriptions and `finish` running requests."""
         self.is_draining = True
         sids = [route.sid for route in self if route.sid is not None]
         await self._resources.connection.drain(*sids)
         await self.finish(timeout)
 
     def receive_local(self, name: str, message: Message) -> bool:
-        """While draining, receive a request of this node: running handlers may still call their neighbours.
+        """While draining, receive a request from this node: running handlers may still call its agents.
 
         Returns whether it was received.
         """
@@ -76,12 +71,11 @@ class Router:
         return True
 
     async def finish(self, timeout: float) -> None:
-        """Finish what runs; after `timeout` seconds cancel and answer it."""
+        """Finish running requests, or cancel and answer them after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        await asyncio.gather(
-            *[route.stop_triggers(timeout) for route in self if not route.agent.is_request_only]
-        )
+        triggered = [route for route in self if not route.agent.is_request_only]
+        await asyncio.gather(*[route.stop_triggers(timeout) for route in triggered])
         # Repeatedly, because running handlers may call other agents here.
         while running := [route for route in self if route.in_flight]:
             left = deadline - loop.time()

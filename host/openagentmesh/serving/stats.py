@@ -11,16 +11,7 @@ _MAX_ERROR: Final = 500
 
 @dataclass(slots=True)
 class RouteStats:
-    """What a route has done since it was created.
-
-    Attributes:
-        requests: received requests.
-        errors: those answered by an error.
-        overloaded: those of the errors with the code `overloaded`.
-        seconds: the sum of their durations; a stream's until its end.
-        last_error: code and message of the last error, shortened.
-        since: when the route was created, in seconds since 1970.
-    """
+    """What a route has done since it was created; the fields are those of `AgentStatus`."""
 
     requests: int = 0
     errors: int = 0

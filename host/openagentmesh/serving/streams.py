@@ -7,22 +7,22 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from openagentmesh.agent.client_middleware import EVENT_TIMEOUT_S, ClientMiddlewares, ClientOperation
+from openagentmesh.agent.client_middleware import EVENT_TIMEOUT_S, ClientOperation
 from openagentmesh.protocol import codec
+from openagentmesh.protocol.codec import Request
 from openagentmesh.protocol.errors import ChunkSequenceError, MeshError, Overloaded
 from openagentmesh.protocol.messages import Usage
 from openagentmesh.serving.deadline import RequestDeadline
-from openagentmesh.transport.connection import Connection
-from openagentmesh.transport.inbox import Inbox
+from openagentmesh.serving.resources import Resources
 from openagentmesh.transport.nats_client import Message
 
 # Chunks that may be on their way to one reader that grants credit.
 WINDOW: Final = 64
 # A slow reader grants credit at least this often, so that the host knows that it reads.
 _MAX_GRANT_INTERVAL_S: Final = 1.0
-# How far a peer without credit may be ahead of its reader.
+# How far a sender that needs no credit may be ahead of its reader.
 _MAX_BUFFERED: Final = 65_536
-# Without credit a producer never waits, so it yields to the event loop this often.
+# A producer that needs no credit never waits, so it yields to the event loop this often.
 _YIELD_EVERY: Final = 32
 
 Encode = Callable[[Any], bytes]
@@ -31,21 +31,14 @@ Encode = Callable[[Any], bytes]
 class FrameWriter:
     """Sends the frames of one stream, or of one publisher's run (protocol §7).
 
-    Args:
-        connection: the connection.
-        subject: where the frames go.
-        prefix: the first lines of their headers, see `codec.frame_prefix`.
-        encode: encodes a chunk.
-
-    Attributes:
-        seq: the number of the next frame.
+    `seq` is the number of the next frame; a publisher's frames have no request id.
     """
 
-    def __init__(self, connection: Connection, subject: str, prefix: bytes, encode: Encode) -> None:
+    def __init__(self, resources: Resources, subject: str, request_id: str, encode: Encode) -> None:
         self.seq = 0
-        self._connection = connection
+        self._connection = resources.connection
         self._subject = subject
-        self._prefix = prefix
+        self._prefix = codec.frame_prefix(request_id, resources.instance_id)
         self._encode = encode
         self._reply = ""
 
@@ -69,16 +62,10 @@ class FrameWriter:
 class EventWriter(FrameWriter):
     """Sends the events of one publisher's run, each within the client middlewares."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        subject: str,
-        prefix: bytes,
-        encode: Encode,
-        middlewares: ClientMiddlewares,
-    ) -> None:
-        super().__init__(connection, subject, prefix, encode)
-        self._middlewares = middlewares
+    def __init__(self, resources: Resources, subject: str, encode: Encode, seq: int) -> None:
+        super().__init__(resources, subject, "", encode)
+        self.seq = seq
+        self._middlewares = resources.middlewares
 
     async def send(self, chunk: object) -> None:
         """Send one event."""
@@ -96,41 +83,27 @@ class EventWriter(FrameWriter):
 class ChunkWriter(FrameWriter):
     """Sends the frames of one stream, as many as its reader grants credit for (protocol §10).
 
-    Args:
-        connection: the connection.
-        inbox: for credit and cancel.
-        subject: where the frames go.
-        prefix: the first lines of their headers.
-        encode: encodes a chunk.
-        credit: chunks granted with the request; 0 for no window.
-        deadline: of the request: it is moved with each chunk, and learns that the reader is gone.
+    A request that grants no credit has no window. Each chunk restarts the deadline.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - as many as a stream has parts
-        self,
-        connection: Connection,
-        inbox: Inbox,
-        subject: str,
-        prefix: bytes,
-        encode: Encode,
-        credit: int,
-        deadline: RequestDeadline,
+    def __init__(
+        self, resources: Resources, subject: str, request: Request, encode: Encode, deadline: RequestDeadline
     ) -> None:
-        super().__init__(connection, subject, prefix, encode)
+        super().__init__(resources, subject, request.request_id, encode)
         self._deadline = deadline
-        self._inbox = inbox
-        self._credit = credit if credit > 0 else math.inf
+        self._inbox = resources.inbox
+        self._credit = request.credit if request.credit > 0 else math.inf
         self._granted = asyncio.Event()
-        self._reply = inbox.register(self._receive)
+        self._reply = resources.inbox.register(self._receive)
 
     async def send(self, chunk: object) -> None:
         """Send one chunk; waits until the reader has granted credit for it."""
         if self._credit <= 0 or self._connection.is_recovering:
-            self._deadline.reader_slow()
+            self._deadline.extend()
             await self._wait_for_reader()
         self._credit -= 1
         await super().send(chunk)
-        self._deadline.chunk_sent()
+        self._deadline.restart()
 
     async def _wait_for_reader(self) -> None:
         while self._credit <= 0:
@@ -156,7 +129,7 @@ class ChunkWriter(FrameWriter):
             self._granted.set()
         elif not (self._connection.is_recovering and codec.is_no_responders(message.head)):
             self.close()
-            self._deadline.caller_gone(codec.is_timeout_cancel(message.head))
+            self._deadline.abandon(codec.is_timeout_cancel(message.head))
 
 
 class DiscardingWriter(ChunkWriter):
@@ -166,7 +139,7 @@ class DiscardingWriter(ChunkWriter):
         """Count one chunk."""
         await self._yield_to_loop()
         self.seq += 1
-        self._deadline.chunk_sent()
+        self._deadline.restart()
 
     async def end(self, usage: Usage | None = None) -> None:
         """Send nothing."""
@@ -175,12 +148,8 @@ class DiscardingWriter(ChunkWriter):
 class ChunkReader:
     """Receives the frames of one stream and checks their order (protocol §7).
 
-    Args:
-        publish: publishes a message.
-        agent: the streamer's name, for messages.
-        request_id: the request's id, for messages.
-        timeout: seconds to wait for the next frame; None for ever.
-        total: seconds from now in which all frames must arrive; None for ever.
+    It waits `timeout` seconds for each frame, and `total` seconds from now for all of them; None is for ever.
+    Errors name the `agent` and the `request_id`.
 
     Attributes:
         ended: whether the last frame was read.
@@ -251,13 +220,13 @@ class ChunkReader:
         frame = self._frames.popleft()
         self.ended = frame.end or frame.error
         if frame.seq is not None and not frame.error:
-            if frame.seq != self._next_seq:
+            agent, expected = self._agent, self._next_seq
+            if frame.seq != expected:
                 raise ChunkSequenceError(
-                    f"Agent '{self._agent}' sent chunk {frame.seq}, expected {self._next_seq}: "
-                    "chunks were lost.",
-                    agent=self._agent,
+                    f"Agent '{agent}' sent chunk {frame.seq}, expected {expected}: chunks were lost.",
+                    agent=agent,
                     request_id=self._request_id,
-                    details={"expected_seq": self._next_seq, "got_seq": frame.seq},
+                    details={"expected_seq": expected, "got_seq": frame.seq},
                 )
             self._next_seq += 1
         return frame

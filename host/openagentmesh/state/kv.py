@@ -90,17 +90,18 @@ class KV:
     async def update(
         self, key: str, fn: Callable[[str], str | Awaitable[str]], max_retries: int = 10
     ) -> None:
-        """Replace a text by `fn` of it, again with the new text after a concurrent change.
+        """Replace a text by `fn` of it; after a concurrent change, retry with the new text.
 
-        It is tried at least once.
+        There is at least one attempt.
 
         Raises:
-            KVConflict: others changed the key `max_retries` times.
+            KVConflict: the key was changed concurrently in all `max_retries` attempts.
         """
+        attempts = max(1, max_retries)
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(KVConflict),
             wait=jittered_backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S),
-            stop=stop_after_attempt(max(1, max_retries)),
+            stop=stop_after_attempt(attempts),
             reraise=True,
         ):
             with attempt:
@@ -109,8 +110,8 @@ class KV:
                     draft.value = await result if isawaitable(result) else result
                 if not draft.committed:
                     raise KVConflict(
-                        f"The key '{key}' was changed by others {max_retries} times before the update.",
-                        details={"key": key, "tries": max_retries},
+                        f"The key '{key}' was changed concurrently {attempts} times, so it was not updated.",
+                        details={"key": key, "tries": attempts},
                     )
 
     async def watch(self, key: str) -> AsyncGenerator[str, None]:

@@ -38,10 +38,8 @@ class Observe:
     ) -> AsyncGenerator[LogEvent, None]:
         """The log events of one agent or of all, from `level` on, as they are published."""
         lowest = LOG_LEVELS.index(_checked_level(level or "debug"))
-        events = (await self._ready()).events
-        async with aclosing(
-            events.on_subject(subjects.logs(agent or _ALL_AGENTS), None, endless=True)
-        ) as messages:
+        events, subject = (await self._ready()).events, subjects.logs(agent or _ALL_AGENTS)
+        async with aclosing(events.on_subject(subject, None, endless=True)) as messages:
             async for message in messages:
                 try:
                     event = LogEvent.model_validate(message.data)
@@ -54,10 +52,8 @@ class Observe:
     async def get(self, agent: str | None = None) -> ObserveConfig:
         """The setting of an agent: its own, else the one for all agents, else the default."""
         buckets = (await self._ready()).buckets
-        for key in (agent, GLOBAL_KEY):
-            value = await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key)) if key else None
-            found = _decode(key or "", value)
-            if found is not None:
+        for key in (agent, GLOBAL_KEY) if agent else (GLOBAL_KEY,):
+            if found := _decode(key, await buckets.get(OBSERVABILITY_BUCKET, _checked_name(key))):
                 return found
         return ObserveConfig()
 

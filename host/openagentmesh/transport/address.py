@@ -22,17 +22,10 @@ class Address:
 
 
 def nearest(start: Path | None = None) -> Address:
-    """The contents of the nearest `.oam-url`, from `start` (the working folder) upwards.
-
-    Raises:
-        ConnectionFailed: the file cannot be read.
-    """
+    """The nearest `.oam-url`, from `start` (the working folder) upwards; ConnectionFailed if unreadable."""
     folder = (start or Path.cwd()).resolve()
-    for parent in (folder, *folder.parents):
-        path = parent / FILE_NAME
-        if path.is_file():
-            return _read(path)
-    return Address()
+    paths = [parent / FILE_NAME for parent in (folder, *folder.parents)]
+    return next((_read(path) for path in paths if path.is_file()), Address())
 
 
 def _read(path: Path) -> Address:
@@ -51,10 +44,8 @@ def _read(path: Path) -> Address:
             f"{path} is neither a url nor TOML with `url` and `creds`: {exc}. "
             "Write it again with `oam mesh connect URL`."
         ) from exc
-    creds = values.get("creds")
-    return Address(
-        str(values["url"]) if "url" in values else None, str(path.parent / str(creds)) if creds else None
-    )
+    url, creds = values.get("url"), values.get("creds")
+    return Address(None if url is None else str(url), str(path.parent / str(creds)) if creds else None)
 
 
 def write(folder: Path, url: str, creds: str | None = None) -> Path:

@@ -12,15 +12,15 @@ _MAX_DOUBLINGS = 60
 
 
 class Backoff:
-    """Delays in seconds: random up to `first`, doubled each time up to `longest`.
+    """Delays in seconds: random up to `first`, doubled each time up to `maximum`.
 
     Full jitter by default: clients that collide once do not collide again. At least the part `at_least`
     of the current maximum is waited.
     """
 
-    def __init__(self, first: float, longest: float, *, at_least: float = 0.0) -> None:
+    def __init__(self, first: float, maximum: float, *, at_least: float = 0.0) -> None:
         self._first = first
-        self._longest = longest
+        self._maximum = maximum
         self._at_least = at_least
         self._attempts = 0
 
@@ -35,11 +35,11 @@ class Backoff:
 
     def delay(self, attempt: int) -> float:
         """The delay after attempt number `attempt`, which counts from 1."""
-        limit = min(self._longest, self._first * 2.0 ** min(attempt - 1, _MAX_DOUBLINGS))
+        limit = min(self._maximum, self._first * 2.0 ** min(attempt - 1, _MAX_DOUBLINGS))
         return jitter(self._at_least * limit, limit)
 
 
-def jittered_backoff(first: float, longest: float) -> Callable[[RetryCallState], float]:
+def jittered_backoff(first: float, maximum: float) -> Callable[[RetryCallState], float]:
     """The same delays as a `wait` of tenacity."""
-    backoff = Backoff(first, longest)
+    backoff = Backoff(first, maximum)
     return lambda state: backoff.delay(state.attempt_number)

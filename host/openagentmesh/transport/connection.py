@@ -6,8 +6,8 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -15,13 +15,18 @@ from urllib.parse import urlsplit
 from nats.errors import Error as NatsError
 from nats.errors import NoServersError
 from nats.js import JetStreamContext
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from openagentmesh.protocol import subjects
-from openagentmesh.protocol.errors import ConnectionDenied, ConnectionFailed, InvalidInput, PayloadTooLarge
-from openagentmesh.transport.backoff import jittered_backoff
+from openagentmesh.protocol.errors import (
+    ConnectionDenied,
+    ConnectionFailed,
+    InvalidInput,
+    PayloadTooLarge,
+    error_text,
+)
+from openagentmesh.protocol.status import HistoryEvent
 from openagentmesh.transport.nats_client import MessageCallback, NatsClient
-from openagentmesh.transport.tasks import cancel_and_wait
+from openagentmesh.transport.tasks import cancel_and_wait, retry_with_reports
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,6 @@ _PING_INTERVAL_S: Final = 15
 _RECONNECT_WAIT_S: Final = 0.1
 # After UNSUB and its PONG, messages still arrive for a moment.
 LINGER_S: Final = 0.15
-_MAX_RESTORE_BACKOFF_S: Final = 5.0
 _MAX_HISTORY: Final = 50
 # After a restart of the server its clients reconnect within about this many seconds.
 _RECOVERY_S: Final = 2.0
@@ -52,47 +56,29 @@ class Target:
     @property
     def display_url(self) -> str:
         """The url without a password or a token, for messages."""
-        try:
-            parts = urlsplit(self.url)
-        except ValueError:  # malformed; connecting reports it
-            return "***@" + self.url.rpartition("@")[2] if "@" in self.url else self.url
-        return (
-            self.url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@", 1)
-            if "@" in parts.netloc
-            else self.url
-        )
-
-
-@dataclass(slots=True, frozen=True)
-class ConnectionEvent:
-    """An event of the connection; `at` in UTC."""
-
-    what: str
-    at: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-
-Restore = Callable[[], Awaitable[None]]
+        netloc = self.url
+        with suppress(ValueError):  # malformed; connecting reports it
+            netloc = urlsplit(self.url).netloc
+        user, at, _ = netloc.rpartition("@")
+        return self.url.replace(f"{user}@", "***@", 1) if at else self.url
 
 
 class Connection:
     """The one NATS connection of a node; reconnects by itself.
 
     Attributes:
-        history: its last events.
-        reconnects: how often it reconnected.
         is_recovering: the server was unreachable until a moment ago; other clients may not be back yet.
         restore: runs in a task after each reconnect, again when the connection is lost meanwhile.
-        on_disconnected: called when the connection is lost.
         on_closed: called when the connection is closed for good.
     """
 
     def __init__(self, target: Target, name: str) -> None:
         self.target = target
         self.name = name
-        self.history: deque[ConnectionEvent] = deque(maxlen=_MAX_HISTORY)
+        self.history: deque[HistoryEvent] = deque(maxlen=_MAX_HISTORY)
         self.reconnects = 0
         self.is_recovering = False
-        self.restore: Restore | None = None
+        self.restore: Callable[[], Awaitable[None]] | None = None
         self.on_disconnected: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
         self.closed = asyncio.Event()
@@ -106,12 +92,7 @@ class Connection:
         self._last_error: Exception | None = None
 
     async def connect(self, timeout: float = CONNECT_TIMEOUT_S) -> None:
-        """Connect within `timeout` seconds; later reconnects are unbounded.
-
-        Raises:
-            ConnectionFailed: no server answers at the address, or not in time.
-            ConnectionDenied: the server rejects the credentials.
-        """
+        """Connect within `timeout` seconds, or raise ConnectionFailed or ConnectionDenied."""
         options = self._options()
         try:
             async with asyncio.timeout(timeout):
@@ -122,7 +103,7 @@ class Connection:
             raise self._connect_error(exc, timeout) from exc
         self._client.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1}
         self._up.set()
-        self.history.append(ConnectionEvent(f"connected to {self.target.display_url}"))
+        self.history.append(HistoryEvent(what=f"connected to {self.target.display_url}"))
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -163,10 +144,9 @@ class Connection:
     def _connect_error(self, exc: Exception, timeout: float) -> ConnectionFailed | ConnectionDenied:
         # The library ends with "no servers available"; the cause is the error it reported before.
         cause = self._last_error if isinstance(exc, NoServersError) and self._last_error else exc
-        number = getattr(cause, "errno", None)
-        reason = str(cause) or type(cause).__name__
-        if isinstance(cause, OSError) and number:
-            reason = os.strerror(number) if number > 0 else str(cause.strerror)
+        reason = error_text(cause)
+        if isinstance(cause, OSError) and cause.errno:
+            reason = os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
         if not isinstance(exc, (TimeoutError, OSError, NatsError, ValueError)) and self.target.creds:
             reason = f"authentication failed ({reason})"
         if "authorization" in reason.lower() or "authentication" in reason.lower():
@@ -192,13 +172,8 @@ class Connection:
         return bool(self._client.is_connected)
 
     async def wait_connected(self) -> None:
-        """Wait until the server is connected.
-
-        Raises:
-            ConnectionFailed: the connection is closed for good.
-        """
-        if not self._up.is_set():
-            await self._up.wait()
+        """Wait until the server is connected; raises ConnectionFailed if the connection is closed."""
+        await self._up.wait()
         if self.is_closed:
             raise ConnectionFailed(f"The connection to {self.target.display_url} is closed.")
 
@@ -208,11 +183,7 @@ class Connection:
         return bool(self._client.is_closed)
 
     async def wait_recovered(self) -> None:
-        """Wait until the server is connected and other clients have had time to reconnect.
-
-        Raises:
-            ConnectionFailed: the connection is closed for good.
-        """
+        """`wait_connected`, and until other clients have had time to reconnect, too."""
         await self._recovered.wait()
         await self.wait_connected()
 
@@ -226,51 +197,36 @@ class Connection:
         """The server's INFO at the last connect."""
         return dict(self._client._server_info)  # noqa: SLF001 - the library has no accessor for it
 
-    def jetstream(self, timeout: float = 5.0) -> JetStreamContext:
-        """The library's JetStream context over this connection; `timeout` in seconds."""
-        return self._client.jetstream(timeout=timeout)
-
-    def check_size(self, head: bytes, body: bytes) -> None:
-        """Check the size of a message; the server would close the connection.
-
-        Raises:
-            PayloadTooLarge: with `size` and `limit` in its details, in bytes.
-        """
-        size = len(head) + len(body)
-        if size > self.max_payload:
-            raise PayloadTooLarge(
-                f"A message of {size} bytes (headers {len(head)}, body {len(body)}) is larger "
-                f"than the server's max_payload ({self.max_payload}). Send less, or use the workspace.",
-                details={"size": size, "headers": len(head), "body": len(body), "limit": self.max_payload},
-            )
+    def jetstream(self) -> JetStreamContext:
+        """The library's JetStream context over this connection."""
+        return self._client.jetstream()
 
     async def publish(self, subject: str, body: bytes = b"", head: bytes = b"", reply: str = "") -> None:
         """Publish one message; while the server is unreachable it waits in a bounded buffer.
 
         Raises:
-            PayloadTooLarge: headers and body together exceed the server's limit.
+            PayloadTooLarge: headers and body together exceed the server's limit; in bytes in its details.
             ConnectionFailed: the connection is closed, or the buffer is full.
         """
         client, size = self._client, len(head) + len(body)
-        if size > client.max_payload:
-            self.check_size(head, body)
+        if size > client.max_payload:  # the server would close the connection
+            raise PayloadTooLarge(
+                f"A message of {size} bytes (headers {len(head)}, body {len(body)}) is larger "
+                f"than the server's max_payload ({self.max_payload}). Send less, or use the workspace.",
+                details={"size": size, "headers": len(head), "body": len(body), "limit": self.max_payload},
+            )
         if not client.is_connected and (client.is_closed or size > client.buffer_space):
             state = "closed" if client.is_closed else "down, and its buffer is full"
             raise ConnectionFailed(f"The connection to {self.target.display_url} is {state}.")
-        if head:
-            line = f"HPUB {subject} {reply} {len(head)} {size}\r\n"
-        else:
-            line = f"PUB {subject} {reply} {len(body)}\r\n"
+        line = (
+            f"HPUB {subject} {reply} {len(head)} {size}\r\n" if head else f"PUB {subject} {reply} {size}\r\n"
+        )
         await client.write(b"".join((line.encode("utf-8", "surrogateescape"), head, body, b"\r\n")))
 
     async def subscribe(self, subject: str, callback: MessageCallback, queue: str = "") -> int:
-        """Subscribe; `callback` runs in the read loop and must return at once.
+        """Subscribe, and return the id; `callback` runs in the read loop and must return at once.
 
-        Returns the subscription's id. A `flush` afterwards proves that the server has it.
-
-        Raises:
-            InvalidInput: the subject cannot be subscribed to.
-            ConnectionFailed: the connection is closed.
+        A `flush` afterwards proves that the server has it. Raises InvalidInput or ConnectionFailed.
         """
         if reason := subjects.invalid_pattern(subject):
             # The server would close the connection, again after each reconnect.
@@ -280,11 +236,7 @@ class Connection:
         return await self._client.subscribe_callback(subject, callback, queue)
 
     async def flush(self) -> None:
-        """Wait until the server has processed everything written so far.
-
-        Raises:
-            ConnectionFailed: it did not answer in time.
-        """
+        """Wait until the server has processed all that was written, or raise ConnectionFailed."""
         try:
             await self._client.flush(_FLUSH_TIMEOUT_S)
         except NatsError as exc:
@@ -302,12 +254,8 @@ class Connection:
                     log.warning("unsubscribed without confirmation by the server: %s", exc)
                 await asyncio.sleep(LINGER_S)  # the server does not announce the last message
         finally:
-            self.remove_callbacks(*sids)
-
-    def remove_callbacks(self, *sids: int) -> None:
-        """Ignore further messages of these subscriptions."""
-        for sid in sids:
-            self._client.remove_callback(sid)
+            for sid in sids:
+                self._client.remove_callback(sid)
 
     async def unsubscribe(self, sid: int) -> None:
         """Unsubscribe and ignore messages that are on their way."""
@@ -324,14 +272,14 @@ class Connection:
         log.debug("connection: %s", exc)
         self._last_error = exc
         if "permissions violation" in str(exc).lower():
-            self.history.append(ConnectionEvent(f"not permitted: {exc}"))
+            self.history.append(HistoryEvent(what=f"not permitted: {exc}"))
             log.error("permission denied by the server: %s", exc)
 
     def _on_disconnected(self) -> None:
         self._begin_recovery()
         self._up.clear()
         self.on_disconnected()
-        self.history.append(ConnectionEvent(f"lost {self.target.display_url}"))
+        self.history.append(HistoryEvent(what=f"lost {self.target.display_url}"))
         log.warning("connection lost: %s; reconnecting", self.target.display_url)
 
     async def _on_reconnected(self) -> None:
@@ -339,13 +287,13 @@ class Connection:
         self._begin_recovery()
         self._recovery_timer = asyncio.get_running_loop().call_later(_RECOVERY_S, self._end_recovery)
         self._up.set()
-        self.history.append(ConnectionEvent(f"reconnected to {self.target.display_url}"))
+        self.history.append(HistoryEvent(what=f"reconnected to {self.target.display_url}"))
         log.info("reconnected: %s", self.target.display_url)
         # Not awaited here: an error would end the library's reconnecting, and a wait would delay it.
         if self._restoring is not None:
             self._restoring.cancel()
         if self.restore is not None:
-            self._restoring = asyncio.create_task(self._restore_with_retries(self.restore))
+            self._restoring = asyncio.create_task(retry_with_reports(self.restore, self._on_restore_failed))
 
     def _begin_recovery(self) -> None:
         if self._recovery_timer is not None:
@@ -357,24 +305,13 @@ class Connection:
         self.is_recovering = False
         self._recovered.set()
 
-    async def _restore_with_retries(self, restore: Restore) -> None:
-        """Retry until it succeeds, or until the next reconnect starts it again."""
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(Exception),  # errors of libraries are retried, too
-            wait=jittered_backoff(0.1, _MAX_RESTORE_BACKOFF_S),
-            before_sleep=self._on_restore_failed,
-        ):
-            with attempt:
-                await restore()
-
-    def _on_restore_failed(self, state: RetryCallState) -> None:
-        exc = state.outcome.exception() if state.outcome else None
-        self.history.append(ConnectionEvent(f"not restored yet: {exc}"))
+    def _on_restore_failed(self, exc: BaseException | None) -> None:
+        self.history.append(HistoryEvent(what=f"not restored yet: {exc}"))
         log.warning("state after the reconnect not restored yet: %s", exc)
 
     async def _on_closed(self) -> None:
         self.closed.set()
-        # Release those who wait; they see that it is closed.
+        # Waiting tasks continue, and find that it is closed.
         self._up.set()
         self._recovered.set()
         self.on_closed()

@@ -12,8 +12,7 @@ from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.nats_client import Message, MessageCallback
 
 T = TypeVar("T")
-# A message that had no responders while clients reconnect to a restarted server is sent again after
-# this many seconds.
+# While clients reconnect to a restarted server, a message without responders is sent again after this time.
 RECOVERY_RETRY_S: Final = 0.05
 
 
@@ -57,11 +56,7 @@ class Inbox:
         self._callbacks.pop(subject, None)
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float) -> Message:
-        """Publish and wait `timeout` seconds for the first reply, which may be NATS' 503.
-
-        Raises:
-            MeshTimeout: no reply arrived in time.
-        """
+        """Publish and return the first reply, maybe NATS' 503; raises MeshTimeout after `timeout` seconds."""
         found: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         reply = self.register(partial(set_result, found))
         try:
@@ -78,23 +73,18 @@ class Inbox:
 
         True while the server is unreachable: the message is then buffered.
         """
-        no_responders = asyncio.Event()
-
-        def receive(message: Message) -> None:
-            if codec.is_no_responders(message.head):
-                no_responders.set()
-
-        reply = self.register(receive)
+        replies = list[Message]()
+        reply = self.register(replies.append)
         try:
             await self._connection.publish(subject, body, head, reply)
             if self._connection.connected:
                 await self._connection.flush()  # a 503 arrives before its PONG
         finally:
             self.unregister(reply)
-        return not no_responders.is_set()
+        return not any(codec.is_no_responders(message.head) for message in replies)
 
     async def deliver(self, subject: str, body: bytes, head: bytes) -> None:
-        """Publish an answer; while clients reconnect to a restarted server, until someone receives it."""
+        """Publish an answer; while clients reconnect to a restarted server, until it has a receiver."""
         while self._connection.is_recovering:
             await self._connection.wait_connected()
             if await self.has_responders(subject, body, head):
@@ -103,6 +93,5 @@ class Inbox:
         await self._connection.publish(subject, body, head)
 
     def _dispatch(self, message: Message) -> None:
-        callback = self._callbacks.get(message.subject)
-        if callback is not None:
+        if callback := self._callbacks.get(message.subject):
             callback(message)

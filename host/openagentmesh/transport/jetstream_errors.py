@@ -10,10 +10,12 @@ from nats.errors import MaxPayloadError
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay
 
-from openagentmesh.protocol.errors import ConnectionFailed, PayloadTooLarge, error_text
+from openagentmesh.protocol.errors import ConnectionFailed, MeshTimeout, PayloadTooLarge, error_text
 from openagentmesh.transport.backoff import jittered_backoff
 from openagentmesh.transport.connection import Connection
 
+# How long an operation may take, its retries included.
+TIMEOUT_S: Final = 30.0
 # The server's error codes for limits of the account, of the server, of the bucket.
 _LIMIT_CODES: Final = frozenset({10002, 10023, 10047, 10054, 10077})
 # JetStream is disabled for the account or on the server; None when its API has no responders.
@@ -22,17 +24,12 @@ _NO_JETSTREAM: Final = frozenset({10039, 10076, None})
 
 @contextmanager
 def translated_errors(connection: Connection, action: str) -> Iterator[None]:
-    """Raise the library's errors in the block as MeshErrors; `action` begins the message.
-
-    Raises:
-        PayloadTooLarge: the server has no space for it.
-        ConnectionFailed: any other error of the library.
-    """
+    """Raise the library's errors in the block as PayloadTooLarge or ConnectionFailed, naming the `action`."""
     try:
         yield
     except MaxPayloadError as exc:
         raise PayloadTooLarge(f"{action} failed: it is larger than the server's max_payload.") from exc
-    except (NatsError, TimeoutError, asyncio.InvalidStateError) as exc:
+    except (NatsError, TimeoutError, MeshTimeout, asyncio.InvalidStateError) as exc:
         if isinstance(exc, APIError) and exc.err_code in _LIMIT_CODES:
             raise PayloadTooLarge(f"{action} failed: no space on the server ({exc.description}).") from exc
         if not connection.connected:
@@ -41,12 +38,13 @@ def translated_errors(connection: Connection, action: str) -> Iterator[None]:
         raise ConnectionFailed(f"{action} failed: {_reason(exc)}.") from exc
 
 
-def retrying(connection: Connection, timeout: float, *errors: type[Exception]) -> AsyncRetrying:
-    """Retry on these errors for `timeout` seconds, unless the connection is closed."""
+def retrying(connection: Connection, *errors: type[Exception]) -> AsyncRetrying:
+    """Retry on these errors, or on all of the library, for a while, unless the connection is closed."""
+    retried = errors or (NatsError, TimeoutError)
     return AsyncRetrying(
-        retry=retry_if_exception(lambda exc: isinstance(exc, errors) and not connection.is_closed),
+        retry=retry_if_exception(lambda exc: isinstance(exc, retried) and not connection.is_closed),
         wait=jittered_backoff(0.02, 1.0),
-        stop=stop_after_delay(timeout),
+        stop=stop_after_delay(TIMEOUT_S),
         reraise=True,
     )
 
@@ -58,6 +56,6 @@ def _reason(exc: Exception) -> str:
         return f"the server reported '{exc.description}' (code {exc.err_code or exc.code})"
     if isinstance(exc, NoStreamResponseError):
         return "no stream stores it; the bucket was deleted, or JetStream was turned off"
-    if isinstance(exc, TimeoutError):
+    if isinstance(exc, TimeoutError | MeshTimeout):
         return "no answer in time; the server is overloaded, or this user may not use JetStream"
     return error_text(exc)

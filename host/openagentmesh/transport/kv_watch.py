@@ -50,8 +50,7 @@ async def entries_with_marks(watcher: KeyValue.KeyWatcher) -> AsyncGenerator[Ent
 class LatestEntries:
     """Buffers a watcher's entries: the latest of each key.
 
-    The library's queue drops entries when its reader is slow; this buffer loses no key and holds at most
-    one entry per key.
+    The library's queue drops entries when its reader is slow; this buffer holds at most one entry per key.
     """
 
     def __init__(self) -> None:
@@ -88,9 +87,7 @@ class LatestEntries:
 class ChangeFilter:
     """Selects the entries of a watch that are changes, also across restarts of the watch.
 
-    Args:
-        seen: the version of each known key; kept up to date.
-        replay: whether keys that exist at the start count as changes.
+    `seen`, the version of each known key, is kept up to date. With `replay` existing keys count as changes.
     """
 
     def __init__(self, seen: dict[str, Version], *, replay: bool) -> None:

@@ -39,23 +39,17 @@ MessageCallback = Callable[[Message], None]
 
 
 class NatsClient(Client):
-    """A `Client` that survives errors, flushes in order and dispatches messages at once.
-
-    Attributes:
-        on_disconnected: called when the server is lost, before anything more can be sent.
-    """
+    """A `Client` that survives errors, flushes in order and dispatches messages at once."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Called when the server is lost, before anything more can be sent.
         self.on_disconnected: Callable[[], None] = lambda: None
         self._callbacks: dict[int, MessageCallback] = {}
         self._ps = Parser(self)
 
     async def subscribe_callback(self, subject: str, callback: MessageCallback, queue: str = "") -> int:
-        """Subscribe; `callback` is called from the read loop and must return at once.
-
-        Returns the subscription's id. A `flush` afterwards proves that the server has it.
-        """
+        """Subscribe; the read loop calls `callback`, which must return at once. Returns the id."""
         self._sid += 1
         sid = self._sid
         # Kept among the library's subscriptions so that a reconnect replays it, but never started:
@@ -66,7 +60,7 @@ class NatsClient(Client):
         return sid
 
     async def send_unsubscribe(self, sid: int) -> None:
-        """Ask the server to send no more; messages that are on their way are still dispatched."""
+        """Send UNSUB; messages that are on their way are still dispatched."""
         if self._subs.pop(sid, None) is not None and not self.is_closed:
             await self.write(f"UNSUB {sid}\r\n".encode())
 
@@ -76,7 +70,7 @@ class NatsClient(Client):
 
     async def write(self, command: bytes) -> None:
         """Queue a protocol line; waits only while more than `pending_size` bytes are queued."""
-        # The base class uses two coroutines, which every chunk of a stream would feel.
+        # The base class uses two coroutines, which would slow down every chunk of a stream.
         self._pending.append(command)
         self._pending_data_size += len(command)
         if self._pending_data_size > self._max_pending_size > 0:
@@ -98,7 +92,7 @@ class NatsClient(Client):
         if self._flush_queue is None:
             return  # never connected
         if not self.is_connected:
-            # The base class would write into a dead socket, and leave its tasks behind.
+            # The base class would write into a dead socket, and not end its tasks.
             self._pending.clear()
             self._pending_data_size = 0
         reconnecting = self._reconnection_task

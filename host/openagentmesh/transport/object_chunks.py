@@ -11,14 +11,14 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.api import RawStreamMsg
-from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
-from pydantic_core import from_json
+from nats.js.errors import NotFoundError
 
 from openagentmesh.protocol.codec import new_id
 from openagentmesh.protocol.errors import ConnectionFailed
 from openagentmesh.protocol.objects import CHUNK_SIZE, STREAM, ObjectInfo, chunk_subject, digest_text
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
+from openagentmesh.transport.jetstream import NO_MESSAGE, check_ack
 from openagentmesh.transport.nats_client import Message
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 # Unacknowledged chunks, a MiB; one at a time would cost a round trip per chunk.
 _WINDOW: Final = 8
 _ACK_TIMEOUT_S: Final = 10.0
-# The server's error code; its other 404s mean that the bucket does not exist.
-_NO_MESSAGE: Final = 10037
 
 
 async def chunked(pieces: AsyncIterable[bytes | bytearray], size: int) -> AsyncGenerator[bytes, None]:
@@ -65,13 +63,7 @@ class Upload:
         self.size = 0
 
     async def send(self, chunk: bytes) -> None:
-        """Send one chunk, once the window allows it.
-
-        Raises:
-            NatsError: an earlier chunk was rejected, or no stream stores it.
-            TimeoutError: an earlier chunk was not acknowledged.
-            ConnectionFailed: the connection is closed, or the server was unreachable for too long.
-        """
+        """Send one chunk, once the window allows it; raises also when an earlier one was not stored."""
         if self._unacknowledged == _WINDOW:
             await self._wait_for_ack()
         await self._connection.publish(chunk_subject(self._nuid), chunk, reply=self._reply)
@@ -95,11 +87,7 @@ class Upload:
         )
 
     async def verify(self, key: str) -> None:
-        """Check that every chunk is stored, if the client reconnected in the meantime: the server may be new.
-
-        Raises:
-            ConnectionFailed: chunks are missing.
-        """
+        """After a reconnect, maybe to a new server, raise ConnectionFailed unless every chunk is stored."""
         reconnects = self._connection.reconnects
         if reconnects == self._verified:
             return
@@ -125,23 +113,9 @@ class Upload:
 
     async def _wait_for_ack(self) -> None:
         async with asyncio.timeout(_ACK_TIMEOUT_S):
-            message = await self._acks.get()
+            ack = await self._acks.get()
         self._unacknowledged -= 1
-        if not message.body:
-            raise NoStreamResponseError
-        ack = from_json(message.body)
-        if "error" in ack:
-            APIError.from_error(ack["error"])
-
-
-async def stored_message(jetstream: JetStreamContext, subject: str, sequence: int = 0) -> RawStreamMsg | None:
-    """The last message of a subject; with a sequence, the first one at it or later. None for none."""
-    try:
-        return await jetstream.get_msg(STREAM, sequence, subject, next=bool(sequence))
-    except NotFoundError as exc:
-        if exc.err_code != _NO_MESSAGE:
-            raise
-    return None
+        check_ack(ack)
 
 
 async def next_chunk(jetstream: JetStreamContext, nuid: str, sequence: int) -> RawStreamMsg | None:
@@ -149,7 +123,12 @@ async def next_chunk(jetstream: JetStreamContext, nuid: str, sequence: int) -> R
     # Any replica can answer this quickly; only the leader knows that there is none.
     with suppress(NotFoundError, NoRespondersError):
         return await jetstream.get_msg(STREAM, sequence, chunk_subject(nuid), direct=True, next=True)
-    return await stored_message(jetstream, chunk_subject(nuid), sequence)
+    try:
+        return await jetstream.get_msg(STREAM, sequence, chunk_subject(nuid), next=True)
+    except NotFoundError as exc:
+        if exc.err_code != NO_MESSAGE:
+            raise
+    return None
 
 
 async def purge(jetstream: JetStreamContext, nuid: str) -> None:

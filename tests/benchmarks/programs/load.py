@@ -1,4 +1,4 @@
-"""The loads, the same for all competitors. Each returns one number."""
+"""The loads, the same for all candidates. Each returns one number."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ _LONGEST: Final = 60.0
 
 
 class Client(Protocol):
-    """A competitor, as its caller sees it."""
+    """A candidate, as its caller sees it."""
 
     async def call(self, name: str, payload: dict[str, object]) -> Any:
         """Ask an agent and return its answer."""
@@ -51,7 +51,7 @@ class Client(Protocol):
 
 
 class Store(Protocol):
-    """The shared state, as a competitor offers it."""
+    """The shared state, as a candidate offers it."""
 
     async def put(self, key: str, value: str) -> object:
         """Set a key."""

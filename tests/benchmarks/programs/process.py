@@ -33,7 +33,7 @@ def provide_or_measure(
     serving: Callable[[str], AbstractAsyncContextManager[object]],
     calling: Callable[[str], AbstractAsyncContextManager[Client]],
 ) -> None:
-    """The main of a competitor: `URL LOOP` serves, `URL LOOP MEASURE COUNT` measures."""
+    """The main of a candidate: `URL LOOP` serves, `URL LOOP MEASURE COUNT` measures."""
 
     async def provide(url: str) -> None:
         async with serving(url):

@@ -1,1 +1,1 @@
-"""What runs on either SDK, unchanged: one that asks, one that serves, one that is a replica."""
+"""Programs that run with both SDKs, unchanged: a caller, providers of agents, and a replica."""

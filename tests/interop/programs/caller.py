@@ -1,6 +1,6 @@
-"""Does on the mesh at URL what it is told: a JSON command a line in, JSON lines out.
+"""Runs commands of a test on the mesh at URL: reads a JSON command per line, and writes JSON lines.
 
-It runs on whichever `openagentmesh` its interpreter has.
+It runs with the `openagentmesh` of its interpreter.
 """
 
 import asyncio
@@ -13,55 +13,55 @@ from typing import Any
 from openagentmesh import AgentMesh, MeshError
 from pydantic import BaseModel
 
-Tell = Callable[[object], None]
+Emit = Callable[[object], None]
 
 
-def say(number: int, **values: object) -> None:
-    """Tell the test something about one of its commands."""
+def write(number: int, **values: object) -> None:
+    """Write a message about one of the commands."""
     sys.stdout.write(json.dumps({"number": number} | values) + "\n")
     sys.stdout.flush()
 
 
-def shown(exc: BaseException) -> dict[str, Any]:
-    """An exception, for the test; only those of the mesh have a code."""
-    kind = {"type": type(exc).__name__, "message": str(exc)}
+def as_json(exc: BaseException) -> dict[str, Any]:
+    """An exception as JSON; only a mesh error has a code."""
+    found = {"type": type(exc).__name__, "message": str(exc)}
     if not isinstance(exc, MeshError):
-        return kind
-    return kind | {"code": exc.code, "agent": exc.agent, "details": exc.details}
+        return found
+    return found | {"code": exc.code, "agent": exc.agent, "details": exc.details}
 
 
 class Verbs:
-    """What it can be told; it `tell`s what comes of it while it runs."""
+    """The commands; each passes its items to `emit` while it runs."""
 
-    def __init__(self, mesh: AgentMesh, tell: Tell) -> None:
+    def __init__(self, mesh: AgentMesh, emit: Emit) -> None:
         self._mesh = mesh
-        self._tell = tell
+        self._emit = emit
 
     async def call(self, name: str, payload: Any = None) -> object:
         return await self._mesh.call(name, payload, timeout=10.0)
 
     async def calls(self, name: str, payload: Any, count: int) -> object:
-        """Many calls at once."""
+        """Concurrent calls."""
         return await asyncio.gather(*[self._mesh.call(name, payload) for _ in range(count)])
 
     async def stream(self, name: str, payload: Any = None, take: int = sys.maxsize) -> None:
         """All chunks, or only the first few."""
-        await _each(self._mesh.stream(name, payload), self._tell, take)
+        await _each(self._mesh.stream(name, payload), self._emit, take)
 
-    async def subscribe(self, **what: Any) -> None:
-        await _each(self._mesh.subscribe(**what), self._tell)
+    async def subscribe(self, **options: Any) -> None:
+        await _each(self._mesh.subscribe(**options), self._emit)
 
     async def send(self, name: str, payload: Any, reply_to: str | None = None) -> None:
         await self._mesh.send(name, payload, reply_to=reply_to)
 
-    async def send_and_hear(self, name: str, payload: Any, timeout: float) -> None:
-        """A send with both callbacks; tells what they are called with, for ever."""
+    async def send_with_callbacks(self, name: str, payload: Any, timeout: float) -> None:
+        """A send with both callbacks; emits their arguments until it is cancelled."""
 
         async def on_reply(reply: Any) -> None:
-            self._tell({"reply": reply})
+            self._emit({"reply": reply})
 
         async def on_error(error: MeshError) -> None:
-            self._tell({"error": shown(error)})
+            self._emit({"error": as_json(error)})
 
         await self._mesh.send(name, payload, on_reply=on_reply, on_error=on_error, timeout=timeout)
         await asyncio.Event().wait()
@@ -69,8 +69,8 @@ class Verbs:
     async def publish(self, subject: str, payload: str) -> None:
         await self._mesh.publish(subject, payload)
 
-    async def catalog(self, **what: Any) -> object:
-        return [entry.model_dump() for entry in await self._mesh.catalog(**what)]
+    async def catalog(self, **filters: Any) -> object:
+        return [entry.model_dump() for entry in await self._mesh.catalog(**filters)]
 
     async def contract(self, name: str) -> object:
         return _plain(await self._mesh.contract(name))
@@ -93,12 +93,12 @@ class Verbs:
             entry.value += more
 
     async def kv_count(self, key: str, times: int) -> None:
-        """Count a value up, whoever else does so too."""
+        """Increment a value, also while others increment it."""
         for _ in range(times):
             await self._mesh.kv.update(key, lambda value: str(int(value) + 1), max_retries=1000)
 
     async def kv_watch(self, key: str) -> None:
-        await _each(self._mesh.kv.watch(key), self._tell)
+        await _each(self._mesh.kv.watch(key), self._emit)
 
     async def workspace_put(self, key: str, data: str, *, binary: bool) -> None:
         await self._mesh.workspace.put(key, data.encode("latin-1") if binary else data)
@@ -110,10 +110,10 @@ class Verbs:
         await self._mesh.workspace.delete(key)
 
 
-async def _each(values: Any, tell: Tell, take: int = sys.maxsize) -> None:
+async def _each(values: Any, emit: Emit, take: int = sys.maxsize) -> None:
     async with aclosing(values):
         async for value in values:
-            tell(value)
+            emit(value)
             take -= 1
             if not take:
                 return
@@ -124,20 +124,20 @@ def _plain(contract: BaseModel) -> object:
 
 
 async def perform(mesh: AgentMesh, number: int, verb: str, args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Carry out one command and say how it ended."""
+    """Run one command and write its result or its error."""
     try:
-        result = await getattr(Verbs(mesh, lambda value: say(number, item=value)), verb)(*args, **kwargs)
-    except Exception as exc:  # noqa: BLE001 - whatever a library raises is for the test to judge
-        say(number, error=shown(exc))
+        result = await getattr(Verbs(mesh, lambda item: write(number, item=item)), verb)(*args, **kwargs)
+    except Exception as exc:  # noqa: BLE001 - the test checks any exception of an SDK
+        write(number, error=as_json(exc))
     else:
-        say(number, result=result)
+        write(number, result=result)
 
 
 async def main(url: str) -> None:
-    """Take commands until there are no more."""
+    """Run commands until the end of the input."""
     running: dict[int, asyncio.Task[None]] = {}
     async with AgentMesh(url) as mesh:
-        say(0, result="connected")
+        write(0, result="connected")
         while line := await asyncio.to_thread(sys.stdin.readline):
             command = json.loads(line)
             number = command["number"]

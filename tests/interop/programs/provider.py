@@ -1,6 +1,6 @@
-"""Agents of every shape that take requests, as a script for the published SDK.
+"""Agents of all kinds that take requests, as a program for the published SDK.
 
-Run alone it serves them; a host of ours loads this very file, in spite of its unguarded `mesh.run()`.
+Run alone, it serves them; our host loads the same file, in spite of its unguarded `mesh.run()`.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from pydantic import BaseModel
 CHANNEL = os.environ["INTEROP_CHANNEL"]
 
 mesh = AgentMesh(os.environ["INTEROP_URL"])
-noted: asyncio.Queue[str] = asyncio.Queue()
-left = asyncio.Event()
+texts: asyncio.Queue[str] = asyncio.Queue()
+closed = asyncio.Event()
 
 
 class Text(BaseModel):
@@ -34,7 +34,7 @@ def spec(name: str, description: str, *tags: str, version: str = "0.1.0") -> Age
     return AgentSpec(name=f"{CHANNEL}.{name}", description=description, tags=list(tags), version=version)
 
 
-@mesh.agent(spec("echo", "Says it again.", "text", "fast", version="1.2.3"))
+@mesh.agent(spec("echo", "Repeats a text.", "text", "fast", version="1.2.3"))
 async def echo(req: Text) -> Text:
     return Text(text=req.text * req.times)
 
@@ -44,12 +44,12 @@ async def length(req: str) -> int:
     return len(req)
 
 
-@mesh.agent(spec("nothing", "Has nothing to say."))
+@mesh.agent(spec("nothing", "Returns nothing."))
 async def nothing(req: Text) -> None:
     pass
 
 
-@mesh.agent(spec("where", "Needs nothing."))
+@mesh.agent(spec("where", "Takes no input."))
 async def where() -> Text:
     return Text(text="here")
 
@@ -64,15 +64,15 @@ async def quota(req: Text) -> Text:
     raise MeshError(code="quota_used_up", message="Try again tomorrow", details={"left": 0})
 
 
-@mesh.agent(spec("note", "Notes what it is told."))
-async def note(req: Text) -> Text:
-    await noted.put(req.text)
+@mesh.agent(spec("store", "Stores a text."))
+async def store(req: Text) -> Text:
+    await texts.put(req.text)
     return req
 
 
-@mesh.agent(spec("noted", "Tells what was noted; waits for it."))
-async def tell_noted() -> Text:
-    return Text(text=await noted.get())
+@mesh.agent(spec("stored", "Waits for a stored text, and returns it."))
+async def stored() -> Text:
+    return Text(text=await texts.get())
 
 
 @mesh.agent(spec("hang", "Never answers."))
@@ -81,28 +81,28 @@ async def hang(req: Text) -> Text:
     return req
 
 
-@mesh.agent(spec("count", "RouteStats.", "numbers"))
-async def count(req: Count) -> Number:  # type: ignore[misc] # the published SDK wants the chunk's type
+@mesh.agent(spec("count", "Counts up.", "numbers"))
+async def count(req: Count) -> Number:  # type: ignore[misc] # the published SDK expects the type of a chunk
     for number in range(req.upto):
         if number == req.fail_at:
             raise ValueError(f"cannot count to {number}")
         yield Number(number=number)
 
 
-@mesh.agent(spec("endless", "Counts until its reader leaves.", "numbers"))
+@mesh.agent(spec("endless", "Streams until its reader stops.", "numbers"))
 async def endless(req: Count) -> Number:  # type: ignore[misc] # as above
     try:
         while True:
             yield Number(number=req.upto)
             await asyncio.sleep(0.001)
     finally:
-        left.set()
+        closed.set()
 
 
-@mesh.agent(spec("left", "Waits until the reader of `endless` has left."))
-async def wait_left() -> Text:
-    await left.wait()
-    return Text(text="left")
+@mesh.agent(spec("closed", "Waits until a stream of `endless` is closed."))
+async def wait_closed() -> Text:
+    await closed.wait()
+    return Text(text="closed")
 
 
 mesh.run()

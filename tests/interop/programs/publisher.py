@@ -1,4 +1,4 @@
-"""Publishers, as a script for the published SDK; requests tell them when to end or to fail."""
+"""Publishers, as a program for the published SDK; requests end them, or let them fail."""
 
 import asyncio
 import os
@@ -28,19 +28,19 @@ async def finish(req: str) -> str:
     return req
 
 
-@mesh.agent(spec("break", "Breaks `fragile`."))
+@mesh.agent(spec("break", "Lets `fragile` fail."))
 async def break_it(req: str) -> str:
     breaking.set()
     return req
 
 
-@mesh.agent(spec("feed.mark", "Takes requests beside a publisher."))
+@mesh.agent(spec("feed.mark", "Takes requests in the channel of a publisher."))
 async def mark(req: str) -> str:
     return req
 
 
-@mesh.agent(spec("feed.clock", "Ticks for ever."))
-async def clock() -> Tick:  # type: ignore[misc] # the published SDK wants the event's type
+@mesh.agent(spec("feed.clock", "Ticks forever."))
+async def clock() -> Tick:  # type: ignore[misc] # the published SDK expects the type of an event
     number = 0
     while True:
         yield Tick(number=number)
@@ -48,7 +48,7 @@ async def clock() -> Tick:  # type: ignore[misc] # the published SDK wants the e
         await asyncio.sleep(0.01)
 
 
-@mesh.agent(spec("ticks", "Ticks until it is told to finish."))
+@mesh.agent(spec("ticks", "Ticks until `finish` is called."))
 async def ticks() -> Tick:  # type: ignore[misc] # as above
     number = 0
     while not finishing.is_set():
@@ -58,7 +58,7 @@ async def ticks() -> Tick:  # type: ignore[misc] # as above
     yield Tick(number=number, last=True)
 
 
-@mesh.agent(spec("fragile", "Ticks until it is broken."))
+@mesh.agent(spec("fragile", "Ticks until `break` is called, then fails."))
 async def fragile() -> Tick:  # type: ignore[misc] # as above
     while not breaking.is_set():
         yield Tick(number=0)

@@ -1,4 +1,4 @@
-"""One of several that serve INTEROP_CHANNEL as one agent; its replies say which it is."""
+"""A replica of the agent INTEROP_CHANNEL; its replies contain the replica's name."""
 
 import asyncio
 import os
@@ -11,23 +11,23 @@ from pydantic import BaseModel
 mesh = AgentMesh(os.environ["INTEROP_URL"])
 
 
-class Rest(BaseModel):
+class Delay(BaseModel):
     seconds: float = 0
     until: str = ""
 
 
-class Who(BaseModel):
-    who: str
+class Reply(BaseModel):
+    replica: str
 
 
-@mesh.agent(AgentSpec(name=os.environ["INTEROP_CHANNEL"], description="Says who it is."))
-async def say_who(req: Rest) -> Who:
+@mesh.agent(AgentSpec(name=os.environ["INTEROP_CHANNEL"], description="Returns the name of its replica."))
+async def name_of_replica(req: Delay) -> Reply:
     await asyncio.sleep(req.seconds)
     if req.until:
         print("holding", file=sys.stderr, flush=True)
         while not Path(req.until).exists():
             await asyncio.sleep(0.01)
-    return Who(who=os.environ["INTEROP_WHO"])
+    return Reply(replica=os.environ["INTEROP_REPLICA"])
 
 
 mesh.run()

@@ -56,10 +56,7 @@ def is_being_written(path: str) -> bool | None:
 
 
 def is_cyclic_link(folder: str, parents: Iterable[str]) -> bool:
-    """Whether a folder is a link to one of its parents; scanning it would never end.
-
-    `parents` are the real paths of the folders on the way to it.
-    """
+    """Whether a folder is a link to one of its `parents`, real paths: scanning it would never end."""
     if not os.path.islink(folder):  # noqa: PTH114 - as in `stamp`
         return False
     here = os.path.realpath(os.path.dirname(folder))  # noqa: PTH120 - as in `stamp`

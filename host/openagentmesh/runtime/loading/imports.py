@@ -40,8 +40,7 @@ class ImportTransaction:
 
     Attributes:
         modules: the old Python modules by their full names.
-        attributes: where they were attributes: parent, name, module.
-        replaced: the old managed modules.
+        attributes: the attributes of packages that were removed: package, name, module.
         executed: the managed modules executed since, failed ones included.
         is_abandoned: nothing more is executed for it.
     """
@@ -59,12 +58,10 @@ class ImportTransaction:
 
 
 class Imports(MetaPathFinder):
-    """The managed modules of one host.
+    """The managed modules of one host; `executing` wraps the execution of each.
 
-    Args:
-        executing: wraps the execution of each module.
-        tracks_changes: modules may be reloaded, so imports by others and opened files are recorded.
-            Otherwise no hook of Python stays installed.
+    With `tracks_changes` modules may be reloaded, so imports by others and opened files are recorded.
+    Otherwise no hook of Python stays installed.
     """
 
     def __init__(self, executing: Executing, *, tracks_changes: bool = True) -> None:
@@ -132,13 +129,14 @@ class Imports(MetaPathFinder):
         root = self._root_of(fullname)
         if root is None:
             return None
-        spec = _find_elsewhere(fullname, path, target)
+        others = (finder for finder in sys.meta_path if not isinstance(finder, Imports))
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            managed = ManagedModule(fullname, Path(spec.loader.path), root, self)
-            spec.loader = _FileLoader(managed, self)
+            spec.loader = _FileLoader(ManagedModule(fullname, Path(spec.loader.path), root, self), self)
         elif spec is not None and spec.origin is None and spec.submodule_search_locations:
-            place = Path(next(iter(spec.submodule_search_locations)))
-            spec.loader = _NamespaceLoader(ManagedModule(fullname, place, root, self), self)
+            folder = Path(next(iter(spec.submodule_search_locations)))
+            spec.loader = _NamespaceLoader(ManagedModule(fullname, folder, root, self), self)
         return spec
 
     def _root_of(self, fullname: str) -> ModuleRoot | None:
@@ -159,10 +157,7 @@ class Imports(MetaPathFinder):
 
     @contextmanager
     def staged(self, names: set[str]) -> Iterator[ImportTransaction]:
-        """Take modules out, so that imports in the block execute them again; an error restores them.
-
-        Code of the old modules keeps what it has imported.
-        """
+        """Take modules out, so that imports in the block execute them again; an error restores them."""
         transaction = self.transaction = self._take_out(names)
         try:
             with self.loading(transaction):
@@ -174,7 +169,7 @@ class Imports(MetaPathFinder):
             self.transaction = ImportTransaction()  # holds no modules
 
     def revert(self, transaction: ImportTransaction) -> ImportTransaction:
-        """Undo a transaction that was completed; returns the transaction that describes it."""
+        """Undo a completed transaction; returns the transaction of what it had loaded."""
         executed, transaction.executed = transaction.executed, []
         undone = self._take_out({managed.name for managed in executed})
         self._restore(transaction)
@@ -190,25 +185,20 @@ class Imports(MetaPathFinder):
             managed.pinned = pinned
         self._clear_path_caches()
         for name, module in modules.items():
-            parent, child = _parent(name)
             # A package that is replaced, too, keeps its modules: running requests use it.
-            if (
-                parent is not None
-                and name.rpartition(".")[0] not in names
-                and vars(parent).get(child) is module
-            ):
-                transaction.attributes.append((parent, child, module))
-                delattr(parent, child)
+            if name.rpartition(".")[0] not in names and (attribute := _attribute(name, module)):
+                transaction.attributes.append((*attribute, module))
+                delattr(*attribute)
         for name in names:
             sys.modules.pop(name, None)
             self.modules.pop(name, None)
         return transaction
 
     def _clear_path_caches(self) -> None:
-        """Let Python list our folders again: it compares their times, which two changes may share."""
+        """Make Python list these folders once more: it compares their times, which two changes may share."""
         own = tuple(f"{root.path}{os.sep}" for root in self.roots)
-        for place in [place for place in sys.path_importer_cache if f"{place}{os.sep}".startswith(own)]:
-            del sys.path_importer_cache[place]
+        for path in [path for path in sys.path_importer_cache if f"{path}{os.sep}".startswith(own)]:
+            del sys.path_importer_cache[path]
 
     def _restore(self, transaction: ImportTransaction) -> None:
         """Undo `_take_out`, and all imports since."""
@@ -219,9 +209,8 @@ class Imports(MetaPathFinder):
             _module_locks.pop(managed.name, None)
             self.modules.pop(managed.name, None)
             module = sys.modules.pop(managed.name, None)
-            parent, child = _parent(managed.name)
-            if module is not None and parent is not None and vars(parent).get(child) is module:
-                delattr(parent, child)
+            if module is not None and (attribute := _attribute(managed.name, module)):
+                delattr(*attribute)
         sys.modules.update(transaction.modules)
         for parent, child, module in transaction.attributes:
             setattr(parent, child, module)
@@ -237,18 +226,10 @@ class Imports(MetaPathFinder):
                 setattr(package, child, sys.modules[name])
 
     def repair(self) -> None:
-        """Restore what an abandoned load removed from `sys.modules` when it ended at last."""
+        """Restore what an abandoned load removed from `sys.modules` when it ended."""
         for name, managed in self.modules.items():
             if managed.module is not None:
                 sys.modules.setdefault(name, managed.module)
-
-
-def _find_elsewhere(
-    fullname: str, path: Sequence[str] | None, target: ModuleType | None
-) -> ModuleSpec | None:
-    others = (finder for finder in sys.meta_path if not isinstance(finder, Imports))
-    specs = (finder.find_spec(fullname, path, target) for finder in others)
-    return next((spec for spec in specs if spec is not None), None)
 
 
 def _outermost_spec(module: str) -> ModuleSpec | None:
@@ -261,10 +242,11 @@ def _outermost_spec(module: str) -> ModuleSpec | None:
     return None
 
 
-def _parent(name: str) -> tuple[ModuleType | None, str]:
-    """A module's parent, and its name as an attribute there."""
+def _attribute(name: str, module: ModuleType) -> tuple[ModuleType, str] | None:
+    """The package that has a module as an attribute, and the attribute's name."""
     parent, _, child = name.rpartition(".")
-    return sys.modules.get(parent), child
+    package = sys.modules.get(parent)
+    return (package, child) if package is not None and vars(package).get(child) is module else None
 
 
 class _FileLoader(SourceFileLoader):
@@ -350,10 +332,7 @@ class _ImportTimeLoop:
 
 @cache
 def _record_opened_files() -> None:
-    """Record every file that a managed module reads while executed, and that managed code writes.
-
-    An audit hook cannot be removed.
-    """
+    """Record every file that a managed module reads while executed, and that managed code writes."""
 
     def record(event: str, args: tuple[Any, ...]) -> None:
         if event != "open":
@@ -368,4 +347,4 @@ def _record_opened_files() -> None:
             finally:
                 _executing.set(managed)
 
-    sys.addaudithook(record)
+    sys.addaudithook(record)  # once: it cannot be removed

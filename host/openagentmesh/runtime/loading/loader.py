@@ -34,17 +34,17 @@ _LOOP_STARTED: Final = (
     "while another loop is running",
     "Already running asyncio",
 )
-_GUARD: Final = (
+_LOOP_ADVICE: Final = (
     "it starts its own event loop while it is imported; put that under "
     '`if __name__ == "__main__":`, so that the file still runs alone and the host can load it'
 )
 _RUNTIME: Final = str(Path(__file__).parents[1])
 _PACKAGE: Final = str(Path(__file__).parents[2])
 _IMPORT_FRAMES: Final = (_RUNTIME, "<frozen importlib", importlib.__file__ or "importlib")
-Prepare = Callable[[AgentVersion, Config], AgentVersion]
-"""Adds limits and middlewares to an agent."""
 # What `oam status` shows of a traceback.
 _MAX_TRACEBACK: Final = 2000
+Prepare = Callable[[AgentVersion, Config], AgentVersion]
+"""Adds limits and middlewares to an agent."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,14 +52,10 @@ class Module:
     """One loaded origin with the agents it declares, or why it could not be loaded.
 
     Attributes:
-        origin: where it came from.
         name: the full name of the Python module; empty before it was imported.
         state: `outdated` when an older version serves, because the newer one could not be loaded.
-        agents: its agents.
         unmanaged: what modules declare that are not executed again, such as installed packages.
-        error: why it could not be loaded.
-        traceback: of that error.
-        line: `file:line` of that error.
+        error: why it could not be loaded; `traceback` and `line`, as `file:line`, are of that error.
     """
 
     origin: Origin
@@ -88,9 +84,9 @@ class Module:
 
     def take_over(self, old: "Module") -> None:
         """Take over the declarations of unmanaged modules, which are not executed again."""
-        again = {agent.name for agent in self.unmanaged.agents}
-        self.unmanaged.agents[:0] = [agent for agent in old.unmanaged.agents if agent.name not in again]
-        if not again:
+        own = {agent.name for agent in self.unmanaged.agents}
+        self.unmanaged.agents[:0] = [agent for agent in old.unmanaged.agents if agent.name not in own]
+        if not own:
             self.unmanaged.disposals[:0] = old.unmanaged.disposals
 
     def status(self) -> ModuleStatus:
@@ -133,32 +129,27 @@ class Loader:
             module.fail(_explain(exc), _readable_traceback(exc), line)
         return module
 
-    def close(self) -> None:
-        """Remove all loaded modules."""
-        self.imports.close()
-
     def prepare(self, config: Config, origins: Iterable[Origin]) -> None:
         """Use these settings and origins for the following loads; list folders again."""
         importlib.invalidate_caches()
         self._config = config
         self._origins = {origin.path: origin for origin in origins if origin.path is not None}
 
-    def name_of(self, origin: Origin) -> str:
-        """The full name by which an origin is imported."""
-        path = origin.path
-        return origin.module if path is None else f"{self.imports.folder(path.parent).package}.{path.stem}"
-
     def _import(self, module: Module, transaction: ImportTransaction) -> None:
         origin = module.origin
         if origin.path is None:
             self.imports.package(origin.module)
+            module.name = origin.module
         elif "." in origin.path.stem:
             raise ImportError(f"'{origin.path.name}' cannot be imported with a dot in its name; rename it")
-        module.name = self.name_of(origin)
+        else:
+            module.name = f"{self.imports.folder(origin.path.parent).package}.{origin.path.stem}"
         with (
             self.imports.loading(transaction),
             self.imports.finding(),
-            self._declaring(origin.display_name, origin.key, module.unmanaged, module.unmanaged),
+            self._declaring(
+                origin.display_name, self._settings_of(origin.key), module.unmanaged, module.unmanaged
+            ),
         ):
             imported = importlib.import_module(module.name)
         if origin.attribute:
@@ -194,31 +185,26 @@ class Loader:
         managed.generation.previous = previous.generation if previous else None
         if origin is None and outer is not None:
             # A helper: its settings are those of the module that imports it.
-            with self._declaring(outer.origin, "", managed.generation, outer.unmanaged, outer.settings):
-                yield
+            name, settings = outer.origin, outer.settings
         else:
-            key = origin.key if origin else managed.path.stem
-            unmanaged = outer.unmanaged if outer else managed.generation
-            with self._declaring(str(managed.path), key, managed.generation, unmanaged):
-                yield
+            name, settings = str(managed.path), self._settings_of(origin.key if origin else managed.path.stem)
+        unmanaged = outer.unmanaged if outer else managed.generation
+        with self._declaring(name, settings, managed.generation, unmanaged):
+            yield
 
     @contextmanager
     def _declaring(
-        self,
-        display_name: str,
-        key: str,
-        own: Generation,
-        unmanaged: Generation,
-        settings: dict[str, Any] | None = None,
+        self, display_name: str, settings: dict[str, Any], own: Generation, unmanaged: Generation
     ) -> Iterator[None]:
-        settings = self._config.settings.get(key, {}) if settings is None else settings
-        token = set_current_module(
-            LoadingModule(display_name, self._node, own, unmanaged, settings, self._is_managed)
-        )
+        loading = LoadingModule(display_name, self._node, own, unmanaged, settings, self._is_managed)
+        token = set_current_module(loading)
         try:
             yield
         finally:
             reset_current_module(token)
+
+    def _settings_of(self, key: str) -> dict[str, Any]:
+        return self._config.settings.get(key, {})
 
     def _is_managed(self, module: str) -> bool:
         return module in self.imports.modules or module in self.imports.transaction.replaced
@@ -265,7 +251,7 @@ def _explain(exc: BaseException) -> str:
     if isinstance(exc, MeshError):
         return exc.message
     if isinstance(exc, RuntimeError) and any(text in error_text(exc) for text in _LOOP_STARTED):
-        return _GUARD
+        return _LOOP_ADVICE
     if isinstance(exc, SystemExit):
         return f"it ends the program while it is imported (sys.exit({exc.code!r}))"
     kind = type(exc).__name__
@@ -278,14 +264,20 @@ def _explain(exc: BaseException) -> str:
     return text if text == kind else f"{kind}: {text}"
 
 
-def _readable_traceback(exc: BaseException) -> str:
-    """The traceback from the author's own code on, without the frames of the import machinery."""
-    # Our own errors are complete without our frames.
-    hidden = (*_IMPORT_FRAMES, _PACKAGE) if isinstance(exc, MeshError) else _IMPORT_FRAMES
-    shown = traceback.TracebackException.from_exception(exc)
-    shown.stack = traceback.StackSummary.from_list(
-        [frame for frame in shown.stack if not frame.filename.startswith(hidden)]
+def authors_frames(
+    stack: traceback.StackSummary, hidden: tuple[str, ...] = _IMPORT_FRAMES
+) -> traceback.StackSummary:
+    """A stack without the frames of the host's runtime and the import machinery."""
+    return traceback.StackSummary.from_list(
+        [frame for frame in stack if not frame.filename.startswith(hidden)]
     )
+
+
+def _readable_traceback(exc: BaseException) -> str:
+    shown = traceback.TracebackException.from_exception(exc)
+    # Errors of the mesh are complete without its frames.
+    hidden = (*_IMPORT_FRAMES, _PACKAGE) if isinstance(exc, MeshError) else _IMPORT_FRAMES
+    shown.stack = authors_frames(shown.stack, hidden)
     return "".join(shown.format()).rstrip()
 
 
@@ -293,10 +285,6 @@ def _line(exc: BaseException, folders: tuple[str, ...]) -> str:
     """`file:line` of an error: in a file that does not parse, or the last frame of the author's own."""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{exc.filename}:{exc.lineno}"
-    frames = [
-        frame
-        for frame in traceback.extract_tb(exc.__traceback__)
-        if not frame.filename.startswith(_IMPORT_FRAMES)
-    ]
+    frames = authors_frames(traceback.extract_tb(exc.__traceback__))
     own = [frame for frame in frames if frame.filename.startswith(folders)][-1:] or frames[:1]
     return f"{own[0].filename}:{own[0].lineno}" if own else ""

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -31,11 +32,6 @@ class ModuleRoot:
     The files of an agent folder import each other by bare names, as when one of them is run alone. They
     have a package name of their own, so that the files of other folders are kept apart. An installed package
     keeps its name, with dots when it lies in namespace packages, which are not part of it.
-
-    Attributes:
-        path: the folder.
-        package: the package name.
-        is_folder: whether it is a folder of agent files.
     """
 
     path: Path
@@ -60,13 +56,11 @@ class ModuleRoot:
 
 
 class Importer(Protocol):
-    """What executes managed modules."""
+    """What executes managed modules: `Imports`."""
 
-    def replaced_modules(self) -> Mapping[str, ModuleType]:
-        """The modules that a running reload replaces, for importers that are not part of it."""
+    def replaced_modules(self) -> Mapping[str, ModuleType]: ...  # noqa: D102 - as there
 
-    def finding(self) -> AbstractContextManager[None]:
-        """Let Python find managed modules in the block."""
+    def finding(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -75,19 +69,15 @@ class ManagedModule:
 
     Attributes:
         name: the module's full name.
-        path: the file.
-        root: what it belongs to.
         importer: what executes it.
         digest: of the file's content; None before it was read.
         data: the digests of the files that it read while it was executed, None of missing ones.
         imports: the full names of the managed modules that it imported.
-        walked: those of them that it reaches as attributes of their packages.
+        reached: those of them that it reaches as attributes of their packages.
         missing: bare names that it imported and its folder did not have.
         generation: what it declared.
-        pinned: once it is replaced, the modules that its code imports: those of its own time.
+        pinned: once it is replaced, the modules that its code imports: the versions that it knew.
         is_abandoned: its load was abandoned; it imports nothing more.
-        module: the Python module.
-        took_s: how long its execution took.
     """
 
     name: str
@@ -97,7 +87,7 @@ class ManagedModule:
     digest: Digest = None
     data: dict[Path, Digest] = field(default_factory=dict)
     imports: set[str] = field(default_factory=set)
-    walked: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     generation: Generation = field(default_factory=Generation)
     pinned: dict[str, ModuleType] = field(default_factory=dict)
@@ -117,41 +107,24 @@ class ManagedModule:
         self._check_abandoned()
         full = self._relative(name, level) if level else self._absolute(name)
         if full is None:
-            return self._import_unmanaged(name, globals, locals, fromlist, level)
+            found = builtins.__import__(name, globals, locals, fromlist or (), level)
+            # `importlib.import_module` has to find this module's siblings, too.
+            return _OwnImportlib(self) if found is importlib and not level else found
         self._record(full)
         older = self.pinned or self.importer.replaced_modules()
         if full in older:
             return self._older(full, fromlist, older) if fromlist else self._first(name, older)
-        found = self._import_managed(full, globals, locals, fromlist)
+        found = self._import_managed(full, fromlist or ())
         if fromlist:
             self._record_names(found, full, fromlist)
             return found
-        self._record_walk(name, full)
+        self._record_reached(name, full)
         return self._first(name, older)
 
-    def _import_unmanaged(
-        self,
-        name: str,
-        globals: Mapping[str, object] | None,  # noqa: A002 - as above
-        locals: Mapping[str, object] | None,  # noqa: A002
-        fromlist: Sequence[str] | None,
-        level: int,
-    ) -> ModuleType:
-        found = builtins.__import__(name, globals, locals, fromlist or (), level)
-        # `importlib.import_module` has to find this module's siblings, too.
-        is_importlib = found is importlib and not level
-        return _OwnImportlib(self) if is_importlib else found
-
-    def _import_managed(
-        self,
-        full: str,
-        globals: Mapping[str, object] | None,  # noqa: A002 - as above
-        locals: Mapping[str, object] | None,  # noqa: A002
-        fromlist: Sequence[str] | None,
-    ) -> ModuleType:
+    def _import_managed(self, full: str, fromlist: Sequence[str]) -> ModuleType:
         try:
             with self.importer.finding():
-                return builtins.__import__(full, globals, locals, fromlist or (), 0)
+                return builtins.__import__(full, fromlist=fromlist)
         except ModuleNotFoundError as exc:
             self._record_missing(exc.name or "")
             raise
@@ -183,7 +156,7 @@ class ManagedModule:
         if self.root.contains(name) or f"{self.root.package}.".startswith(f"{name}."):
             return name
         top = name.partition(".")[0]
-        # A function may import again and again; a new file of that name is a reload.
+        # A function may import on each call; a new file of that name is a reload.
         if not self.root.is_folder or top in self.missing:
             return None
         sibling = f"{self.root.package}.{top}"
@@ -207,19 +180,17 @@ class ManagedModule:
         return older.get(first) or sys.modules[first]
 
     def _older(self, full: str, fromlist: Sequence[str], older: Mapping[str, ModuleType]) -> ModuleType:
-        """A module of this module's time, though its package may contain newer modules now."""
+        """An older module; a copy with older submodules if it has newer ones now."""
         found = older[full]
-        names = [(item, f"{full}.{item}") for item in fromlist]
-        items = {item: older[name] for item, name in names if name in older}
+        items = {item: older[f"{full}.{item}"] for item in fromlist if f"{full}.{item}" in older}
         if all(vars(found).get(item) is module for item, module in items.items()):
             return found
-        then = ModuleType(full)
-        vars(then).update(vars(found) | items)
-        return then
+        copy = ModuleType(full)
+        vars(copy).update(vars(found) | items)
+        return copy
 
     def _record(self, full: str) -> None:
-        words = full.split(".")
-        self.imports |= {".".join(words[: end + 1]) for end in range(len(words))} - {self.name}
+        self.imports |= {*accumulate(full.split("."), "{}.{}".format)} - {self.name}
 
     def _record_names(self, found: ModuleType, full: str, fromlist: Sequence[str]) -> None:
         """Record the modules among the names of `from … import …`."""
@@ -229,19 +200,21 @@ class ManagedModule:
             elif not hasattr(found, item):
                 self._record_missing(f"{full}.{item}")
 
-    def _record_walk(self, name: str, full: str) -> None:
+    def _record_reached(self, name: str, full: str) -> None:
         """Record the modules that `import a.b.c` reaches as attributes of `a`."""
-        words = full.split(".")
-        steps = (".".join(words[: -back or None]) for back in range(name.count(".")))
-        self.walked |= {step for step in steps if self.root.contains(step.rpartition(".")[0])}
+        for _ in range(name.count(".")):
+            package = full.rpartition(".")[0]
+            if self.root.contains(package):
+                self.reached.add(full)
+            full = package
 
     def _record_missing(self, full: str) -> None:
         """Record the files that would be a missing module."""
         parent, _, child = full.rpartition(".")
         if full in sys.modules or not self.root.contains(full):
             return
-        for place in getattr(sys.modules.get(parent), "__path__", ()):
-            self.data |= {Path(place, f"{child}.py"): None, Path(place, child, "__init__.py"): None}
+        for folder in getattr(sys.modules.get(parent), "__path__", ()):
+            self.data |= {Path(folder, f"{child}.py"): None, Path(folder, child, "__init__.py"): None}
 
 
 class _OwnImportlib(ModuleType):
@@ -291,14 +264,14 @@ _written: set[str] = set()
 def importers(modules: Mapping[str, ManagedModule], names: set[str]) -> set[str]:
     """These modules and all that must be replaced with them: their importers, direct or not.
 
-    A package is replaced, too, when a module walks from it to one of them: the old package must keep its old
-    modules for code that still runs.
+    A package is replaced, too, when one of them is reached as its attribute: the old package must keep its
+    old modules for code that still runs.
     """
     found = set(names)
-    walked = {name for module in modules.values() for name in module.walked}
+    reached = {name for module in modules.values() for name in module.reached}
     while more := (
         {name for name, module in modules.items() if name not in found and module.imports & found}
-        | {name.rpartition(".")[0] for name in walked & found} - found
+        | {name.rpartition(".")[0] for name in reached & found} - found
     ):
         found |= more
     return found

@@ -25,7 +25,6 @@ class Origin:
     """Where one module comes from.
 
     Attributes:
-        display_name: its name in messages.
         key: its name in `[settings.<key>]`.
         path: a file, or a package's folder.
         module: a dotted name, when there is no path.
@@ -40,16 +39,11 @@ class Origin:
 
 
 def find_origins(config: Config) -> list[Origin]:
-    """All modules in mesh.toml, in the order they are loaded.
-
-    Raises:
-        ConfigError: a folder, file or entry point does not exist.
-    """
-    places = agent_places(config)
-    if config.host.agents is None and not (config.folder / DEFAULT_FOLDER).is_dir():
-        places = []
+    """All modules in mesh.toml, in the order they are loaded; a missing one raises ConfigError."""
+    has_places = config.host.agents is not None or (config.folder / DEFAULT_FOLDER).is_dir()
+    places = agent_places(config) if has_places else []
     found = [origin for place in places for origin in _at(place, config.folder)]
-    return _unique(found + list(_entry_points(config.host.entry_points)))
+    return _unique([*found, *_entry_points(config.host.entry_points)])
 
 
 def find_origins_leniently(config: Config, known: Iterable[Origin]) -> list[Origin]:
@@ -62,9 +56,10 @@ def find_origins_leniently(config: Config, known: Iterable[Origin]) -> list[Orig
             path = place_path(place, config.folder)
             found += [origin for origin in known if origin.path and origin.path.is_relative_to(path)]
     try:
-        return _unique(found + list(_entry_points(config.host.entry_points)))
+        found += _entry_points(config.host.entry_points)
     except ConfigError:
-        return _unique(found + [origin for origin in known if origin.path is None])
+        found += [origin for origin in known if origin.path is None]
+    return _unique(found)
 
 
 def missing_places(config: Config) -> list[Path]:
@@ -73,9 +68,9 @@ def missing_places(config: Config) -> list[Path]:
     return [path for path in paths if not path.exists()]
 
 
-def _unique(origins: Iterable[Origin]) -> list[Origin]:
-    """Each file and each module once, at its first place."""
-    return list({origin.path or origin.module: origin for origin in reversed(list(origins))}.values())[::-1]
+def _unique(origins: list[Origin]) -> list[Origin]:
+    """Each file and each module once, the first of several."""
+    return list({origin.path or origin.module: origin for origin in origins[::-1]}.values())[::-1]
 
 
 def agent_places(config: Config) -> list[str]:
@@ -90,23 +85,21 @@ def place_path(place: str, folder: Path) -> Path:
     return folder / place
 
 
-def _at(place: str, folder: Path) -> Iterator[Origin]:
+def _at(place: str, folder: Path) -> list[Origin]:
     path = place_path(place, folder)
     try:
-        found = list(_in_folder(path.resolve(), folder, ())) if path.is_dir() else []
+        if path.is_dir():
+            return list(_in_folder(path.resolve(), folder, ()))
     except (OSError, RuntimeError) as exc:
         raise ConfigError(f"host.agents: '{place}' cannot be read: {error_text(exc)}.") from exc
-    if path.is_dir():
-        yield from found
-    elif path.is_file() and path.suffix == ".py":
-        yield _from_path(path.resolve(), folder)
-    elif "/" in place or place.endswith(".py") or not _DOTTED_RE.fullmatch(place) or place == DEFAULT_FOLDER:
+    if path.is_file() and path.suffix == ".py":
+        return [_from_path(path.resolve(), folder)]
+    if "/" in place or place.endswith(".py") or not _DOTTED_RE.fullmatch(place) or place == DEFAULT_FOLDER:
         raise ConfigError(
             f"host.agents: '{place}' is neither a folder nor a Python file (looked for {path}). "
             "Give a folder, a file, or a dotted module name."
         )
-    else:
-        yield Origin(place, place.rpartition(".")[2], module=place)
+    return [Origin(place, place.rpartition(".")[2], module=place)]
 
 
 def _in_folder(path: Path, root: Path, parents: tuple[str, ...]) -> Iterator[Origin]:
@@ -127,22 +120,17 @@ def _from_path(path: Path, root: Path) -> Origin:
     return Origin(str(display), path.stem, path=path)
 
 
-def _installed() -> dict[str, EntryPoint]:
-    """The entry points of installed packages; cached until something is installed."""
-    return _installed_in(tuple((path, stamp(path)) for path in sys.path))
-
-
 @lru_cache(maxsize=1)
-def _installed_in(_paths: tuple[tuple[str, Stamp | None], ...]) -> dict[str, EntryPoint]:
+def _installed(_stamps: tuple[tuple[str, Stamp | None], ...]) -> dict[str, EntryPoint]:
+    """The entry points of installed packages; cached while the folders of `sys.path` do not change."""
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _entry_points(wanted: bool | list[str]) -> Iterator[Origin]:  # noqa: FBT001 - mesh.toml's own value
     if wanted is False:
         return
-    installed = _installed()
-    names = sorted(installed) if wanted is True else wanted
-    for name in names:
+    installed = _installed(tuple((path, stamp(path)) for path in sys.path))
+    for name in sorted(installed) if wanted is True else wanted:
         if name not in installed:
             known = ", ".join(sorted(installed)) or "none"
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -26,16 +26,13 @@ def installed_plugins() -> dict[str, EntryPoint]:
 def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
     """The plugins that mesh.toml enables, in its order, then those `given`; configured.
 
-    Raises:
-        PluginFailed: one does not exist, or cannot be imported or used.
-        ConfigError: its settings are invalid.
+    Raises PluginFailed if one cannot be imported or used, ConfigError if its settings are invalid.
     """
     names = [plugin_name(entry) for entry in config.host.plugins]
     others = Plugins.named(given)
     if twice := next((name for name in names if names.count(name) > 1 or name in others), ""):
         raise PluginFailed(f"[host] plugins: two plugins are named '{twice}'; rename a file.")
-    found = dict(zip(names, [_load(entry, config) for entry in config.host.plugins], strict=True))
-    plugins = Plugins(found | others)
+    plugins = Plugins({plugin_name(entry): _load(entry, config) for entry in config.host.plugins} | others)
     configure(plugins, config)
     return plugins
 
@@ -43,9 +40,7 @@ def load_plugins(config: Config, given: Iterable[object] = ()) -> Plugins:
 def configure(plugins: Plugins, config: Config) -> None:
     """Apply the settings of mesh.toml to all plugins, or to none.
 
-    Raises:
-        PluginFailed: a plugin refuses its settings.
-        ConfigError: they do not match its model.
+    Raises PluginFailed if a plugin refuses its settings, ConfigError if they do not match its model.
     """
     for plugin in plugins.all:
         try:
@@ -59,14 +54,14 @@ def configure(plugins: Plugins, config: Config) -> None:
 
 
 def _load(entry: str, config: Config) -> object:
-    installed: Mapping[str, EntryPoint] = installed_plugins()
+    installed = installed_plugins()
     if not is_file(entry) and entry not in installed:
-        raise PluginFailed(
-            f"[host] plugins: the plugin '{entry}' is not installed; {nearest(entry, installed, 'installed')}"
-        )
+        hint = nearest(entry, installed, "installed")
+        raise PluginFailed(f"[host] plugins: the plugin '{entry}' is not installed; {hint}")
     try:
         if is_file(entry):
-            return _from_file(config.folder / Path(entry).expanduser())
+            path = config.folder / Path(entry).expanduser()
+            return _from_file(path.resolve(), stamp(path))
         return installed[entry].load()
     # Importing a plugin may raise anything, and exit.
     except (Exception, SystemExit) as exc:
@@ -78,15 +73,11 @@ def _load(entry: str, config: Config) -> object:
         ) from exc
 
 
-def _from_file(path: Path) -> object:
+@lru_cache(maxsize=100)
+def _from_file(path: Path, _stamp: Stamp | None) -> object:
     """A file's attribute `plugin`, else the module itself; the same object until the file changes."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    return _executed(path.resolve(), stamp(path))
-
-
-@lru_cache(maxsize=100)
-def _executed(path: Path, _stamp: Stamp | None) -> object:
     name = f"oam_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -38,13 +38,12 @@ class Cause:
 
 @dataclass(slots=True, frozen=True)
 class FailedAttempt:
-    """A load that failed; it is repeated when one of its files changes, or a missing module appears.
+    """A load of modules that failed; it is repeated when a file changes, or a missing module appears.
 
     Attributes:
         causes: the changed files that it was for.
         files: all files that it depended on.
         missing: modules that it imported and that did not exist, with where they would be.
-        names: the modules concerned.
     """
 
     causes: Files
@@ -52,33 +51,20 @@ class FailedAttempt:
     missing: tuple[tuple[ModuleRoot, str], ...]
     names: frozenset[str]
 
-    @classmethod
-    def of(
-        cls, causes: Files, executed: Iterable[ManagedModule], more: Files, names: Iterable[str]
-    ) -> "FailedAttempt":
-        """An attempt that executed these modules and also depended on `more` files."""
-        executed = list(executed)
-        files = dict(pair for module in executed for pair in _files(module))
-        missing = tuple((module.root, name) for module in executed for name in module.missing)
-        return cls(causes, causes | files | more, missing, frozenset(names))
-
     def is_unchanged(self, digests: DigestCache) -> bool:
         """Whether another attempt would have the same result."""
-        if any(digests.digest(path) != digest for path, digest in self.files.items()):
-            return False
-        return not any(root.has(name) for root, name in self.missing)
+        has_changed = any(digests.digest(path) != digest for path, digest in self.files.items())
+        return not has_changed and not any(root.has(name) for root, name in self.missing)
 
 
 @dataclass(slots=True, frozen=True)
 class Plan:
-    """One reload.
+    """One reload: the settings to apply, all origins afterwards, and why.
 
     Attributes:
-        config: the settings to apply.
-        origins: all origins afterwards.
         causes: the changed files.
-        names: the modules that are replaced.
-        load: the origins that are loaded.
+        names: the modules to replace.
+        load: the origins to load.
     """
 
     config: Config
@@ -98,30 +84,30 @@ class WatchedPaths:
     """What is watched: `roots` with everything below them, `files` one by one."""
 
     roots: frozenset[Path]
-    files: frozenset[Path]
+    files: frozenset[str]
 
     @cached_property
     def other_files(self) -> frozenset[str]:
         """The files that are not found by scanning the roots for Python files."""
-        roots = tuple(f"{root}{os.sep}" for root in self.roots)
-        names = {str(file) for file in self.files}
-        return frozenset(name for name in names if not (name.endswith(".py") and name.startswith(roots)))
+        return frozenset(
+            name for name in self.files if not (name.endswith(".py") and self._is_below_root(name))
+        )
 
     @cached_property
     def folders(self) -> frozenset[Path]:
         """The folders of the files that are below none of the roots."""
-        roots = tuple(f"{root}{os.sep}" for root in self.roots)
-        return frozenset(Path(name).parent for name in self.other_files if not name.startswith(roots))
+        return frozenset(Path(name).parent for name in self.other_files if not self._is_below_root(name))
+
+    def _is_below_root(self, name: str) -> bool:
+        return name.startswith(self._prefixes)
+
+    @cached_property
+    def _prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{root}{os.sep}" for root in self.roots)
 
 
 class Changes:
-    """Finds what a reload has to do.
-
-    Args:
-        imports: the loaded modules.
-        config_file: mesh.toml, which need not exist.
-        read_config: reads it, and adds the options of the command line.
-    """
+    """Finds what a reload has to do; `config_file` is mesh.toml, which `read_config` reads."""
 
     def __init__(self, imports: Imports, config_file: Path | None, read_config: Callable[[], Config]) -> None:
         self.digests = DigestCache()
@@ -129,7 +115,7 @@ class Changes:
         self.failed_attempts: list[FailedAttempt] = []
         self._imports = imports
         self._read_config = read_config
-        self._config_digest = self._digest_of_config()
+        self._applied = self.config_cause()
 
     def find(self, modules: list[Module], config: Config) -> Plan | None:
         """What to do now; None when nothing has changed.
@@ -138,40 +124,31 @@ class Changes:
             ConfigError: mesh.toml has changed and is invalid, or names something that does not exist.
         """
         known = self._known_failures()
-        digest = self._digest_of_config()
-        is_new = digest != self._config_digest and (self.config_file, digest) not in known
-        new_config = self._read_config() if is_new else config
-        origins = find_origins(new_config)
-        causes = self._causes(modules, origins, config, new_config)
-        files = self._files_of(causes, known)
-        if is_new and self.config_file is not None:
-            files[self.config_file] = digest
-        return self._plan(modules, new_config, origins, causes, files)
+        current = self.config_cause()
+        is_new = current != self._applied and not current.items() <= known
+        after = self._read_config() if is_new else config
+        origins = find_origins(after)
+        causes = self._causes(modules, origins, config, after)
+        files = self._files_of(causes, known) | (current if is_new else {})
+        return self._plan(modules, after, origins, causes, files)
 
     def find_with_invalid_config(self, modules: list[Module], config: Config) -> Plan | None:
         """As `find`, but the settings stay, and missing folders affect nothing."""
         known = self._known_failures()
         origins = find_origins_leniently(config, [module.origin for module in modules])
         missing = missing_places(config)
-        causes = self._causes(modules, origins, config, config)
-        present = {
-            path: cause
-            for path, cause in causes.items()
-            if not any(path.is_relative_to(place) for place in missing)
-        }
-        return self._plan(modules, config, origins, present, self._files_of(present, known))
+        found = self._causes(modules, origins, config, config)
+        causes = {path: found[path] for path in found if not any(map(path.is_relative_to, missing))}
+        return self._plan(modules, config, origins, causes, self._files_of(causes, known))
 
     def find_named(self, modules: list[Module], config: Config, name: str) -> Plan | None:
-        """Reload the modules of this name, changed or not, and what has changed of their imports."""
+        """As `find`, for the modules of this name, changed or not, and their changed imports."""
         self._known_failures()
         origins = find_origins_leniently(config, [module.origin for module in modules])
         named = [module for module in modules if name in names_of(module)]
         imported = imported_by(self._imports.modules, [module.name for module in named])
-        causes = {
-            path: cause
-            for path, cause in self._causes(modules, origins, config, config).items()
-            if cause.names & imported
-        }
+        found = self._causes(modules, origins, config, config)
+        causes = {path: cause for path, cause in found.items() if cause.names & imported}
         causes |= {self._file_of(m.origin): Cause({m.name}, {m.origin}) for m in named}
         return self._plan(modules, config, origins, causes, self._files_of(causes, set()))
 
@@ -190,8 +167,8 @@ class Changes:
         if not files:
             return None
         affected = [causes[path] for path in files if path in causes]
-        names = importers(self._imports.modules, {name for cause in affected for name in cause.names})
-        load = {origin for cause in affected for origin in cause.origins}
+        names = importers(self._imports.modules, set[str]().union(*[cause.names for cause in affected]))
+        load = set[Origin]().union(*[cause.origins for cause in affected])
         load |= {module.origin for module in modules if module.name in names}
         return Plan(config, origins, files, names, [origin for origin in origins if origin in load])
 
@@ -208,8 +185,8 @@ class Changes:
                 causes[self.config_file].names.add(module.name)
         return causes
 
-    def _changed_files(self) -> "defaultdict[Path, Cause]":
-        causes: defaultdict[Path, Cause] = defaultdict(Cause)
+    def _changed_files(self) -> defaultdict[Path, Cause]:
+        causes = defaultdict[Path, Cause](Cause)
         listings = {root.path: _module_names(root.path) for root in self._imports.roots if root.is_folder}
         # Copies: this may run in a thread, while a request imports something.
         for module in list(self._imports.modules.values()):
@@ -223,8 +200,8 @@ class Changes:
 
     def changed_modules(self) -> set[str]:
         """The modules that differ from what is on disk, or import such modules."""
-        changed = {name for cause in self._changed_files().values() for name in cause.names}
-        return importers(self._imports.modules, changed)
+        causes = self._changed_files().values()
+        return importers(self._imports.modules, set[str]().union(*[cause.names for cause in causes]))
 
     def add_failure(
         self,
@@ -234,9 +211,13 @@ class Changes:
         names: Iterable[str] = (),
     ) -> None:
         """Remember a failed load, which also depended on these files; `names` are the modules concerned."""
+        executed = list(executed)
         candidates = [path for cause in causes if not cause.is_absolute() for path in _candidates(cause.name)]
-        more = self.config_cause() | {path: self.digests.digest(path) for path in (*files, *candidates)}
-        attempt = FailedAttempt.of(causes, executed, more, names)
+        read = dict(pair for module in executed for pair in _files(module))
+        more = {path: self.digests.digest(path) for path in (*files, *candidates)}
+        missing = tuple((module.root, name) for module in executed for name in module.missing)
+        everything = causes | read | self.config_cause() | more
+        attempt = FailedAttempt(causes, everything, missing, frozenset(names))
         if attempt not in self.failed_attempts:
             self.failed_attempts.append(attempt)
 
@@ -250,23 +231,21 @@ class Changes:
     def complete(self, plan: Plan) -> None:
         """Remember that a plan was carried out."""
         if self.config_file in plan.causes:
-            self._config_digest = plan.causes[self.config_file]
+            self._applied = {self.config_file: plan.causes[self.config_file]}
 
     def watched_paths(self, config: Config) -> WatchedPaths:
         """Where all loaded modules came from, and where others may come from."""
-        places = [place_path(place, config.folder) for place in agent_places(config)]
-        roots = {place for place in places if place.suffix != ".py"}
-        roots |= {root.path for root in list(self._imports.roots) if root.is_package}
+        places = {place_path(place, config.folder) for place in agent_places(config)}
+        single = {place for place in places if place.suffix == ".py"}
         # Copies: something may be loaded in a thread meanwhile.
-        files = {path for module in list(self._imports.modules.values()) for path, _ in _files(module)}
-        files |= {path for attempt in self.failed_attempts for path in attempt.files}
-        files |= {place for place in places if place.suffix == ".py"}
-        files |= {self.config_file} if self.config_file else set()
-        return WatchedPaths(frozenset(roots), frozenset(files))
+        packages = {root.path for root in list(self._imports.roots) if root.is_package}
+        read = {path for module in list(self._imports.modules.values()) for path, _ in _files(module)}
+        files = single.union(read, self.config_cause(), *[attempt.files for attempt in self.failed_attempts])
+        return WatchedPaths(frozenset(places - single | packages), frozenset(map(str, files)))
 
     def config_cause(self) -> Files:
         """mesh.toml as the only changed file."""
-        return {self.config_file: self._digest_of_config()} if self.config_file else {}
+        return {self.config_file: self.digests.digest(self.config_file)} if self.config_file else {}
 
     def _file_of(self, origin: Origin) -> Path:
         """The file whose existence decides about an origin."""
@@ -275,12 +254,9 @@ class Changes:
         managed = self._imports.modules.get(origin.module)
         return managed.path if managed else Path(origin.module)  # not found yet, so its name stands for it
 
-    def _digest_of_config(self) -> Digest:
-        return self.digests.digest(self.config_file) if self.config_file else None
-
 
 def names_of(module: Module) -> set[str]:
-    """The names by which people may refer to a module."""
+    """The names by which a command may refer to a module."""
     origin = module.origin
     return {origin.display_name, origin.key, module.name, origin.path.name if origin.path else origin.module}
 

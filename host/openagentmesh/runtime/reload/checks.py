@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from openagentmesh.protocol.errors import MeshError, error_text
 from openagentmesh.protocol.schema_diff import breaking_changes
 from openagentmesh.runtime.config import Config, keys_that_need_restart
 from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
+from openagentmesh.runtime.loading.imports import ImportTransaction
 from openagentmesh.runtime.loading.loader import Module, find_duplicates
 from openagentmesh.runtime.loading.modules import ManagedModule, is_written_by_code
 from openagentmesh.runtime.reload.changes import Plan
@@ -45,13 +46,9 @@ class UnstableFiles(Exception):
 
 @dataclass(slots=True)
 class Serving:
-    """What serves during a reload.
+    """What serves during a reload, with the settings in force and those at the host's start.
 
     Attributes:
-        agents: the served agents by name.
-        modules: the modules.
-        config: the settings in force.
-        started: the settings at the host's start.
         refused: the names of agents that do not serve because of their contracts.
         max_payload: the server's limit, in bytes.
     """
@@ -69,14 +66,9 @@ class Candidate:
     """A loaded generation that does not serve yet.
 
     Attributes:
-        plan: what is carried out.
-        serving: what serves now.
         modules: all modules afterwards.
         new: those of them that were loaded.
-        agents: the agents of each module.
-        replaced: the old managed modules.
         is_stable: the files have not changed for long, so that an incomplete save is excluded.
-        has_new_config: mesh.toml has changed.
         notes: for the result.
     """
 
@@ -85,9 +77,8 @@ class Candidate:
     modules: list[Module]
     new: list[Module]
     agents: dict[Module, list[AgentVersion]]
-    replaced: list[ManagedModule]
+    transaction: ImportTransaction
     is_stable: bool
-    has_new_config: bool
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -117,10 +108,10 @@ class Candidate:
         An agent that a file declared while it ran is removed with that file; reloads of others keep it.
         """
         declared = {agent.name for module in self.serving.modules for agent in module.agents}
-        files = {module.path for module in self.replaced}
+        files = {module.path for module in self.transaction.replaced.values()}
         wanted = self.wanted
-        gone = {name: agent for name, agent in self.serving.agents.items() if name not in wanted}
-        return [name for name, agent in gone.items() if name in declared or agent.file in files]
+        unwanted = [a for name, a in self.serving.agents.items() if name not in wanted]
+        return [agent.name for agent in unwanted if agent.name in declared or agent.file in files]
 
 
 def check_willing(modules: Mapping[str, ManagedModule], names: Iterable[str]) -> None:
@@ -147,27 +138,22 @@ def check_scanned(
 
 
 def check(candidate: Candidate) -> None:
-    """Apply all rules; their notes are added to the candidate.
-
-    Raises:
-        UnstableFiles, LoadFailed, ReloadRefused: as the rules do.
-    """
-    for rule in _RULES:
-        candidate.notes += rule(candidate)
+    """Apply all rules: they raise UnstableFiles, LoadFailed or ReloadRefused, or add notes."""
+    _check_kept_agents(candidate)
+    _check_names(candidate)
+    _check_sizes(candidate)
+    candidate.notes += [*_breaking_changes(candidate), *_notes_on_config(candidate)]
 
 
-def _keeps_agents(candidate: Candidate) -> Iterator[str]:
+def _check_kept_agents(candidate: Candidate) -> None:
     """A module that loses all its agents may be an incomplete save."""
-    before = {module.origin: module for module in candidate.serving.modules}
-    for module in candidate.new:
-        old = before.get(module.origin)
-        lost_all = old is not None and old.agents and not candidate.agents[module]
-        if lost_all and not candidate.is_stable:
-            raise UnstableFiles
-    yield from ()
+    before = {module.origin: module.agents for module in candidate.serving.modules}
+    lost_all = any(before.get(module.origin) and not candidate.agents[module] for module in candidate.new)
+    if lost_all and not candidate.is_stable:
+        raise UnstableFiles
 
 
-def _has_unique_names(candidate: Candidate) -> Iterator[str]:
+def _check_names(candidate: Candidate) -> None:
     """A new module takes no name from a module that serves, whatever their order."""
     in_order = sorted(candidate.modules, key=candidate.new.__contains__)
     for duplicate in find_duplicates(in_order, candidate.agents):
@@ -176,10 +162,9 @@ def _has_unique_names(candidate: Candidate) -> Iterator[str]:
             module.fail(duplicate.error, line=duplicate.agent.source)
             raise LoadFailed(module, [duplicate.earlier.file])
         candidate.agents[module] = []
-    yield from ()
 
 
-def _fits_into_messages(candidate: Candidate) -> Iterator[str]:
+def _check_sizes(candidate: Candidate) -> None:
     """A contract above the server's limit could not be published."""
     limit = candidate.serving.max_payload
     for agent in candidate.changed:
@@ -189,60 +174,46 @@ def _fits_into_messages(candidate: Candidate) -> Iterator[str]:
                 f"{agent.name}: its contract has {size} bytes, and the server's max_payload is {limit}. "
                 "Shorten its description or its schemas, or raise max_payload"
             )
-    yield from ()
 
 
-def _is_compatible(candidate: Candidate) -> Iterator[str]:
-    """Breaking changes are noted, or refused with `contract = "refuse"`."""
+def _breaking_changes(candidate: Candidate) -> list[str]:
+    """The breaking changes of contracts; refused with `contract = "refuse"`."""
     policy, served = candidate.plan.config.host.contract, candidate.serving.agents
     if policy == "allow":
-        return
-    notes = [
+        return []
+    changes = [
         f"{agent.name} breaks callers: {change}"
         for agent in candidate.changed
         if agent.name in served
         for change in breaking_changes(served[agent.name].contract, agent.contract)
     ]
-    if notes and policy == "refuse":
+    if changes and policy == "refuse":
         raise ReloadRefused(
-            'callers would break, and [host] contract is "refuse": ' + "; ".join(notes),
-            details={"changes": notes},
+            'callers would break, and [host] contract is "refuse": ' + "; ".join(changes),
+            details={"changes": changes},
         )
-    yield from notes
+    return changes
 
 
-def _uses_all_settings(candidate: Candidate) -> Iterator[str]:
-    """A changed mesh.toml is searched for tables without a match, and for keys that need a restart."""
-    if not candidate.has_new_config:
-        return
+def _notes_on_config(candidate: Candidate) -> Iterator[str]:
+    """The tables of a changed mesh.toml that match nothing, and its keys that need a restart."""
     config = candidate.plan.config
+    if config is candidate.serving.config:
+        return
     agents = [agent.name for found in candidate.agents.values() for agent in found]
     yield from config.unused({module.origin.key for module in candidate.modules}, agents)
     if keys := keys_that_need_restart(candidate.serving.started, config):
         yield f"mesh.toml: restart the host to apply {', '.join(keys)}"
 
 
-_RULES: Final[tuple[Callable[[Candidate], Iterator[str]], ...]] = (
-    _keeps_agents,
-    _has_unique_names,
-    _fits_into_messages,
-    _is_compatible,
-    _uses_all_settings,
-)
-
-
-def describe_changes(old: Mapping[str, AgentVersion], new: Iterable[AgentVersion]) -> list[str]:
-    """What changes of each agent, as text."""
-    texts = []
-    for agent in new:
-        before, version = old.get(agent.name), agent.contract.version
-        if before is None:
-            texts.append(f"{agent.name} {version} new")
-        elif before.contract.version != version:
-            texts.append(f"{agent.name} {before.contract.version} → {version}")
-        else:
-            texts.append(f"{agent.name} {version}")
-    return texts
+def describe_change(before: AgentVersion | None, agent: AgentVersion) -> str:
+    """What changes of an agent, as text."""
+    version = agent.contract.version
+    if before is None:
+        return f"{agent.name} {version} new"
+    if before.contract.version == version:
+        return f"{agent.name} {version}"
+    return f"{agent.name} {before.contract.version} → {version}"
 
 
 def explain(exc: BaseException) -> tuple[str, str, str]:
@@ -261,10 +232,7 @@ def explain(exc: BaseException) -> tuple[str, str, str]:
 
 def log_result(result: ReloadResult) -> None:
     """Log a reload, completed or refused."""
-    if result.error:
-        details = f"\n{result.details}" if result.details else ""
-        log.error("%s%s", result.text, details)
-    else:
-        log.info("%s", result.text)
+    text = f"{result.text}\n{result.details}" if result.details else result.text
+    log.log(logging.ERROR if result.error else logging.INFO, "%s", text)
     for note in result.notes:
         log.warning("%s", note)

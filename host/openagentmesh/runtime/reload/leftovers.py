@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from inspect import isasyncgen
 from time import monotonic
 from types import FrameType, FunctionType, ModuleType
@@ -16,16 +16,16 @@ from openagentmesh.mesh.node import Node
 from openagentmesh.serving.route import Route
 
 # The search for references blocks the event loop: at most this long, and with so many objects at once.
-_MAX_SEARCH_S: Final = 0.01
+_MAX_SEARCH_S: Final = 1.0
 _MAX_SEARCHED: Final = 8
 
 
-def find_leftovers(modules: list[ModuleType]) -> list[str]:
+def find_leftovers(modules: Collection[ModuleType]) -> list[str]:
     """Running tasks and threads, and logging handlers, of these modules, as text."""
     return [*_tasks_of(modules), *_threads_of(modules), *_log_handlers_of(modules)]
 
 
-def _tasks_of(modules: list[ModuleType]) -> Iterator[str]:
+def _tasks_of(modules: Collection[ModuleType]) -> Iterator[str]:
     namespaces = {id(vars(module)) for module in modules}
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         own_frames = (frame for frame in _frames_of(task.get_coro()) if id(frame.f_globals) in namespaces)
@@ -46,27 +46,24 @@ def _frames_of(running: Any) -> Iterator[FrameType]:  # noqa: ANN401 - any await
         running = getattr(running, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
 
 
-def _threads_of(modules: list[ModuleType]) -> Iterator[str]:
+def _threads_of(modules: Collection[ModuleType]) -> Iterator[str]:
     names = {module.__name__ for module in modules}
+    namespaces = {id(vars(module)) for module in modules}
     for thread in threading.enumerate():
         target = getattr(thread, "_target", None)
-        if _is_of(target, modules) or type(thread).__module__ in names:
+        function = getattr(target, "__func__", target)  # of a method
+        is_own = isinstance(function, FunctionType) and id(function.__globals__) in namespaces
+        if is_own or type(thread).__module__ in names:
             yield f"the thread {thread.name}"
 
 
-def _log_handlers_of(modules: list[ModuleType]) -> Iterator[str]:
+def _log_handlers_of(modules: Collection[ModuleType]) -> Iterator[str]:
     """Logging handlers of these modules' own classes that loggers still use."""
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
-    for logger in loggers:
-        for handler in logger.handlers if isinstance(logger, logging.Logger) else []:
-            if any(getattr(module, type(handler).__name__, None) is type(handler) for module in modules):
-                name = getattr(logger, "name", "root")
-                yield f"the logging handler {type(handler).__name__} of '{name}'"
-
-
-def _is_of(function: object, modules: list[ModuleType]) -> bool:
-    plain = getattr(function, "__func__", function)
-    return isinstance(plain, FunctionType) and any(plain.__globals__ is vars(module) for module in modules)
+    for logger in [each for each in loggers if isinstance(each, logging.Logger)]:
+        for kind in map(type, logger.handlers):
+            if any(getattr(module, kind.__name__, None) is kind for module in modules):
+                yield f"the logging handler {kind.__name__} of '{logger.name}'"
 
 
 class _Mark:
@@ -88,7 +85,7 @@ def mark(modules: dict[str, ModuleType]) -> Marks:
 
 
 def find_references(marks: Marks) -> list[str]:
-    """The marked modules that are still in memory, with what refers to them; collects garbage first."""
+    """The marked modules that stay in memory after a collection, with what refers to them."""
     gc.collect()
     found, deadline = [], monotonic() + _MAX_SEARCH_S
     for name, reference in marks.items():
@@ -103,34 +100,31 @@ def _holder_of(own: _Mark, deadline: float) -> str:
     known: dict[int, object] = {id(own): own}
     level: list[object] = [own]
     last, may_expire = "", False
-    while level:
-        if monotonic() > deadline:
-            return ""
-        referrers = gc.get_referrers(*level[:_MAX_SEARCHED])
-        ignored = {id(level), id(known), id(referrers), *known}
-        candidates = [each for each in referrers if id(each) not in ignored]
+    while level and monotonic() < deadline:
+        found = _referrers(level, known)
         # A cancelled timer keeps its context until its time has come.
-        level = [each for each in candidates if not _is_cancelled_timer(each)]
-        may_expire = may_expire or len(level) < len(candidates)
-        roots = (_describe_root(each, known) for each in level)
-        if root := next((text for text in roots if text), ""):
+        level = [each for each in found if not (isinstance(each, asyncio.Handle) and each.cancelled())]
+        may_expire = may_expire or len(level) < len(found)
+        del found  # it refers to the next level
+        if root := next(filter(None, [_describe_root(each, known) for each in level]), ""):
             return root
-        known |= {id(each): each for each in level}
+        known.update(zip(map(id, level), level, strict=True))
         last = _describe(level[0]) if level else last
-        del referrers, candidates, roots
-    # Frozen objects are not found here, and never collected.
-    return "" if may_expire or (gc.get_freeze_count() and len(known) == 1) else last
+    # Empty also when the namespace is frozen: then its holders are not found, and it is never collected.
+    return "" if level or may_expire else last
 
 
-def _is_cancelled_timer(holder: object) -> bool:
-    return isinstance(holder, asyncio.Handle) and holder.cancelled()
+def _referrers(level: list[object], known: dict[int, object]) -> list[object]:
+    """What refers to these objects, without what is known, and what only this search holds."""
+    found = gc.get_referrers(*level[:_MAX_SEARCHED])
+    ignored = {id(level), id(known), *known}
+    return [each for each in found if id(each) not in ignored]
 
 
 def _describe_root(holder: object, known: dict[int, object]) -> str:
     """A holder from which everything is reachable, as text; empty for any other."""
-    if isinstance(holder, Route | Node | asyncio.Handle | threading.Thread):
-        return _describe(holder)
-    if isinstance(holder, asyncio.Task) and not holder.done():
+    is_running = isinstance(holder, asyncio.Task) and not holder.done()
+    if is_running or isinstance(holder, Route | Node | asyncio.Handle | threading.Thread):
         return _describe(holder)
     name = holder.get("__name__") if isinstance(holder, dict) else None
     module = sys.modules.get(name) if isinstance(name, str) else None

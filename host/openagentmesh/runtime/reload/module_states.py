@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Literal
 
 from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.protocol.errors import PluginFailed
@@ -48,16 +47,18 @@ def load_all(
 
 def update_failed(modules: Iterable[Module], changes: Changes) -> list[Module]:
     """Clear the error of modules that match their files again; drop failed ones without a file."""
-    kept = [module for module in modules if not _is_gone(module)]
-    outdated = [module for module in kept if module.state == "outdated"]
-    if outdated:
-        changed = changes.changed_modules()
-        failed = {name for attempt in changes.failed_attempts for name in attempt.names}
-        for module in outdated:
-            if module.name not in changed | failed:
-                module.clear_error()
-                log.info("%s: file matches the running version again", module.origin.display_name)
+    kept = [module for module in modules if module.state != "failed" or _has_file(module)]
+    if outdated := [module for module in kept if module.state == "outdated"]:
+        failed = [attempt.names for attempt in changes.failed_attempts]
+        changed = changes.changed_modules().union(*failed)
+        for module in [each for each in outdated if each.name not in changed]:
+            module.clear_error()
+            log.info("%s: file matches the running version again", module.origin.display_name)
     return kept
+
+
+def _has_file(module: Module) -> bool:
+    return module.origin.path is None or module.origin.path.exists()
 
 
 def mark_refused(
@@ -68,21 +69,13 @@ def mark_refused(
     `failed` is the origin that could not be loaded; None when all of the plan's are affected. `error` is
     message, details and `file:line`.
     """
-    names: list[str] = []
-    for module in modules:
-        is_cause = module.origin == failed or (failed is None and module.origin in plan.load)
-        if is_cause or module.name in plan.names:
-            state: Literal["failed", "outdated"] = "failed" if module.state == "failed" else "outdated"
-            module.set_error(state, *error)
-            names += [agent.name for agent in module.agents]
+    causes = plan.load if failed is None else [failed]
+    affected = [module for module in modules if module.origin in causes or module.name in plan.names]
+    for module in affected:
+        module.set_error("failed" if module.state == "failed" else "outdated", *error)
     known = {module.origin for module in modules}
-    for origin in [origin for origin in plan.load if origin not in known]:
-        module = Module(origin)
-        module.set_error("failed", *error)
-        modules.append(module)
-    return names
-
-
-def _is_gone(module: Module) -> bool:
-    path = module.origin.path
-    return module.state == "failed" and path is not None and not path.exists()
+    for origin in plan.load:
+        if origin not in known:
+            modules.append(Module(origin))
+            modules[-1].set_error("failed", *error)
+    return [agent.name for module in affected for agent in module.agents]

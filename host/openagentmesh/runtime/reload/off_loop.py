@@ -33,14 +33,10 @@ async def run_off_loop(
     is_slow: bool = False,
     on_late_end: Callable[[], None] = lambda: None,
 ) -> T:
-    """Run `work` in a thread; quick work is done while the loop blocks for a moment.
+    """Run `work` in a thread; the loop blocks for a moment, until quick work is done, unless it `is_slow`.
 
-    Args:
-        work: the work. What it raises is raised here, KeyboardInterrupt and SystemExit as RuntimeError:
-            they would end the event loop.
-        limit_s: seconds after which the thread is interrupted and abandoned.
-        is_slow: it is known to take longer than a moment, so the loop does not block for it.
-        on_late_end: called on the loop when an abandoned thread has ended.
+    After `limit_s` seconds the thread is interrupted and abandoned; `on_late_end` is called once it ends.
+    What it raises is raised here, KeyboardInterrupt and SystemExit as RuntimeError: they would end the loop.
 
     Raises:
         TookTooLong: it did not end within the limit.

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import typing
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +23,10 @@ from openagentmesh.runtime.loading.plugin_loader import configure
 from openagentmesh.runtime.reload import checks
 from openagentmesh.runtime.reload.changes import Changes, Files, Plan, WatchedPaths, names_of
 from openagentmesh.runtime.reload.checks import Candidate, LoadFailed, ReloadRefused, Serving, UnstableFiles
+from openagentmesh.runtime.reload.leftovers import find_leftovers
 from openagentmesh.runtime.reload.module_states import load_all, mark_refused, update_failed
 from openagentmesh.runtime.reload.off_loop import run_off_loop
-from openagentmesh.runtime.reload.retirement import (
-    Retirements,
-    RetiringVersion,
-    clear_typing_caches,
-    dispose,
-    leftovers_of_attempt,
-)
+from openagentmesh.runtime.reload.retirement import Retirements, RetiringVersion, dispose
 from openagentmesh.runtime.reload.state import StateTransfer, transfer_state
 from openagentmesh.transport.tasks import cancel_and_wait
 
@@ -46,19 +42,10 @@ _SLOW_S: Final = 0.008
 class Reloader:
     """Keeps what a node serves equal to what is on disk.
 
-    Args:
-        loader: loads modules.
-        node: serves their agents.
-        changes: finds what differs.
-        config: mesh.toml.
-        prepare: adds limits and middlewares to an agent.
-
     Attributes:
         modules: all modules, in the order of their origins.
         config: the settings in force.
-        history: the last reloads.
         on_result: awaited with each reload, completed or refused.
-        retirements: old versions that are being retired.
     """
 
     def __init__(
@@ -108,55 +95,51 @@ class Reloader:
         async with self._lock:
             if self._is_closed:
                 return None
-            self._running = asyncio.current_task()
+            self._running, began = asyncio.current_task(), perf_counter()
             try:
-                began = perf_counter()
-                plan = await self._find(name)
-                result = None
-                if isinstance(plan, ReloadResult):
-                    result = plan
-                elif plan is not None:
-                    if plan.has_unstable_files and not is_stable:
+                found = await self._find(name)
+                if found is None:
+                    return None
+                if isinstance(found, Plan):
+                    if found.has_unstable_files and not is_stable:
                         raise UnstableFiles
-                    result = await self._carry_out(
-                        plan, scanned or {}, began, is_stable=is_stable, finds_references=finds_references
+                    found = await self._carry_out(
+                        found, scanned or {}, is_stable=is_stable, finds_references=finds_references
                     )
-                if result is not None:
-                    await self.on_result(result)
+                await self._report(found, began)
+                return found
             finally:
                 self._running = None
-            return result
 
     async def _find(self, name: str) -> Plan | ReloadResult | None:
         """What to do; a result when mesh.toml is invalid and that was not reported yet."""
-        changes = self._changes
-        if name:
-            plan = await self._search(lambda: changes.find_named(self.modules, self.config, name))
-        else:
-            try:
+        changes, previous = self._changes, self._config_error
+        try:
+            if name:
+                plan = await self._search(lambda: changes.find_named(self.modules, self.config, name))
+            else:
                 plan = await self._search(lambda: changes.find(self.modules, self.config))
                 self._config_error = ""
-            except ConfigError as exc:
-                previous, self._config_error = self._config_error, exc.message
-                if previous != exc.message:
-                    files = self._display_names(changes.config_cause())
-                    return self._record(ReloadResult(files, error=exc.message))
-                # Reported already; other changes are reloaded.
-                plan = await self._search(lambda: changes.find_with_invalid_config(self.modules, self.config))
-        self.modules = update_failed(self.modules, self._changes)
+        except ConfigError as exc:
+            self._config_error = exc.message
+            if previous != exc.message:
+                return ReloadResult(self._display_names(changes.config_cause()), error=exc.message)
+            # Reported already; other changes are reloaded.
+            plan = await self._search(lambda: changes.find_with_invalid_config(self.modules, self.config))
+        self.modules = update_failed(self.modules, changes)
         return plan
 
     async def _search(self, find: Callable[[], Plan | None]) -> Plan | None:
         return await asyncio.to_thread(find) if len(self.modules) > _MANY_MODULES else find()
 
+    async def _report(self, result: ReloadResult, began: float) -> None:
+        result.took_ms = (perf_counter() - began) * 1000
+        self.history.append(result)
+        checks.log_result(result)
+        await self.on_result(result)
+
     async def _carry_out(
-        self,
-        plan: Plan,
-        scanned: Mapping[str, Stamp],
-        began: float,
-        *,
-        is_stable: bool,
-        finds_references: bool,
+        self, plan: Plan, scanned: Mapping[str, Stamp], *, is_stable: bool, finds_references: bool
     ) -> ReloadResult:
         """The transaction."""
         transaction = ImportTransaction()
@@ -167,18 +150,18 @@ class Reloader:
                 candidate = self._candidate(plan, new, transaction, is_stable=is_stable)
                 checks.check(candidate)
                 serve = [self._prepare(agent, plan.config) for agent in candidate.changed]
-                await self._check_with_state(candidate, transaction, serve)
+                await self._check_with_state(candidate, serve)
         # Authors' code may raise anything.
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - as above
             task = asyncio.current_task()
             try:
                 if isinstance(exc, UnstableFiles) or (task is not None and task.cancelling()):
                     raise
-                return self._refuse(plan, transaction.executed, exc, began)
+                return self._refuse(plan, transaction.executed, exc)
             finally:
                 transaction.clear()
         # Above this line anything may fail, and nothing has changed.
-        return self._commit(candidate, serve, transaction, began, finds_references=finds_references)
+        return self._commit(candidate, serve, finds_references=finds_references)
 
     @contextmanager
     def _staged(self, plan: Plan) -> Iterator[ImportTransaction]:
@@ -198,13 +181,12 @@ class Reloader:
         self, plan: Plan, transaction: ImportTransaction, scanned: Mapping[str, Stamp], *, is_stable: bool
     ) -> list[Module]:
         """Load the modules off the loop, then apply the plugins' settings."""
-        imports = self._loader.imports
         try:
             new = await run_off_loop(
                 lambda: self._load_modules(plan.load, transaction),
                 plan.config.host.load_timeout,
                 is_slow=sum(module.took_s for module in transaction.replaced.values()) > _SLOW_S,
-                on_late_end=imports.repair,
+                on_late_end=self._loader.imports.repair,
             )
         finally:
             checks.check_scanned(transaction.executed, scanned, is_stable=is_stable)
@@ -213,7 +195,7 @@ class Reloader:
         return new
 
     def _load_modules(self, origins: Iterable[Origin], transaction: ImportTransaction) -> list[Module]:
-        clear_typing_caches()
+        _clear_typing_caches()
         modules = []
         for origin in origins:
             if transaction.is_abandoned:
@@ -227,32 +209,22 @@ class Reloader:
     def _candidate(
         self, plan: Plan, new: list[Module], transaction: ImportTransaction, *, is_stable: bool
     ) -> Candidate:
-        before = {module.origin: module for module in self.modules}
+        node, before = self._node, {module.origin: module for module in self.modules}
         for module in new:
             if module.origin in before:
                 module.take_over(before[module.origin])
         known = before | {module.origin: module for module in new}
         modules = [known[origin] for origin in plan.origins if origin in known]
-        node = self._node
         wanted, limit = node.reconciler.wanted, node.connection.max_payload
         serving = Serving(wanted, self.modules, self.config, self._started, node.refused, limit)
-        return Candidate(
-            plan,
-            serving,
-            modules,
-            new,
-            self._loader.agents_of(modules),
-            list(transaction.replaced.values()),
-            is_stable=is_stable,
-            has_new_config=self._changes.config_file in plan.causes,
-        )
+        agents = self._loader.agents_of(modules)
+        return Candidate(plan, serving, modules, new, agents, transaction, is_stable)
 
-    async def _check_with_state(
-        self, candidate: Candidate, transaction: ImportTransaction, serve: list[AgentVersion]
-    ) -> None:
+    async def _check_with_state(self, candidate: Candidate, serve: list[AgentVersion]) -> None:
         """Transfer the kept state, and let plugins check the new versions."""
         limit, plugins = candidate.plan.config.host.load_timeout, self._node.plugins
-        transfers = [StateTransfer(m.generation) for m in transaction.executed if m.generation.previous]
+        generations = [managed.generation for managed in candidate.transaction.executed]
+        transfers = [StateTransfer(generation) for generation in generations if generation.previous]
         await transfer_state(transfers, limit)
         if plugins.check_candidates:
             for agent in serve:
@@ -261,63 +233,56 @@ class Reloader:
             await transfer_state(transfers, limit)  # without the effects of the checks
 
     def _commit(
-        self,
-        candidate: Candidate,
-        serve: list[AgentVersion],
-        transaction: ImportTransaction,
-        began: float,
-        *,
-        finds_references: bool,
+        self, candidate: Candidate, serve: list[AgentVersion], *, finds_references: bool
     ) -> ReloadResult:
         """Let the new generation serve, without a pause in which both or none do."""
         plan, node, removed = candidate.plan, self._node, candidate.removed
-        routes = {agent.name: route for agent in serve if (route := node.router.get(agent.name))}
-        old = {name: route.agent for name, route in routes.items()}
+        agents = [(route, route.agent) for agent in serve if (route := node.router.get(agent.name))]
+        old = {agent.name: agent for _, agent in agents}
         added = [agent.name for agent in serve if agent.name not in node.reconciler.wanted]
         replaced = [module for module in self.modules if module not in candidate.modules]
+        self._apply(candidate)
+        node.reconciler.replace(serve)
+        retiring = RetiringVersion(
+            agents, node.remove(removed), added, candidate.transaction, replaced, plan, finds_references
+        )
+        changes = [checks.describe_change(old.get(agent.name), agent) for agent in serve]
+        result = ReloadResult(
+            self._display_names(plan.causes),
+            [*changes, *[f"{name} withdrawn" for name in removed]],
+            notes=candidate.notes,
+            names=sorted({*[agent.name for agent in serve], *removed}),
+            in_flight=retiring.in_flight,
+        )
+        self.retirements.begin(retiring, plan.config.host.drain_timeout, result)
+        return result
+
+    def _apply(self, candidate: Candidate) -> None:
+        """Make the new modules and settings the current ones, and hold the old generation no longer."""
+        plan, transaction = candidate.plan, candidate.transaction
         self.config, self.modules = plan.config, candidate.modules
         for module in self.modules:
             module.agents = candidate.agents[module]
             if module.origin in plan.load:
                 module.state = "serving"
-        node.contract_policy = plan.config.host.contract
-        node.reconciler.replace(serve)
-        removed_routes = node.remove(removed)
+        self._node.contract_policy = plan.config.host.contract
         self._changes.complete(plan)
-        self._release(transaction)
-        running = sum(route.running_on(old[name]) for name, route in routes.items())
-        result = ReloadResult(
-            self._display_names(plan.causes),
-            [*checks.describe_changes(old, serve), *[f"{name} withdrawn" for name in removed]],
-            notes=candidate.notes,
-            names=sorted({*old, *[agent.name for agent in serve], *removed}),
-            took_ms=_ms(began),
-            in_flight=running + sum(route.in_flight for route in removed_routes),
-        )
-        agents = [(routes[name], agent) for name, agent in old.items()]
-        retiring = RetiringVersion(
-            agents, removed_routes, added, transaction, replaced, plan, finds_references or _is_debugging()
-        )
-        self.retirements.begin(retiring, plan.config.host.drain_timeout, result)
-        return self._record(result)
-
-    def _release(self, transaction: ImportTransaction) -> None:
-        """Hold the old generation no longer; of what was executed, keep what serves now."""
+        serving = self._loader.imports.modules
         for managed in transaction.executed:
             managed.generation.previous = None
-        serving = self._loader.imports.modules
         transaction.executed = [m for m in transaction.executed if serving.get(m.name) is m]
 
     async def _roll_back(self, retiring: RetiringVersion, reason: str) -> bool:
         """Let an old version serve again, as a whole, unless a later reload has replaced the new one."""
         imports, transaction = self._loader.imports, retiring.transaction
         async with self._lock:
+            began = perf_counter()
             is_replaced = any(imports.modules.get(m.name) is not m for m in transaction.executed)
             if self._is_closed or not transaction.executed or is_replaced:  # rolled back once at most
                 return False
+            config, old = self.config, [agent.without_middlewares() for agent in retiring.versions]
             try:
-                old_agents = retiring.old_agents(self.config)
-                serve = [self._prepare(agent.without_middlewares(), self.config) for agent in old_agents]
+                serve = [self._prepare(agent, config) for agent in old if config.is_enabled(agent.name)]
             except PluginFailed as failure:
                 log.warning("%s; rollback failed: %s", reason, failure.message)
                 return False
@@ -328,10 +293,10 @@ class Reloader:
             self._node.reconciler.replace(serve)
             removed = self._node.remove(retiring.added)
             error = ReloadRefused(f"{reason}, so the old version runs again")
-            result = self._refuse(retiring.plan, executed, error, perf_counter(), is_clean=True)
+            result = self._refuse(retiring.plan, executed, error, has_served=True)
             failed = RetiringVersion(agents, removed, [], undone, [], retiring.plan)
-            self.retirements.begin(failed, self.config.host.drain_timeout, result)
-            await self.on_result(result)
+            self.retirements.begin(failed, config.host.drain_timeout, result)
+            await self._report(result, began)
         return True
 
     def _modules_before(self, retiring: RetiringVersion, undone: ImportTransaction) -> list[Module]:
@@ -341,36 +306,24 @@ class Reloader:
         modules = [old.pop(module.origin, module) for module in kept]
         return [*modules, *old.values()]
 
-    def _record(self, result: ReloadResult) -> ReloadResult:
-        self.history.append(result)
-        checks.log_result(result)
-        return result
-
     def _refuse(
-        self,
-        plan: Plan,
-        executed: Iterable[ManagedModule],
-        exc: BaseException,
-        began: float,
-        *,
-        is_clean: bool = False,
+        self, plan: Plan, executed: list[ManagedModule], exc: BaseException, *, has_served: bool = False
     ) -> ReloadResult:
-        """Remember and report that a version does not serve; one that `is_clean` left nothing behind."""
-        clear_typing_caches()
+        """Remember that a version is refused; leftovers of one that `has_served` are reported later."""
+        _clear_typing_caches()
         files = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.add_failure(plan.causes, executed, files, plan.names)
         error, details, line = checks.explain(exc)
         failed = exc.module.origin if isinstance(exc, LoadFailed) else None
-        result = ReloadResult(
+        modules = [] if has_served else [m.module for m in executed if m.module is not None]
+        return ReloadResult(
             self._display_names(plan.causes) or ["the configuration"],
             error=error,
             details=details,
             line=line,
-            notes=[] if is_clean else leftovers_of_attempt(executed),
+            notes=[f"the refused version left behind: {what}" for what in find_leftovers(modules)],
             names=mark_refused(self.modules, plan, failed, (error, details, line)),
-            took_ms=_ms(began),
         )
-        return self._record(result)
 
     def _display_names(self, causes: Files) -> list[str]:
         folder = self.config.folder
@@ -400,9 +353,7 @@ class Reloader:
 async def _do_nothing(_result: ReloadResult) -> None: ...
 
 
-def _is_debugging() -> bool:
-    return log.isEnabledFor(logging.DEBUG)
-
-
-def _ms(began: float) -> float:
-    return (perf_counter() - began) * 1000
+def _clear_typing_caches() -> None:
+    """Clear the caches of `typing`: versions would share annotations, and what names in them mean."""
+    for clear in getattr(typing, "_cleanups", ()):
+        clear()

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import traceback
-import typing
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, Final
@@ -13,10 +12,8 @@ from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.mesh.module_context import Generation
 from openagentmesh.mesh.node import Node
-from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.imports import ImportTransaction
 from openagentmesh.runtime.loading.loader import Module
-from openagentmesh.runtime.loading.modules import ManagedModule
 from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.runtime.reload.leftovers import find_leftovers, find_references, mark
 from openagentmesh.serving.route import Route
@@ -41,7 +38,6 @@ class RetiringVersion:
         added: the names of agents that did not exist before.
         transaction: the old modules, and what was executed in their place.
         modules: the old modules with their agents.
-        plan: what was carried out.
         finds_references: search for what keeps the old modules in memory, which blocks the loop.
     """
 
@@ -54,22 +50,32 @@ class RetiringVersion:
     finds_references: bool = False
 
     @property
+    def versions(self) -> list[AgentVersion]:
+        """The old versions of all agents."""
+        return [agent for _, agent in self.agents] + [route.agent for route in self.removed]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that run on the old versions."""
+        running = sum(route.running_on(agent) for route, agent in self.agents)
+        return running + sum(route.in_flight for route in self.removed)
+
+    @property
     def generations(self) -> list[Generation]:
         """What the modules declared; unmanaged declarations belong to the next module of the same origin."""
         unmanaged = [module.unmanaged for module in self.modules if module.origin not in self.plan.origins]
         return [module.generation for module in self.transaction.replaced.values()] + unmanaged
-
-    def old_agents(self, config: Config) -> list[AgentVersion]:
-        """The versions that served before, without those that are disabled now."""
-        old = [agent for _, agent in self.agents] + [route.agent for route in self.removed]
-        return [agent for agent in old if config.is_enabled(agent.name)]
 
 
 Rollback = Callable[[RetiringVersion, str], Awaitable[bool]]
 
 
 class Retirements:
-    """The versions that are being retired; `rollback` lets one serve again, see `retire`."""
+    """The versions that are being retired.
+
+    When a publisher or watcher of the new version fails at once, `rollback` is called with the reason; if it
+    returns True, the old version serves again, and nothing is disposed of.
+    """
 
     def __init__(self, node: Node, rollback: Rollback) -> None:
         self._node = node
@@ -78,8 +84,8 @@ class Retirements:
         self._unfinished: list[RetiringVersion] = []
 
     def begin(self, retiring: RetiringVersion, drain_timeout: float, result: ReloadResult) -> None:
-        """Retire a version, in a task."""
-        task = asyncio.create_task(retire(retiring, self._node, drain_timeout, result, self._rollback))
+        """Retire a version, in a task; what it left behind is added to the notes of the result."""
+        task = asyncio.create_task(self._retire(retiring, drain_timeout, result))
         self._running[task] = retiring
         task.add_done_callback(self._on_end)
 
@@ -102,70 +108,66 @@ class Retirements:
         """Dispose of versions that could not be retired in time."""
         await dispose([generation for retiring in self._unfinished for generation in retiring.generations])
 
+    async def _retire(self, retiring: RetiringVersion, drain_timeout: float, result: ReloadResult) -> None:
+        names = ", ".join(agent.name for agent in retiring.versions) or "a module"
+        failure, _, _ = await asyncio.gather(
+            self._early_failure(retiring.agents),
+            self._node.withdraw(retiring.removed, drain_timeout),
+            asyncio.gather(*[route.finish(drain_timeout, agent) for route, agent in retiring.agents]),
+        )
+        if failure and await self._rollback(retiring, failure):
+            return
+        await dispose(retiring.generations)
+        modules = retiring.transaction.modules
+        found = find_leftovers(modules.values())
+        finds_references = retiring.finds_references or log.isEnabledFor(logging.DEBUG)
+        marks = mark(modules) if finds_references and not found else {}
+        # From here on nothing of ours refers to the old version.
+        retiring.agents, retiring.removed, retiring.modules = [], [], []
+        retiring.transaction.clear()
+        if marks:
+            await asyncio.sleep(0)  # what has just ended is released in the loop's next turn
+            found = find_references(marks)
+        result.notes += found
+        for what in found:
+            log.warning("the old version of %s left behind: %s", names, what)
 
-async def retire(
-    retiring: RetiringVersion, node: Node, drain_timeout: float, result: ReloadResult, rollback: Rollback
-) -> None:
-    """Finish what runs on the old version, dispose of it, report what it left behind.
-
-    When a publisher or watcher of the new version fails at once, `rollback` is called with the reason; if it
-    lets the old version serve again, nothing is disposed of.
-    """
-    names = [*(agent.name for _, agent in retiring.agents), *(route.agent.name for route in retiring.removed)]
-    failure, _, _ = await asyncio.gather(
-        _early_failure(retiring.agents, node),
-        node.withdraw(retiring.removed, drain_timeout),
-        asyncio.gather(*[route.finish(drain_timeout, agent) for route, agent in retiring.agents]),
-    )
-    if failure and await rollback(retiring, failure):
-        return
-    await dispose(retiring.generations)
-    found = find_leftovers(list(retiring.transaction.modules.values()))
-    marks = mark(retiring.transaction.modules) if retiring.finds_references and not found else {}
-    # From here on nothing of ours refers to the old version.
-    retiring.agents, retiring.removed, retiring.modules = [], [], []
-    retiring.transaction.clear()
-    if marks:
-        await asyncio.sleep(0)  # what has just ended is released in the loop's next turn
-        found = find_references(marks)
-    result.notes += found
-    for what in found:
-        log.warning("the old version of %s left behind: %s", ", ".join(names) or "a module", what)
-
-
-def leftovers_of_attempt(executed: Iterable[ManagedModule]) -> list[str]:
-    """What modules that were executed and do not serve have left behind, as text."""
-    modules = [managed.module for managed in executed if managed.module is not None]
-    return [f"the refused version left behind: {what}" for what in find_leftovers(modules)]
-
-
-def clear_typing_caches() -> None:
-    """Clear the caches of `typing`: versions would share annotations, and what names in them mean."""
-    for clear in getattr(typing, "_cleanups", ()):
-        clear()
+    async def _early_failure(self, agents: list[tuple[Route, AgentVersion]]) -> str:
+        """Why new publishers and watchers that replaced old ones failed at once; empty when none did."""
+        names = [agent.name for _, agent in agents]
+        # Publishing the new contracts may have to wait for the server.
+        await retry_forever(lambda: self._node.wait_served(names), "serving reloaded agents")
+        backgrounds = [
+            background
+            for route, old in agents
+            if {route.agent.kind, old.kind} <= _BACKGROUND_KINDS and (background := route.background)
+        ]
+        failures = await asyncio.gather(*[each.failed_within(_PROBATION_S) for each in backgrounds])
+        named = zip(backgrounds, failures, strict=True)
+        return "; ".join(f"{each.name} failed at once ({failure})" for each, failure in named if failure)
 
 
-async def dispose(generations: Collection[Generation]) -> None:
+async def dispose(generations: Iterable[Generation]) -> None:
     """Call the authors' disposal functions, once; failures are logged."""
-    while waiting := [generation for generation in generations if generation.disposals]:
-        function = waiting[0].disposals.pop(0)
-        # In a task of its own, which is abandoned when it does not end.
-        disposing = asyncio.create_task(_call(function))
-        try:
-            await asyncio.wait([disposing], timeout=_DISPOSAL_TIMEOUT_S)
-        finally:
-            still_running = await cancel_within(_CANCEL_GRACE_S, [disposing])
-        if problem := _problem_of(disposing, does_not_end=bool(still_running)):
-            name = getattr(function, "__qualname__", "") or repr(function)
-            log.error("disposal function %s failed: %s", name, problem)
+    for generation in generations:
+        while generation.disposals:
+            function = generation.disposals.pop(0)
+            if problem := await _dispose_with(function):
+                name = getattr(function, "__qualname__", "") or repr(function)
+                log.error("disposal function %s failed: %s", name, problem)
 
 
-def _problem_of(disposing: "asyncio.Task[str]", *, does_not_end: bool) -> str:
-    if does_not_end:
-        return f"it did not end within {_DISPOSAL_TIMEOUT_S:g}s, and ignores its cancellation"
-    if disposing.cancelled():
-        return f"it did not end within {_DISPOSAL_TIMEOUT_S:g}s"
-    return disposing.result()
+async def _dispose_with(function: Callable[[], Any]) -> str:
+    """Call a function in a task of its own, which is abandoned when it does not end; returns the problem."""
+    disposing = asyncio.create_task(_call(function))
+    try:
+        ended, _ = await asyncio.wait([disposing], timeout=_DISPOSAL_TIMEOUT_S)
+    finally:
+        still_running = await cancel_within(_CANCEL_GRACE_S, [disposing])
+    if ended:
+        return disposing.result()
+    problem = f"it did not end within {_DISPOSAL_TIMEOUT_S:g}s"
+    return f"{problem}, and ignores its cancellation" if still_running else problem
 
 
 async def _call(function: Callable[[], Any]) -> str:
@@ -174,23 +176,7 @@ async def _call(function: Callable[[], Any]) -> str:
         result = function()
         if isawaitable(result):
             await result
-    except BaseException as exc:
-        if (task := asyncio.current_task()) and task.cancelling():
-            raise
+    # Authors' code may raise anything, also when it is cancelled.
+    except BaseException as exc:  # noqa: BLE001 - as above
         return "".join(traceback.format_exception(exc))
     return ""
-
-
-async def _early_failure(agents: list[tuple[Route, AgentVersion]], node: Node) -> str:
-    """Why new publishers and watchers that replaced old ones failed at once; empty when none did."""
-    names = [agent.name for _, agent in agents]
-    # Publishing the new contracts may have to wait for the server.
-    await retry_forever(lambda: node.wait_served(names), "serving reloaded agents")
-    backgrounds = [
-        background
-        for route, old in agents
-        if {route.agent.kind, old.kind} <= _BACKGROUND_KINDS and (background := route.background) is not None
-    ]
-    failures = await asyncio.gather(*[each.failed_within(_PROBATION_S) for each in backgrounds])
-    named = zip(backgrounds, failures, strict=True)
-    return "; ".join(f"{each.name} failed at once ({failure})" for each, failure in named if failure)

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import aclosing, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,6 @@ from openagentmesh.runtime.loading.files import (
     is_cyclic_link,
     is_ignored_folder,
     stamp,
-    stamp_of,
 )
 from openagentmesh.runtime.reload.changes import WatchedPaths
 from openagentmesh.runtime.reload.checks import UnstableFiles
@@ -48,25 +48,19 @@ _MANY_FILES: Final = 500
 
 
 class ChangeSignal(asyncio.Event):
-    """Set when something may have changed.
+    """Set when something may have changed."""
 
-    Attributes:
-        last_change: when something did, by the event loop's clock in seconds.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last_change = -math.inf
+    _last_change = -math.inf
 
     def notify(self) -> None:
-        """Something has changed."""
-        self.last_change = asyncio.get_running_loop().time()
+        """Set it, because something has changed."""
+        self._last_change = asyncio.get_running_loop().time()
         self.set()
 
     @property
     def step_ms(self) -> int:
         """How often the system's watcher looks, in milliseconds."""
-        is_active = asyncio.get_running_loop().time() - self.last_change < _SESSION_S
+        is_active = asyncio.get_running_loop().time() - self._last_change < _SESSION_S
         return _ACTIVE_STEP_MS if is_active else _IDLE_STEP_MS
 
 
@@ -77,16 +71,7 @@ async def watch(reloader: Reloader) -> None:
     seen: Scan = {}  # the first scan finds what was saved since the start
     while True:
         paths = reloader.watched_paths()
-        files = {str(file) for file in paths.files}
-
-        def is_relevant(_change: Change, path: str, files: set[str] = files) -> bool:
-            return path in files or path.endswith(".py") or "." not in path.rpartition(os.sep)[2]
-
-        # A second watcher for single files would double the cost of an idle host: the regular scan
-        # finds their changes soon enough, unless there is nothing else to watch.
-        watching = asyncio.create_task(
-            _watch_system(paths.roots or paths.folders, signal, is_relevant, recursive=bool(paths.roots))
-        )
+        watching = asyncio.create_task(_watch_system(paths, signal))
         try:
             seen = await _watch_paths(reloader, paths, seen, signal)
         finally:
@@ -96,7 +81,7 @@ async def watch(reloader: Reloader) -> None:
 async def _watch_paths(reloader: Reloader, paths: WatchedPaths, seen: Scan, signal: ChangeSignal) -> Scan:
     """Reload until other paths have to be watched; returns the last scan."""
     current, inodes = paths, _inodes(paths)
-    # A folder that was created again is not watched by the system yet.
+    # The system does not watch a folder that has replaced another one of its name.
     while current == paths and inodes == _inodes(paths):
         await _wait_for_change(signal, paths, seen)
         try:
@@ -105,7 +90,7 @@ async def _watch_paths(reloader: Reloader, paths: WatchedPaths, seen: Scan, sign
                 continue
             seen = await _reload(reloader, paths, await _settled(paths, seen, scan), signal)
             current = reloader.watched_paths()
-        # The reload ends here: whatever went wrong, the next scan tries it again.
+        # The reload ends here: whatever failed, the next scan repeats it.
         except Exception:
             seen = {}
             log.exception("unexpected error during reload")
@@ -113,7 +98,6 @@ async def _watch_paths(reloader: Reloader, paths: WatchedPaths, seen: Scan, sign
 
 
 def _inodes(paths: WatchedPaths) -> list[int | None]:
-    """Distinguishes folders from later ones of the same names."""
     return [found and found[0] for found in map(stamp, sorted(paths.roots))]
 
 
@@ -123,12 +107,11 @@ async def _reload(reloader: Reloader, paths: WatchedPaths, seen: Scan, signal: C
     while True:
         try:
             await reloader.reload(is_stable=is_stable, scanned=seen)
+            return seen
         except UnstableFiles:
             scan = await _wait_while_unstable(paths, seen, signal)
             is_stable = scan == seen
             seen = seen if is_stable else await _settled(paths, seen, scan)
-        else:
-            return seen
 
 
 async def _wait_while_unstable(paths: WatchedPaths, seen: Scan, signal: ChangeSignal) -> Scan:
@@ -151,10 +134,9 @@ async def _settled(paths: WatchedPaths, before: Scan, after: Scan) -> Scan:
         if len(changed) == 1 and _is_replaced(before, after, *changed) and not _is_busy(paths, changed):
             return after
         await asyncio.sleep(_settle_time(changed))  # no event announces the end of writing
-        again = await _scan_paths(paths)
-        if again == after and not _is_busy(paths, changed):
-            return after
-        after = again
+        previous, after = after, await _scan_paths(paths)
+        if after == previous and not _is_busy(paths, changed):
+            break
     return after
 
 
@@ -185,23 +167,25 @@ async def _wait_for_change(signal: ChangeSignal, paths: WatchedPaths, seen: Scan
             return
 
 
-async def _watch_system(
-    folders: Iterable[Path],
-    signal: ChangeSignal,
-    is_relevant: Callable[[Change, str], bool],
-    *,
-    recursive: bool,
-) -> None:
-    """Set `signal` whenever something changes in one of these folders."""
+async def _watch_system(paths: WatchedPaths, signal: ChangeSignal) -> None:
+    """Set `signal` whenever something changes below the roots, or without roots in the files' folders.
+
+    A second watcher for single files would double the cost of an idle host: the regular scan finds their
+    changes soon enough, unless there is nothing else to watch.
+    """
+
+    def is_relevant(_change: Change, path: str) -> bool:
+        return path in paths.files or path.endswith(".py") or "." not in path.rpartition(os.sep)[2]
+
     try:
-        while present := {str(folder) for folder in folders if folder.is_dir()}:
+        while present := {str(folder) for folder in paths.roots or paths.folders if folder.is_dir()}:
             step = signal.step_ms
             changes = awatch(
                 *present,
                 watch_filter=is_relevant,
                 step=step,
                 debounce=step,
-                recursive=recursive,
+                recursive=bool(paths.roots),
                 yield_on_timeout=True,
             )
             # For changes before it watches, which it does from its first wait on.
@@ -210,11 +194,11 @@ async def _watch_system(
                 async for found in changes:
                     if found:
                         signal.notify()
-                    # A deleted folder may be created again, which is not watched.
+                    # A folder that replaces a deleted one is not watched.
                     is_deleted = any(path in present for _, path in found)
                     if is_deleted or step != signal.step_ms:
                         break
-    # The system's watcher may raise anything; the regular scan goes on.
+    # The system's watcher may raise anything; the regular scan continues.
     except Exception as exc:  # noqa: BLE001 - as above
         log.warning("the system's file watcher failed: %s; saved files are noticed within %gs", exc, _SWEEP_S)
 
@@ -225,37 +209,22 @@ async def _scan_paths(paths: WatchedPaths) -> Scan:
 
 
 def _scan(paths: WatchedPaths) -> Scan:
-    found: Scan = {}
+    found = {path: current for path in paths.other_files if (current := stamp(path))}
     for root in paths.roots:
-        _scan_folder(str(root), found, ())
-    for path in paths.other_files:
-        if (current := stamp(path)) is not None:
-            found[path] = current
+        for folder, folders, files in os.walk(root, followlinks=True):
+            sources = [f"{folder}{os.sep}{name}" for name in files if name.endswith(".py")]
+            found |= {path: current for path in sources if (current := stamp(path))}
+            folders[:] = [name for name in folders if _is_scanned(Path(folder, name), root)]
     return found
 
 
-def _scan_folder(folder: str, found: Scan, parents: tuple[str, ...]) -> None:
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return
-    for entry in entries:
-        try:
-            if entry.name.endswith(".py"):
-                found[entry.path] = stamp_of(entry.stat())
-            elif _is_scanned(entry, parents):
-                _scan_folder(entry.path, found, (*parents, os.path.realpath(entry.path)))
-        except OSError:
-            continue  # it was deleted meanwhile
-
-
-def _is_scanned(entry: os.DirEntry[str], parents: tuple[str, ...]) -> bool:
-    return not is_ignored_folder(entry.name) and entry.is_dir() and not is_cyclic_link(entry.path, parents)
+def _is_scanned(folder: Path, root: Path) -> bool:
+    parents = map(os.path.realpath, takewhile(root.__ne__, folder.parents))
+    return not is_ignored_folder(folder.name) and not is_cyclic_link(str(folder), parents)
 
 
 def _is_busy(paths: WatchedPaths, changed: Iterable[str]) -> bool:
     """Whether git changes files now, or a process still writes one of the changed files."""
-    if any(map(is_being_written, changed)):
-        return True
     folders = {folder for root in paths.roots for folder in (root, *root.parents)}
-    return any(stamp(folder / ".git" / "index.lock") is not None for folder in folders)
+    locks = (folder / ".git" / "index.lock" for folder in folders)
+    return any(map(is_being_written, changed)) or any(stamp(lock) is not None for lock in locks)

@@ -1,4 +1,4 @@
-"""Who is measured, and the environment of the published SDK."""
+"""The measured candidates, and the environment of the published SDK."""
 
 import sys
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from tests.support.published_sdk import NotInstalled, install_published
 
 
 class Unavailable(Exception):
-    """A competitor cannot be measured here; the message says why."""
+    """A candidate cannot be measured here; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Competitor:
+class Candidate:
     """One way to call an agent.
 
     Attributes:
-        name: how the table calls it.
+        name: its name in the table.
         program: the program that serves its agents and calls them.
-        loop: the event loop of both its processes.
-        plugin: what is put around its agents and its calls.
+        loop: the event loop of both processes.
+        plugin: the key of its plugins; empty for none.
     """
 
     name: str
@@ -30,15 +30,15 @@ class Competitor:
     plugin: str = ""
 
 
-FLOOR: Final = Competitor("floor", "floor")
-FLOOR_FAST: Final = Competitor("floor, uvloop", "floor", "uvloop")
-OURS: Final = Competitor("ours", "mesh")
-OURS_FAST: Final = Competitor("ours, uvloop", "mesh", "uvloop")
-PEER: Final = Competitor("SDK 0.2.0", "mesh")
-PLUGGED: Final = tuple(
-    Competitor(f"ours, {name}", "plugged", plugin=plugin)
+FLOOR: Final = Candidate("floor", "floor")
+FLOOR_FAST: Final = Candidate("floor, uvloop", "floor", "uvloop")
+OURS: Final = Candidate("ours", "mesh")
+OURS_FAST: Final = Candidate("ours, uvloop", "mesh", "uvloop")
+PEER: Final = Candidate("SDK 0.2.0", "mesh")
+WITH_PLUGINS: Final = tuple(
+    Candidate(f"ours, {name}", "with_plugins", plugin=plugin)
     for name, plugin in (
-        ("three that pass", "passing"),
+        ("three empty plugins", "empty"),
         ("metrics", "metrics"),
         ("auth", "auth"),
         ("tracing, no exporter", "tracing"),
@@ -46,29 +46,29 @@ PLUGGED: Final = tuple(
         ("limits", "limits"),
     )
 )
-HOST: Final = Competitor("our host", "host")
+HOST: Final = Candidate("our host", "host")
 
 
 class Pythons:
-    """The interpreter of each competitor; the peer's is made when it is first asked for.
+    """The interpreter of each candidate; the peer's environment is created when it is first used.
 
     Args:
-        folder: where the peer's environment is, or will be; None when it is not wanted.
+        folder: the folder of the peer's environment; None to skip the peer.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._peer: Path | Unavailable | None = None
 
-    def of(self, competitor: Competitor) -> Path:
-        """The interpreter that runs a competitor.
+    def of(self, candidate: Candidate) -> Path:
+        """The interpreter that runs a candidate.
 
         Raises:
-            Unavailable: there is none.
+            Unavailable: it cannot run here.
         """
-        if competitor.loop == "uvloop" and find_spec("uvloop") is None:
+        if candidate.loop == "uvloop" and find_spec("uvloop") is None:
             raise Unavailable("uvloop is not installed (extra `fast`)")
-        if competitor is not PEER:
+        if candidate is not PEER:
             return Path(sys.executable)
         if self._peer is None:
             self._peer = _try_to_install(self._folder)
@@ -79,7 +79,7 @@ class Pythons:
 
 def _try_to_install(folder: Path | None) -> Path | Unavailable:
     if folder is None:
-        return Unavailable("not wanted (--no-peer)")
+        return Unavailable("skipped (--no-peer)")
     try:
         return install_published(folder)
     except NotInstalled as exc:

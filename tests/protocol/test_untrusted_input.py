@@ -1,4 +1,4 @@
-"""What strangers send: whatever it is, nothing but a MeshError comes of it."""
+"""Untrusted input: decoding any bytes succeeds or raises a MeshError."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ KEYS = st.sampled_from(
     ]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-# JSON with the keys that are looked for, so that reading gets past the first of them.
+# JSON with keys that the decoders read, so that decoding gets past the first of them.
 JSON: st.SearchStrategy[Any] = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
@@ -51,8 +51,8 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 @given(HEADS, st.binary(max_size=20))
 @example(b"NATS/1.0\r\nX-Mesh-Timeout-Ms: " + b"9" * 10_000 + b"\r\n\r\n", b"")
 @example(b"\xff\xfe:\r\n:\r\n", b"")
-def test_any_request_and_any_answer_can_be_read(head: bytes, body: bytes) -> None:
-    """Reading headers never raises, keeps the body, and lets only a harmless id through."""
+def test_any_request_and_any_reply_can_be_decoded(head: bytes, body: bytes) -> None:
+    """Decoding headers never raises, keeps the body, and accepts only a request id that is safe to echo."""
     request = codec.decode_request(head, body)
     assert (body, body) == (request.body, codec.decode_reply(head, body).body)
     assert (True, True) == (request.timeout is None or request.timeout >= 0, request.credit >= 0)
@@ -68,8 +68,8 @@ def test_any_request_and_any_answer_can_be_read(head: bytes, body: bytes) -> Non
 @given(st.dictionaries(st.text(max_size=8), st.text(max_size=12), max_size=4))
 @example({"a": "b\r\nX-Mesh-Status: ok"})
 @example({"a\n": "b"})
-def test_no_header_brings_another_with_it(headers: dict[str, str]) -> None:
-    """Any headers are refused, or make a block with one line for each."""
+def test_a_header_block_has_one_line_per_header(headers: dict[str, str]) -> None:
+    """Any headers are rejected, or written as a block with one line for each."""
     try:
         block = write_headers(headers)
     except InvalidInput:
@@ -86,44 +86,44 @@ def test_no_header_brings_another_with_it(headers: dict[str, str]) -> None:
         min_size=1,
     )
 )
-def test_ordinary_headers_arrive_as_they_left(headers: dict[str, str]) -> None:
-    """Names and values of printable text survive the wire, colons included."""
+def test_printable_headers_round_trip(headers: dict[str, str]) -> None:
+    """Names and values of printable text are decoded as they were encoded, colons included."""
     assert headers == read_headers(write_headers(headers))
 
 
-@given(st.binary(max_size=100) | JSON.map(lambda found: json.dumps(found).encode()))
+@given(st.binary(max_size=100) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(DEEP)
 @example(b'{"details":' + DEEP)
 @example(b"1" * 5000)
 @example(b'{"code":"invalid_input","details":[1],"message":null}')
-def test_any_error_body_is_an_error(body: bytes) -> None:
-    """Whatever a peer sends as its error, the caller gets a MeshError that can itself be sent on."""
+def test_any_error_body_is_decoded_as_a_mesh_error(body: bytes) -> None:
+    """Any error body that a peer sends is decoded as a MeshError that can be encoded again."""
     error = codec.decode_error(body)
     assert (str, str, str, str, dict) == tuple(type(value) for value in error.to_dict().values())
     assert error.code
 
 
-@given(st.binary(max_size=100) | JSON.map(lambda found: json.dumps(found).encode()))
+@given(st.binary(max_size=100) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(DEEP)
 def test_any_body_is_json_or_a_mesh_error(body: bytes) -> None:
-    """A reply's body is a value or a MeshError."""
-    refused = refusal(lambda: codec.decode(body))
-    assert not refused or "is not JSON" in refused
+    """Decoding a body returns a JSON value or raises a MeshError."""
+    message = error_message(lambda: codec.decode(body))
+    assert not message or "is not JSON" in message
 
 
-def refusal(read: Callable[[], object]) -> str:
-    """The message of the MeshError that comes of it, if one does."""
+def error_message(decode: Callable[[], object]) -> str:
+    """The message of the MeshError that a call raises; empty when it raises none."""
     try:
-        read()
+        decode()
     except MeshError as exc:
         return exc.message
     return ""
 
 
-@given(st.binary(max_size=100) | st.lists(JSON, max_size=4).map(lambda found: json.dumps(found).encode()))
+@given(st.binary(max_size=100) | st.lists(JSON, max_size=4).map(lambda value: json.dumps(value).encode()))
 @example(DEEP)
-def test_any_catalog_is_a_list(document: bytes) -> None:
-    """Reading the catalog never fails, and gives only entries with a name."""
+def test_any_catalog_is_decoded_as_a_list(document: bytes) -> None:
+    """Decoding the catalog never fails, and returns only entries with a name."""
     assert all(isinstance(entry.name, str) for entry in decode_catalog(document))
 
 
@@ -141,16 +141,17 @@ def test_any_catalog_is_a_list(document: bytes) -> None:
 @example({"name": "a", "x-agentmesh": {"registered_at": 1e300}})
 @example({"name": "a", "x-agentmesh": {"registered_at": float("nan")}})
 def test_any_contract_is_usable_or_a_mesh_error(document: dict[str, Any]) -> None:
-    """A contract that can be read can be used and published again; all others are MeshErrors."""
+    """A contract document is decoded as a contract that can be published again, or raises a MeshError."""
     body = json.dumps(document).encode()
-    if refused := refusal(lambda: AgentContract.from_document(body)):
-        assert "malformed" in refused
+    if message := error_message(lambda: AgentContract.from_document(body)):
+        assert "malformed" in message
         return
-    read = AgentContract.from_document(body)
-    assert document["name"] == json.loads(read.to_registry_json())["name"] == read.to_catalog_entry().name
+    contract = AgentContract.from_document(body)
+    published = json.loads(contract.to_registry_json())
+    assert document["name"] == published["name"] == contract.to_catalog_entry().name
     verbs: tuple[Verb, ...] = ("call", "stream", "send", "subscribe")
-    refusals = [refusal(partial(read.check_verb, verb)) for verb in verbs]
-    assert "" in refusals or not read.invocable
+    messages = [error_message(partial(contract.check_verb, verb)) for verb in verbs]
+    assert "" in messages or not contract.invocable
 
 
 DETAILS: st.SearchStrategy[Any] = st.recursive(
@@ -170,12 +171,12 @@ DETAILS: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=5), DETAILS, max_size=3))
-def test_any_details_make_a_json_envelope(details: dict[str, Any]) -> None:
-    """An error body is strict JSON with the error's code, whatever was put into its details."""
+def test_any_details_are_encoded_as_strict_json(details: dict[str, Any]) -> None:
+    """An error body is strict JSON with the error's code, whatever its details are."""
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(constant)
 
-    envelope = json.loads(codec.encode_error(InvalidInput("m", details=details)), parse_constant=refuse)
+    envelope = json.loads(codec.encode_error(InvalidInput("m", details=details)), parse_constant=reject)
     assert ("invalid_input", "m") == (envelope["code"], envelope["message"])
     assert isinstance(envelope["details"], dict)
