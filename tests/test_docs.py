@@ -101,7 +101,7 @@ def test_the_programs_of_the_readme_run(tmp_path: Path) -> None:
 
 
 async def test_state_is_kept_as_documented(tmp_path: Path, url: str) -> None:
-    """After a reload from the first version in docs/reloading.md to the second, the answer is as documented."""
+    """A reload from the first version in docs/reloading.md to the second answers as documented."""
     first, second = blocks("docs/reloading.md")
     [answer] = blocks("docs/reloading.md", "json")
     path = tmp_path / "agents" / "counter.py"
