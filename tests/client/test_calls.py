@@ -24,7 +24,7 @@ from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.messages import DeathNotice
 from pydantic import BaseModel
 
-from tests.support.meshes import Text, flush, node_of, reconnects, serve
+from tests.support.meshes import Text, flush, node_of, pending_instance, reconnects, serve
 
 
 async def request(mesh: AgentMesh, verb: str, name: str, payload: object = None) -> object:
@@ -193,6 +193,24 @@ async def test_a_death_notice_fails_pending_requests(mesh: AgentMesh, name: str,
     with pytest.raises(AgentDied) as caught:
         await waiting
     assert notice.model_dump() == caught.value.details
+
+
+async def test_a_death_notice_does_not_fail_requests_of_other_instances(mesh: AgentMesh, name: str) -> None:
+    """A request that an instance has acknowledged is not failed by the death notice of another instance."""
+    finish = asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name))
+    async def wait(req: Text) -> Text:
+        await finish.wait()
+        return req
+
+    waiting = asyncio.create_task(mesh.call(name, {"text": "held"}))
+    assert mesh.instance_id == await pending_instance(mesh)
+    notice = DeathNotice(agent=name, reason="disconnect", detected_at="now", instance_id="other")
+    await node_of(mesh).connection.publish(subjects.death(name), notice.model_dump_json().encode())
+    await flush(mesh)
+    finish.set()
+    assert {"text": "held"} == await waiting
 
 
 async def test_a_reply_that_is_not_json_raises_a_mesh_error(mesh: AgentMesh, name: str) -> None:

@@ -1,6 +1,7 @@
 """`retry=`: requests to idempotent agents are repeated after certain errors."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -55,14 +56,34 @@ async def test_other_errors_are_not_retried(mesh: AgentMesh, name: str) -> None:
 
 async def test_the_timeout_includes_all_attempts(mesh: AgentMesh, name: str) -> None:
     """When `retry_after_ms` exceeds the time that is left, there is no further attempt."""
+    attempts = 0
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))
     async def busy(req: int) -> int:
+        nonlocal attempts
+        attempts += 1
         raise Overloaded("not now", details={"retry_after_ms": 60_000})
 
     async with asyncio.timeout(10):
         with pytest.raises(Overloaded):
             await mesh.call(name, 7, 1.0, retry=100)
+    assert 1 == attempts
+
+
+async def test_a_retry_waits_for_retry_after_ms(mesh: AgentMesh, name: str) -> None:
+    """The next attempt is sent no earlier than the overloaded host asks for."""
+    times: list[float] = []
+
+    @mesh.agent(AgentSpec(name=name, idempotent=True))
+    async def busy(req: int) -> int:
+        times.append(time.monotonic())
+        if len(times) == 1:
+            raise Overloaded("not now", details={"retry_after_ms": 400})
+        return req
+
+    assert 7 == await mesh.call(name, 7, retry=1)
+    first, second = times
+    assert second - first >= 0.4
 
 
 async def test_retries_require_an_idempotent_agent(mesh: AgentMesh, name: str) -> None:

@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from openagentmesh import AgentMesh, NotFound
+from openagentmesh.client import pending
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.headers import write_headers
 from openagentmesh.transport.connection import Connection
 from openagentmesh.transport.nats_client import Message
 
-from tests.support.meshes import node_of, reconnects
+from tests.support.meshes import node_of, reconnects, serve
+from tests.support.waiting import until
 
 OK = write_headers({subjects.STATUS: "ok"})
 
@@ -68,6 +70,21 @@ async def test_an_unregistered_agent_is_not_found_while_503s_are_hidden(mesh: Ag
     for reply_to in (None, f"{name}.answers"):
         with pytest.raises(NotFound):
             await mesh.send(name, 1, reply_to=reply_to)
+
+
+async def test_a_name_is_looked_up_again_after_a_while(
+    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While 503s are hidden, an agent that answered earlier and was removed since is not found."""
+    monkeypatch.setattr(pending, "_KNOWN_FOR_S", 0.05)
+    await node_of(mesh).connection.subscribe("mesh.>", lambda _message: None)
+    served = new_mesh()
+    serve(served, name)
+    async with served:
+        assert {"text": "ok"} == await mesh.call(name, {"text": "x"})
+    await until(lambda: not node_of(mesh).pending._is_known(name))
+    with pytest.raises(NotFound):
+        await mesh.call(name, {"text": "x"}, timeout=10)
 
 
 async def test_an_acknowledgement_with_an_invalid_instance_is_harmless(

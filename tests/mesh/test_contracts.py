@@ -29,6 +29,11 @@ class Other(BaseModel):
     document: str
 
 
+class Stricter(BaseModel):
+    text: str
+    language: str
+
+
 def agent(name: str, model: type[BaseModel]) -> AgentVersion:
     """An agent with the input type `model`, whose answer is the type's name."""
 
@@ -72,6 +77,18 @@ async def test_an_incompatible_contract_is_refused(url: str, name: str, mesh: Ag
         schema = (await mesh.contract(name)).input_schema
         assert schema is not None
         assert ["text"] == list(schema["properties"])
+
+
+@pytest.mark.parametrize(("first", "second"), [(Old, Stricter), (Stricter, Old)])
+async def test_input_must_be_compatible_both_ways(
+    url: str, name: str, first: type[BaseModel], second: type[BaseModel]
+) -> None:
+    """Replicas receive each other's requests, so a new required field is refused whichever instance joins."""
+    async with (
+        serving(url, agent(name, first), "refuse"),
+        serving(url, agent(name, second), "refuse") as node,
+    ):
+        assert "'language'" in node.refused[name]
 
 
 async def test_a_refused_instance_does_not_withdraw_the_agent(url: str, name: str, mesh: AgentMesh) -> None:

@@ -13,7 +13,10 @@ import pytest
 from openagentmesh import AgentDied, AgentMesh, AgentSpec, ConnectionFailed, NotFound
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.messages import DeathNotice
-from openagentmesh.registry import presence
+from openagentmesh.protocol.status import InstanceRecord
+from openagentmesh.registry import liveness, presence
+from openagentmesh.registry.presence import Presence
+from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.server import EmbeddedServer
 
 from tests.support.meshes import Text, flush, listen, node_of, reconnects, serve
@@ -83,6 +86,34 @@ async def test_the_agents_of_a_killed_process_are_removed(
     assert [f"{name}.monitor"] == [entry.name for entry in await mesh.catalog(channel=name)]
     records = await presence.read_records(node_of(mesh).buckets)
     assert not [record for record in records.values() if name in record.agents]
+
+
+async def test_an_instance_that_reconnects_keeps_its_record(
+    mesh: AgentMesh, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ping without a responder removes nothing, nor do pings that are not answered in time."""
+    node, results = node_of(mesh), asyncio.Queue[bool | None]()
+    monkeypatch.setattr(presence, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(liveness, "_PING_S", 0.05)
+
+    async def is_dead(inbox: Inbox, instance_id: str) -> bool | None:
+        result = await liveness.is_dead(inbox, instance_id)
+        if instance_id == name:
+            if results.empty():  # it reconnects, but is too busy to answer
+                await node.connection.subscribe(subjects.host(name, "ping"), lambda _message: None)
+                await node.connection.flush()
+            results.put_nowait(result)
+        return result
+
+    monkeypatch.setattr(presence, "is_dead", is_dead)
+    monkeypatch.setattr(Presence, "_neighbour", lambda *_args: {name})
+    record = InstanceRecord(agents=[f"{name}.agent"], answers_pings=True)
+    await node.buckets.put(subjects.INSTANCES_BUCKET, name, record.model_dump_json().encode())
+    serve(mesh, f"{name}.monitor")
+    await mesh.catalog()
+    await until(lambda: results.qsize() >= 4)
+    assert [True, None, None, None] == [results.get_nowait() for _ in range(4)]
+    assert name in await presence.read_records(node.buckets)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["store-kept", "store-lost"])

@@ -214,7 +214,8 @@ async def test_a_slow_reader_may_take_longer_than_the_agents_timeout(
 ) -> None:
     """The agent's timeout applies to its handler, not to the time that a reader takes for many chunks."""
     monkeypatch.setattr("openagentmesh.serving.streams._MAX_GRANT_INTERVAL_S", 0.1)
-    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.5))
+    monkeypatch.setattr("openagentmesh.serving.deadline._RECOVERY_S", 0.3)
+    node_of(mesh).prepare = lambda agent: agent.with_limits(Limits(timeout=0.3))
 
     @mesh.agent(AgentSpec(name=name))
     async def count(req: CountRequest) -> AsyncIterator[int]:
@@ -224,7 +225,7 @@ async def test_a_slow_reader_may_take_longer_than_the_agents_timeout(
     read = []
     async for chunk in mesh.stream(name, {"count": 2 * WINDOW}):
         read.append(chunk)
-        await asyncio.sleep(0.02)  # together five times the timeout
+        await asyncio.sleep(0.03)  # a window takes several times the timeout
     assert list(range(2 * WINDOW)) == read
 
 
