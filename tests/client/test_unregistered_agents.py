@@ -8,11 +8,12 @@ from openagentmesh import AgentMesh, NotFound
 from openagentmesh.client import pending
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.headers import write_headers
+from openagentmesh.registry import liveness
 from openagentmesh.transport.connection import Connection
+from openagentmesh.transport.inbox import Inbox
 from openagentmesh.transport.nats_client import Message
 
-from tests.support.meshes import node_of, reconnects, serve
-from tests.support.waiting import until
+from tests.support.meshes import node_of, reconnects
 
 OK = write_headers({subjects.STATUS: "ok"})
 
@@ -73,18 +74,53 @@ async def test_an_unregistered_agent_is_not_found_while_503s_are_hidden(mesh: Ag
 
 
 async def test_a_name_is_looked_up_again_after_a_while(
-    mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, monkeypatch: pytest.MonkeyPatch
+    mesh: AgentMesh, peer: Connection, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While 503s are hidden, an agent that answered earlier and was removed since is not found."""
+    """While 503s are hidden, an agent that has answered and disappeared without a notice is not found."""
     monkeypatch.setattr(pending, "_KNOWN_FOR_S", 0.05)
-    await node_of(mesh).connection.subscribe("mesh.>", lambda _message: None)
-    served = new_mesh()
-    serve(served, name)
-    async with served:
-        assert {"text": "ok"} == await mesh.call(name, {"text": "x"})
-    await until(lambda: not node_of(mesh).pending._is_known(name))
-    with pytest.raises(NotFound):
-        await mesh.call(name, {"text": "x"}, timeout=10)
+    requests: asyncio.Queue[Message] = asyncio.Queue()
+    sid = await peer.subscribe(subjects.agent(name), requests.put_nowait)
+    await peer.flush()
+    call = asyncio.create_task(mesh.call(name, 1))
+    await peer.publish((await requests.get()).reply, b'"here"', OK)
+    assert "here" == await call
+    await peer.unsubscribe(sid)
+    await peer.subscribe("mesh.>", lambda _message: None)
+    await peer.flush()
+    async with asyncio.timeout(10):
+        with pytest.raises(NotFound):
+            while True:
+                await mesh.send(name, 1)
+
+
+async def test_a_request_survives_the_reconnect_of_its_instance(
+    mesh: AgentMesh, peer: Connection, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ping without a responder, and three that are not answered, do not fail the request."""
+    results: asyncio.Queue[bool | None] = asyncio.Queue()
+    monkeypatch.setattr(liveness, "_PING_S", 0.05)
+    is_dead = liveness.is_dead
+
+    async def recorded(inbox: Inbox, instance_id: str) -> bool | None:
+        result = await is_dead(inbox, instance_id)
+        if results.empty():  # it reconnects, but is too busy to answer
+            await peer.subscribe(subjects.host(name, "ping"), lambda _message: None)
+            await peer.flush()
+        results.put_nowait(result)
+        return result
+
+    monkeypatch.setattr(liveness, "is_dead", recorded)
+    requests: asyncio.Queue[Message] = asyncio.Queue()
+    await peer.subscribe(subjects.agent(name), requests.put_nowait)
+    await peer.flush()
+    call = asyncio.create_task(mesh.call(name, 1))
+    reply = (await requests.get()).reply
+    accepted = {subjects.STATUS: "accepted", subjects.INSTANCE_ID: name}
+    await peer.publish(reply, b"", write_headers(accepted))
+    async with asyncio.timeout(10):
+        assert [True, None, None, None] == [await results.get() for _ in range(4)]
+    await peer.publish(reply, b'"late"', OK)
+    assert "late" == await call
 
 
 async def test_an_acknowledgement_with_an_invalid_instance_is_harmless(
