@@ -1,6 +1,8 @@
-"""The architecture: imports between layers, sizes of files and functions, imports of samples and plugins."""
+"""The architecture: imports, sizes and complexity, and what ARCHITECTURE.md says of the files."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import openagentmesh
@@ -24,6 +26,19 @@ LAYERS = [
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SAMPLES = sorted((ROOT / "agents").glob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BRANCHES = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.ExceptHandler,
+    ast.IfExp,
+    ast.Assert,
+    ast.match_case,
+    ast.comprehension,
+)
 
 
 def imported(path: Path) -> list[str]:
@@ -39,7 +54,25 @@ def imported(path: Path) -> list[str]:
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    root = PACKAGE.parent if path.is_relative_to(PACKAGE) else ROOT / "plugins"
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, FUNCTIONS))
+
+
+def complexity(function: ast.AST) -> int:
+    """The cyclomatic complexity, with comprehensions and nested functions."""
+    nodes = list(ast.walk(function))
+    decisions = sum(isinstance(node, BRANCHES) for node in nodes)
+    operators = sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
+    filters = sum(len(node.ifs) for node in nodes if isinstance(node, ast.comprehension))
+    return 1 + decisions + operators + filters
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != PACKAGE], ids=module_name)
@@ -53,7 +86,7 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_imports_have_no_cycle() -> None:
     """All modules can be put in an order in which each imports only earlier ones."""
-    names = {module_name(path): path for path in SOURCES}
+    names = {module_name(path): path for path in [*SOURCES, *PLUGINS]}
     graph = {
         name: {other for other in imported(path) if other in names and other != name}
         for name, path in names.items()
@@ -64,18 +97,42 @@ def test_imports_have_no_cycle() -> None:
     assert {} == graph
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *PLUGINS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_are_short(path: Path) -> None:
-    """No file has over 400 lines, no function over 60."""
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    lengths = {
-        node.name: (node.end_lineno or 0) - node.lineno
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, functions)
-    }
+@pytest.mark.parametrize("path", [*SOURCES, *PLUGINS, *TESTS], ids=relative)
+def test_files_are_short(path: Path) -> None:
+    """No file has over 400 lines."""
+    assert path.read_text().count("\n") <= 400
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PLUGINS], ids=relative)
+def test_functions_are_short_and_have_few_branches(path: Path) -> None:
+    """No function has over 60 lines, or a cyclomatic complexity over 15."""
+    lengths = {function.name: (function.end_lineno or 0) - function.lineno for function in functions(path)}
+    branches = {function.name: complexity(function) for function in functions(path)}
     assert {} == {name: length for name, length in lengths.items() if length > 60}
+    assert {} == {name: number for name, number in branches.items() if number > 15}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=relative)
+def test_tests_import_no_other_tests(path: Path) -> None:
+    """What tests share is in tests/support or a conftest.py, so that each file runs alone."""
+    assert [] == [name for name in imported(path) if re.search(r"\btest_\w+", name)]
+
+
+def test_architecture_md_names_existing_functions() -> None:
+    """Each `file.py:function` in ARCHITECTURE.md exists."""
+    references = re.findall(r"`([a-z_/]+\.py):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text())
+    assert len(references) > 20
+    assert [] == [reference for reference in references if not is_defined(*reference)]
+
+
+def is_defined(file: str, qualified_name: str) -> bool:
+    scope: list[ast.stmt] = ast.parse((PACKAGE / file).read_text()).body
+    for part in qualified_name.split("."):
+        named = [node for node in scope if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and node.name == part]
+        if not named:
+            return False
+        scope = named[0].body
+    return True
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ class Forecast(BaseModel):
     text: str
 
 
-@mesh.agent(AgentSpec(name="weather.forecast", description="Tells the weather."))
+@mesh.agent(AgentSpec(name="weather.forecast", description="Forecasts the weather."))
 async def forecast(query: Query) -> Forecast:
     return Forecast(text=f"{query.city}: sun for {query.days} days")
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     asyncio.run(main())
 
 # prints
-# weather_forecast | Tells the weather. Returns: text.
+# weather_forecast | Forecasts the weather. Returns: text.
 # ['city', 'days']
 # {'text': 'Oslo: sun for 1 days'}
 # ['capabilities', 'description', 'name', 'skills', 'url', 'version']

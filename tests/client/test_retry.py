@@ -71,7 +71,7 @@ async def test_the_timeout_includes_all_attempts(mesh: AgentMesh, name: str) -> 
 
 
 async def test_a_retry_waits_for_retry_after_ms(mesh: AgentMesh, name: str) -> None:
-    """The next attempt is sent no earlier than the overloaded host asks for."""
+    """The next attempt is sent no earlier than the overloaded host permits."""
     times: list[float] = []
 
     @mesh.agent(AgentSpec(name=name, idempotent=True))

@@ -23,7 +23,7 @@ class FloorClient:
         self._instance_id = uuid4().hex
 
     async def call(self, name: str, payload: dict[str, object]) -> Any:
-        """Ask an agent and return its answer."""
+        """Call an agent and return its answer."""
         body = json.dumps(payload).encode()
         answer = await self._nc.request(
             f"mesh.agent.{name}", body, timeout=30, headers=self._headers(uuid4().hex)
@@ -31,7 +31,7 @@ class FloorClient:
         return json.loads(answer.data)
 
     async def stream(self, name: str, payload: dict[str, object]) -> AsyncIterator[Any]:
-        """Ask an agent and yield its chunks."""
+        """Call an agent and yield its chunks."""
         request_id = uuid4().hex
         subscription = await self._nc.subscribe(f"mesh.stream.{request_id}")
         body = json.dumps(payload).encode()
@@ -94,14 +94,14 @@ class FloorProvider:
 
     async def shorten(self, message: Msg) -> None:
         """Answer one call."""
-        asked = json.loads(message.data)
+        request = json.loads(message.data)
         headers = {
             "X-Mesh-Request-Id": (message.headers or {})["X-Mesh-Request-Id"],
             "X-Mesh-Instance-Id": self._instance_id,
             "X-Mesh-Status": "ok",
             "X-Mesh-Source": SHORTEN,
         }
-        body = json.dumps({"short": asked["text"][: asked["length"]]}).encode()
+        body = json.dumps({"short": request["text"][: request["length"]]}).encode()
         await self._nc.publish(message.reply, body, headers=headers)
 
     async def count(self, message: Msg) -> None:

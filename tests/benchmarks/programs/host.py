@@ -8,7 +8,7 @@ from openagentmesh import Host
 from openagentmesh.mesh.runner import run
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
-from tests.benchmarks.programs.process import say, told
+from tests.benchmarks.programs.process import next_line, report
 
 
 async def serve(url: str, folder: Path) -> None:
@@ -17,8 +17,8 @@ async def serve(url: str, folder: Path) -> None:
     host = Host(Config(folder=folder, mesh=MeshSection(url=url), host=loaded))
     began = monotonic()
     async with host:
-        say(began=began, started=monotonic(), agents=len(host.agents))
-        await told()
+        report(began=began, started=monotonic(), agents=len(host.agents))
+        await next_line()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ SHORTEN: Final = "bench.shorten"
 NAP: Final = "bench.nap"
 COUNT: Final = "bench.count"
 NAP_SECONDS: Final = 0.05
-# A publisher that emits as many events as it was told to, and the agent that tells it.
+# A publisher, and the agent that lets it emit a number of events.
 TICKS: Final = "bench.ticks"
 GO: Final = "bench.go"
-# An agent that waits until it is stopped, and one that tells when that was.
+# An agent that waits until it is cancelled, and one that returns when that was.
 HANG: Final = "bench.hang"
 STOPPED: Final = "bench.stopped"
 KEY: Final = "bench.key"
@@ -30,17 +30,17 @@ _TEXT: Final = {
     "text": "All happy families are alike; each unhappy family is unhappy in its own way.",
     "length": 40,
 }
-_LONGEST: Final = 60.0
+_MAX_S: Final = 60.0
 
 
 class Client(Protocol):
     """A candidate, as its caller sees it."""
 
     async def call(self, name: str, payload: dict[str, object]) -> Any:
-        """Ask an agent and return its answer."""
+        """Call an agent and return its answer."""
 
     def stream(self, name: str, payload: dict[str, object]) -> AsyncIterator[Any]:
-        """Ask an agent and yield its chunks."""
+        """Call an agent and yield its chunks."""
 
     def subscribe(self, *, agent: str) -> AsyncIterator[Any]:
         """Yield the events of a publisher."""
@@ -104,16 +104,16 @@ async def chunks(client: Client, count: int) -> float:
 
 async def fanout(client: Client, count: int) -> float:
     """Events a second that ten subscribers of one publisher receive together."""
-    listening = [asyncio.Event() for _ in range(_SUBSCRIBERS)]
+    subscribed = [asyncio.Event() for _ in range(_SUBSCRIBERS)]
 
-    async def listen(heard: asyncio.Event) -> None:
+    async def listen(received: asyncio.Event) -> None:
         async for event in client.subscribe(agent=TICKS):
-            heard.set()
+            received.set()
             if event["number"] == count:
                 return
 
-    subscribers = [asyncio.create_task(listen(heard)) for heard in listening]
-    while not all(heard.is_set() for heard in listening):  # until all are known to the server
+    subscribers = [asyncio.create_task(listen(received)) for received in subscribed]
+    while not all(received.is_set() for received in subscribed):  # until all are known to the server
         await client.call(GO, {"count": 1})
         await asyncio.sleep(0.05)
     began = perf_counter()
@@ -143,7 +143,7 @@ async def stop(client: Client, count: int) -> float:
         gave_up = monotonic()
         await asyncio.wait([call])
         while (stopped := (await client.call(STOPPED, {}))["seconds"]) < gave_up:
-            if monotonic() - gave_up > _LONGEST:
+            if monotonic() - gave_up > _MAX_S:
                 raise TimeoutError("the handler does not stop")
         longest = max(longest, stopped - gave_up)
     return longest * 1e3
@@ -183,7 +183,7 @@ async def _warm_up(client: Client) -> None:
 
 def _bounded(measure: Callable[[Client, int], Awaitable[float]]) -> Callable[[Client, int], Awaitable[float]]:
     async def bounded(client: Client, count: int) -> float:
-        async with asyncio.timeout(_LONGEST):
+        async with asyncio.timeout(_MAX_S):
             return await measure(client, count)
 
     return bounded

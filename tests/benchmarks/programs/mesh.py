@@ -63,7 +63,7 @@ def serving(url: str, plugins: Sequence[object] = ()) -> AgentMesh:  # noqa: C90
         runs.put_nowait(req.count)
         return req
 
-    @mesh.agent(AgentSpec(name=TICKS, description="Emits numbers when told to."))
+    @mesh.agent(AgentSpec(name=TICKS, description="Emits as many numbers as it receives."))
     async def ticks() -> Number:  # type: ignore[misc] # the event's type, as both read it
         while True:
             for number in range(await runs.get()):
@@ -79,7 +79,7 @@ def serving(url: str, plugins: Sequence[object] = ()) -> AgentMesh:  # noqa: C90
             stopped.seconds = monotonic()
         return req
 
-    @mesh.agent(AgentSpec(name=STOPPED, description="Tells when a handler was stopped last."))
+    @mesh.agent(AgentSpec(name=STOPPED, description="Returns when a handler was cancelled last."))
     async def when_stopped(req: dict[str, int]) -> Stopped:
         return stopped
 

@@ -1,7 +1,7 @@
-"""Asks agents from outside: `PORT NAME...`. Told to go, it says when all of them had answered.
+"""Calls agents from another process: `PORT NAME...`. After a line it reports when all of them had answered.
 
-It imports only what a request needs and is up before it is told, so that it measures the others
-and not itself. It says the time of the machine's monotonic clock, which all processes share.
+It imports only what a request needs and is up before that line, so that it measures the others
+and not itself. It reports the time of the machine's monotonic clock, which all processes share.
 """
 
 import asyncio
@@ -13,39 +13,39 @@ import nats
 from nats.aio.client import Client
 from nats.errors import NoRespondersError
 
-from tests.benchmarks.programs.process import run, say, told
+from tests.benchmarks.programs.process import next_line, report, run
 
-_AGAIN: Final = 0.005
-_LONGEST: Final = 60.0
+_RETRY_S: Final = 0.005
+_TIMEOUT_S: Final = 60.0
 
 
-async def listening(port: int) -> None:
-    """Wait until somebody listens on the port."""
+async def wait_for_server(port: int) -> None:
+    """Wait until a server listens on the port."""
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(_RETRY_S)
         else:
             writer.close()
             return
 
 
-async def ask(port: int, names: list[str]) -> None:
+async def poll(port: int, names: list[str]) -> None:
     """Call each agent until it answers."""
-    say(ready=True)
-    await told()
-    async with asyncio.timeout(_LONGEST):
-        await listening(port)
+    report(ready=True)
+    await next_line()
+    async with asyncio.timeout(_TIMEOUT_S):
+        await wait_for_server(port)
         async with await nats.connect(f"nats://127.0.0.1:{port}") as nc:
             for name in names:
                 while not await answered(nc, name):
-                    await asyncio.sleep(_AGAIN)
-            say(answered=monotonic())
+                    await asyncio.sleep(_RETRY_S)
+            report(answered=monotonic())
 
 
 async def answered(nc: Client, name: str) -> bool:
-    """Whether an agent answers, and well."""
+    """Whether an agent answers; an error fails the program."""
     try:
         answer = await nc.request(f"mesh.agent.{name}", b'{"text": "All happy families"}', timeout=5)
     except NoRespondersError:
@@ -55,4 +55,4 @@ async def answered(nc: Client, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    run(ask(int(sys.argv[1]), sys.argv[2:]), "asyncio")
+    run(poll(int(sys.argv[1]), sys.argv[2:]), "asyncio")

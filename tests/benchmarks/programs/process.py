@@ -1,4 +1,4 @@
-"""What every program here does: talk to the runner in lines, on the event loop it was told to use."""
+"""What all programs here share: they exchange lines with the runner, and use the event loop it chooses."""
 
 import asyncio
 import json
@@ -11,14 +11,14 @@ from typing import Any
 from tests.benchmarks.programs.load import MEASURES, Client
 
 
-def say(**values: object) -> None:
-    """Tell the runner something."""
+def report(**values: object) -> None:
+    """Send the runner a line of JSON."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
 
-async def told() -> str:
-    """The next line from the runner; empty when it is gone."""
+async def next_line() -> str:
+    """The next line from the runner; empty when it has exited."""
     return await asyncio.to_thread(sys.stdin.readline)
 
 
@@ -37,12 +37,12 @@ def provide_or_measure(
 
     async def provide(url: str) -> None:
         async with serving(url):
-            say(ready=True)
-            await told()
+            report(ready=True)
+            await next_line()
 
     async def measure(url: str, name: str, count: int) -> None:
         async with calling(url) as client:
-            say(value=await MEASURES[name](client, count))
+            report(value=await MEASURES[name](client, count))
 
     url, loop, *what = sys.argv[1:]
     run(measure(url, what[0], int(what[1])) if what else provide(url), loop)

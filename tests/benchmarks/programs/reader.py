@@ -6,7 +6,7 @@ from time import monotonic
 from openagentmesh import AgentMesh
 from openagentmesh.mesh.runner import run
 
-from tests.benchmarks.programs.process import say
+from tests.benchmarks.programs.process import report
 
 
 async def read(url: str, count: int) -> None:
@@ -16,7 +16,7 @@ async def read(url: str, count: int) -> None:
         entries = await mesh.catalog()
         took = monotonic() - began
     assert len(entries) == count, len(entries)
-    say(value=took)
+    report(value=took)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Callers of an agent that is edited: `KIND URL COUNT`; the kinds are `mesh` and `nats`.
 
-It says each version when that is first answered. Told to go, it stops and says what came of all requests.
+It reports each version when that is first answered. After a line it stops and reports counts of all requests.
 """
 
 import asyncio
@@ -25,20 +25,20 @@ from openagentmesh import (
     NotFound,
 )
 
-from tests.benchmarks.programs.process import run, say, told
+from tests.benchmarks.programs.process import next_line, report, run
 
 _NAME: Final = "bench.edited"
 _TIMEOUT: Final = 10.0
-# Callers may all wait for a process that is gone; who looks out for a new version does not.
-_GLANCE: Final = 0.25
-# Nobody is there: without a pause most requests would be those that are lost.
+# Callers may all wait for a process that has exited; the poller of new versions does not.
+_POLL_TIMEOUT: Final = 0.25
+# Without a pause most requests would be lost ones, sent while no process is there.
 _PAUSE: Final = 0.05
 
-Ask = Callable[[int, float], Awaitable[dict[str, Any]]]
+Request = Callable[[int, float], Awaitable[dict[str, Any]]]
 
 
 class Lost(Exception):
-    """A request that nobody answered."""
+    """A request without an answer."""
 
 
 class Failed(Exception):
@@ -46,10 +46,10 @@ class Failed(Exception):
 
 
 @asynccontextmanager
-async def over_mesh(url: str) -> AsyncIterator[Ask]:
-    """Ask as our users do."""
+async def over_mesh(url: str) -> AsyncIterator[Request]:
+    """Call with our SDK."""
 
-    async def ask(number: int, timeout: float) -> dict[str, Any]:
+    async def request(number: int, timeout: float) -> dict[str, Any]:
         try:
             found: dict[str, Any] = await mesh.call(_NAME, {"number": number}, timeout=timeout)
         except (AgentDied, ConnectionFailed, MeshTimeout, NotAvailable, NotFound) as exc:
@@ -59,14 +59,14 @@ async def over_mesh(url: str) -> AsyncIterator[Ask]:
         return found
 
     async with AgentMesh(url) as mesh:
-        yield ask
+        yield request
 
 
 @asynccontextmanager
-async def over_nats(url: str) -> AsyncIterator[Ask]:
-    """Ask without an SDK."""
+async def over_nats(url: str) -> AsyncIterator[Request]:
+    """Call without an SDK."""
 
-    async def ask(number: int, timeout: float) -> dict[str, Any]:
+    async def request(number: int, timeout: float) -> dict[str, Any]:
         try:
             message = await client.request(_NAME, json.dumps({"number": number}).encode(), timeout=timeout)
         except (NatsError, TimeoutError) as exc:
@@ -74,24 +74,24 @@ async def over_nats(url: str) -> AsyncIterator[Ask]:
         try:
             found: dict[str, Any] = json.loads(message.data)
         except ValueError as exc:
-            raise Failed("no answer in the answer") from exc
+            raise Failed("a reply that is not JSON") from exc
         return found
 
     async with await nats.connect(url) as client:
-        yield ask
+        yield request
 
 
-KINDS: Final[dict[str, Callable[[str], AbstractAsyncContextManager[Ask]]]] = {
+KINDS: Final[dict[str, Callable[[str], AbstractAsyncContextManager[Request]]]] = {
     "mesh": over_mesh,
     "nats": over_nats,
 }
 
 
 class Callers:
-    """Ask all the time, and keep an account of it."""
+    """Call continuously, and count the results."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, request: Request) -> None:
+        self._request = request
         self._numbers = count()
         self._stopping = False
         self._seen: set[int] = set()
@@ -101,20 +101,20 @@ class Callers:
         self._reasons = Counter[str]()
 
     async def work(self, callers: int) -> None:
-        """Call until told to stop, then say what came of it."""
+        """Call until the runner sends a line, then report the counts."""
         tasks = [asyncio.create_task(self._work()) for _ in range(callers)]
-        tasks.append(asyncio.create_task(self._look_out()))
-        await told()
+        tasks.append(asyncio.create_task(self._poll()))
+        await next_line()
         self._stopping = True
         await asyncio.gather(*tasks)
-        say(**self._counts, silence=self._silence, reasons=self._reasons)
+        report(**self._counts, silence=self._silence, reasons=self._reasons)
 
     async def _work(self) -> None:
         while not self._stopping:
             number = next(self._numbers)
-            self._counts["asked"] += 1
+            self._counts["requested"] += 1
             try:
-                self._check(number, await self._ask(number, _TIMEOUT))
+                self._check(number, await self._request(number, _TIMEOUT))
             except (Lost, Failed) as exc:
                 self._counts["lost" if isinstance(exc, Lost) else "failed"] += 1
                 self._reasons[str(exc)] += 1
@@ -122,32 +122,32 @@ class Callers:
 
     def _check(self, number: int, answer: dict[str, Any]) -> None:
         if answer.get("number") != number:
-            raise Failed("the answer to another question")
+            raise Failed("the answer to another request")
         self._counts["mixed"] += answer["first"] != answer["last"]
-        self._see(answer["first"])
+        self._record(answer["first"])
 
-    def _see(self, version: int) -> None:
+    def _record(self, version: int) -> None:
         now = monotonic()
         self._silence, self._answered = max(self._silence, now - self._answered), now
         if version not in self._seen:
             self._seen.add(version)
-            say(version=version, at=now)
+            report(version=version, at=now)
 
-    async def _look_out(self) -> None:
-        """See new versions when no caller does; this is not counted."""
+    async def _poll(self) -> None:
+        """Find new versions when no caller does; these calls are not counted."""
         while not self._stopping:
             try:
-                answer = await self._ask(0, _GLANCE)
+                answer = await self._request(0, _POLL_TIMEOUT)
                 if "first" in answer:  # else it is half a file's, which callers count as failed
-                    self._see(answer["first"])
+                    self._record(answer["first"])
             except (Lost, Failed):
                 await asyncio.sleep(_PAUSE)
 
 
 async def main(kind: str, url: str, callers: int) -> None:
     """Connect, and work."""
-    async with KINDS[kind](url) as ask:
-        await Callers(ask).work(callers)
+    async with KINDS[kind](url) as request:
+        await Callers(request).work(callers)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from openagentmesh.protocol import codec
 from opentelemetry.sdk.trace import TracerProvider
 
 from tests.benchmarks.programs.mesh import serving
-from tests.benchmarks.programs.process import provide_or_measure, say
+from tests.benchmarks.programs.process import provide_or_measure, report
 from tests.support.credentials import ALL, token, token_settings
 
 TURNS: Final = 40
@@ -49,7 +49,7 @@ class Passing:
 
 def auth() -> Auth:
     """One that lets the caller in whose token is in the environment, and carries it itself."""
-    key = OctKey.import_key("known to both processes, and to nobody else", {"kid": "shared"})
+    key = OctKey.import_key("a key that only both processes have", {"kid": "shared"})
     os.environ["OAM_TOKEN"] = token(key, {"alg": "HS256"}, exp=4_000_000_000)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "key.json"
@@ -112,4 +112,4 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         provide_or_measure(lambda url: serving(url, chosen), lambda url: AgentMesh(url, plugins=chosen))
     else:
-        say(value=asyncio.run(layer(chosen)))
+        report(value=asyncio.run(layer(chosen)))
