@@ -1,77 +1,119 @@
-"""Every error code of the mesh as a person and as a program sees it."""
+"""Errors of the mesh as commands print them, as text and as JSON."""
 
+import io
 import json
+from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
+import typer
+from nats.js.api import KeyValueConfig
+from openagentmesh import ConnectionFailed, MeshError
+from openagentmesh.cli.output import fail
+from openagentmesh.transport.connection import Connection, Target
+from openagentmesh.transport.jetstream_errors import translated_errors
 
-from tests.support.commands import UNREACHABLE, Process, Up, oam, run_parallel
+from tests.support.commands import UNREACHABLE, Up, run_parallel
+from tests.support.servers import running_server
 
-LARGE = json.dumps("x" * 2_000_000)
+TOO_LARGE = json.dumps("x" * 2_000_000)
+MAX_ONE_STREAM = """
+jetstream {{ store_dir: "{store}" }}
+accounts {{ A {{ jetstream {{ max_streams: 1 }}, users: [{{ user: u, password: p }}] }} }}
+"""
 
 
-def check(code: str, *arguments: str, host: Up, given: str = "") -> str:
-    """Run a command for people and for programs side by side; both tell the code and end with 1."""
-    shown, envelope = run_parallel(arguments, (*arguments, "--json"), cwd=host.folder, stdin_text=given)
-    assert (1, "") == (shown.code, shown.out)
-    assert shown.err.startswith(f"Error [{code}] ")
-    assert "Traceback" not in shown.err + envelope.err
+def check(code: str, *arguments: str, host: Up, stdin_text: str = "") -> str:
+    """Check that a command fails with this error code, as text and with `--json`; returns the text."""
+    text, envelope = run_parallel(arguments, (*arguments, "--json"), cwd=host.folder, stdin_text=stdin_text)
+    assert (1, "") == (text.code, text.out)
+    assert text.err.startswith(f"Error [{code}] ")
+    assert "Traceback" not in text.err + envelope.err
     assert (1, "") == (envelope.code, envelope.out)
     [line] = envelope.err.splitlines()
-    told = json.loads(line)
-    assert ["code", "message", "agent", "request_id", "details"] == list(told)
-    assert code == told["code"]
-    assert told["message"] in shown.err
-    return shown.err
+    error = json.loads(line)
+    assert ["code", "message", "agent", "request_id", "details"] == list(error)
+    assert code == error["code"]
+    assert error["message"] in text.err
+    return text.err
 
 
 @pytest.mark.parametrize(
-    ("code", "verb", "agent", "given"),
+    ("code", "verb", "agent", "payload"),
     [
-        ("not_found", "call", "nobody.home", "{}"),
-        ("invocation_mismatch", "call", "time.ticker", "{}"),
-        ("invocation_mismatch", "stream", "echo", "{}"),
-        ("invalid_input", "call", "nlp.summarizer", "{}"),
-        ("handler_error", "call", "fail", "{}"),
-        ("quota_used_up", "call", "quota", "{}"),
-        ("payload_too_large", "call", "echo", LARGE),
+        pytest.param("not_found", "call", "missing.agent", "{}", id="unknown agent"),
+        pytest.param("invocation_mismatch", "call", "time.ticker", "{}", id="call of a streamer"),
+        pytest.param("invocation_mismatch", "stream", "echo", "{}", id="stream of a responder"),
+        pytest.param("invalid_input", "call", "nlp.summarizer", "{}", id="invalid input"),
+        pytest.param("handler_error", "call", "fail", "{}", id="exception in the handler"),
+        pytest.param("quota_used_up", "call", "quota", "{}", id="code of the application"),
+        pytest.param("payload_too_large", "call", "echo", TOO_LARGE, id="large payload"),
     ],
 )
-def test_codes_of_requests(hosted: Up, code: str, verb: str, agent: str, given: str) -> None:
-    """What is wrong with a request is an error with its code; the input is JSON from stdin."""
-    check(code, "agent", verb, agent, "--url", hosted.url, host=hosted, given=given)
+def test_a_failed_request_prints_its_error_code(
+    hosted: Up, code: str, verb: str, agent: str, payload: str
+) -> None:
+    """A request with JSON from stdin that fails prints the error with its code."""
+    check(code, "agent", verb, agent, "--url", hosted.url, host=hosted, stdin_text=payload)
 
 
-def test_timeout(hosted: Up) -> None:
-    """An agent that does not answer within `--timeout` is a `timeout` with the seconds in it."""
-    given = json.dumps({"until": str(hosted.folder / "never")})
-    shown = check(
-        "timeout", "agent", "call", "hold", given, "--timeout", "0.2", "--url", hosted.url, host=hosted
-    )
-    assert "within 0.2s" in shown
+def test_a_timeout_names_the_seconds(hosted: Up) -> None:
+    """A call without a reply within `--timeout` prints `timeout` with the number of seconds."""
+    payload = json.dumps({"until": str(hosted.folder / "never")})
+    call = "agent", "call", "hold", payload, "--timeout", "0.2", "--url", hosted.url
+    assert "within 0.2s" in check("timeout", *call, host=hosted)
 
 
 @pytest.mark.usefixtures("narrow_is_busy")
-def test_overloaded(hosted: Up) -> None:
-    """An agent that has as many requests as it may refuses the next one at once."""
+def test_an_agent_at_its_limit_refuses_a_request(hosted: Up) -> None:
+    """A call of an agent that runs as many requests as permitted prints `overloaded`."""
     check("overloaded", "agent", "call", "narrow", "{}", "--url", hosted.url, host=hosted)
 
 
-def test_connection_failed(hosted: Up) -> None:
-    """An address that nobody answers at is told with what can be done."""
+def test_an_unreachable_server_is_reported_with_advice(hosted: Up) -> None:
+    """`connection_failed` for an address without a server advises to start one with `oam up`."""
     assert "oam up" in check("connection_failed", "status", "--url", UNREACHABLE, host=hosted)
 
 
-def test_connection_denied(hosted: Up, protected_url: str) -> None:
-    """A server that wants credentials is told with how to give them."""
+def test_missing_credentials_are_reported_with_advice(hosted: Up, protected_url: str) -> None:
+    """`connection_denied` of a server that requires credentials names the variable for them."""
     assert "OAM_CREDS" in check("connection_denied", "mesh", "catalog", "--url", protected_url, host=hosted)
 
 
-def test_errors_are_heard_by_all(hosted: Up) -> None:
-    """`mesh listen mesh.errors.> --json` prints a copy of each error as one JSON record."""
-    arguments = "mesh", "listen", "mesh.errors.>", "--json", "--url", hosted.url
-    with Process(*arguments, cwd=hosted.folder) as listening:
-        listening.wait_for_line("listening on mesh.errors.>")
-        oam("agent", "call", "fail", "{}", "--url", hosted.url, cwd=hosted.folder)
-        record = json.loads(listening.wait_for_line('"mesh.errors.fail"'))
-    body = json.loads(record["body"])
-    assert ("handler_error", "something odd", "fail") == (body["code"], body["message"], body["agent"])
+async def printed_error_of_creating_buckets(url: str, number: int) -> str:
+    """The text printed for the error of creating this number of buckets."""
+    connection = Connection(Target(url), "test")
+    await connection.connect()
+    try:
+        with pytest.raises(ConnectionFailed) as caught, translated_errors(connection, "Creating a bucket"):
+            for name in range(number):
+                await connection.jetstream().create_key_value(KeyValueConfig(bucket=str(name)))
+    finally:
+        await connection.close()
+    return printed(caught.value)
+
+
+def printed(error: MeshError) -> str:
+    """The text that commands print for an error."""
+    stderr = io.StringIO()
+    with redirect_stderr(stderr), pytest.raises(typer.Exit):
+        fail(error)
+    return stderr.getvalue()
+
+
+async def test_a_server_without_jetstream_is_reported_with_a_remedy() -> None:
+    """The error names the option that starts a server with JetStream, and gives no other hint."""
+    with running_server() as url:
+        error = await printed_error_of_creating_buckets(url, 1)
+    reason = "JetStream is off; start the server with `nats-server -js`, or enable it for this account."
+    assert f"Error [connection_failed] Creating a bucket failed: {reason}\n" == error
+
+
+async def test_an_error_of_jetstream_is_reported_in_its_words(tmp_path: Path) -> None:
+    """When a server with JetStream rejects a request, the error has its description and code."""
+    config = tmp_path / "server.conf"
+    config.write_text(MAX_ONE_STREAM.format(store=tmp_path / "store"))
+    with running_server("-c", str(config)) as url:
+        error = await printed_error_of_creating_buckets(url.replace("//", "//u:p@"), 2)
+    reason = "the server reported 'maximum number of streams reached' (code 10027)."
+    assert f"Error [connection_failed] Creating a bucket failed: {reason}\n" == error

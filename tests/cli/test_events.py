@@ -1,39 +1,19 @@
-"""Events, sends and log events from the command line."""
+"""Events, messages on subjects and log events: printed one line each until Ctrl-C."""
 
+import asyncio
 import json
-import shutil
 import signal
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
+from openagentmesh.cli.output import print_each
 
-from tests.support.commands import Process, Up, until, write_project
-
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-
-
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A host of the examples that others listen to and send to."""
-    folder = write_project(tmp_path_factory.mktemp("talking"), "echo")
-    for name in ("publisher", "watcher", "gates", "send", "observe"):
-        shutil.copy(EXAMPLES / f"{name}.py", folder / "agents")
-    (folder / "agents" / "ends.py").write_text(
-        "from collections.abc import AsyncIterator\n"
-        "from openagentmesh import AgentMesh, AgentSpec\n"
-        "mesh = AgentMesh()\n"
-        "@mesh.agent(AgentSpec(name='jobs.log', description='Writes what it is sent into a file.'))\n"
-        "async def log(req: dict) -> None:\n"
-        "    open(req['path'], 'a').write(req['text'])\n"
-    )
-    with Up(folder) as host:
-        yield host
+from tests.support.commands import Process, Up, oam, until
 
 
-def test_the_events_of_a_publisher_come_one_a_line_until_ctrl_c(talking: Up) -> None:
-    """`agent subscribe` prints JSON lines on stdout as they come, and ends well on Ctrl-C."""
-    with Process("agent", "subscribe", "market.gold", "--url", talking.url, cwd=talking.folder) as process:
+def test_events_of_a_publisher_are_printed_until_ctrl_c(examples: Up) -> None:
+    """`agent subscribe` prints events as JSON lines as they arrive, and exits with code 0 on Ctrl-C."""
+    with Process("agent", "subscribe", "market.gold", "--url", examples.url, cwd=examples.folder) as process:
         process.wait_for_line('"item": "gold"')
         process.signal(signal.SIGINT)
         result = process.finish()
@@ -43,39 +23,44 @@ def test_the_events_of_a_publisher_come_one_a_line_until_ctrl_c(talking: Up) -> 
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize(("name", "code"), [("echo", "invocation_mismatch"), ("nobody.home", "not_found")])
-def test_only_a_publisher_can_be_subscribed_to(talking: Up, name: str, code: str) -> None:
-    """Anything else is refused at once, in words."""
-    result = talking.run("agent", "subscribe", name)
+@pytest.mark.parametrize(("name", "code"), [("echo", "invocation_mismatch"), ("missing.agent", "not_found")])
+def test_subscribing_to_another_kind_of_agent_fails(examples: Up, name: str, code: str) -> None:
+    """`agent subscribe` fails immediately for an agent that is no publisher, and for an unknown one."""
+    result = examples.run("agent", "subscribe", name)
     assert (1, "") == (result.code, result.out)
     assert result.err.startswith(f"Error [{code}]")
 
 
-def test_what_is_sent_is_done_without_a_wait(talking: Up, tmp_path: Path) -> None:
-    """`agent send` prints nothing and ends well; the agent does its work."""
-    path = tmp_path / "written"
-    result = talking.run("agent", "send", "jobs.log", json.dumps({"path": str(path), "text": "done"}))
-    assert (0, "", "") == (result.code, result.out, result.err)
-    assert until(lambda: path.exists() and path.read_text() == "done")
-
-
-def test_what_is_sent_to_nobody_is_an_error(talking: Up) -> None:
-    """A name that nobody serves is told, not swallowed."""
-    result = talking.run("agent", "send", "nobody.home", "{}")
-    assert 1 == result.code
-    assert result.err.startswith("Error [not_found]")
-
-
-def test_levels_change_live_and_events_come_one_a_line(talking: Up) -> None:
-    """After `observe set`, `observe logs` prints the debug events of the next request; both as JSON."""
-    assert 0 == talking.run("observe", "set", "nlp.echo", "--log-level", "debug").code
-    assert {"log_level": "debug"} == talking.run("observe", "config", "nlp.echo", "--json").json
+def test_listen_prints_published_messages_as_json(examples: Up) -> None:
+    """`mesh listen --json` prints a message of `mesh publish` with its subject and body."""
     with Process(
-        "observe", "logs", "nlp.echo", "--json", "--url", talking.url, cwd=talking.folder
+        "mesh", "listen", "by.hand", "--json", "--url", examples.url, cwd=examples.folder
     ) as process:
         process.wait_for_line("stop with Ctrl-C")
+        assert 0 == examples.run("mesh", "publish", "by.hand", '{"item": "tea"}').code
+        assert '{\\"item\\":\\"tea\\"}' in process.wait_for_line('by.hand"')
+
+
+def test_listen_prints_the_errors_of_all_agents(hosted: Up) -> None:
+    """`mesh listen mesh.errors.> --json` prints a copy of each error as one JSON object."""
+    arguments = "mesh", "listen", "mesh.errors.>", "--json", "--url", hosted.url
+    with Process(*arguments, cwd=hosted.folder) as process:
+        process.wait_for_line("listening on mesh.errors.>")
+        oam("agent", "call", "fail", "{}", "--url", hosted.url, cwd=hosted.folder)
+        message = json.loads(process.wait_for_line('"mesh.errors.fail"'))
+    body = json.loads(message["body"])
+    assert ("handler_error", "something odd", "fail") == (body["code"], body["message"], body["agent"])
+
+
+def test_a_changed_log_level_applies_to_running_agents(examples: Up) -> None:
+    """After `observe set`, `observe logs --json` prints the debug events of the next request."""
+    assert 0 == examples.run("observe", "set", "nlp.echo", "--log-level", "debug").code
+    assert {"log_level": "debug"} == examples.run("observe", "config", "nlp.echo", "--json").json
+    logs = "observe", "logs", "nlp.echo", "--json", "--url", examples.url
+    with Process(*logs, cwd=examples.folder) as process:
+        process.wait_for_line("stop with Ctrl-C")
         assert until(
-            lambda: talking.run("agent", "call", "nlp.echo", '"hello"').code == 0 and len(process.out) >= 3
+            lambda: examples.run("agent", "call", "nlp.echo", '"hello"').code == 0 and len(process.out) >= 3
         )
         process.signal(signal.SIGINT)
         result = process.finish()
@@ -86,37 +71,28 @@ def test_levels_change_live_and_events_come_one_a_line(talking: Up) -> None:
     assert all(keys == list(event) for event in events)
 
 
-def test_a_level_is_for_one_agent_or_for_all(talking: Up) -> None:
-    """`observe set` without an agent and without `--global`, or with both, is bad usage."""
-    for arguments in (["--log-level", "info"], ["nlp.echo", "--global", "--log-level", "info"]):
-        result = talking.run("observe", "set", *arguments)
-        assert (2, "") == (result.code, result.out)
-    assert 0 == talking.run("observe", "set", "--global", "--log-level", "warn").code
-    assert "warn" in talking.run("observe", "config").out
+def test_the_global_log_level_is_set_and_printed(examples: Up) -> None:
+    """`observe set --global` sets the level that `observe config` prints without an agent."""
+    assert 0 == examples.run("observe", "set", "--global", "--log-level", "warn").code
+    assert "warn" in examples.run("observe", "config").out
 
 
-def test_status_tells_what_runs_by_itself(talking: Up) -> None:
-    """Publishers and watchers with their restarts and last error, and agents that are off."""
-    shown = talking.run("status").out
-    lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
-    assert "publisher  running" in lines["market.gold"]
-    assert "watcher  running  1 restart" in lines["ops.janitor"]
-    assert "RuntimeError: the folder is not mounted" in lines["ops.janitor"]
-    assert "inactive: its condition is false" in lines["desk.trade"]
+async def test_on_begin_is_awaited_after_the_first_item_is_requested(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`print_each` awaits `on_begin` when the subscription exists, and before the first item arrives."""
+    order: list[str] = []
+    begun = asyncio.Event()
 
+    async def items() -> AsyncIterator[str]:
+        order.append("requested")
+        await begun.wait()
+        yield "item"
 
-def test_sources_and_gates_are_driven_by_hand(talking: Up) -> None:
-    """`mesh publish` and `kv put` are what drives them: the gated agent is on, the driven one handles."""
-    assert 1 == talking.run("agent", "call", "desk.trade", '"sell"').code
-    assert 0 == talking.run("kv", "put", "desk.status", "open").code
-    assert "open\n" == talking.run("kv", "get", "desk.status").out
-    assert until(lambda: talking.run("agent", "call", "desk.trade", '"sell"').code == 0)
-    assert 0 == talking.run("kv", "delete", "desk.status").code
-    missing = talking.run("kv", "get", "desk.status")
-    assert (1, "") == (missing.code, missing.out)
-    assert missing.err.startswith("Error [not_found]")
-    with Process("mesh", "listen", "by.hand", "--json", "--url", talking.url, cwd=talking.folder) as process:
-        process.wait_for_line("stop with Ctrl-C")
-        assert 0 == talking.run("mesh", "publish", "by.hand", '{"item": "tea"}').code
-        assert '{\\"item\\":\\"tea\\"}' in process.wait_for_line('by.hand"')
-    assert 2 == talking.run("mesh", "publish", "by.*", "{}").code
+    async def on_begin() -> None:
+        order.append("begun")
+        begun.set()
+
+    await print_each(items(), str, on_begin)
+    assert ["requested", "begun"] == order
+    assert "item\n" == capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`oam plugins`, `oam check`, and what plugins add to commands."""
+"""`oam plugins`, `oam check`, and plugins that extend commands."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from tests.support.commands import Up, oam
 from tests.support.modules import MESH, WORD_PLUGIN, agent, write
 
-CARRY = """
+CLIENT_PLUGIN = """
 from contextlib import asynccontextmanager
 from openagentmesh import hookimpl
 
 @hookimpl
 def mesh_client_middleware():
     @asynccontextmanager
-    async def saying(outgoing):
+    async def add_header(outgoing):
         outgoing.headers["word"] = "please"
         yield
-    return saying
+    return add_header
 
 @hookimpl
 def mesh_cli(app):
@@ -25,23 +25,22 @@ def mesh_cli(app):
         print("hello from a plugin")
 """
 TOML = """
-host.plugins = ["./word.py", "./carry.py"]
+host.plugins = ["./word.py", "./client.py"]
 host.entry_points = false
 server.port = 0
 server.store = ""
 """
 
 
-def project(folder: Path, toml: str = TOML) -> None:
-    write(
-        folder,
-        {"mesh.toml": toml, "word.py": WORD_PLUGIN, "carry.py": CARRY, "agents/a.py": MESH + agent("a")},
-    )
+def write_plugins(folder: Path, toml: str = TOML) -> None:
+    """Write a project with an agent, a plugin that requires a header, and one that adds it to requests."""
+    agents = {"agents/a.py": MESH + agent("a")}
+    write(folder, {"mesh.toml": toml, "word.py": WORD_PLUGIN, "client.py": CLIENT_PLUGIN, **agents})
 
 
-def test_commands_use_the_plugins_of_the_folder(tmp_path: Path) -> None:
-    """A call from the project's folder carries what its plugins add; one from elsewhere does not."""
-    project(tmp_path)
+def test_a_call_uses_the_plugins_of_the_working_folder(tmp_path: Path) -> None:
+    """A call from the project's folder has the header that its plugin adds; one from elsewhere has not."""
+    write_plugins(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     with Up(tmp_path) as up:
         refused = oam("agent", "call", "a", "{}", "--url", up.url, cwd=tmp_path / "elsewhere")
@@ -51,32 +50,32 @@ def test_commands_use_the_plugins_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_plugins_are_listed_and_add_commands(tmp_path: Path) -> None:
-    """In their order, with hooks and settings; a command of a plugin is one of `oam`."""
-    project(tmp_path)
-    word, carry, *_ = json.loads(oam("plugins", "--json", cwd=tmp_path).out)
-    assert ("word", "carry") == (word["name"], carry["name"])
+    """`oam plugins` lists them in order with hooks and settings; the command of a plugin runs."""
+    write_plugins(tmp_path)
+    word, client, *_ = json.loads(oam("plugins", "--json", cwd=tmp_path).out)
+    assert ("word", "client") == (word["name"], client["name"])
     assert {"word": "please"} == word["settings"]
-    assert ["mesh_cli", "mesh_client_middleware"] == carry["hooks"]
+    assert ["mesh_cli", "mesh_client_middleware"] == client["hooks"]
     assert "hello from a plugin" == oam("hello", cwd=tmp_path).out.strip()
     assert "mesh_configure" in oam("plugins", cwd=tmp_path).out
 
 
-def test_check_says_what_would_fail(tmp_path: Path) -> None:
-    """Nothing, a module, a plugin's settings: with the exit code, and nothing is started."""
-    project(tmp_path)
-    fine = oam("check", cwd=tmp_path)
-    assert (0, "no problems: 1 module, 2 plugins") == (fine.code, fine.err.strip())
+def test_check_reports_what_would_fail_at_a_start(tmp_path: Path) -> None:
+    """`oam check` has exit code 0 without problems, and 1 for a module or a plugin's settings that fail."""
+    write_plugins(tmp_path)
+    valid = oam("check", cwd=tmp_path)
+    assert (0, "no problems: 1 module, 2 plugins") == (valid.code, valid.err.strip())
     write(tmp_path, {"agents/b.py": "1/0"})
     failing = oam("check", cwd=tmp_path)
     assert (1, True) == (failing.code, failing.out.startswith("agents/b.py: ZeroDivisionError"))
-    project(tmp_path, TOML + "plugins.word.wrod = 1")
-    wrong = oam("check", cwd=tmp_path)
-    assert (1, True) == (wrong.code, "plugins.word.wrod: unknown key; did you mean 'word'?" in wrong.err)
+    write_plugins(tmp_path, TOML + "plugins.word.wrod = 1")
+    invalid = oam("check", cwd=tmp_path)
+    assert (1, True) == (invalid.code, "plugins.word.wrod: unknown key; did you mean 'word'?" in invalid.err)
 
 
-def test_a_command_goes_on_without_plugins_that_cannot_be_used(tmp_path: Path) -> None:
-    """It says so in a line: to find out what is wrong must be possible then too."""
-    project(tmp_path)
+def test_a_command_runs_without_plugins_that_fail_to_load(tmp_path: Path) -> None:
+    """`oam status` reports the failed plugins in a line and works without them, to find the problem."""
+    write_plugins(tmp_path)
     with Up(tmp_path) as up:
         write(tmp_path, {"word.py": "1/0"})
         status = oam("status", "--url", up.url, cwd=tmp_path)

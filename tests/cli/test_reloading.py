@@ -1,4 +1,4 @@
-"""`oam up` and `oam reload` while files change: what the terminal says, and what is served."""
+"""`oam up` and `oam reload` when files change: the log lines, and the versions served."""
 
 import json
 import signal
@@ -13,33 +13,34 @@ SAMPLE = "agents/summarizer.py"
 
 
 def edit(host: Up, old: str, new: str) -> None:
-    """Save the sample in place, as a simple editor does."""
+    """Replace a text in the sample, in place."""
     path = host.folder / SAMPLE
     path.write_text(path.read_text().replace(old, new))
 
 
-def version(host: Up) -> str:
+def catalog_version(host: Up) -> str:
+    """The version of the only agent in the catalog."""
     [entry] = host.run("mesh", "catalog", "--json").json
     return str(entry["version"])
 
 
 @pytest.fixture
 def unwatched(tmp_path: Path) -> Iterator[Up]:
-    """A host that loads nothing by itself."""
+    """A host that does not watch its files."""
     with Up(write_project(tmp_path / "p", "summarizer"), "--no-reload") as host:
         yield host
 
 
-def test_a_file_is_edited_broken_mended_deleted_and_restored(tmp_path: Path) -> None:
-    """Each time the terminal says in a line what became of it, and a broken file with its place."""
+def test_each_change_of_a_watched_file_is_logged(tmp_path: Path) -> None:
+    """An edit, a syntax error with its place, its repair, a removal and a restore are a line each."""
     with Up(write_project(tmp_path / "p", "summarizer")) as host:
         source = (host.folder / SAMPLE).read_text()
         edit(host, 'tags=["text"]', 'tags=["text"], version="0.2.0"')
         host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0)")
         edit(host, "return Summ", "return return Summ")
         host.wait_for_line(f"reload refused: {SAMPLE}: SyntaxError: invalid syntax")
-        assert any("return return Summ" in line for line in host.err)
-        assert any(line.strip() == "^^^^^^" for line in host.err)
+        host.wait_for_line("return return Summ")
+        assert "^^^^^^" == host.wait_for_line("^^^^^^").strip()
         call, status = host.run_all(("agent", "call", "nlp.summarizer", '{"text": "still"}'), ("status",))
         assert '{"summary": "still"}\n' == call.out
         assert f"✗ {SAMPLE}: SyntaxError: invalid syntax (an older version serves)" in status.out
@@ -51,43 +52,43 @@ def test_a_file_is_edited_broken_mended_deleted_and_restored(tmp_path: Path) -> 
         host.wait_for_line(f"reloaded {SAMPLE} (nlp.summarizer 0.1.0 new)")
 
 
-def test_a_hangup_reloads_what_has_changed(unwatched: Up) -> None:
-    """Where nothing is watched, SIGHUP takes the same path, once it is asked for."""
+def test_sighup_reloads_changed_files(unwatched: Up) -> None:
+    """A host that does not watch its files loads the changed ones on SIGHUP, and logs when there are none."""
     edit(unwatched, 'tags=["text"]', 'version="0.2.0"')
-    assert "0.1.0" == version(unwatched)
+    assert "0.1.0" == catalog_version(unwatched)
     unwatched.signal(signal.SIGHUP)
     unwatched.wait_for_line("0.1.0 → 0.2.0")
     unwatched.signal(signal.SIGHUP)
     unwatched.wait_for_line("nothing has changed on disk")
 
 
-def test_a_reload_by_hand(unwatched: Up) -> None:
-    """`oam reload` says what came of it on each host, in words and as JSON, and fails when it did."""
-    same = unwatched.run("reload")
-    assert (0, "p: nothing has changed\n") == (same.code, same.err)
+def test_the_reload_command_prints_the_result_of_each_host(unwatched: Up) -> None:
+    """`oam reload` prints what each host loaded, as text or JSON, and fails when a host refused it."""
+    unchanged = unwatched.run("reload")
+    assert (0, "p: nothing has changed\n") == (unchanged.code, unchanged.err)
     edit(unwatched, 'tags=["text"]', 'version="0.2.0"')
-    done = unwatched.run("reload")
-    assert 0 == done.code
-    assert done.out.startswith(f"p: reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0) ")
-    anyway = unwatched.run("reload", "summarizer", "--json")
-    [answer] = anyway.json
+    changed = unwatched.run("reload")
+    assert 0 == changed.code
+    assert changed.out.startswith(f"p: reloaded {SAMPLE} (nlp.summarizer 0.1.0 → 0.2.0) ")
+    forced = unwatched.run("reload", "summarizer", "--json")
+    [reply] = forced.json
     assert ("p", ["nlp.summarizer 0.2.0"], "") == (
-        answer["host"], answer["reload"]["agents"], answer["reload"]["error"],
+        reply["host"], reply["reload"]["agents"], reply["reload"]["error"],
     )  # fmt: skip
-    edit(unwatched, "from pydantic", "from nowhere")
-    failed = unwatched.run("reload")
-    assert (1, "ModuleNotFoundError: No module named 'nowhere'") == (
-        failed.code, failed.out.splitlines()[-1].strip(),
+    edit(unwatched, "from pydantic", "from missing_module")
+    refused = unwatched.run("reload")
+    assert (1, "ModuleNotFoundError: No module named 'missing_module'") == (
+        refused.code, refused.out.splitlines()[-1].strip(),
     )  # fmt: skip
-    assert failed.err.startswith(f"Error [reload_refused] reload refused: {SAMPLE}: ModuleNotFoundError")
-    again = unwatched.run("reload")
-    assert f"p: nothing has changed; not loaded: {SAMPLE}\n" == again.err
+    assert refused.err.startswith(f"Error [reload_refused] reload refused: {SAMPLE}: ModuleNotFoundError")
+    repeated = unwatched.run("reload")
+    assert f"p: nothing has changed; not loaded: {SAMPLE}\n" == repeated.err
     unknown = unwatched.run("reload", "summariser", "--json")
     assert (1, "reload_refused") == (unknown.code, json.loads(unknown.err)["code"])
 
 
 def test_requests_are_replayed_before_a_reload(tmp_path: Path) -> None:
-    """What a new version answers differently is told; when strict, a new error refuses it."""
+    """The replay plugin logs replies that change; with `strict`, a new error refuses the reload."""
     folder = write_project(tmp_path / "p", "summarizer")
     path = folder / SAMPLE
     path.write_text(path.read_text().replace('tags=["text"]', "replayable=True"))

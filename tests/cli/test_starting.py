@@ -1,4 +1,4 @@
-"""`oam up` starts what can be started, and says in words what cannot."""
+"""`oam up` at its start: its output, and errors that end the start or leave agents out."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import BROKEN, UNREACHABLE, Process, Result, Up, oam, write_project
+from tests.support.commands import BROKEN, UNREACHABLE, Process, Up, oam, write_project
 
 TYPED = """from openagentmesh import AgentMesh, AgentSpec
 
@@ -19,14 +19,8 @@ async def narrow(req: {type}) -> str:
 """
 
 
-def test_a_call_is_answered(hosted: Up) -> None:
-    """The reply of a hosted agent is on stdout, and nothing else is said anywhere."""
-    result = hosted.run("agent", "call", "nlp.summarizer", '{"text": "hello world", "max_length": 5}')
-    assert Result(0, '{"summary": "hello"}\n', "") == result
-
-
-def test_a_pipe_gets_plain_lines(hosted: Up) -> None:
-    """In a pipe, each event is a line with time, level, logger and text, without colours."""
+def test_log_lines_in_a_pipe_are_plain_text(hosted: Up) -> None:
+    """In a pipe each line has time, level, logger and message, without colors, and stdout is empty."""
     line = hosted.wait_for_line("serving ")
     pattern = (
         r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00 INFO openagentmesh\.up serving 7 agents on nats://127\.0\.0\.1:\d+"
@@ -36,85 +30,60 @@ def test_a_pipe_gets_plain_lines(hosted: Up) -> None:
     assert [] == hosted.out
 
 
-def test_json_log_lines(tmp_path: Path) -> None:
-    """With `--log-format json` every event, a failed module's too, is one JSON object on a line."""
+def test_log_lines_as_json(tmp_path: Path) -> None:
+    """With `--log-format json` each record, also that of a failed module, is a JSON object on one line."""
     with Up(write_project(tmp_path / "p", "echo", broken=True), "--log-format", "json") as host:
         host.signal(signal.SIGTERM)
         result = host.finish()
-    events = [json.loads(line) for line in result.err.splitlines()]
-    assert {"time", "level", "logger", "message"} <= set.intersection(*[set(event) for event in events])
-    assert ["error", "info", "info", "info"] == [event["level"] for event in events]
-    assert "broken.py" in events[0]["message"]
-    assert "stopped" == events[-1]["message"]
+    records = [json.loads(line) for line in result.err.splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*[set(record) for record in records])
+    assert ["error", "info", "info", "info"] == [record["level"] for record in records]
+    assert "broken.py" in records[0]["message"]
+    assert "stopped" == records[-1]["message"]
     assert (0, "") == (result.code, result.out)
 
 
-def test_a_broken_module_is_told_in_the_log(hosted: Up) -> None:
-    """A module that fails to load is logged with its own file and line, and the rest serves."""
+def test_a_failed_module_is_logged_and_the_others_are_served(hosted: Up) -> None:
+    """A module that fails to load is logged once, with its file and line alone in the traceback."""
     line = f'  File "{hosted.folder}/agents/broken.py", line 3, in <module>\n'
     assert 1 == hosted.err.count(line)
     assert "agents/broken.py failed to load: ValueError: not today" in hosted.err[0]
     served = hosted.err.index(hosted.wait_for_line("serving ") + "\n")
-    assert 1 == "".join(hosted.err[:served]).count("  File ")  # no frame of ours
+    assert 1 == "".join(hosted.err[:served]).count("  File ")  # no frame of the host
     assert '"said": 1' in hosted.run("agent", "call", "echo", "1").out
 
 
-def test_status_names_what_failed(hosted: Up) -> None:
-    """`oam status` shows the host, the failed module with its traceback, and the agents that serve."""
-    result = hosted.run("status")
-    assert (0, "") == (result.code, result.err)
-    assert f"dev  pid {hosted.pid}" in result.out
-    assert "agents/broken.py: ValueError: not today" in result.out
-    assert f'File "{hosted.folder}/agents/broken.py", line 3' in result.out
-    assert "nlp.summarizer" in result.out
-
-
-def test_status_for_programs(hosted: Up) -> None:
-    """`oam status --json` has the same facts: pid, modules with state and line, agents, the server."""
-    status = hosted.status
-    failed = [module for module in status["modules"] if module["state"] == "failed"]
-    assert [("agents/broken.py", "ValueError: not today", f"{hosted.folder}/agents/broken.py:3")] == [
-        (module["origin"], module["error"], module["line"]) for module in failed
-    ]
-    assert 'raise ValueError("not today")' in failed[0]["traceback"]
-    assert (hosted.pid, "dev", hosted.url) == (
-        status["pid"],
-        status["host"],
-        status["embedded_server"]["url"],
-    )
-    expected = {"echo", "fail", "hold", "narrow", "nlp.summarizer", "quota", "time.ticker"}
-    assert expected == {agent["name"] for agent in status["agents"]}
-
-
-def test_strict(tmp_path: Path) -> None:
-    """With `--strict` a module that fails to load ends the start, named with its line."""
+def test_a_failed_module_ends_a_strict_start(tmp_path: Path) -> None:
+    """With `--strict`, a module that fails to load ends the start; the error has its file and line."""
     result = oam("up", "--strict", cwd=write_project(tmp_path / "p", "echo", broken=True))
     assert 1 == result.code
-    [told] = [line for line in result.err.splitlines() if line.startswith("Error [")]
-    assert "Error [start_failed] 1 of 2 modules failed to load:" == told
+    [error] = [line for line in result.err.splitlines() if line.startswith("Error [")]
+    assert "Error [start_failed] 1 of 2 modules failed to load:" == error
     assert "agents/broken.py: ValueError: not today (agents/broken.py:3)" in result.err
     assert "serving" not in result.err
 
 
 @pytest.mark.parametrize(
-    ("toml", "told"),
+    ("toml", "error"),
     [
-        ("[server", "mesh.toml is not TOML"),
-        ('[server]\nstre = ""\n', "server.stre: unknown key; did you mean 'store'?"),
+        pytest.param("[server", "mesh.toml is not TOML", id="invalid TOML"),
+        pytest.param(
+            '[server]\nstre = ""\n', "server.stre: unknown key; did you mean 'store'?", id="unknown key"
+        ),
     ],
 )
-def test_a_broken_mesh_toml(tmp_path: Path, toml: str, told: str) -> None:
-    """A mesh.toml that cannot be used ends the start with one message, without a traceback."""
+def test_an_invalid_mesh_toml_ends_the_start(tmp_path: Path, toml: str, error: str) -> None:
+    """`oam up` prints one error for an invalid mesh.toml, without a traceback."""
     (tmp_path / "mesh.toml").write_text(toml)
     result = oam("up", cwd=tmp_path)
     assert (1, "") == (result.code, result.out)
     assert result.err.startswith("Error [invalid_config] ")
-    assert told in result.err
+    assert error in result.err
     assert "Traceback" not in result.err
 
 
-def test_a_port_in_use(hosted: Up, tmp_path: Path) -> None:
-    """A port in use ends the start; the message says whom to ask and what to try."""
+def test_a_port_in_use_ends_the_start(hosted: Up, tmp_path: Path) -> None:
+    """The error names the port, and the commands to inspect or use its server or to choose another port."""
     port = hosted.url.rpartition(":")[2]
     result = oam("up", "--port", port, cwd=write_project(tmp_path / "p", "echo"))
     assert (1, "") == (result.code, result.out)
@@ -124,22 +93,22 @@ def test_a_port_in_use(hosted: Up, tmp_path: Path) -> None:
     assert "Traceback" not in result.err
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    """An `--url` that nobody answers at ends the start with a message that names it."""
+def test_an_unreachable_server_ends_the_start(tmp_path: Path) -> None:
+    """With a `--url` on which no server listens, the error has that address and the reason."""
     result = oam("up", "--url", UNREACHABLE, cwd=write_project(tmp_path / "p", "echo"))
     assert (1, "") == (result.code, result.out)
-    told = f"Error [connection_failed] No NATS server is reachable at {UNREACHABLE}: Connection refused."
-    assert told in result.err
+    error = f"Error [connection_failed] No NATS server is reachable at {UNREACHABLE}: Connection refused."
+    assert error in result.err
     assert "Traceback" not in result.err
 
 
-def test_a_module_that_hangs_can_be_left(tmp_path: Path) -> None:
-    """Ctrl-C while a module hangs in its import ends the start."""
+def test_ctrl_c_ends_a_start_while_an_import_blocks(tmp_path: Path) -> None:
+    """SIGINT during a module's import that does not return exits with code 130."""
     folder = write_project(tmp_path / "p")
-    source = 'import sys, time\nprint("hanging", file=sys.stderr, flush=True)\ntime.sleep(600)\n'
-    (folder / "agents" / "hanging.py").write_text(source)
+    source = 'import sys, time\nprint("importing", file=sys.stderr, flush=True)\ntime.sleep(600)\n'
+    (folder / "agents" / "blocking.py").write_text(source)
     with Process("up", cwd=folder) as host:
-        host.wait_for_line("hanging")
+        host.wait_for_line("importing")
         host.signal(signal.SIGINT)
         assert 130 == host.finish(5).code
 
@@ -147,14 +116,26 @@ def test_a_module_that_hangs_can_be_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "source", "advice"),
     [
-        ("", None, "Put a Python file with an agent into agents/, then restart."),
-        ("", "x = 1\n", "The modules declare no agent: put @mesh.agent(…) above a function, then restart."),
-        ("", BROKEN, "Fix the errors above, then restart."),
-        ("[agents.narrow]\nenabled = false\n", TYPED.format(type="int"), "mesh.toml disables every agent;"),
+        pytest.param("", None, "Put a Python file with an agent into agents/, then restart.", id="no module"),
+        pytest.param(
+            "",
+            "x = 1\n",
+            "The modules declare no agent: put @mesh.agent(…) above a function, then restart.",
+            id="module without agents",
+        ),
+        pytest.param("", BROKEN, "Fix the errors above, then restart.", id="failed module"),
+        pytest.param(
+            "[agents.narrow]\nenabled = false\n",
+            TYPED.format(type="int"),
+            "mesh.toml disables every agent;",
+            id="disabled agent",
+        ),
     ],
 )
-def test_why_nothing_is_served(tmp_path: Path, toml: str, source: str | None, advice: str) -> None:
-    """A host without agents says what keeps it from having some."""
+def test_the_banner_advises_how_to_serve_agents(
+    tmp_path: Path, toml: str, source: str | None, advice: str
+) -> None:
+    """The banner of a host without agents has the advice that fits the reason."""
     folder = write_project(tmp_path / "p", toml=toml)
     if source is not None:
         (folder / "agents" / "one.py").write_text(source)
@@ -162,12 +143,10 @@ def test_why_nothing_is_served(tmp_path: Path, toml: str, source: str | None, ad
         assert advice in host.wait_for_line(advice)
 
 
-def test_refused_agents_are_told(tmp_path: Path) -> None:
-    """When the contract policy refuses all agents, the banner says so, and not to add files."""
-    first, second = (
-        write_project(tmp_path / "first"),
-        write_project(tmp_path / "second", toml='contract = "refuse"\n'),
-    )
+def test_the_banner_advises_about_refused_agents(tmp_path: Path) -> None:
+    """When the contract policy refuses all agents, the banner has advice for that, and none to add files."""
+    first = write_project(tmp_path / "first")
+    second = write_project(tmp_path / "second", toml='contract = "refuse"\n')
     (first / "agents" / "one.py").write_text(TYPED.format(type="int"))
     (second / "agents" / "one.py").write_text(TYPED.format(type="dict"))
     with (
@@ -180,9 +159,9 @@ def test_refused_agents_are_told(tmp_path: Path) -> None:
         assert "Put a Python file" not in "".join(host.err)
 
 
-def test_settings_of_no_module_are_told(tmp_path: Path) -> None:
-    """A table of `[settings]` that no module reads is a warning with the name that was meant."""
+def test_settings_without_a_module_are_logged(tmp_path: Path) -> None:
+    """A table of `[settings]` that matches no module is a warning that suggests a similar name."""
     with Process("up", cwd=write_project(tmp_path / "p", "echo", toml="[settings.ecko]\nx = 1\n")) as host:
-        told = host.wait_for_line("[settings.ecko]")
-    assert "WARNING" in told
-    assert "there is no module 'ecko'; did you mean 'echo'?" in told
+        line = host.wait_for_line("[settings.ecko]")
+    assert "WARNING" in line
+    assert "there is no module 'ecko'; did you mean 'echo'?" in line

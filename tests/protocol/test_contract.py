@@ -1,4 +1,4 @@
-"""The contract document, the catalog's lines, and which verb an agent takes."""
+"""Contract documents, catalog entries, and the verbs that each kind of agent accepts."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import pytest
 from openagentmesh import AgentContract, AgentSpec, CatalogEntry, InvocationMismatch, MeshError
 from openagentmesh.protocol.contract import Verb, decode_catalog, encode_catalog
 
-IN = {"type": "object", "properties": {"text": {"type": "string"}}}
-OUT = {"type": "string"}
-_BEGAN = datetime.now(UTC)
+INPUT = {"type": "object", "properties": {"text": {"type": "string"}}}
+OUTPUT = {"type": "string"}
+_START = datetime.now(UTC)
 SPEC = AgentSpec(name="nlp.a", description="Does a.", tags=["x", "y"], version="2.0.0")
 
 
@@ -19,7 +19,7 @@ def contract(
     *,
     invocable: bool = True,
     streaming: bool = False,
-    takes: dict[str, Any] | None = IN,
+    input_: dict[str, Any] | None = INPUT,
     output: dict[str, Any] | None = None,
     chunk: dict[str, Any] | None = None,
 ) -> AgentContract:
@@ -27,28 +27,28 @@ def contract(
         SPEC,
         invocable=invocable,
         streaming=streaming,
-        input_schema=takes,
+        input_schema=input_,
         output_schema=output,
         chunk_schema=chunk,
     )
 
 
 @pytest.mark.parametrize(
-    ("made", "streaming", "schemas", "own"),
+    ("declared", "streaming", "schemas", "extension"),
     [
-        (contract(output=OUT), False, {"inputSchema": IN, "outputSchema": OUT}, {}),
-        (contract(), False, {"inputSchema": IN}, {}),
-        (contract(takes=None, output=OUT), False, {"outputSchema": OUT}, {}),
-        (contract(streaming=True, chunk=OUT), True, {"inputSchema": IN}, {"chunk_schema": OUT}),
-        (contract(output={}), False, {"inputSchema": IN, "outputSchema": {}}, {}),
+        (contract(output=OUTPUT), False, {"inputSchema": INPUT, "outputSchema": OUTPUT}, {}),
+        (contract(), False, {"inputSchema": INPUT}, {}),
+        (contract(input_=None, output=OUTPUT), False, {"outputSchema": OUTPUT}, {}),
+        (contract(streaming=True, chunk=OUTPUT), True, {"inputSchema": INPUT}, {"chunk_schema": OUTPUT}),
+        (contract(output={}), False, {"inputSchema": INPUT, "outputSchema": {}}, {}),
     ],
     ids=["responder", "no-output", "trigger", "streamer", "any-output"],
 )
-def test_the_document_is_the_protocols(
-    made: AgentContract, schemas: dict[str, Any], own: dict[str, Any], *, streaming: bool
+def test_a_document_has_exactly_the_keys_of_the_protocol(
+    declared: AgentContract, schemas: dict[str, Any], extension: dict[str, Any], *, streaming: bool
 ) -> None:
-    """The published document has the keys of protocol §4 and no others; what is not there is left out."""
-    document = json.loads(made.to_registry_json())
+    """The published document has the keys of protocol §4 and no others; missing schemas are omitted."""
+    document = json.loads(declared.to_registry_json())
     registered = document["x-agentmesh"].pop("registered_at")
     assert {
         "name": "nlp.a",
@@ -56,42 +56,45 @@ def test_the_document_is_the_protocols(
         "version": "2.0.0",
         "capabilities": {"streaming": streaming, "invocable": True},
         "skills": [{"id": "nlp.a", "name": "nlp.a", "description": "Does a.", "tags": ["x", "y"], **schemas}],
-        "x-agentmesh": {"subject": "mesh.agent.nlp.a", "tags": ["x", "y"], **own},
+        "x-agentmesh": {"subject": "mesh.agent.nlp.a", "tags": ["x", "y"], **extension},
     } == document
     assert registered.endswith("+00:00")
-    assert _BEGAN <= datetime.fromisoformat(registered) <= datetime.now(UTC)
+    assert _START <= datetime.fromisoformat(registered) <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize("mcp", [True, False, {"name": "tool"}])
 def test_mcp_is_published_when_it_is_set(mcp: dict[str, Any] | bool) -> None:
-    """`x-agentmesh.mcp` carries what was set, False included, and comes back."""
-    made = contract().model_copy(update={"mcp": mcp})
-    assert mcp == made.to_document()["x-agentmesh"]["mcp"]
-    assert mcp == AgentContract.from_document(made.to_registry_json().encode()).mcp
+    """`x-agentmesh.mcp` has the value, also False, and is decoded from the document."""
+    declared = contract().model_copy(update={"mcp": mcp})
+    assert mcp == declared.to_document()["x-agentmesh"]["mcp"]
+    assert mcp == AgentContract.from_document(declared.to_registry_json().encode()).mcp
 
 
 @pytest.mark.parametrize(
-    "made", [contract(output=OUT), contract(streaming=True, chunk=OUT), contract(takes=None)]
+    "declared", [contract(output=OUTPUT), contract(streaming=True, chunk=OUTPUT), contract(input_=None)]
 )
-def test_a_contract_is_read_as_it_was_published(made: AgentContract) -> None:
-    """Writing and reading a contract loses nothing."""
-    assert made.model_dump() == AgentContract.from_document(made.to_registry_json().encode()).model_dump()
+def test_a_contract_round_trips(declared: AgentContract) -> None:
+    """A contract is decoded as it was encoded."""
+    assert (
+        declared.model_dump()
+        == AgentContract.from_document(declared.to_registry_json().encode()).model_dump()
+    )
 
 
-def test_missing_keys_have_the_protocols_defaults() -> None:
-    """A document of a name alone is an invocable agent that does not stream."""
-    read = AgentContract.from_document(b'{"name":"a.b"}')
+def test_missing_keys_have_the_defaults_of_the_protocol() -> None:
+    """A document with nothing but a name is an invocable agent that does not stream."""
+    decoded = AgentContract.from_document(b'{"name":"a.b"}')
     assert (True, False, "mesh.agent.a.b", "0.1.0", "", [], None, None, None, None) == (
-        read.invocable,
-        read.streaming,
-        read.subject,
-        read.version,
-        read.description,
-        read.tags,
-        read.input_schema,
-        read.output_schema,
-        read.chunk_schema,
-        read.mcp,
+        decoded.invocable,
+        decoded.streaming,
+        decoded.subject,
+        decoded.version,
+        decoded.description,
+        decoded.tags,
+        decoded.input_schema,
+        decoded.output_schema,
+        decoded.chunk_schema,
+        decoded.mcp,
     )
 
 
@@ -102,24 +105,29 @@ def test_missing_keys_have_the_protocols_defaults() -> None:
 def test_a_missing_capability_has_its_default(
     capabilities: dict[str, bool], *, invocable: bool, streaming: bool
 ) -> None:
-    """Each capability is defaulted by itself."""
-    read = AgentContract.from_document(json.dumps({"name": "a", "capabilities": capabilities}).encode())
-    assert (invocable, streaming) == (read.invocable, read.streaming)
+    """Each capability has its own default."""
+    decoded = AgentContract.from_document(json.dumps({"name": "a", "capabilities": capabilities}).encode())
+    assert (invocable, streaming) == (decoded.invocable, decoded.streaming)
 
 
 def test_unknown_keys_are_ignored() -> None:
-    """A newer peer's keys, at every level, are no reason to fail."""
-    document = contract(output=OUT).to_document()
+    """Keys of later versions of the protocol are ignored, at every level."""
+    document = contract(output=OUTPUT).to_document()
     for level in (document, document["capabilities"], document["skills"][0], document["x-agentmesh"]):
-        level["of-tomorrow"] = {"x": [1]}
-    read = AgentContract.from_document(json.dumps(document).encode())
-    assert ("nlp.a", IN, OUT, ["x", "y"]) == (read.name, read.input_schema, read.output_schema, read.tags)
+        level["unknown"] = {"x": [1]}
+    decoded = AgentContract.from_document(json.dumps(document).encode())
+    assert ("nlp.a", INPUT, OUTPUT, ["x", "y"]) == (
+        decoded.name,
+        decoded.input_schema,
+        decoded.output_schema,
+        decoded.tags,
+    )
 
 
-def test_tags_are_found_on_the_skill_too() -> None:
-    """A peer that writes tags only on the skill has tags."""
-    read = AgentContract.from_document(b'{"name":"a","skills":[{"tags":["t"]}]}')
-    assert ["t"] == read.tags
+def test_tags_of_the_skill_are_decoded() -> None:
+    """Tags are decoded also from a document that has them only in its skill."""
+    decoded = AgentContract.from_document(b'{"name":"a","skills":[{"tags":["t"]}]}')
+    assert ["t"] == decoded.tags
 
 
 @pytest.mark.parametrize(
@@ -131,8 +139,8 @@ def test_tags_are_found_on_the_skill_too() -> None:
         b"\xff", b"[" * 2000, b'{"name":"a","x-agentmesh":{"registered_at":1e400}}',
     ],
 )  # fmt: skip
-def test_what_is_no_contract_is_a_mesh_error_that_shows_it(document: bytes) -> None:
-    """A peer's broken document is a MeshError with its beginning."""
+def test_a_malformed_contract_is_quoted(document: bytes) -> None:
+    """A malformed document raises a MeshError that quotes its beginning."""
     with pytest.raises(MeshError, match="malformed contract") as caught:
         AgentContract.from_document(document)
     assert repr(document[:120]) in caught.value.message
@@ -140,8 +148,8 @@ def test_what_is_no_contract_is_a_mesh_error_that_shows_it(document: bytes) -> N
 
 PUBLISHER = "is a publisher and cannot be {}. Subscribe to its events instead"
 TASK = "is a background task and cannot be {}"
-# what an agent is: invocable, streaming
-SHAPES = {
+# For each kind of agent: whether it is invocable, and whether it streams.
+KINDS = {
     "responder": (True, False),
     "streamer": (True, True),
     "publisher": (False, True),
@@ -150,7 +158,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(
-    ("verb", "shape", "suffix"),
+    ("verb", "kind", "suffix"),
     [
         ("call", "publisher", PUBLISHER.format("called")),
         ("call", "watcher", TASK.format("called")),
@@ -165,16 +173,16 @@ SHAPES = {
         ("subscribe", "watcher", "is a background task and does not publish events"),
     ],
 )
-def test_a_wrong_verb_is_refused_in_the_protocols_words(verb: Verb, shape: str, suffix: str) -> None:
-    """Tools match on these texts, so each is exactly that of protocol §7."""
-    invocable, streaming = SHAPES[shape]
+def test_a_wrong_verb_is_rejected_with_the_text_of_the_protocol(verb: Verb, kind: str, suffix: str) -> None:
+    """The error has exactly the text of protocol §7, since tools match these texts."""
+    invocable, streaming = KINDS[kind]
     with pytest.raises(InvocationMismatch) as caught:
         contract(invocable=invocable, streaming=streaming).check_verb(verb)
     assert (f"Agent 'nlp.a' {suffix}", "nlp.a") == (caught.value.message, caught.value.agent)
 
 
 @pytest.mark.parametrize(
-    ("verb", "shape"),
+    ("verb", "kind"),
     [
         ("call", "responder"),
         ("stream", "streamer"),
@@ -183,14 +191,14 @@ def test_a_wrong_verb_is_refused_in_the_protocols_words(verb: Verb, shape: str, 
         ("subscribe", "publisher"),
     ],
 )
-def test_the_right_verb_passes(verb: Verb, shape: str) -> None:
-    """Each shape has its verbs, and they raise nothing."""
-    invocable, streaming = SHAPES[shape]
+def test_a_matching_verb_is_accepted(verb: Verb, kind: str) -> None:
+    """The verbs of each kind of agent raise no error."""
+    invocable, streaming = KINDS[kind]
     contract(invocable=invocable, streaming=streaming).check_verb(verb)
 
 
-def test_a_catalog_entry_has_exactly_the_protocols_keys() -> None:
-    """Name, description, version, tags, invocable, streaming: an entry is these six."""
+def test_a_catalog_entry_has_exactly_the_keys_of_the_protocol() -> None:
+    """An entry has name, description, version, tags, invocable and streaming, and no other key."""
     expected = {
         "name": "nlp.a", "description": "Does a.", "version": "2.0.0", "tags": ["x", "y"],
         "invocable": True, "streaming": True,
@@ -199,28 +207,28 @@ def test_a_catalog_entry_has_exactly_the_protocols_keys() -> None:
     assert [expected] == json.loads(entries)
 
 
-def test_a_document_is_json_that_everybody_reads() -> None:
-    """A default of NaN in a schema is not published as `NaN`, which is no JSON."""
-    document = contract(takes=IN | {"default": math.nan}).to_registry_json()
+def test_a_document_is_strict_json() -> None:
+    """A default of NaN in a schema is not published as `NaN`, which is not JSON."""
+    document = contract(input_=INPUT | {"default": math.nan}).to_registry_json()
     assert "NaN" not in document
     assert document == json.dumps(json.loads(document), separators=(",", ":"))
 
 
 def test_an_empty_catalog_is_an_array() -> None:
-    """Without agents the key holds `[]`."""
+    """A catalog without agents is encoded as `[]`."""
     assert b"[]" == encode_catalog([])
 
 
 @pytest.mark.parametrize(
     "document", [None, b"", b"[]", b"{}", b"oops", b"null", b"\xff", b"[" * 2000, b"[5]"]
 )
-def test_a_catalog_that_is_none_has_no_entries(document: bytes | None) -> None:
-    """Whatever stands in the catalog's key, reading it gives a list."""
+def test_a_malformed_catalog_has_no_entries(document: bytes | None) -> None:
+    """A missing, empty or malformed catalog is decoded as an empty list."""
     assert [] == decode_catalog(document)
 
 
-def test_one_bad_catalog_entry_does_not_hide_the_others() -> None:
-    """What is no entry is left out, and the rest stays, in order, with defaults for missing keys."""
+def test_a_malformed_catalog_entry_is_skipped() -> None:
+    """The other entries are decoded in order, with defaults for missing keys."""
     document = (
         b'[{"name":"a"},{"nome":"b"},5,null,{"name":"c","tags":5},{"name":"d","streaming":true,"new":1}]'
     )

@@ -1,4 +1,4 @@
-"""Folders of modules on disk, loaded without a server, or served by a host."""
+"""Fixtures for modules on disk that are loaded without a server, or served by a host."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,13 @@ from openagentmesh.runtime.reload.changes import Changes
 from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.connection import Target
 
-from tests.support.host_bench import Bench
+from tests.support.host_bench import Bench, Ledger
 from tests.support.modules import NO_SERVER, Configure, Load, write
 
 
 @pytest.fixture(autouse=True)
 def _fresh_modules() -> Iterator[None]:
-    """What one test imported, the next one does not find."""
+    """Remove managed modules and import hooks after each test."""
     before, finders = set(sys.modules), list(sys.meta_path)
     yield
     for name in set(sys.modules) - before:
@@ -32,26 +32,29 @@ def _fresh_modules() -> Iterator[None]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Iterator[Load]:
-    """Write files below `agents/` and load what is there, or what a config says.
+    """Loads the modules of a config, or the files of `agents/` after it has written these.
 
-    Gives the modules by their shown names, those below `agents/` without that.
+    Returns the modules by their display names, without `agents/`.
     """
     loaders = []
 
     def load_(
-        what: Mapping[str, str] | Config, *, settings: Mapping[str, dict[str, Any]] | None = None
+        source: Mapping[str, str] | Config, *, settings: Mapping[str, dict[str, Any]] | None = None
     ) -> dict[str, Module]:
-        if not isinstance(what, Config):
-            write(tmp_path / "agents", what)
-            what = Config(folder=tmp_path.resolve(), host=HostSection(agents=["agents"], entry_points=False))
-        what = what.model_copy(update={"settings": dict(settings or {})})
+        if isinstance(source, Config):
+            config = source
+        else:
+            write(tmp_path / "agents", source)
+            section = HostSection(agents=["agents"], entry_points=False)
+            config = Config(folder=tmp_path.resolve(), host=section)
+        config = config.model_copy(update={"settings": dict(settings or {})})
         node = Node(Target(NO_SERVER), "0" * 32)
-        loader = Loader(node, what)
+        loader = Loader(node, config)
         loaders.append(loader)
         reloader = Reloader(
-            loader, node, Changes(loader.imports, None, lambda: what), what, lambda agent, _: agent
+            loader, node, Changes(loader.imports, None, lambda: config), config, lambda agent, _: agent
         )
-        reloader.load_all(find_origins(what))
+        reloader.load_all(find_origins(config))
         return {module.origin.display_name.removeprefix("agents/"): module for module in reloader.modules}
 
     yield load_
@@ -63,7 +66,15 @@ def load(tmp_path: Path) -> Iterator[Load]:
 def bench(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Bench:
-    """A host of these files, which share the module `ledger` with their test."""
-    made = Bench(configure, mesh, name, tmp_path.resolve())
-    monkeypatch.setitem(sys.modules, "ledger", made.ledger)
-    return made
+    """A folder of agent files and its host; the files share the module `ledger` with the test."""
+    created = Bench(configure, mesh, name, tmp_path.resolve())
+    monkeypatch.setitem(sys.modules, "ledger", created.ledger)
+    return created
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """A module that agent files import as `ledger`, and share with the test and with their other versions."""
+    created = Ledger()
+    monkeypatch.setitem(sys.modules, "ledger", created)
+    return created

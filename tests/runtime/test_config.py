@@ -1,4 +1,4 @@
-"""mesh.toml: what may stand in it, and one message for all that may not."""
+"""Reading mesh.toml: valid keys and values, and one error message for all invalid ones."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ Read = Callable[..., Config]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Read a text as mesh.toml."""
+    """Reads a text as mesh.toml."""
 
     def read_(text: str | bytes, environ: Mapping[str, str] | None = None) -> Config:
         file = tmp_path / "mesh.toml"
@@ -23,8 +23,8 @@ def read(tmp_path: Path) -> Read:
     return read_
 
 
-def problems(read: Read, text: str | bytes, environ: Mapping[str, str] | None = None) -> list[str]:
-    """The lines of the one message, without its first, which names the file."""
+def errors_in(read: Read, text: str | bytes, environ: Mapping[str, str] | None = None) -> list[str]:
+    """The lines of the error message, without the first one, which names the file."""
     with pytest.raises(ConfigError) as caught:
         read(text, environ)
     first, *lines = caught.value.message.splitlines()
@@ -32,13 +32,13 @@ def problems(read: Read, text: str | bytes, environ: Mapping[str, str] | None = 
     return [line.strip() for line in lines]
 
 
-def test_an_empty_file_is_all_defaults(read: Read, tmp_path: Path) -> None:
-    """Nothing has to stand in mesh.toml."""
+def test_an_empty_file_has_all_defaults(read: Read, tmp_path: Path) -> None:
+    """No key of mesh.toml is required."""
     assert Config(folder=tmp_path.resolve()) == read("")
 
 
-def test_everything_that_api_md_shows_is_read(read: Read) -> None:
-    """A whole mesh.toml arrives in the sections of the config."""
+def test_all_documented_keys_are_read(read: Read) -> None:
+    """A complete mesh.toml is read into the sections of the config."""
     config = read(
         """
         [mesh]
@@ -97,8 +97,8 @@ def test_everything_that_api_md_shows_is_read(read: Read) -> None:
     assert [False, True, True] == [config.is_enabled(name) for name in ("off", "nlp.summarizer", "x")]
 
 
-def test_limits_are_defaulted_one_by_one(read: Read) -> None:
-    """An agent's limit is its own, else `[limits]`', else the built-in one, each by itself."""
+def test_each_limit_has_its_own_default(read: Read) -> None:
+    """Each limit is the agent's own one, or else that of `[limits]`, or else the built-in one."""
     config = read("[limits]\nqueue = 7\n[agents.a]\ntimeout = 2.5\n[agents.b]\nconcurrency = 1\nqueue = 0")
     default = DEFAULT_LIMITS
     assert Limits(default.concurrency, 7, 2.5) == config.limits_of("a")
@@ -107,7 +107,7 @@ def test_limits_are_defaulted_one_by_one(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("text", "error"),
     [
         ("[host]\nnaem = 'x'", "host.naem: unknown key; did you mean 'name'?"),
         ("[hots]\nname = 'x'", "hots: unknown key; did you mean 'host'?"),
@@ -123,9 +123,9 @@ def test_limits_are_defaulted_one_by_one(read: Read) -> None:
         ("[agents.enabled]\nqueu = 1", "agents.enabled.queu: unknown key; did you mean 'queue'?"),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest_known_one(read: Read, text: str, problem: str) -> None:
-    """The message has the key's whole path and a key that exists there, whatever an agent is called."""
-    assert [problem] == problems(read, text)
+def test_an_unknown_key_is_an_error_with_a_suggestion(read: Read, text: str, error: str) -> None:
+    """The error has the key's full path and the most similar key there, or all of them."""
+    assert [error] == errors_in(read, text)
 
 
 @pytest.mark.parametrize(
@@ -152,20 +152,18 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(read: Read, text: st
         ("[settings]\nx = 5", "settings.x", "a table, [settings.x]", "5"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_expected_and_found(
-    read: Read, text: str, key: str, expected: str, found: str
-) -> None:
-    """The one line has the key as it stands in the file, the expected type or range, and the value."""
-    (line,) = problems(read, text)
+def test_an_invalid_value_is_an_error(read: Read, text: str, key: str, expected: str, found: str) -> None:
+    """The error is one line with the key as in the file, the expected type or range, and the value."""
+    (line,) = errors_in(read, text)
     assert line.startswith(f"{key}: ")
     assert line.endswith(f"found {found}")
     assert expected in line
 
 
 @pytest.mark.parametrize("name", ["nlp.summarizer", "a.b.c"])
-def test_an_agents_name_that_is_not_quoted(read: Read, name: str) -> None:
-    """A dotted name that TOML takes for tables within tables is shown as it has to be written."""
-    (line,) = problems(read, f"[agents.{name}]\nqueue = 1")
+def test_an_unquoted_agent_name_is_an_error(read: Read, name: str) -> None:
+    """A dotted name that TOML reads as nested tables is shown in quotes, as it has to be written."""
+    (line,) = errors_in(read, f"[agents.{name}]\nqueue = 1")
     assert line.endswith(f'quote the name of an agent: [agents."{name}"]')
 
 
@@ -182,24 +180,24 @@ def test_an_agents_name_that_is_not_quoted(read: Read, name: str) -> None:
         ),
     ],
 )
-def test_a_restart_pause_above_its_own_bound(
+def test_a_restart_pause_above_its_maximum_is_an_error(
     read: Read, text: str, key: str, pauses: tuple[str, str]
 ) -> None:
-    """The first pause may not be longer than the longest; the message has the key that was set and both."""
-    (line,) = problems(read, text)
+    """The error has the key that was set and both values."""
+    (line,) = errors_in(read, text)
     assert line.startswith(
         f"{key}: restart_pause ({pauses[0]}) is longer than its maximum, restart_pause_max ({pauses[1]})"
     )
 
 
-def test_an_inherited_restart_pause_is_told_once(read: Read) -> None:
-    """An agent that only inherits the pauses of `[limits]` is no problem of its own, equal ones are none."""
-    assert 1 == len(problems(read, "[limits]\nrestart_pause = 100\n[agents.x]\nqueue = 1"))
+def test_an_inherited_restart_pause_is_reported_once(read: Read) -> None:
+    """An agent that inherits invalid pauses of `[limits]` is no further error; equal pauses are valid."""
+    assert 1 == len(errors_in(read, "[limits]\nrestart_pause = 100\n[agents.x]\nqueue = 1"))
     assert 2 == read("[limits]\nrestart_pause = 2\nrestart_pause_max = 2").limits.restart_pause
 
 
-def test_settings_that_nobody_reads(read: Read) -> None:
-    """A table of `[settings]` without a module of its name is told with the nearest name there is."""
+def test_settings_without_a_module_are_reported(read: Read) -> None:
+    """A table of `[settings]` that matches no module is reported with the most similar module."""
     config = read("[settings.echo]\n[settings.sumarizer]\nx = 1\n[settings.'zz z']")
     assert [
         "mesh.toml has [settings.sumarizer], but there is no module 'sumarizer'; did you mean 'summarizer'?",
@@ -209,15 +207,15 @@ def test_settings_that_nobody_reads(read: Read) -> None:
 
 
 @pytest.mark.parametrize("value", ["'foo'", "5", "['a', 5]", "{}"])
-def test_a_key_of_two_types_is_named_as_it_stands_in_the_file(read: Read, value: str) -> None:
-    """`entry_points`, true, false or a list, is never called by the name of one of its types."""
-    lines = problems(read, f"[host]\nentry_points = {value}")
+def test_an_error_of_a_union_names_the_key_only(read: Read, value: str) -> None:
+    """Errors of `entry_points`, a boolean or a list, do not name one of its types as part of the key."""
+    lines = errors_in(read, f"[host]\nentry_points = {value}")
     assert lines
     assert all(line.startswith(("host.entry_points: ", "host.entry_points[1]: ")) for line in lines), lines
 
 
-def test_variables_are_filled_in_everywhere(read: Read) -> None:
-    """`${NAME}` and `${NAME:-default}` work in any text, at any depth, also for numbers."""
+def test_variables_are_replaced_in_all_values(read: Read) -> None:
+    """`${NAME}` and `${NAME:-default}` are replaced in any text, at any depth, also for numbers."""
     config = read(
         """
         [mesh]
@@ -235,57 +233,57 @@ def test_variables_are_filled_in_everywhere(read: Read) -> None:
     assert {"list": ["h", {"x": ""}], "plain": "$HOST {HOST} $${}", "set": "h"} == config.settings["a"]
 
 
-def test_a_missing_variable_is_named_with_its_key(read: Read) -> None:
-    """Every variable that is not set is told, each with the path of its key and both remedies."""
+def test_a_missing_variable_is_an_error_with_its_key(read: Read) -> None:
+    """Every variable that is not set is reported, with the path of its key and both solutions."""
     assert [
         "mesh.creds: the variable CREDS is not set; set it, or write ${CREDS:-default}",
         "settings.a.keys[1]: the variable KEY is not set; set it, or write ${KEY:-default}",
-    ] == problems(read, "[mesh]\ncreds = '${CREDS}'\n[settings.a]\nkeys = ['x', '${KEY}']")
+    ] == errors_in(read, "[mesh]\ncreds = '${CREDS}'\n[settings.a]\nkeys = ['x', '${KEY}']")
 
 
-def test_all_problems_stand_in_one_message(read: Read) -> None:
-    """Unknown keys, wrong values and missing variables are told at once, not one a start."""
+def test_all_errors_are_in_one_message(read: Read) -> None:
+    """Unknown keys, invalid values and missing variables are reported together."""
     text = "[server]\nprot = 1\nport = 'x'\n[mesh]\nurl = '${NO}'\n[limits]\nqueue = -1\n[hots]"
-    keys = sorted(line.partition(":")[0] for line in problems(read, text))
+    keys = sorted(line.partition(":")[0] for line in errors_in(read, text))
     assert ["hots", "limits.queue", "mesh.url", "server.port", "server.prot"] == keys
 
 
 @pytest.mark.parametrize("text", ["[host", "a = ", "a = 1\na = 2", b"\xff\xfe", b"a = '\xe9'"])
-def test_what_is_no_toml_is_told_with_the_file(read: Read, text: str | bytes) -> None:
-    """A syntax error, and a file that is no UTF-8, name the file."""
+def test_invalid_toml_is_an_error_with_the_file(read: Read, text: str | bytes) -> None:
+    """A syntax error and a file that is not UTF-8 name the file."""
     with pytest.raises(ConfigError, match=r"mesh\.toml is not TOML: "):
         read(text)
 
 
-def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
-    """The message names the file and how to say where it is; a folder is no file either."""
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    """The error names the file and the option `--config`; a folder is no file either."""
     with pytest.raises(ConfigError, match=r"other\.toml cannot be read: .*--config"):
         load_config(tmp_path / "other.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
 
 
-def test_without_a_file_everything_is_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder without mesh.toml the host starts with defaults, from that folder on."""
+def test_the_default_file_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without mesh.toml in the working directory the config has defaults for that folder."""
     monkeypatch.chdir(tmp_path)
     assert Config(folder=tmp_path) == load_config()
     (tmp_path / "mesh.toml").write_text("[host]\nname = 'found'")
     assert "found" == load_config().host.name
 
 
-def test_relative_paths_start_at_the_files_folder(
+def test_paths_are_relative_to_the_folder_of_the_file(
     read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path means the same from wherever the host is started; absolute and home paths stay."""
+    """The working directory does not matter; absolute paths and `~` are unchanged."""
     monkeypatch.chdir("/")
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/home/user")
     config = read("")
-    assert [str(tmp_path.resolve() / "host.creds"), "/etc/x.creds", "/home/somebody/x", None, None] == [
+    assert [str(tmp_path.resolve() / "host.creds"), "/etc/x.creds", "/home/user/x", None, None] == [
         config.path(text) for text in ("host.creds", "/etc/x.creds", "~/x", "", None)
     ]
 
 
-def test_a_config_cannot_be_changed(read: Read) -> None:
-    """Nobody turns a knob behind the host's back: a config is frozen."""
+def test_a_config_is_immutable(read: Read) -> None:
+    """An assignment to a field of a config is an error."""
     with pytest.raises(ValidationError, match="frozen"):
         read("").host.name = "other"

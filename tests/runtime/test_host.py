@@ -1,4 +1,4 @@
-"""The host: what it serves, what it refuses, and what it leaves behind."""
+"""Starting and stopping a host: what it serves, which modules fail, and its status."""
 
 import json
 import logging
@@ -17,17 +17,18 @@ from openagentmesh.runtime.config import (
     ServerSection,
 )
 
-from tests.support.modules import MESH, Configure, agent, write
+from tests.support.modules import MESH, NO_SERVER, Configure, agent, write
 
 
-def served(host: Host) -> list[str]:
+def served_agents(host: Host) -> list[str]:
+    """The names of the agents of a host."""
     return [found.name for found in host.agents]
 
 
-async def test_a_host_serves_files_packages_and_settings(
+async def test_a_host_serves_files_and_packages_with_settings(
     configure: Configure, mesh: AgentMesh, name: str
 ) -> None:
-    """Agents of all modules are called by name while the host is up, and are gone after it."""
+    """Agents of all modules can be called while the host runs, and are not in the catalog afterwards."""
     source = f"from pydantic import BaseModel\n{MESH}class S(BaseModel):\n    word: str = 'no'\n"
     source += "s = mesh.settings(S)\n"
     config = configure(
@@ -38,14 +39,14 @@ async def test_a_host_serves_files_packages_and_settings(
         settings={"a": {"word": "yes"}},
     )
     async with Host(config) as host:
-        assert [f"{name}.a", f"{name}.p"] == served(host)
+        assert [f"{name}.a", f"{name}.p"] == served_agents(host)
         assert ["yes", 2] == [await mesh.call(f"{name}.a", {}), await mesh.call(f"{name}.p", {})]
     assert [] == await mesh.catalog(channel=name)
-    assert [] == served(host)
+    assert [] == served_agents(host)
 
 
-async def test_agents_of_one_host_call_each_other(configure: Configure, mesh: AgentMesh, name: str) -> None:
-    """A hosted module's mesh is the host's, so its verbs work in handlers."""
+async def test_agents_of_a_host_call_each_other(configure: Configure, mesh: AgentMesh, name: str) -> None:
+    """In handlers a module's mesh uses the connection of the host."""
     files = {
         "a.py": MESH + agent(f"{name}.a", f"await mesh.call('{name}.b', {{}}) + 1"),
         "b.py": MESH + agent(f"{name}.b", "1"),
@@ -54,33 +55,33 @@ async def test_agents_of_one_host_call_each_other(configure: Configure, mesh: Ag
         assert 2 == await mesh.call(f"{name}.a", {})
 
 
-async def test_a_failing_module_leaves_the_others_serving(
+async def test_a_failed_module_does_not_affect_others(
     configure: Configure, mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The host is up with the rest; what failed is in the log with its traceback, and in `describe`."""
-    half = MESH + agent(f"{name}.half") + "\nundefined_name\n"
-    async with Host(configure({"a.py": half, "b.py": MESH + agent(f"{name}.b")})) as host:
-        assert [f"{name}.b"] == served(host)
+    """The error is in the log with its traceback, and in the status with file and line."""
+    incomplete = MESH + agent(f"{name}.incomplete") + "\nundefined_name\n"
+    async with Host(configure({"a.py": incomplete, "b.py": MESH + agent(f"{name}.b")})) as host:
+        assert [f"{name}.b"] == served_agents(host)
         assert "ok" == await mesh.call(f"{name}.b", {})
         with pytest.raises(NotFound):
-            await mesh.call(f"{name}.half", {})
-        failed, fine = host.status().modules
+            await mesh.call(f"{name}.incomplete", {})
+        failed, working = host.status().modules
     assert ("agents/a.py", "failed", 0, "NameError: name 'undefined_name' is not defined") == (
         failed.origin, failed.state, failed.agents, failed.error,
     )  # fmt: skip
     assert failed.line.endswith("agents/a.py:8")
     assert ("agents/b.py", "serving", 1, "") == (
-        fine.origin, fine.state, fine.agents, fine.error,
+        working.origin, working.state, working.agents, working.error,
     )  # fmt: skip
-    (logged,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    [logged] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert "agents/a.py failed to load: NameError" in logged
     assert "Traceback" in logged
 
 
-async def test_a_name_claimed_twice_belongs_to_the_first(
+async def test_a_duplicate_agent_name_fails_the_later_module(
     configure: Configure, mesh: AgentMesh, name: str
 ) -> None:
-    """The later module is refused whole, and the message names agent, both files and the remedy."""
+    """No agent of the later module serves, and the error names the agent and both places."""
     files = {
         "a.py": MESH + agent(name, "'first'"),
         "b.py": MESH + agent(f"{name}.other") + agent(name, "'second'"),
@@ -88,7 +89,7 @@ async def test_a_name_claimed_twice_belongs_to_the_first(
     }
     config = configure(files)
     async with Host(config) as host:
-        assert [name, f"{name}.c"] == served(host)
+        assert [name, f"{name}.c"] == served_agents(host)
         assert "first" == await mesh.call(name, {})
         second = host.modules[1]
     folder = config.folder / "agents"
@@ -102,7 +103,7 @@ async def test_a_name_claimed_twice_belongs_to_the_first(
 async def test_a_strict_host_does_not_start_with_a_failed_module(
     configure: Configure, mesh: AgentMesh, name: str
 ) -> None:
-    """`strict` names every failed module with file and line, and nothing was served meanwhile."""
+    """The error names every failed module with file and line, and no agent was served."""
     files = {
         "a.py": "import no_such_package\n",
         "b.py": MESH + agent(name),
@@ -118,33 +119,33 @@ async def test_a_strict_host_does_not_start_with_a_failed_module(
     for part in ("agents/a.py: ModuleNotFoundError", "a.py:1)", "agents/c.py: ZeroDivisionError", "c.py:2)"):
         assert part in message
     assert f"agents/d.py: agent '{name}' is declared twice" in message
-    assert [] == served(host)
+    assert [] == served_agents(host)
     assert [] == await mesh.catalog(channel=name)
 
 
-async def test_a_strict_host_starts_when_all_is_well(configure: Configure, name: str) -> None:
-    """`strict` alone stops nothing."""
+async def test_a_strict_host_starts_without_failed_modules(configure: Configure, name: str) -> None:
+    """`strict` alone prevents no start."""
     async with Host(configure({"a.py": MESH + agent(name)}, host={"strict": True})) as host:
-        assert [name] == served(host)
+        assert [name] == served_agents(host)
 
 
-async def test_an_agent_that_is_not_enabled_is_not_served(
+async def test_a_disabled_agent_is_not_served(
     configure: Configure, mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`[agents.x] enabled = false` keeps one agent of a module off; one that nobody declares is a warning."""
+    """`enabled = false` disables one agent of a module; settings of an unknown agent are a warning."""
     config = configure(
         {"a.py": MESH + agent(f"{name}.on") + agent(f"{name}.off")},
         agents={f"{name}.off": AgentSection(enabled=False), f"{name}.typo": AgentSection(queue=1)},
     )
     async with Host(config) as host:
-        assert [f"{name}.on"] == served(host)
+        assert [f"{name}.on"] == served_agents(host)
         assert [f"{name}.on"] == [entry.name for entry in await mesh.catalog(channel=name)]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [f'mesh.toml has [agents."{name}.typo"], but no loaded module declares that agent'] == warnings
 
 
-async def test_limits_of_the_config_reach_the_agents(configure: Configure, name: str) -> None:
-    """Each agent has `[limits]` with its own changes."""
+async def test_agents_have_the_limits_of_the_config(configure: Configure, name: str) -> None:
+    """Each agent has the values of `[limits]`, overridden by those of its own section."""
     config = configure(
         {"a.py": MESH + agent(f"{name}.a") + agent(f"{name}.b")},
         limits=LimitsSection(concurrency=3, queue=4, timeout=5, restart_pause=1, restart_pause_max=2),
@@ -156,29 +157,29 @@ async def test_limits_of_the_config_reach_the_agents(configure: Configure, name:
     assert {f"{name}.a": common | {"queue": 4}, f"{name}.b": common | {"queue": 9}} == limits
 
 
-async def test_what_a_host_tells_of_itself_is_json(configure: Configure, mesh: AgentMesh, name: str) -> None:
-    """`describe` is plain JSON with host, process, modules, agents and connection."""
+async def test_the_status_is_json(configure: Configure, mesh: AgentMesh, name: str) -> None:
+    """The status has host, process, modules, agents and connection as JSON."""
     config = configure({"a.py": MESH + agent(name), "b.py": "1/0"}, host={"name": "dev"})
     async with Host(config) as host:
         await mesh.call(name, {})
-        told = json.loads(host.status().model_dump_json())
-    assert ("dev", os.getpid(), None) == (told["host"], told["pid"], told["embedded_server"])
-    (only,) = told["agents"]
-    assert (name, 1, 0) == (only["name"], only["requests"], only["errors"])
-    assert only["source"].endswith("agents/a.py:4")
-    assert mesh.url == told["connection"]["url"]
-    assert ["failed", "serving"] == sorted(module["state"] for module in told["modules"])
+        status = json.loads(host.status().model_dump_json())
+    assert ("dev", os.getpid(), None) == (status["host"], status["pid"], status["embedded_server"])
+    [served] = status["agents"]
+    assert (name, 1, 0) == (served["name"], served["requests"], served["errors"])
+    assert served["source"].endswith("agents/a.py:4")
+    assert mesh.url == status["connection"]["url"]
+    assert ["failed", "serving"] == sorted(module["state"] for module in status["modules"])
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_host_is_named_after_its_config_or_its_folder(tmp_path: Path, *, named: bool) -> None:
-    """`[host] name`, else the folder of mesh.toml."""
-    config = Config(folder=tmp_path / "shop", host=HostSection(name="dev" if named else ""))
-    assert ("dev" if named else "shop") == Host(config).name
+@pytest.mark.parametrize("has_name", [True, False], ids=["configured", "default"])
+def test_the_default_name_of_a_host_is_that_of_its_folder(tmp_path: Path, *, has_name: bool) -> None:
+    """The name is `[host] name`, or else the name of the folder of mesh.toml."""
+    config = Config(folder=tmp_path / "shop", host=HostSection(name="dev" if has_name else ""))
+    assert ("dev" if has_name else "shop") == Host(config).name
 
 
-async def test_without_a_url_the_host_brings_its_server(tmp_path: Path, name: str) -> None:
-    """An embedded server starts with the host and is gone with it."""
+async def test_without_a_url_the_host_starts_an_embedded_server(tmp_path: Path, name: str) -> None:
+    """The server runs as long as the host."""
     write(tmp_path / "agents", {"a.py": MESH + agent(name)})
     host = Host(
         Config(folder=tmp_path, server=ServerSection(port=0, store=""), host=HostSection(entry_points=False))
@@ -190,11 +191,11 @@ async def test_without_a_url_the_host_brings_its_server(tmp_path: Path, name: st
         assert (server := host.status().embedded_server) is not None
         assert host.server.pid == server.pid
         host.status().model_dump_json()
-    assert not alive(host.server.pid)
+    assert not is_alive(host.server.pid)
 
 
-async def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A server that was started for it is stopped, and imports are as they were."""
+async def test_a_failed_start_stops_the_server_and_restores_imports(tmp_path: Path) -> None:
+    """The embedded server is stopped, and the import hooks are removed."""
     write(tmp_path / "agents", {"a.py": "1/0\n"})
     section = HostSection(strict=True, entry_points=False)
     host = Host(Config(folder=tmp_path, server=ServerSection(port=0, store=""), host=section))
@@ -203,34 +204,32 @@ async def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         await host.start()
     assert host.server is not None
     assert host.server.pid > 0
-    assert not alive(host.server.pid)
+    assert not is_alive(host.server.pid)
     assert finders == sys.meta_path
 
 
-async def test_a_server_that_is_not_there_is_told_and_can_be_tried_again(
-    configure: Configure, name: str
-) -> None:
-    """ConnectionFailed names the address; another host of the same files starts afterwards."""
+async def test_a_start_without_a_server_fails_and_can_be_repeated(configure: Configure, name: str) -> None:
+    """`ConnectionFailed` names the address; a second host of the same files can start."""
     config = configure({"a.py": MESH + agent(name)})
-    nowhere = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": "nats://127.0.0.1:1"})})
+    unreachable = config.model_copy(update={"mesh": config.mesh.model_copy(update={"url": NO_SERVER})})
     finders = list(sys.meta_path)
     with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:1"):
-        await Host(nowhere).start()
+        await Host(unreachable).start()
     assert finders == sys.meta_path
     async with Host(config) as host:
-        assert [name] == served(host)
+        assert [name] == served_agents(host)
 
 
-async def test_a_missing_place_is_told_before_anything_starts(configure: Configure) -> None:
-    """A folder that mesh.toml names and that is not there stops the start, with its key."""
+async def test_a_missing_folder_fails_the_start(configure: Configure) -> None:
+    """A missing folder of `host.agents` is an error with its key."""
     with pytest.raises(ConfigError, match=r"host\.agents: 'nowhere/agents'"):
         await Host(configure({}, host={"agents": ["nowhere/agents"]})).start()
 
 
-async def test_two_modules_of_one_name_in_two_folders_serve(
+async def test_files_in_different_folders_may_have_the_same_name(
     configure: Configure, mesh: AgentMesh, name: str
 ) -> None:
-    """File names may repeat across folders; only agents' names may not."""
+    """Modules and helpers of equal names in two folders serve side by side."""
     source = "from _common import WORD\n" + MESH
     files = {
         "x/a.py": source + agent(f"{name}.x", "WORD"),
@@ -242,7 +241,8 @@ async def test_two_modules_of_one_name_in_two_folders_serve(
         assert ["x", "y"] == [await mesh.call(f"{name}.{letter}", {}) for letter in "xy"]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -19,18 +19,18 @@ from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 OAM = str(Path(sys.executable).with_name("oam"))
-# Where no server is.
+# An address without a server.
 UNREACHABLE = "nats://127.0.0.1:1"
 TIMEOUT_S = 20.0
-_KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 
-def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a command: no settings of the developer, and warnings are errors."""
-    kept = {key: os.environ[key] for key in _KEPT if key in os.environ}
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a command: without settings of the developer, and warnings are errors."""
+    kept = {key: os.environ[key] for key in _KEPT_VARIABLES if key in os.environ}
     # `mesh up` leaves its server running on purpose.
     warnings = "error,ignore::ResourceWarning:subprocess"
-    return kept | {"PYTHONWARNINGS": warnings, "COLUMNS": "400"} | dict(more or {})
+    return kept | {"PYTHONWARNINGS": warnings, "COLUMNS": "400"} | dict(extra or {})
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """Its output, decoded."""
+        """The output as JSON, decoded."""
         return json.loads(self.out)
 
 
@@ -96,7 +96,7 @@ class Process:
         return next((line.rstrip() for line in (*self.out, *self.err) if text in line), "")
 
     def wait_for_line(self, text: str) -> str:
-        """Wait for a line that contains `text`."""
+        """Wait for a line of output that contains `text`, and return it; fail without one."""
         deadline = time.monotonic() + TIMEOUT_S
         with self._changed:
             while not (found := self._find(text)) and time.monotonic() < deadline:
@@ -104,27 +104,27 @@ class Process:
                     break
                 self._changed.wait(0.1)
         if not found:
-            self.stop()
+            self.kill()
             raise AssertionError(f"no line with {text!r} in:\n{''.join(self.out + self.err)}")
         return found
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         self._process.send_signal(number)
 
     def finish(self, timeout: float = TIMEOUT_S) -> Result:
-        """Wait until it exits."""
+        """Wait until the process exits; kill it and fail when that takes longer than `timeout` seconds."""
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            self.stop()
+            self.kill()
             raise AssertionError(f"still running:\n{''.join(self.out + self.err)[-2000:]}") from None
         for reader in self._readers:
             reader.join()
         return Result(code, "".join(self.out), "".join(self.err))
 
-    def stop(self) -> None:
-        """Kill it."""
+    def kill(self) -> None:
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for reader in self._readers:
@@ -134,17 +134,17 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.kill()
 
 
 def oam(*arguments: str, cwd: Path, stdin_text: str = "", env: Mapping[str, str] | None = None) -> Result:
-    """Run a command."""
+    """Run a command until it exits."""
     with Process(*arguments, cwd=cwd, stdin_text=stdin_text, env=env) as process:
         return process.finish()
 
 
 def run_parallel(*commands: tuple[str, ...], cwd: Path, stdin_text: str = "") -> list[Result]:
-    """Run several commands at once."""
+    """Run several commands in parallel until all have exited."""
     with ExitStack() as stack:
         running = [
             stack.enter_context(Process(*command, cwd=cwd, stdin_text=stdin_text)) for command in commands
@@ -163,23 +163,23 @@ class Up(Process):
         self.url = found[0]
 
     def run(self, *arguments: str, stdin_text: str = "") -> Result:
-        """Run a command against it."""
+        """Run a command that connects to this host's server."""
         return oam(*arguments, "--url", self.url, cwd=self.folder, stdin_text=stdin_text)
 
     def run_all(self, *commands: tuple[str, ...]) -> list[Result]:
-        """Run several commands against it at once."""
+        """Run several commands that connect to this host's server in parallel."""
         return run_parallel(*[(*command, "--url", self.url) for command in commands], cwd=self.folder)
 
     @property
     def status(self) -> dict[str, Any]:
-        """Its status."""
+        """The status of this host, by `oam status --json`."""
         [host] = self.run("status", "--json").json
         assert isinstance(host, dict)
         return host
 
 
 def until(condition: Callable[[], bool], timeout: float = TIMEOUT_S) -> bool:
-    """Wait until a fact of the operating system is true; False if it is not in time."""
+    """Poll a condition until it is true; False if it is still false after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -189,19 +189,19 @@ def until(condition: Callable[[], bool], timeout: float = TIMEOUT_S) -> bool:
 
 
 def has_exited(pid: int) -> bool:
-    """Whether a process has exited, also when its parent has not waited for it."""
+    """Whether a process has exited, also if its parent has not waited for it yet."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:  # exited meanwhile, or a system without /proc: the next check decides
+    except OSError:  # it has exited since the check above, or this system has no /proc
         return False
 
 
 def is_closed(url: str) -> bool:
-    """Whether no server listens at an address."""
+    """Whether no server listens on the address of a URL."""
     parts = urlsplit(url)
     with socket.socket() as client:
         return client.connect_ex((parts.hostname, parts.port)) != 0
@@ -217,8 +217,6 @@ def free_port() -> int:
 
 
 SAMPLES = Path(__file__).parents[2] / "agents"
-
-
 FAILING = """
 from openagentmesh import AgentMesh, AgentSpec, MeshError
 
@@ -228,12 +226,10 @@ mesh = AgentMesh()
 async def fail(req: dict) -> str:
     raise ValueError("something odd")
 
-@mesh.agent(AgentSpec(name="quota", description="Fails with a code of its own."))
+@mesh.agent(AgentSpec(name="quota", description="Fails with an application-defined code."))
 async def quota(req: dict) -> str:
     raise MeshError("quota_used_up", "Try again tomorrow")
 """
-
-
 HOLDING = """
 import asyncio, sys
 from pathlib import Path
@@ -248,8 +244,6 @@ async def {name}(req: dict) -> str:
         await asyncio.sleep(0.01)
     return "held"
 """
-
-
 BROKEN = """from openagentmesh import AgentMesh
 
 raise ValueError("not today")
@@ -264,7 +258,7 @@ def write_project(
     broken: bool = False,
     toml: str = "",
 ) -> Path:
-    """A project: mesh.toml with a temporary server on a free port, and agents.
+    """Write mesh.toml, with a temporary server on a free port, and agents; returns the folder.
 
     Args:
         folder: The folder to create.
@@ -272,7 +266,7 @@ def write_project(
         holding: Names of agents that answer when a file exists, named by `until` in the request.
         failing: Whether to add the agents `fail` and `quota`.
         broken: Whether to add a module that cannot be imported.
-        toml: More of mesh.toml; its first lines belong to [host].
+        toml: More of mesh.toml; lines before its first table belong to [host].
     """
     agents = folder / "agents"
     agents.mkdir(parents=True)

@@ -7,7 +7,7 @@ from typing import Any
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.loader import Module
 
-# An address without a server, for hosts that never connect.
+# An address without a server, for nodes that never connect.
 NO_SERVER = "nats://127.0.0.1:1"
 MESH = "from openagentmesh import AgentMesh, AgentSpec\nmesh = AgentMesh()\n"
 WORD_PLUGIN = '''
@@ -21,7 +21,7 @@ class AgentSettings(BaseModel, extra="forbid"):
     free: bool = False
 
 class Word:
-    """Permits requests that carry the word in a header."""
+    """Permits requests that have the word in a header."""
 
     @hookimpl
     def mesh_settings(self):
@@ -33,18 +33,18 @@ class Word:
 
     @hookimpl
     def mesh_configure(self, settings):
-        if settings.word == "cursed":
-            raise ValueError("not this word")
+        if settings.word == "invalid":
+            raise ValueError("invalid word")
         self.word = settings.word
 
     @hookimpl
     def mesh_middleware(self, agent, settings):
-        if agent.name.endswith("unwatchable"):
-            raise LookupError("cannot watch this one")
+        if agent.name.endswith("unsupported"):
+            raise LookupError("unsupported agent")
         def middleware(inner):
             async def endpoint(call):
                 if not settings.free and call.headers.get("word") != self.word:
-                    raise PermissionDenied("say the word")
+                    raise PermissionDenied("the header 'word' is wrong")
                 return await inner(call)
             return endpoint
         return middleware

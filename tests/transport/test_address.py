@@ -1,4 +1,4 @@
-"""Where the server is when nobody says: the environment, then the nearest `.oam-url`."""
+"""The address and credentials when none are given: the environment, then the nearest `.oam-url`."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ URL = "nats://mesh.example.com:4222"
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, without the variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OAM_URL", raising=False)
     monkeypatch.delenv("OAM_CREDS", raising=False)
@@ -28,15 +29,16 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (f'# the team\'s server\nurl = "{URL}"\n', URL),
         ("", None),
     ],
+    ids=["url", "blanks", "without-scheme", "query", "toml", "comment", "empty"],
 )
-def test_what_a_file_may_hold(tmp_path: Path, text: str, url: str | None) -> None:
-    """A `.oam-url` holds a bare url or TOML, comments before it included; an empty one says nothing."""
+def test_a_file_contains_a_url_or_toml(tmp_path: Path, text: str, url: str | None) -> None:
+    """A `.oam-url` contains a bare url or TOML, also with comments; an empty one sets nothing."""
     (tmp_path / ".oam-url").write_text(text)
     assert Address(url) == address.nearest()
 
 
-def test_the_nearest_file_counts(tmp_path: Path) -> None:
-    """Going up from the folder, the first `.oam-url` is taken whole."""
+def test_the_nearest_file_is_used(tmp_path: Path) -> None:
+    """The first `.oam-url` from the folder upwards is used; it is not merged with those above."""
     (tmp_path / ".oam-url").write_text(f'url = "{URL}"\ncreds = "far.creds"\n')
     below = tmp_path / "a" / "b"
     below.mkdir(parents=True)
@@ -45,8 +47,8 @@ def test_the_nearest_file_counts(tmp_path: Path) -> None:
     assert Address("nats://near:4222") == address.nearest(below)
 
 
-def test_credentials_lie_beside_the_file(tmp_path: Path) -> None:
-    """A relative `creds` starts at the folder of its `.oam-url`, an absolute one stays."""
+def test_a_credentials_path_is_relative_to_the_file(tmp_path: Path) -> None:
+    """A relative `creds` starts at the folder of its `.oam-url`; an absolute one is unchanged."""
     file = tmp_path / ".oam-url"
     file.write_text('creds = "my.creds"\n')
     assert Address(None, str(tmp_path / "my.creds")) == address.nearest()
@@ -54,28 +56,30 @@ def test_credentials_lie_beside_the_file(tmp_path: Path) -> None:
     assert Address(None, "/etc/my.creds") == address.nearest()
 
 
-@pytest.mark.parametrize("content", [b"url = nonsense\n", b"url = \xff\n"])
-def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
-    """A file that is neither is named in the error."""
+@pytest.mark.parametrize("content", [b"url = nonsense\n", b"url = \xff\n"], ids=["not-toml", "not-utf8"])
+def test_an_unreadable_file_is_reported(tmp_path: Path, content: bytes) -> None:
+    """The error names a file that contains neither a url nor TOML."""
     (tmp_path / ".oam-url").write_bytes(content)
     with pytest.raises(ConnectionFailed, match=r"\.oam-url"):
         address.nearest()
 
 
 @pytest.mark.parametrize("creds", [None, "/home/me/my.creds", '/home/a "b"/c\\d.creds'])
-def test_what_is_written_is_read(tmp_path: Path, creds: str | None) -> None:
-    """`write` leaves what `nearest` reads, whatever the path of the credentials."""
+def test_a_written_file_can_be_read(tmp_path: Path, creds: str | None) -> None:
+    """`nearest` reads what `write` has written, with any path of the credentials."""
     address.write(tmp_path, URL, creds)
     assert Address(URL, creds) == address.nearest()
 
 
-def test_a_url_alone_is_written_bare(tmp_path: Path) -> None:
-    """Without credentials the file holds the url and nothing else, which peers can read."""
+def test_a_url_without_credentials_is_written_bare(tmp_path: Path) -> None:
+    """Without credentials the file contains only the url, which other implementations can read."""
     assert f"{URL}\n" == address.write(tmp_path, URL).read_text()
 
 
-def test_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given wins over the environment, that over the file, that over the default."""
+def test_the_argument_precedes_the_environment_and_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order is: the argument, the variable, the file, the default."""
     assert ("nats://localhost:4222", None) == (address.url_or_default(), address.creds_or_none())
     address.write(tmp_path, "nats://file:1", "/file.creds")
     assert ("nats://file:1", "/file.creds") == (address.url_or_default(), address.creds_or_none())
@@ -86,8 +90,8 @@ def test_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/given.creds" == address.creds_or_none("/given.creds")
 
 
-def test_what_is_written_is_for_its_owner_only(tmp_path: Path) -> None:
-    """A url may have a password, so nobody else can read the file, whoever made it before."""
+def test_a_written_file_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    """A url may contain a password, so the mode is 0600, also of a file that existed before."""
     (tmp_path / ".oam-url").write_text("nats://old")
     path = address.write(tmp_path, "nats://user:secret@127.0.0.1:4222")
     assert 0o600 == path.stat().st_mode & 0o777

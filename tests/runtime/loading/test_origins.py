@@ -1,4 +1,4 @@
-"""Where modules come from, in which order, and what is no module."""
+"""Origins of modules: folders, files, dotted names and entry points, in their order."""
 
 import sys
 from pathlib import Path
@@ -11,18 +11,19 @@ from openagentmesh.runtime.loading.origins import Origin, find_origins
 from tests.support.modules import MESH, Configure, Load, agent, answer, write
 
 
-def found(
+def origins_of(
     folder: Path, places: list[str] | None = None, *, entry_points: bool | list[str] = False
 ) -> list[Origin]:
+    """The origins of these places in a config for `folder`."""
     return find_origins(Config(folder=folder, host=HostSection(agents=places, entry_points=entry_points)))
 
 
-def shown(origins: list[Origin]) -> list[str]:
+def display_names(origins: list[Origin]) -> list[str]:
     return [origin.display_name for origin in origins]
 
 
-def distribution(folder: Path, name: str, entry_points: dict[str, str]) -> None:
-    """An installed package `name` with agent entry points, once `folder` is on sys.path."""
+def install_package(folder: Path, name: str, entry_points: dict[str, str]) -> None:
+    """Install a package `name` with agent entry points, once `folder` is on `sys.path`."""
     points = "".join(f"{key} = {value}\n" for key, value in entry_points.items())
     write(
         folder / f"{name}-1.0.dist-info",
@@ -52,54 +53,58 @@ FILES = {
 ALL = ["a.py", "b.py", "my-agent.py", "package", "sub/c.py", "sub/deeper/d.py"]
 
 
-def test_a_folder_gives_its_files_and_packages_at_any_depth(tmp_path: Path) -> None:
-    """In order of their names; what begins with `_` or `.` and what is no Python is no agent module."""
+def test_a_folder_has_its_files_and_packages_at_any_depth(tmp_path: Path) -> None:
+    """In the order of their names; names that begin with `_` or `.` and other files are no agent modules."""
     write(tmp_path / "agents", FILES)
-    origins = found(tmp_path, ["agents"])
-    assert [f"agents/{name}" for name in ALL] == shown(origins)
+    origins = origins_of(tmp_path, ["agents"])
+    assert [f"agents/{name}" for name in ALL] == display_names(origins)
     assert [tmp_path.resolve() / "agents" / name for name in ALL] == [origin.path for origin in origins]
     assert ["a", "b", "my-agent", "package", "c", "d"] == [origin.key for origin in origins]
 
 
-def test_a_file_or_a_package_stands_for_itself(tmp_path: Path) -> None:
-    """A place may be one file, also one that a folder would skip, or one package, in the order given."""
+def test_a_place_may_be_a_file_or_a_package(tmp_path: Path) -> None:
+    """In the given order, also a file that a folder would skip."""
     write(tmp_path / "agents", FILES)
     places = ["agents/sub/c.py", "agents/package", "agents/_common.py", str(tmp_path / "agents/a.py")]
     expected = ["agents/sub/c.py", "agents/package", "agents/_common.py", "agents/a.py"]
-    assert expected == shown(found(tmp_path.resolve(), places))
+    assert expected == display_names(origins_of(tmp_path.resolve(), places))
 
 
-def test_a_place_outside_is_shown_whole(tmp_path: Path) -> None:
-    """A file beside mesh.toml's folder is called by its absolute path."""
+def test_a_place_outside_the_folder_has_an_absolute_name(tmp_path: Path) -> None:
+    """The display name of a file outside of mesh.toml's folder is its absolute path."""
     write(tmp_path, {"mesh/mesh.toml": "", "elsewhere/a.py": ""})
-    assert [str(tmp_path.resolve() / "elsewhere/a.py")] == shown(found(tmp_path / "mesh", ["../elsewhere"]))
+    assert [str(tmp_path.resolve() / "elsewhere/a.py")] == display_names(
+        origins_of(tmp_path / "mesh", ["../elsewhere"])
+    )
 
 
-def test_places_start_at_mesh_tomls_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working folder does not matter."""
+def test_places_are_relative_to_the_folder_of_mesh_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory does not matter."""
     write(tmp_path / "agents", {"a.py": ""})
     monkeypatch.chdir("/")
-    assert ["agents/a.py"] == shown(found(tmp_path.resolve(), ["agents"]))
+    assert ["agents/a.py"] == display_names(origins_of(tmp_path.resolve(), ["agents"]))
 
 
-def test_without_places_the_folder_agents_is_taken_when_it_is_there(tmp_path: Path) -> None:
-    """No `[host] agents` means `agents/`; no such folder then is no error, and an empty list is none."""
-    assert [] == found(tmp_path)
+def test_the_default_place_is_an_optional_agents_folder(tmp_path: Path) -> None:
+    """Without `[host] agents` it is `agents/`, if that exists; an empty list means no place."""
+    assert [] == origins_of(tmp_path)
     write(tmp_path / "agents", {"a.py": ""})
-    assert ["agents/a.py"] == shown(found(tmp_path.resolve()))
-    assert [] == found(tmp_path, [])
+    assert ["agents/a.py"] == display_names(origins_of(tmp_path.resolve()))
+    assert [] == origins_of(tmp_path, [])
 
 
 def test_a_dotted_name_is_a_module_on_the_path(tmp_path: Path) -> None:
-    """What is no file and looks like a module's name is imported; its last part names its settings."""
-    assert [Origin("my_company.agents.billing", "billing", module="my_company.agents.billing")] == found(
+    """A place that is no file but a module's name is imported; its last part names its settings."""
+    assert [Origin("my_company.agents.billing", "billing", module="my_company.agents.billing")] == origins_of(
         tmp_path, ["my_company.agents.billing"]
     )
 
 
 @pytest.mark.parametrize("place", ["nowhere/agents", "missing.py", "agents", "no-such", "../x", "a..b"])
-def test_a_place_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> None:
-    """The message names the key, the place, where it was looked for, and what may stand there."""
+def test_a_missing_place_is_an_error(tmp_path: Path, place: str) -> None:
+    """The message has the key, the place, where it was searched, and what is permitted."""
     folder = tmp_path / "empty"
     folder.mkdir()
     with pytest.raises(ConfigError) as caught:
@@ -113,34 +118,32 @@ def test_a_place_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> No
 def test_entry_points_of_installed_packages_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All with `true`, in order of their names; chosen ones in the order of the list; none with `false`."""
-    distribution(tmp_path, "fake_agents", {"two": "fake_agents.two", "one": "fake_agents.one:mesh"})
+    """All for `true`, in the order of their names; a list's in its order; none for `false`."""
+    install_package(tmp_path, "fake_agents", {"two": "fake_agents.two", "one": "fake_agents.one:mesh"})
     monkeypatch.syspath_prepend(tmp_path)
     one = ("fake_agents (entry point one)", "one", "fake_agents.one")
     two = ("fake_agents (entry point two)", "two", "fake_agents.two")
 
-    def points(*, wanted: bool | list[str]) -> list[tuple[str, str, str]]:
-        return [(o.display_name, o.key, o.module) for o in found(tmp_path, [], entry_points=wanted)]
+    def entry_points(*, wanted: bool | list[str]) -> list[tuple[str, str, str]]:
+        return [(o.display_name, o.key, o.module) for o in origins_of(tmp_path, [], entry_points=wanted)]
 
     assert [[one, two], [two, one], []] == [
-        points(wanted=True), points(wanted=["two", "one"]), points(wanted=False),
+        entry_points(wanted=True), entry_points(wanted=["two", "one"]), entry_points(wanted=False),
     ]  # fmt: skip
 
 
-def test_an_entry_point_that_is_not_installed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The message names it, the group, and those that are installed."""
-    distribution(tmp_path, "fake_agents", {"one": "fake_agents.one"})
+def test_a_missing_entry_point_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names it, the group, and the installed ones."""
+    install_package(tmp_path, "fake_agents", {"one": "fake_agents.one"})
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'two' \(group 'openagentmesh.agents'; installed: one\)"):
-        found(tmp_path, [], entry_points=["two"])
+        origins_of(tmp_path, [], entry_points=["two"])
 
 
 async def test_dotted_modules_and_entry_points_are_loaded(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, load: Load, configure: Configure
 ) -> None:
-    """Both declare agents like files do, and an entry point's own settings reach it."""
+    """Both declare agents like files, and get their own settings."""
     package = f"pkg_{name}"
     source = f"from pydantic import BaseModel\n{MESH}"
     source += "class S(BaseModel):\n    greeting: str = 'default'\nsettings = mesh.settings(S)\n"
@@ -152,18 +155,20 @@ async def test_dotted_modules_and_entry_points_are_loaded(
             f"{package}/point.py": source + agent("point", "settings.greeting"),
         },
     )
-    distribution(tmp_path / "site", package, {"greeter": f"{package}.point:mesh"})
+    install_package(tmp_path / "site", package, {"greeter": f"{package}.point:mesh"})
     monkeypatch.syspath_prepend(tmp_path / "site")
     config = configure({}, host={"agents": [f"{package}.dotted"], "entry_points": ["greeter"]})
-    modules = load_all(load, config, {"dotted": {"greeting": "hello"}, "greeter": {"greeting": "hi"}})
+    modules = load_config_modules(
+        load, config, {"dotted": {"greeting": "hello"}, "greeter": {"greeting": "hi"}}
+    )
     assert [("serving", ["dotted"]), ("serving", ["point"])] == [
         (module.state, [agent.name for agent in module.agents]) for module in modules
     ]
     assert ["hello", "hi"] == [await answer(module) for module in modules]
 
 
-def load_all(load: Load, config: Config, settings: dict[str, dict[str, str]]) -> list[Module]:
-    """The modules of a config, by the loader that the fixture closes."""
+def load_config_modules(load: Load, config: Config, settings: dict[str, dict[str, str]]) -> list[Module]:
+    """The modules of a config."""
     return list(load(config, settings=settings).values())
 
 
@@ -174,8 +179,9 @@ def load_all(load: Load, config: Config, settings: dict[str, dict[str, str]]) ->
         ("{}:nothing", "AttributeError"),
         ("{}.broken", "ZeroDivisionError"),
     ],
+    ids=["missing-module", "missing-attribute", "failed-import"],
 )
-async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913, PLR0917 - fixtures
+async def test_a_broken_entry_point_fails_with_its_package(  # noqa: PLR0913, PLR0917 - fixtures
     tmp_path: Path,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -184,12 +190,12 @@ async def test_a_broken_entry_point_is_told_with_its_package(  # noqa: PLR0913, 
     target: str,
     error: str,
 ) -> None:
-    """A module that is not there, an attribute it lacks, an import that fails: told, never raised."""
+    """A missing module, a missing attribute and a failed import are errors of the module."""
     package = f"pkg_{name}"
     write(tmp_path / "site" / package, {"__init__.py": "", "broken.py": "1/0"})
-    distribution(tmp_path / "site", package, {"greeter": target.format(package)})
+    install_package(tmp_path / "site", package, {"greeter": target.format(package)})
     monkeypatch.syspath_prepend(tmp_path / "site")
-    (module,) = load_all(load, configure({}, host={"agents": [], "entry_points": ["greeter"]}), {})
+    (module,) = load_config_modules(load, configure({}, host={"agents": [], "entry_points": ["greeter"]}), {})
     assert ("failed", f"{package} (entry point greeter)", []) == (
         module.state, module.origin.display_name, module.agents,
     )  # fmt: skip

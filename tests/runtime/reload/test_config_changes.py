@@ -1,21 +1,21 @@
-"""mesh.toml edited while a host runs: what follows, what is refused, what needs a restart."""
+"""Changes of mesh.toml while a host runs: what is applied, what is refused, what needs a restart."""
 
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from openagentmesh import AgentDied, AgentMesh, Host, NotFound
 from openagentmesh.hooks.reload_result import ReloadResult
 from openagentmesh.runtime.config import load_config
 
+from tests.support.host_bench import RUN, Ledger
 from tests.support.modules import MESH, agent, write
 from tests.support.reloads import until_answers
 
 Serve = Callable[..., AbstractAsyncContextManager[Host]]
+Edit = Callable[[Host, str], Awaitable[ReloadResult]]
 SETTINGS = """
 import ledger
 from pydantic import BaseModel
@@ -27,16 +27,8 @@ settings = mesh.settings(Settings)
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were executed."""
-    executed: list[str] = []
-    monkeypatch.setitem(sys.modules, "ledger", SimpleNamespace(runs=executed))
-    return executed
-
-
-@pytest.fixture
 def serve(tmp_path: Path, url: str) -> Serve:
-    """A host that serves `agents/` as its mesh.toml says."""
+    """A host that serves `agents/` with this mesh.toml."""
 
     @asynccontextmanager
     async def serve_(files: dict[str, str], toml: str = "", *, watch: bool = False) -> AsyncIterator[Host]:
@@ -51,44 +43,46 @@ def serve(tmp_path: Path, url: str) -> Serve:
 
 
 def with_url(url: str, toml: str) -> str:
+    """The text of a mesh.toml."""
     return f"mesh.url = {url!r}\nhost.entry_points = false\n" + toml
 
 
 @pytest.fixture
-def edit(tmp_path: Path, url: str) -> "Edit":
-    """Write mesh.toml anew, and reload."""
+def edit(tmp_path: Path, url: str) -> Edit:
+    """Writes mesh.toml, and reloads."""
 
     async def edit_(host: Host, toml: str) -> ReloadResult:
         (tmp_path / "mesh.toml").write_text(with_url(url, toml))
-        outcome = await host.reload()
-        assert outcome is not None
-        return outcome
+        result = await host.reload()
+        assert result is not None
+        return result
 
     return edit_
 
 
-Edit = Callable[[Host, str], Awaitable[ReloadResult]]
-
-
-async def test_limits_follow(serve: Serve, edit: Edit, name: str) -> None:
-    """New limits hold for the agents that they concern, whose files are not executed again."""
-    files = {"a.py": MESH + agent(f"{name}.a"), "b.py": MESH + agent(f"{name}.b")}
+async def test_new_limits_are_applied_without_executing_files(
+    serve: Serve, edit: Edit, name: str, ledger: Ledger
+) -> None:
+    """New limits apply to the agents concerned, whose files are not executed again."""
+    files = {"a.py": RUN + MESH + agent(f"{name}.a"), "b.py": RUN + MESH + agent(f"{name}.b")}
     async with serve(files, "host.agents = ['agents']") as host:
-        outcome = await edit(host, f"[agents.'{name}.a']\nconcurrency = 3\ntimeout = 7\n")
-        assert (["mesh.toml"], [f"{name}.a 0.1.0"]) == (outcome.files, outcome.agents)
+        assert ["a", "b"] == ledger.executed()
+        result = await edit(host, f"[agents.'{name}.a']\nconcurrency = 3\ntimeout = 7\n")
+        assert (["mesh.toml"], [f"{name}.a 0.1.0"]) == (result.files, result.agents)
         limits = {agent.name: agent.limits for agent in host.agents}
         assert (3, 7) == (limits[f"{name}.a"].concurrency, limits[f"{name}.a"].timeout)
         assert (128, 60) == (limits[f"{name}.b"].concurrency, limits[f"{name}.b"].timeout)
         await edit(host, "limits.concurrency = 5\n")
         assert {5} == {agent.limits.concurrency for agent in host.agents}
+        assert [] == ledger.executed()
 
 
-async def test_an_agent_is_turned_off_and_on(serve: Serve, edit: Edit, mesh: AgentMesh, name: str) -> None:
-    """`enabled = false` withdraws an agent like a deleted file, true brings it back; others go on."""
+async def test_an_agent_is_disabled_and_enabled(serve: Serve, edit: Edit, mesh: AgentMesh, name: str) -> None:
+    """`enabled = false` withdraws an agent like a deleted file, `true` serves it again."""
     files = {"a.py": MESH + agent(f"{name}.a") + agent(f"{name}.b")}
     async with serve(files) as host:
-        outcome = await edit(host, f"[agents.'{name}.a']\nenabled = false\n")
-        assert [f"{name}.a withdrawn"] == outcome.agents
+        result = await edit(host, f"[agents.'{name}.a']\nenabled = false\n")
+        assert [f"{name}.a withdrawn"] == result.agents
         await host.wait_retired()
         with pytest.raises((NotFound, AgentDied)):
             await mesh.call(f"{name}.a", {})
@@ -98,10 +92,10 @@ async def test_an_agent_is_turned_off_and_on(serve: Serve, edit: Edit, mesh: Age
         assert "ok" == await mesh.call(f"{name}.a", {})
 
 
-async def test_settings_reload_the_module_that_has_them(
-    serve: Serve, edit: Edit, mesh: AgentMesh, name: str, runs: list[str]
+async def test_new_settings_reload_their_module(
+    serve: Serve, edit: Edit, mesh: AgentMesh, name: str, ledger: Ledger
 ) -> None:
-    """New settings execute exactly that module again; those that it does not take change nothing."""
+    """New settings execute their module only; invalid ones are refused."""
     source = MESH + SETTINGS
     files = {
         "a.py": source + agent(f"{name}.a", "settings.word"),
@@ -109,22 +103,22 @@ async def test_settings_reload_the_module_that_has_them(
     }
     async with serve(files, "settings.a.word = 'one'") as host:
         assert ("one", "none") == (await mesh.call(f"{name}.a", {}), await mesh.call(f"{name}.b", {}))
-        runs.clear()
+        ledger.runs.clear()
         await edit(host, "settings.a.word = 'two'")
-        assert (["a.py"], "two") == (runs, await mesh.call(f"{name}.a", {}))
+        assert (["a.py"], "two") == (ledger.runs, await mesh.call(f"{name}.a", {}))
         refused = await edit(host, "settings.a.word = [1]")
         assert "word" in refused.error
         assert ("two", "none") == (await mesh.call(f"{name}.a", {}), await mesh.call(f"{name}.b", {}))
-        runs.clear()
+        ledger.runs.clear()
         await edit(host, "settings.a.word = 'three'\nsettings.zzz.x = 1")
-        assert (["a.py"], "three") == (runs, await mesh.call(f"{name}.a", {}))
-        assert ["there is no module 'zzz'" in note for note in host.status().reloads[-1].notes] == [True]
+        assert (["a.py"], "three") == (ledger.runs, await mesh.call(f"{name}.a", {}))
+        assert [True] == ["there is no module 'zzz'" in note for note in host.status().reloads[-1].notes]
 
 
-async def test_folders_come_and_go(
+async def test_folders_are_added_and_removed(
     serve: Serve, edit: Edit, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """A folder that is added brings its agents, one that is taken out takes them away."""
+    """The agents of an added folder serve, those of a removed one are withdrawn."""
     async with serve({"a.py": MESH + agent(f"{name}.a")}) as host:
         write(tmp_path / "more", {"b.py": MESH + agent(f"{name}.b", "'more'")})
         await edit(host, "host.agents = ['agents', 'more']")
@@ -137,75 +131,94 @@ async def test_folders_come_and_go(
 
 INVALID = {
     "syntax": ("[host\n", "is not TOML"),
-    "unknown": ("host.nam = 'x'", "host.nam: unknown key; did you mean 'name'?"),
-    "type": ("limits.timeout = 'soon'", "limits.timeout"),
-    "variable": ("host.name = '${OAM_TEST_IS_NOT_SET}'", "OAM_TEST_IS_NOT_SET"),
-    "folder": ("host.agents = ['nowhere']", "nowhere"),
+    "unknown-key": ("host.nam = 'x'", "host.nam: unknown key; did you mean 'name'?"),
+    "wrong-type": ("limits.timeout = 'soon'", "limits.timeout"),
+    "missing-variable": ("host.name = '${OAM_TEST_IS_NOT_SET}'", "OAM_TEST_IS_NOT_SET"),
+    "missing-folder": ("host.agents = ['nowhere']", "nowhere"),
 }
 
 
-@pytest.mark.parametrize("what", INVALID)
-async def test_one_that_cannot_be_used_changes_nothing_and_is_told_once(
-    serve: Serve, edit: Edit, mesh: AgentMesh, name: str, what: str
+@pytest.mark.parametrize("defect", INVALID)
+async def test_an_invalid_file_is_refused_and_reported_once(
+    serve: Serve, edit: Edit, mesh: AgentMesh, name: str, defect: str
 ) -> None:
-    """What was in force goes on; files are reloaded meanwhile; told again only when it comes again."""
-    toml, why = INVALID[what]
+    """The previous settings stay in force; the error is reported again only after a valid file."""
+    toml, error = INVALID[defect]
     async with serve({"a.py": MESH + agent(name)}, "limits.queue = 7") as host:
-        assert why in (await edit(host, toml)).error
+        assert error in (await edit(host, toml)).error
         assert await host.reload() is None
         assert 7 == host.agents[0].limits.queue
         assert "ok" == await mesh.call(name, {})
         await edit(host, "limits.queue = 8")
         assert 8 == host.agents[0].limits.queue
-        assert why in (await edit(host, toml)).error
+        assert error in (await edit(host, toml)).error
 
 
-async def test_one_that_is_deleted_and_made_again(serve: Serve, tmp_path: Path, url: str, name: str) -> None:
-    """Without mesh.toml the last one is in force, and what is wrong is told; a new one is followed."""
+async def test_a_deleted_file_is_an_error_until_it_is_written_again(
+    serve: Serve, tmp_path: Path, url: str, name: str
+) -> None:
+    """Without mesh.toml the previous settings stay in force, and a new file is applied."""
     async with serve({"a.py": MESH + agent(name)}, "limits.queue = 7") as host:
         (tmp_path / "mesh.toml").unlink()
-        outcome = await host.reload()
-        assert outcome is not None
-        assert "mesh.toml cannot be read" in outcome.error
+        result = await host.reload()
+        assert result is not None
+        assert "mesh.toml cannot be read" in result.error
         assert 7 == host.agents[0].limits.queue
         (tmp_path / "mesh.toml").write_text(with_url(url, "limits.queue = 9"))
-        outcome = await host.reload()
-        assert outcome is not None
-        assert ("", 9) == (outcome.error, host.agents[0].limits.queue)
+        result = await host.reload()
+        assert result is not None
+        assert ("", 9) == (result.error, host.agents[0].limits.queue)
 
 
-async def test_what_needs_a_restart_is_said(serve: Serve, edit: Edit, name: str) -> None:
-    """Keys that a running host does not follow are named while they differ from those it started with."""
+async def test_settings_that_need_a_restart_are_reported(serve: Serve, edit: Edit, name: str) -> None:
+    """Keys that a running host cannot apply are named while they differ from those at its start."""
     async with serve({"a.py": MESH + agent(name)}) as host:
-        outcome = await edit(host, "server.port = 5\nhost.name = 'other'\nhost.drain_timeout = 3")
-        assert ["mesh.toml: restart the host to apply [server] port, [host] name"] == outcome.notes
+        result = await edit(host, "server.port = 5\nhost.name = 'other'\nhost.drain_timeout = 3")
+        assert ["mesh.toml: restart the host to apply [server] port, [host] name"] == result.notes
         assert 3 == host.config.host.drain_timeout
         assert [] == (await edit(host, "host.drain_timeout = 4")).notes
 
 
-async def test_the_contract_policy_follows(
+async def test_a_new_contract_policy_is_applied(
     serve: Serve, edit: Edit, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """What a breaking contract comes to is what mesh.toml says when the file is saved."""
+    """A breaking change that was refused is served after the policy has changed."""
     breaking = {"a.py": (MESH + agent(name)).replace("req: dict", "req: list[int]")}
     async with serve({"a.py": MESH + agent(name)}, "host.contract = 'refuse'") as host:
         write(tmp_path / "agents", breaking)
-        outcome = await host.reload()
-        assert outcome is not None
-        assert "callers would break" in outcome.error
-        outcome = await edit(host, "host.contract = 'warn'")
-        assert "" == outcome.error
-        assert [f"{name} breaks callers" in note for note in outcome.notes]
+        result = await host.reload()
+        assert result is not None
+        assert "callers would break" in result.error
+        result = await edit(host, "host.contract = 'warn'")
+        assert "" == result.error
+        [note] = result.notes
+        assert note.startswith(f"{name} breaks callers: ")
         assert "ok" == await mesh.call(name, [1])
 
 
-async def test_the_watcher_follows_mesh_toml(
+async def test_the_watcher_reloads_mesh_toml(
     serve: Serve, mesh: AgentMesh, name: str, tmp_path: Path, url: str
 ) -> None:
-    """Saved mesh.toml is followed without a word, and so are files in a folder that it has added."""
+    """A saved mesh.toml is applied, and files in a folder that it adds are watched."""
     async with serve({"a.py": MESH + agent(f"{name}.a")}, watch=True):
         write(tmp_path / "more", {"b.py": MESH + agent(f"{name}.b", "1")})
         (tmp_path / "mesh.toml").write_text(with_url(url, "host.agents = ['agents', 'more']"))
         await until_answers(mesh, f"{name}.b", 1)
         write(tmp_path / "more", {"b.py": MESH + agent(f"{name}.b", "2")})
         await until_answers(mesh, f"{name}.b", 2)
+
+
+async def test_a_reload_by_name_does_not_apply_mesh_toml(
+    tmp_path: Path, url: str, name: str, mesh: AgentMesh
+) -> None:
+    """Changes of mesh.toml are not applied with one module, but by the next reload."""
+    toml = f"mesh.url = {url!r}\nhost.entry_points = false\n"
+    (tmp_path / "mesh.toml").write_text(toml)
+    write(tmp_path / "agents", {"a.py": MESH + agent(name)})
+    read = partial(load_config, tmp_path / "mesh.toml")
+    async with Host(read(), config_file=tmp_path / "mesh.toml", read_config=read) as host:
+        (tmp_path / "mesh.toml").write_text(toml + "limits.queue = 3\n")
+        await host.reload("a")
+        assert 256 == host.agents[0].limits.queue
+        await host.reload()
+        assert 3 == host.agents[0].limits.queue

@@ -1,4 +1,4 @@
-"""What callers and other hosts notice of reloads: contracts, the registry, messages, an outage."""
+"""What callers and other hosts see of reloads: contracts, the registry, messages, an outage."""
 
 import asyncio
 import logging
@@ -11,15 +11,13 @@ from openagentmesh.protocol import subjects
 from openagentmesh.runtime.config import MeshSection
 from openagentmesh.transport.server import EmbeddedServer
 
-from tests.runtime.reload.test_retirement import heard
+from tests.support.host_bench import Ledger
 from tests.support.meshes import node_of
 from tests.support.modules import MESH, Configure, agent, write
 from tests.support.reloads import reload
 from tests.support.waiting import until
 
-__all__ = ["heard"]  # a fixture
-
-# Field of the input, field of the output, and what is said of them.
+# A field of the input, a field of the output, and the reported change.
 BREAKING = [
     (("body: str", "words: int = 0"), "input 'body'"),
     (("text: str", "count: int = 0"), "output 'words'"),
@@ -27,21 +25,21 @@ BREAKING = [
 ]
 
 
-def typed(
+def typed_agent(
     name: str,
-    takes: str = "text: str",
-    gives: str = "words: int = 0",
+    input_field: str = "text: str",
+    output_field: str = "words: int = 0",
     version: str = "1.0.0",
     word: str = "old",
 ) -> str:
-    """An agent with a model on both sides, which tells its word when it is called with it."""
+    """An agent with models for input and output; the output has `word`."""
     return f"""from pydantic import BaseModel
 {MESH}
 class In(BaseModel):
-    {takes}
+    {input_field}
 
 class Out(BaseModel):
-    {gives}
+    {output_field}
     word: str = {word!r}
 
 @mesh.agent(AgentSpec(name={name!r}, version={version!r}))
@@ -51,7 +49,7 @@ async def handler(req: In) -> Out:
 
 
 async def revision(mesh: AgentMesh, name: str) -> int:
-    """How often anybody wrote to the registry until the last write of this agent's key."""
+    """The bucket's revision at the last write of this agent's registry key."""
     entry = await node_of(mesh).buckets.get_entry(subjects.REGISTRY_BUCKET, name)
     assert entry is not None
     assert entry.revision is not None
@@ -59,70 +57,74 @@ async def revision(mesh: AgentMesh, name: str) -> int:
 
 
 @pytest.mark.parametrize("policy", ["warn", "refuse", "allow"])
-@pytest.mark.parametrize(("then", "said"), BREAKING, ids=["renamed input", "renamed output", "other type"])
-async def test_a_breaking_change_is_named_field_by_field(  # noqa: PLR0913, PLR0917 - fixtures
+@pytest.mark.parametrize(
+    ("fields", "change"), BREAKING, ids=["renamed-input", "renamed-output", "other-type"]
+)
+async def test_a_breaking_change_is_reported_by_field(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure,
     mesh: AgentMesh,
     name: str,
     tmp_path: Path,
     policy: str,
-    then: tuple[str, str],
-    said: str,
+    fields: tuple[str, str],
+    change: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is served with a warning, or refused and nothing of it published, or served in silence."""
-    async with Host(configure({"a.py": typed(name)}, host={"contract": policy})) as host:
+    """It serves with a warning, or is refused and not published, or serves without a warning."""
+    async with Host(configure({"a.py": typed_agent(name)}, host={"contract": policy})) as host:
         before = await revision(mesh, name)
-        outcome = await reload(host, tmp_path, typed(name, *then, "2.0.0", "new"))
-        told = {"warn": " ".join(outcome.notes), "refuse": outcome.error, "allow": ""}[policy]
-        assert policy == "allow" or (said in told and name in told)
-        assert (policy == "refuse") == bool(outcome.error)
-        assert (policy == "warn") == bool(outcome.notes)
-        warned = " ".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
-        assert (policy != "allow") == (said in warned)
+        result = await reload(host, tmp_path, typed_agent(name, *fields, "2.0.0", "new"))
+        reported = {"warn": " ".join(result.notes), "refuse": result.error, "allow": ""}[policy]
+        assert policy == "allow" or (change in reported and name in reported)
+        assert (policy == "refuse") == bool(result.error)
+        assert (policy == "warn") == bool(result.notes)
+        warnings = " ".join(
+            record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+        )
+        assert (policy != "allow") == (change in warnings)
         word, version = ("old", "1.0.0") if policy == "refuse" else ("new", "2.0.0")
-        payload = {"text": "1", "body": "1"} if then[0] != "text: int" or word == "old" else {"text": 1}
+        payload = {"text": "1", "body": "1"} if fields[0] != "text: int" or word == "old" else {"text": 1}
         assert word == (await mesh.call(name, payload))["word"]
         assert version == (await mesh.contract(name)).version
         assert (policy == "refuse") == (before == await revision(mesh, name))
 
 
 COMPATIBLE = {
-    "other code": ("text: str", "words: int = 0", "1.0.0"),
-    "optional input": ("text: str; more: str = ''", "words: int = 0", "1.0.0"),
-    "more output": ("text: str", "words: int = 0; more: str = ''", "1.0.0"),
+    "other-code": ("text: str", "words: int = 0", "1.0.0"),
+    "optional-input": ("text: str; more: str = ''", "words: int = 0", "1.0.0"),
+    "additional-output": ("text: str", "words: int = 0; more: str = ''", "1.0.0"),
     "version": ("text: str", "words: int = 0", "1.1.0"),
 }
 
 
-@pytest.mark.parametrize("then", COMPATIBLE)
-async def test_a_compatible_change_is_silent(  # noqa: PLR0913, PLR0917 - fixtures
+@pytest.mark.parametrize("change", COMPATIBLE)
+async def test_a_compatible_change_is_not_reported(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure,
     mesh: AgentMesh,
     name: str,
     tmp_path: Path,
-    then: str,
+    change: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is served without a word even where breaking ones are refused, and published if it says more."""
-    async with Host(configure({"a.py": typed(name)}, host={"contract": "refuse"})) as host:
+    """It serves without warnings though breaking changes are refused; changed contracts are published."""
+    async with Host(configure({"a.py": typed_agent(name)}, host={"contract": "refuse"})) as host:
         first = await mesh.contract(name)
         before = await revision(mesh, name)
-        outcome = await reload(host, tmp_path, typed(name, *COMPATIBLE[then], "new"))
+        result = await reload(host, tmp_path, typed_agent(name, *COMPATIBLE[change], "new"))
         assert "new" == (await mesh.call(name, {"text": ""}))["word"]
-        assert ("", []) == (outcome.error, outcome.notes)
-        assert [] == [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert ("", []) == (result.error, result.notes)
+        assert [] == [record for record in caplog.records if record.levelno >= logging.WARNING]
         changed = first.to_document() != (await mesh.contract(name)).to_document()
         assert changed == (before != await revision(mesh, name))
-        assert changed or then == "other code"
+        assert changed or change == "other-code"
 
 
-RUNS = f"""import asyncio
+UNATTENDED = f"""import asyncio, ledger
 from collections.abc import AsyncIterator
 {MESH}
 @mesh.agent(AgentSpec(name="{{name}}.p"))
 async def publisher() -> AsyncIterator[int]:
-    asyncio.heard.append({{number}})
+    ledger.runs.append("{{number}}")
     yield 1
     await asyncio.Event().wait()
 
@@ -132,51 +134,55 @@ async def driven(text: str) -> None:
 """
 
 
-async def test_the_registry_is_written_when_a_contract_changes_and_not_otherwise(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[int]
+async def test_an_unchanged_contract_is_not_published_again(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger
 ) -> None:
-    """New code alone leaves the keys of publishers and of driven agents alone, too."""
-    async with Host(configure({"a.py": RUNS.format(name=name, number=0)})) as host:
+    """New code alone does not write the registry keys of publishers and driven agents."""
+    async with Host(configure({"a.py": UNATTENDED.format(name=name, number=0)})) as host:
         before = [await revision(mesh, f"{name}.{x}") for x in "pd"]
         for number in (1, 2):
-            assert not (await reload(host, tmp_path, RUNS.format(name=name, number=number))).error
-        await until(lambda: [0, 1, 2] == heard)
+            assert not (await reload(host, tmp_path, UNATTENDED.format(name=name, number=number))).error
+        await until(lambda: ["0", "1", "2"] == ledger.runs)
         assert before == [await revision(mesh, f"{name}.{x}") for x in "pd"]
 
 
 async def test_two_hosts_reload_the_same_change_at_once(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """Both serve the new version, callers are answered throughout, and the catalog has one entry of it."""
-    config = configure({"a.py": typed(name)})
-    over, answers = asyncio.Event(), list[str]()
+    """Both serve the new version, no call fails meanwhile, and the catalog has one entry."""
+    config = configure({"a.py": typed_agent(name)})
+    finished, answers = asyncio.Event(), list[str]()
 
     async def keep_calling() -> None:
-        while not over.is_set():
+        while not finished.is_set():
             answers.append((await mesh.call(name, {"text": ""}))["word"])
 
     async with Host(config) as one, Host(config) as other:
         calling = asyncio.create_task(keep_calling())
         for number in range(1, 6):
-            source = typed(name, "text: str; more: str = ''", version=f"1.{number}.0", word=f"{number}")
+            source = typed_agent(name, "text: str; more: str = ''", version=f"1.{number}.0", word=f"{number}")
             write(tmp_path / "agents", {"a.py": source})
-            outcomes = await asyncio.gather(reload(one, tmp_path), reload(other, tmp_path))
-            assert ["", ""] == [outcome.error for outcome in outcomes]
+            results = await asyncio.gather(reload(one, tmp_path), reload(other, tmp_path))
+            assert ["", ""] == [result.error for result in results]
             assert {f"{number}"} == {(await mesh.call(name, {"text": ""}))["word"] for _ in range(8)}
             listed = [entry.version for entry in await mesh.catalog() if entry.name == name]
             assert [f"1.{number}.0"] == listed
             assert f"1.{number}.0" == (await mesh.contract(name)).version
-        over.set()
+        finished.set()
         await calling
     assert {"old", *"12345"} >= set(answers)
 
 
-async def test_a_reload_while_the_server_is_away(configure: Configure, name: str, tmp_path: Path) -> None:
-    """The new code serves as soon as the server is back, and the contract follows."""
+async def test_a_reload_without_a_connection_is_published_after_the_reconnect(
+    configure: Configure, name: str, tmp_path: Path
+) -> None:
+    """The new version and its contract serve as soon as the server is back."""
     server = EmbeddedServer(store=str(tmp_path / "store"))
     await server.start()
-    disposed = f"\n@mesh.dispose\ndef over() -> None:\n    open({str(tmp_path / 'over')!r}, 'w').close()\n"
-    config = configure({"a.py": typed(name) + disposed})
+    disposal = (
+        f"\n@mesh.dispose\ndef dispose() -> None:\n    open({str(tmp_path / 'disposed')!r}, 'w').close()\n"
+    )
+    config = configure({"a.py": typed_agent(name) + disposal})
     config = config.model_copy(update={"mesh": MeshSection(url=server.url)})
     try:
         async with Host(config) as host, AgentMesh(server.url) as caller:
@@ -185,10 +191,10 @@ async def test_a_reload_while_the_server_is_away(configure: Configure, name: str
             await until(
                 lambda: not host.node.connection.connected and not node_of(caller).connection.connected
             )
-            write(tmp_path / "agents", {"a.py": typed(name, version="2.0.0", word="new")})
-            outcome = await host.reload()
-            assert outcome is not None
-            assert ("", [f"{name} 1.0.0 → 2.0.0"]) == (outcome.error, outcome.agents)
+            write(tmp_path / "agents", {"a.py": typed_agent(name, version="2.0.0", word="new")})
+            result = await host.reload()
+            assert result is not None
+            assert ("", [f"{name} 1.0.0 → 2.0.0"]) == (result.error, result.agents)
             server = EmbeddedServer(server.port, str(tmp_path / "store"))
             await server.start()
             await node_of(caller).connection.wait_connected()
@@ -196,19 +202,19 @@ async def test_a_reload_while_the_server_is_away(configure: Configure, name: str
             await host.wait_retired()
             assert "new" == (await caller.call(name, {"text": ""}))["word"]
             assert "2.0.0" == (await caller.contract(name)).version
-            assert (tmp_path / "over").exists()
+            assert (tmp_path / "disposed").exists()
     finally:
         await server.stop()
 
 
-async def test_an_agent_is_removed_under_load(
+async def test_requests_during_a_removal_are_answered_or_fail(
     configure: Configure, mesh: AgentMesh, new_mesh: Callable[[], AgentMesh], name: str, tmp_path: Path
 ) -> None:
-    """Every request is answered, or is told that nobody serves it; afterwards it is in no catalog."""
+    """Every request gets a reply or `NotFound` or `NotAvailable`; then the catalog has no entry."""
     config = configure({"a.py": MESH + agent(name), "b.py": MESH + agent(f"{name}.b")})
     answers: list[object] = []
 
-    async def ask(caller: AgentMesh) -> None:
+    async def keep_calling(caller: AgentMesh) -> None:
         while True:
             try:
                 answers.append(await caller.call(name, {}, timeout=5))
@@ -216,11 +222,11 @@ async def test_an_agent_is_removed_under_load(
                 return
 
     async with new_mesh() as caller, Host(config) as host:
-        asking = [asyncio.create_task(ask(caller)) for _ in range(16)]
+        callers = [asyncio.create_task(keep_calling(caller)) for _ in range(16)]
         await until(lambda: len(answers) > 200)
         (tmp_path / "agents/a.py").unlink()
         assert [f"{name} withdrawn"] == (await reload(host, tmp_path)).agents
-        await asyncio.gather(*asking)
+        await asyncio.gather(*callers)
         assert {"ok"} == set(answers)
         await host.wait_retired()
         assert [f"{name}.b"] == [
@@ -229,27 +235,27 @@ async def test_an_agent_is_removed_under_load(
 
 
 DRIVEN = """{mesh}
-import asyncio
+import ledger
 from openagentmesh import MeshMessage
 @mesh.agent(AgentSpec(name={name!r}), sources=[mesh.subject_source("{name}.in")]{more})
 async def driven(message: MeshMessage[int]) -> None:
-    asyncio.heard.append(f"{{message.data}}")
+    ledger.runs.append(f"{{message.data}}")
 # {number}
 """
 
 
-@pytest.mark.parametrize("gated", [False, True])
-async def test_sources_lose_nothing_over_reloads(  # noqa: PLR0913 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], *, gated: bool
+@pytest.mark.parametrize("has_condition", [False, True], ids=["without-condition", "with-condition"])
+async def test_sources_lose_no_message_during_reloads(  # noqa: PLR0913 - fixtures
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, *, has_condition: bool
 ) -> None:
-    """Each message that comes while its agent is reloaded again and again is handled once."""
-    more = f", active_when=mesh.kv_condition('{name}', lambda text: text == 'on')" if gated else ""
+    """Each message that arrives while its agent is reloaded repeatedly is handled once."""
+    more = f", active_when=mesh.kv_condition('{name}', lambda text: text == 'on')" if has_condition else ""
     sent = 0
 
     async def send() -> None:
         nonlocal sent
         while True:
-            if sent - len(heard) < 100:  # more at once would be refused as too many
+            if sent - len(ledger.runs) < 100:  # a longer backlog would exceed the queue
                 await host.node.connection.publish(f"{name}.in", str(sent).encode())
                 sent += 1
             await asyncio.sleep(0)
@@ -263,9 +269,9 @@ async def test_sources_lose_nothing_over_reloads(  # noqa: PLR0913 - fixtures
         sending = asyncio.create_task(send())
         for number in range(1, 6):
             await reload(host, tmp_path, source(number))
-            enough = sent + 50
-            while sent < enough:
+            target = sent + 50
+            while sent < target:
                 await asyncio.sleep(0.001)
         sending.cancel()
-        await until(lambda: len(heard) >= sent)
-    assert list(range(sent)) == sorted(map(int, heard))
+        await until(lambda: len(ledger.runs) >= sent)
+    assert list(range(sent)) == sorted(map(int, ledger.runs))

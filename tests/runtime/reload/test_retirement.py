@@ -1,11 +1,6 @@
-"""Letting old versions go: requests finish on them, what runs by itself hands over, nothing is held."""
+"""Retiring an old version: its requests finish, its publishers and watchers stop before new ones start."""
 
 import asyncio
-import gc
-import logging
-import threading
-import weakref
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,29 +8,14 @@ import pytest
 from openagentmesh import AgentMesh, Cancelled, Host
 from openagentmesh.protocol import subjects
 
+from tests.support.host_bench import Ledger
 from tests.support.meshes import listen
 from tests.support.modules import MESH, Configure, agent, write
 from tests.support.reloads import reload
 from tests.support.waiting import until
 
 SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
-Says = Callable[[str], None]
-
-
-@pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the agents' code tells by `asyncio.heard.append`, which all versions share."""
-    found: list[str] = []
-    monkeypatch.setattr(asyncio, "heard", found, raising=False)
-    monkeypatch.setattr(asyncio, "gate", asyncio.Event(), raising=False)
-    return found
-
-
-def open_gate() -> None:
-    asyncio.gate.set()  # type: ignore[attr-defined]
-
-
-HELD = """import asyncio
+WAITING = """import asyncio, ledger
 from collections.abc import AsyncIterator
 {mesh}
 WORD = {word!r}
@@ -44,8 +24,8 @@ WORD = {word!r}
 async def call(req: dict) -> list:
     before = WORD
     if req:
-        asyncio.heard.append(before)
-        await asyncio.gate.wait()
+        ledger.runs.append(before)
+        await ledger.gate.wait()
     from _common import LATE
     return [before, WORD, LATE]
 
@@ -53,58 +33,58 @@ async def call(req: dict) -> list:
 async def stream(req: dict) -> AsyncIterator[str]:
     yield WORD
     if req:
-        asyncio.heard.append(WORD)
-        await asyncio.gate.wait()
+        ledger.runs.append(WORD)
+        await ledger.gate.wait()
     yield WORD
 """
 
 
-def held(name: str, word: str) -> dict[str, str]:
-    """A responder and a streamer that wait in their middle for as long as a test wants."""
-    return {"a.py": HELD.format(mesh=MESH, word=word, name=name), "_common.py": f"LATE = {word!r}\n"}
+def waiting_agents(name: str, word: str) -> dict[str, str]:
+    """A responder and a streamer that wait at the gate when their input is not empty."""
+    return {"a.py": WAITING.format(mesh=MESH, word=word, name=name), "_common.py": f"LATE = {word!r}\n"}
 
 
 async def test_requests_finish_on_their_version(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str]
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger
 ) -> None:
-    """A request and a stream under way see one version, lazy imports too, while the next ones run the new."""
+    """Requests and streams in flight use the old version, lazy imports included, and later ones the new."""
 
     async def stream(payload: dict[str, int]) -> list[str]:
         return [chunk async for chunk in mesh.stream(f"{name}.stream", payload)]
 
-    async with Host(configure(held(name, "old"), host={"drain_timeout": 20})) as host:
+    async with Host(configure(waiting_agents(name, "old"), host={"drain_timeout": 20})) as host:
         assert ["old"] * 3 == await mesh.call(f"{name}.call", {})
         running = [asyncio.create_task(mesh.call(f"{name}.call", {"wait": 1})) for _ in range(3)]
         streaming = asyncio.create_task(stream({"wait": 1}))
-        await until(lambda: 4 == len(heard))
-        for number in (1, 2):  # also with two versions behind
-            write(tmp_path / "agents", held(name, f"new{number}"))
-            outcome = await reload(host, tmp_path)
-            assert {1: 4, 2: 0}[number] == outcome.in_flight
+        await until(lambda: 4 == len(ledger.runs))
+        for number in (1, 2):  # with one and with two retiring versions
+            write(tmp_path / "agents", waiting_agents(name, f"new{number}"))
+            result = await reload(host, tmp_path)
+            assert {1: 4, 2: 0}[number] == result.in_flight
             assert [f"new{number}"] * 3 == await mesh.call(f"{name}.call", {})
             assert [f"new{number}"] * 2 == await stream({})
         assert not any(task.done() for task in (*running, streaming))
-        open_gate()
+        ledger.gate.set()
         assert [["old"] * 3] * 3 == await asyncio.gather(*running)
         assert ["old"] * 2 == await streaming
         del running, streaming
         await host.wait_retired()
-        assert [] == [note for outcome in host.status().reloads for note in outcome.notes]
+        assert [] == [note for result in host.status().reloads for note in result.notes]
 
 
-@pytest.mark.parametrize("gone", [False, True], ids=["replaced", "removed"])
-async def test_after_the_deadline_callers_are_told(  # noqa: PLR0913 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], *, gone: bool
+@pytest.mark.parametrize("is_removed", [False, True], ids=["replaced", "removed"])
+async def test_requests_on_the_old_version_are_cancelled_after_the_drain_timeout(  # noqa: PLR0913 - fixtures
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, *, is_removed: bool
 ) -> None:
-    """What still runs on the old version after `drain_timeout` is stopped, and answered with an error."""
-    async with Host(configure(held(name, "old"), host={"drain_timeout": 0.05})) as host:
+    """Their callers get `Cancelled`, whether the agent was replaced or removed."""
+    async with Host(configure(waiting_agents(name, "old"), host={"drain_timeout": 0.05})) as host:
         calls = [asyncio.create_task(mesh.call(f"{name}.call", {"wait": 1})) for _ in range(2)]
-        await until(lambda: 2 == len(heard))
-        if gone:
+        await until(lambda: 2 == len(ledger.runs))
+        if is_removed:
             (tmp_path / "agents/a.py").unlink()
-        outcome = await reload(host, tmp_path, None if gone else held(name, "new")["a.py"])
-        assert 2 == outcome.in_flight
-        assert "2 in flight on the old version" in outcome.text
+        result = await reload(host, tmp_path, None if is_removed else waiting_agents(name, "new")["a.py"])
+        assert 2 == result.in_flight
+        assert "2 in flight on the old version" in result.text
         for call in calls:
             with pytest.raises(Cancelled, match="was stopped before it answered") as caught:
                 await call
@@ -112,81 +92,83 @@ async def test_after_the_deadline_callers_are_told(  # noqa: PLR0913 - fixtures
         await host.wait_retired()
 
 
-def by_itself(name: str, shape: str, body: str, word: str, ends: str = "pass") -> str:
-    """A publisher or a watcher that tells when it starts and ends, and meanwhile runs `body`."""
+def background_agent(name: str, shape: str, body: str, word: str, cleanup: str = "pass") -> str:
+    """A publisher or a watcher that records its start and its end, and runs `body` in between."""
     is_publisher = shape == "publisher"
-    return f"""import asyncio
+    return f"""import asyncio, ledger
 from collections.abc import AsyncIterator
 {MESH}
 @mesh.agent(AgentSpec(name={name!r}))
-async def runs() -> {"AsyncIterator[str]" if is_publisher else "None"}:
-    asyncio.heard.append("+{word}")
+async def run() -> {"AsyncIterator[str]" if is_publisher else "None"}:
+    ledger.runs.append("+{word}")
     try:
         {"yield " + repr(word) if is_publisher else "pass"}
         {body}
     finally:
-        {ends}
-        asyncio.heard.append("-{word}")
+        {cleanup}
+        ledger.runs.append("-{word}")
 """
 
 
-FOR_EVER = "await asyncio.Event().wait()"
+RUN_FOREVER = "await asyncio.Event().wait()"
 
 
 @SHAPES
-async def test_what_runs_by_itself_hands_over(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], shape: str
+async def test_a_new_background_agent_starts_after_the_old_one_has_ended(  # noqa: PLR0913, PLR0917 - fixtures
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, shape: str
 ) -> None:
-    """The new one starts when the old one has ended, its clean-up included, and never beside it."""
-    ends = "await asyncio.sleep(0.01)"
-    async with Host(configure({"a.py": by_itself(name, shape, FOR_EVER, "0", ends)})) as host:
+    """Publishers and watchers of two versions never run at the same time; clean-up included."""
+    cleanup = "await asyncio.sleep(0.01)"
+    async with Host(configure({"a.py": background_agent(name, shape, RUN_FOREVER, "0", cleanup)})) as host:
         for number in range(1, 6):
-            await until(partial(heard.__contains__, f"+{number - 1}"))
-            await reload(host, tmp_path, by_itself(name, shape, FOR_EVER, str(number), ends))
-        await until(lambda: "+5" in heard)
-    assert [f"{sign}{number}" for number in range(6) for sign in "+-"] == heard
+            await until(partial(ledger.runs.__contains__, f"+{number - 1}"))
+            await reload(host, tmp_path, background_agent(name, shape, RUN_FOREVER, str(number), cleanup))
+        await until(lambda: "+5" in ledger.runs)
+    assert [f"{sign}{number}" for number in range(6) for sign in "+-"] == ledger.runs
 
 
-DEAF = """
-        while not asyncio.gate.is_set():
+IGNORE_CANCELLATION = """
+        while not ledger.gate.is_set():
             try:
-                await asyncio.gate.wait()
+                await ledger.gate.wait()
             except asyncio.CancelledError:
-                asyncio.heard.append("deaf")
+                ledger.runs.append("cancelled")
 """
 
 
 @SHAPES
-async def test_one_that_swallows_its_cancellation_is_named(  # noqa: PLR0913, PLR0917 - fixtures
+async def test_a_background_agent_that_ignores_its_cancellation_is_reported(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure,
     name: str,
     tmp_path: Path,
-    heard: list[str],
+    ledger: Ledger,
     shape: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The new one starts after the grace, not later, and the reload's notes say what is left."""
+    """The new one starts after the grace period, and the reload's notes name the task that still runs."""
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE_S", 0.05)
     monkeypatch.setattr("openagentmesh.runtime.reload.retirement._PROBATION_S", 0.05)
-    async with Host(configure({"a.py": by_itself(name, shape, DEAF.strip(), "old")})) as host:
-        await until(lambda: heard)
-        outcome = await reload(host, tmp_path, by_itself(name, shape, FOR_EVER, "new"))
-        await until(lambda: "+new" in heard)
-        assert ["+old", "deaf", "+new"] == heard
+    async with Host(
+        configure({"a.py": background_agent(name, shape, IGNORE_CANCELLATION.strip(), "old")})
+    ) as host:
+        await until(lambda: ledger.runs)
+        result = await reload(host, tmp_path, background_agent(name, shape, RUN_FOREVER, "new"))
+        await until(lambda: "+new" in ledger.runs)
+        assert ["+old", "cancelled", "+new"] == ledger.runs
         await host.wait_retired()
-        (note,) = outcome.notes
+        (note,) = result.notes
         assert note.startswith("the task ")
-        assert note.endswith("(runs)")
+        assert note.endswith("(run)")
         assert f"{name} did not stop within 0.05s and is left running" in caplog.messages
-        open_gate()
-        await until(lambda: "-old" in heard)
+        ledger.gate.set()
+        await until(lambda: "-old" in ledger.runs)
 
 
-async def test_a_deaf_publisher_says_nothing_more(
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str]
+async def test_a_publisher_that_ignores_its_cancellation_publishes_nothing(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger
 ) -> None:
-    """An old publisher that swallows its cancellation is ended at its next event, which nobody gets."""
+    """It is ended at its next event, which is not published."""
     events = await listen(mesh, subjects.events(name))
     body = """while True:
             try:
@@ -194,178 +176,40 @@ async def test_a_deaf_publisher_says_nothing_more(
             except asyncio.CancelledError:
                 yield "late"
 """
-    async with Host(configure({"a.py": by_itself(name, "publisher", body, "old")})) as host:
-        await until(lambda: heard)
-        await reload(host, tmp_path, by_itself(name, "publisher", FOR_EVER, "new"))
-        await until(lambda: "+new" in heard)
-        assert ["+old", "-old", "+new"] == heard
+    async with Host(configure({"a.py": background_agent(name, "publisher", body, "old")})) as host:
+        await until(lambda: ledger.runs)
+        await reload(host, tmp_path, background_agent(name, "publisher", RUN_FOREVER, "new"))
+        await until(lambda: "+new" in ledger.runs)
+        assert ["+old", "-old", "+new"] == ledger.runs
         assert [b'"old"', b'"new"'] == [(await events.get()).body for _ in range(2)]
 
 
 @SHAPES
-async def test_one_that_fails_at_once_makes_way_for_the_old_one(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, heard: list[str], shape: str
+async def test_a_background_agent_that_fails_at_once_is_rolled_back(  # noqa: PLR0913, PLR0917 - fixtures
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, shape: str
 ) -> None:
-    """The old version runs again, all of it, as if the reload had been refused, and that is told."""
-    spec, newer = f"name={name!r}", f"name={name!r}, version='9.0.0'"
-    async with Host(configure({"a.py": by_itself(name, shape, FOR_EVER, "old")})) as host:
-        await until(lambda: heard)
-        broken = by_itself(name, shape, "raise ValueError('not today')", "new").replace(spec, newer)
+    """The old version serves again with its contract, and the reload is reported as refused."""
+    spec, with_version = f"name={name!r}", f"name={name!r}, version='9.0.0'"
+    async with Host(configure({"a.py": background_agent(name, shape, RUN_FOREVER, "old")})) as host:
+        await until(lambda: ledger.runs)
+        broken = background_agent(name, shape, "raise ValueError('not today')", "new").replace(
+            spec, with_version
+        )
         await reload(host, tmp_path, broken)
-        await until(lambda: 5 == len(heard))
+        await until(lambda: 5 == len(ledger.runs))
         await host.wait_retired()
-        assert ["+old", "-old", "+new", "-new", "+old"] == heard
-        why = f"{name} failed at once (ValueError: not today), so the old version runs again"
-        assert [("outdated", why)] == [(module.state, module.error) for module in host.modules]
-        assert why == host.status().reloads[-1].error
+        assert ["+old", "-old", "+new", "-new", "+old"] == ledger.runs
+        error = f"{name} failed at once (ValueError: not today), so the old version runs again"
+        assert [("outdated", error)] == [(module.state, module.error) for module in host.modules]
+        assert error == host.status().reloads[-1].error
         assert "0.1.0" == (await mesh.contract(name)).version
         write(tmp_path / "agents", {"other.py": MESH + agent(f"{name}.other")})
-        outcome = await host.reload()
-        assert outcome is not None
-        assert [f"{name}.other 0.1.0 new"] == outcome.agents
-        assert 5 == len(heard)
-        mended = by_itself(name, shape, FOR_EVER, "mended").replace(spec, newer)
-        assert f"{name} 0.1.0 → 9.0.0" in (await reload(host, tmp_path, mended)).text
-        await until(lambda: "+mended" in heard)
+        result = await host.reload()
+        assert result is not None
+        assert [f"{name}.other 0.1.0 new"] == result.agents
+        assert 5 == len(ledger.runs)
+        fixed = background_agent(name, shape, RUN_FOREVER, "fixed").replace(spec, with_version)
+        assert f"{name} 0.1.0 → 9.0.0" in (await reload(host, tmp_path, fixed)).text
+        await until(lambda: "+fixed" in ledger.runs)
         assert "9.0.0" == (await mesh.contract(name)).version
-    assert ["-old", "+mended", "-mended"] == heard[5:]
-
-
-LEAVES = """import asyncio, logging, threading
-{mesh}
-class Handler(logging.Handler):
-    pass
-
-def work() -> None:
-    asyncio.stop.wait()
-
-async def later() -> None:
-    await asyncio.gate.wait()
-
-class Thing:
-    def do(self) -> None:
-        pass
-
-@mesh.agent(AgentSpec(name={name!r}))
-async def leave(what: str) -> None:
-    if what == "task":
-        asyncio.get_running_loop().create_task(later(), name="forgotten")
-    elif what == "thread":
-        threading.Thread(target=work, name="forgotten").start()
-    elif what == "handler":
-        logging.getLogger("forgotten").addHandler(Handler())
-    elif what == "held":
-        logging.forgotten = [Thing()]
-"""
-
-
-@pytest.mark.parametrize(
-    ("what", "note"),
-    [
-        ("task", "the task forgotten (later)"),
-        ("thread", "the thread forgotten"),
-        ("handler", "the logging handler Handler of 'forgotten'"),
-        ("held", "oam_agents.a in memory, referenced by logging.forgotten"),
-        ("nothing", ""),
-    ],
-)
-async def test_what_old_code_leaves_behind_is_named(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure,
-    mesh: AgentMesh,
-    name: str,
-    tmp_path: Path,
-    heard: list[str],
-    what: str,
-    note: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Tasks, threads, logging handlers, and who else holds it: in the reload's notes and in the log."""
-    monkeypatch.setattr(asyncio, "stop", threading.Event(), raising=False)
-    monkeypatch.setattr(logging, "forgotten", None, raising=False)
-    monkeypatch.setattr("openagentmesh.runtime.reload.leftovers._MAX_SEARCH_S", 10.0)
-    monkeypatch.setattr(logging.getLogger("forgotten"), "handlers", [])
-    source = LEAVES.format(mesh=MESH, name=name)
-    async with Host(configure({"a.py": source})) as host:
-        await mesh.call(name, what)
-        write(tmp_path / "agents", {"a.py": source + "#\n"})
-        outcome = await host.reload(finds_references=what == "held")
-        await host.wait_retired()
-        assert outcome is not None
-        assert ([note] if note else []) == outcome.notes
-        logged = [message for message in caplog.messages if "left behind" in message]
-        assert ([f"the old version of {name} left behind: {note}"] if note else []) == logged
-        open_gate()
-        asyncio.stop.set()  # type: ignore[attr-defined]
-
-
-class Mark:
-    """Dies with the namespace that it lies in."""
-
-
-MANY = """from typing import Optional
-from pydantic import BaseModel
-import asyncio
-{mesh}
-asyncio.marks.append(asyncio.weakref.ref(mark := asyncio.Mark()))
-
-class Tally(BaseModel):
-    count: int = 0
-    inner: Optional["Tally"] = None
-
-    def add(self) -> "Tally":
-        self.count += 1
-        return self
-
-@mesh.keep
-def tally() -> Tally:
-    return Tally()
-
-@mesh.agent(AgentSpec(name={name!r}, version="0.0.{version}"))
-async def count(req: dict) -> Tally:
-    return tally.add()
-
-@mesh.agent(AgentSpec(name="{name}.watch"))
-async def watch() -> None:
-    await asyncio.Event().wait()
-# {number}
-"""
-
-
-@pytest.mark.parametrize("new_contract", [False, True])
-async def test_fifty_reloads_leave_no_old_version_in_memory(  # noqa: PLR0913 - fixtures
-    configure: Configure,
-    mesh: AgentMesh,
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    new_contract: bool,
-) -> None:
-    """Of served and of refused versions only the last one is alive, and the last answers and counts."""
-    marks: list[weakref.ref[Mark]] = []
-    for key, value in {"marks": marks, "weakref": weakref, "Mark": Mark}.items():
-        monkeypatch.setattr(asyncio, key, value, raising=False)
-    frozen = gc.get_freeze_count()
-    gc.collect()
-    gc.freeze()
-    try:
-
-        def source(number: int) -> str:
-            version = number if new_contract else 0
-            return MANY.format(mesh=MESH, name=name, number=number, version=version)
-
-        async with Host(configure({"a.py": source(0)})) as host:
-            for number in range(1, 51):
-                assert {"count": number, "inner": None} == await mesh.call(name, {})
-                assert not (await reload(host, tmp_path, source(number))).error
-                if not number % 10:
-                    assert "nothing" in (await reload(host, tmp_path, source(-1) + "1 / nothing\n")).error
-            await host.wait_retired()
-            gc.collect()
-            assert [] == [note for outcome in host.status().reloads for note in outcome.notes]
-            assert 56 == len(marks)
-            assert 1 == sum(mark() is not None for mark in marks)
-    finally:
-        if not frozen:
-            gc.unfreeze()
+    assert ["-old", "+fixed", "-fixed"] == ledger.runs[5:]
