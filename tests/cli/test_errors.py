@@ -1,19 +1,11 @@
 """Errors of the mesh as commands print them, as text and as JSON."""
 
-import io
 import json
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-import typer
-from nats.js.api import KeyValueConfig
-from openagentmesh import ConnectionFailed, MeshError
-from openagentmesh.cli.output import fail
-from openagentmesh.transport.connection import Connection, Target
-from openagentmesh.transport.jetstream_errors import translated_errors
 
-from tests.support.commands import UNREACHABLE, Up, run_parallel
+from tests.support.commands import UNREACHABLE, Up, oam, run_parallel
 from tests.support.servers import running_server
 
 TOO_LARGE = json.dumps("x" * 2_000_000)
@@ -80,40 +72,22 @@ def test_missing_credentials_are_reported_with_advice(hosted: Up, protected_url:
     assert "OAM_CREDS" in check("connection_denied", "mesh", "catalog", "--url", protected_url, host=hosted)
 
 
-async def printed_error_of_creating_buckets(url: str, number: int) -> str:
-    """The text printed for the error of creating this number of buckets."""
-    connection = Connection(Target(url), "test")
-    await connection.connect()
-    try:
-        with pytest.raises(ConnectionFailed) as caught, translated_errors(connection, "Creating a bucket"):
-            for name in range(number):
-                await connection.jetstream().create_key_value(KeyValueConfig(bucket=str(name)))
-    finally:
-        await connection.close()
-    return printed(caught.value)
-
-
-def printed(error: MeshError) -> str:
-    """The text that commands print for an error."""
-    stderr = io.StringIO()
-    with redirect_stderr(stderr), pytest.raises(typer.Exit):
-        fail(error)
-    return stderr.getvalue()
-
-
-async def test_a_server_without_jetstream_is_reported_with_a_remedy() -> None:
-    """The error names the option that starts a server with JetStream, and gives no other hint."""
+def test_a_server_without_jetstream_is_reported_with_a_remedy(tmp_path: Path) -> None:
+    """The error names the option that starts a server with JetStream, immediately and without other hints."""
     with running_server() as url:
-        error = await printed_error_of_creating_buckets(url, 1)
+        result = oam("kv", "put", "a", "1", "--url", url, cwd=tmp_path)
     reason = "JetStream is off; start the server with `nats-server -js`, or enable it for this account."
-    assert f"Error [connection_failed] Creating a bucket failed: {reason}\n" == error
+    assert result.err.startswith("Error [connection_failed] Opening the bucket '")
+    assert result.err.endswith(f"' failed: {reason}\n")
 
 
-async def test_an_error_of_jetstream_is_reported_in_its_words(tmp_path: Path) -> None:
-    """When a server with JetStream rejects a request, the error has its description and code."""
+def test_an_error_of_jetstream_is_reported_in_its_words(tmp_path: Path) -> None:
+    """When a server with JetStream rejects a request, the error has its description and code, immediately."""
     config = tmp_path / "server.conf"
     config.write_text(MAX_ONE_STREAM.format(store=tmp_path / "store"))
     with running_server("-c", str(config)) as url:
-        error = await printed_error_of_creating_buckets(url.replace("//", "//u:p@"), 2)
-    reason = "the server reported 'maximum number of streams reached' (code 10027)."
-    assert f"Error [connection_failed] Creating a bucket failed: {reason}\n" == error
+        result = oam("kv", "put", "a", "1", "--url", url.replace("//", "//u:p@"), cwd=tmp_path)
+    assert 1 == result.code
+    assert result.err.endswith(
+        " failed: the server reported 'maximum number of streams reached' (code 10027).\n"
+    )

@@ -7,7 +7,7 @@ from typing import Final
 
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, ServiceUnavailableError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay
 
 from openagentmesh.protocol.errors import ConnectionFailed, MeshTimeout, PayloadTooLarge, error_text
@@ -39,14 +39,26 @@ def translated_errors(connection: Connection, action: str) -> Iterator[None]:
 
 
 def retrying(connection: Connection, *errors: type[Exception]) -> AsyncRetrying:
-    """Retry on these errors, or on all of the library, for a while, unless the connection is closed."""
-    retried = errors or (NatsError, TimeoutError)
+    """Retry for a while on these errors, or on all of the library that a retry may avoid."""
+
+    def is_retried(exc: BaseException) -> bool:
+        is_listed = isinstance(exc, errors) if errors else _is_temporary(exc, connection)
+        return is_listed and not connection.is_closed
+
     return AsyncRetrying(
-        retry=retry_if_exception(lambda exc: isinstance(exc, retried) and not connection.is_closed),
+        retry=retry_if_exception(is_retried),
         wait=jittered_backoff(0.02, 1.0),
         stop=stop_after_delay(TIMEOUT_S),
         reraise=True,
     )
+
+
+def _is_temporary(exc: BaseException, connection: Connection) -> bool:
+    """Whether a retry may succeed: not of what the server rejects, nor on a server without JetStream."""
+    if isinstance(exc, ServiceUnavailableError) and exc.err_code in _NO_JETSTREAM:
+        # Right after a server's start its JetStream may not answer yet.
+        return exc.err_code is None and bool(connection.server.get("jetstream"))
+    return isinstance(exc, NatsError | TimeoutError) and not isinstance(exc, BadRequestError)
 
 
 def _reason(exc: Exception) -> str:

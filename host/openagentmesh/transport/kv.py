@@ -67,7 +67,6 @@ class KVBuckets:
 
     async def _open_or_create(self, bucket: str) -> KeyValue:
         with translated_errors(self._connection, f"Opening the bucket '{bucket}'"):
-            # Right after a server's start JetStream may not answer yet.
             async for attempt in retrying(self._connection):
                 with attempt:
                     jetstream = self._connection.jetstream()
