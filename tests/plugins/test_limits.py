@@ -1,134 +1,24 @@
 """Limits: requests above a caller's rate or share are refused, and those of other callers are not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import oam_limits
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from oam_limits import Limits, Settings, caller_of
-from openagentmesh import (
-    AgentMesh,
-    AgentSpec,
-    Call,
-    Caller,
-    Host,
-    KVEntry,
-    MeshMessage,
-    Middleware,
-    Overloaded,
-    hookimpl,
-)
-from openagentmesh.runtime.config import ConfigError, load_config
+from openagentmesh import AgentMesh, AgentSpec, KVEntry, MeshMessage, Overloaded
 
-from tests.support.modules import MESH, agent, write
-
-Limited = Callable[..., AgentMesh]
-Serve = Callable[..., AbstractAsyncContextManager[Host]]
-
-
-class Clock:
-    """A clock that a test advances; each reading adds a microsecond, and it starts far from 0."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the plugin and of its rate limiter."""
-    clock = Clock()
-    monkeypatch.setattr("throttled.utils.now_mono_f", clock)
-    monkeypatch.setattr(oam_limits, "monotonic", clock)
-    return clock
-
-
-@pytest.fixture
-def limited(url: str) -> Limited:
-    """Creates meshes with the plugin."""
-    return lambda *plugins, **settings: AgentMesh(url, plugins=[*plugins, Limits(Settings(**settings))])
-
-
-@pytest.fixture
-def configure(tmp_path: Path, url: str) -> Callable[[str], None]:
-    """Writes mesh.toml."""
-
-    def configure_(toml: str) -> None:
-        text = f"mesh.url = {url!r}\nhost.entry_points = false\nhost.drain_timeout = 1\n{toml}"
-        (tmp_path / "mesh.toml").write_text(text)
-
-    return configure_
-
-
-@pytest.fixture
-def serve(tmp_path: Path, configure: Callable[[str], None]) -> Serve:
-    """A host with the plugin, that serves `agents/` with the settings of its mesh.toml."""
-
-    @asynccontextmanager
-    async def serve_(files: dict[str, str], toml: str) -> AsyncIterator[Host]:
-        write(tmp_path / "agents", files)
-        configure(toml)
-        read = partial(load_config, tmp_path / "mesh.toml")
-        host = Host(
-            read(), config_file=tmp_path / "mesh.toml", read_config=read, plugins=[Identity(), Limits()]
-        )
-        async with host:
-            yield host
-
-    return serve_
-
-
-class Identity:
-    """Verifies callers by a header with their subject."""
-
-    @hookimpl
-    def mesh_middleware(self) -> Middleware:
-        def middleware(endpoint: Callable[[Call], Awaitable[Any]]) -> Callable[[Call], Awaitable[Any]]:
-            async def with_identity(call: Call) -> Any:
-                if "X-Subject" in call.headers:
-                    call.identity = Caller(call.caller.instance_id, call.headers["X-Subject"])
-                return await endpoint(call)
-
-            return with_identity
-
-        return middleware
-
-
-async def outcomes(mesh: AgentMesh, name: str, count: int, **more: Any) -> list[Any]:
-    """The results of concurrent calls: answers and errors."""
-    return await asyncio.gather(*[mesh.call(name, **more) for _ in range(count)], return_exceptions=True)
-
-
-def refused(outcomes: list[Any]) -> list[Overloaded]:
-    return [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
-
-
-def call_of(instance: str = "", subject: str = "") -> Call:
-    return Call("a", instance_id=instance, identity=Caller(instance, subject) if subject else None)
-
-
-def serve_echo(mesh: AgentMesh, name: str) -> None:
-    @mesh.agent(AgentSpec(name=name))
-    async def echo() -> str:
-        return "ok"
+from tests.support.limits import Clock, Limited, Serve, outcomes, refused, serve_echo
+from tests.support.modules import MESH, agent
 
 
 async def test_a_greedy_caller_does_not_starve_a_modest_one(
-    serve: Serve, new_mesh: Callable[[], AgentMesh], name: str
+    serve_limited: Serve, new_mesh: Callable[[], AgentMesh], name: str
 ) -> None:
     """While one caller sends far more requests than an agent can run, those of another are all answered."""
     source = "import asyncio\n" + MESH + agent(name, "await asyncio.sleep(0.005) or 'done'")
     limits = "limits = {concurrency = 4, queue = 2}"
-    async with serve({"a.py": source}, limits), new_mesh() as greedy, new_mesh() as modest:
+    async with serve_limited({"a.py": source}, limits), new_mesh() as greedy, new_mesh() as modest:
         stopping = asyncio.Event()
 
         async def send_many() -> list[Any]:
@@ -263,19 +153,6 @@ async def test_refused_calls_with_retry_are_answered(limited: Limited, name: str
         assert ["ok"] * 6 == await outcomes(mesh, name, 6, retry=9, timeout=20)
 
 
-async def test_each_caller_has_its_own_rate(
-    limited: Limited, new_mesh: Callable[[], AgentMesh], clock: Clock, name: str
-) -> None:
-    """The rate of one caller at one agent limits neither other callers nor other agents."""
-    mesh = limited(rate=2)
-    serve_echo(mesh, name)
-    serve_echo(mesh, f"{name}.other")
-    async with mesh, new_mesh() as first, new_mesh() as second:
-        assert 3 == len(refused(await outcomes(first, name, 5)))
-        assert ["ok", "ok"] == await outcomes(second, name, 2)
-        assert ["ok", "ok"] == await outcomes(first, f"{name}.other", 2)
-
-
 async def test_all_callers_share_the_total(
     limited: Limited, new_mesh: Callable[[], AgentMesh], clock: Clock, name: str
 ) -> None:
@@ -308,20 +185,6 @@ async def test_without_a_rate_one_caller_has_its_share_of_the_total(
             assert "ok" == await modest.call(name)
 
 
-async def test_a_changed_rate_applies_immediately(
-    serve: Serve, mesh: AgentMesh, configure: Callable[[str], None], clock: Clock, name: str
-) -> None:
-    """A caller that has used up the burst of a low rate does not wait for it after the rate is raised."""
-    async with serve({"a.py": MESH + agent(name)}, "plugins.limits = {rate = 0.001, burst = 3}") as host:
-        assert 1 == len(refused(await outcomes(mesh, name, 4, payload={})))
-        configure("plugins.limits = {rate = 100, burst = 3}")
-        assert (await host.reload()) is not None
-        assert not refused(await outcomes(mesh, name, 3, payload={}))
-        assert 1 == len(refused(await outcomes(mesh, name, 1, payload={})))
-        clock.now += 0.011
-        assert not refused(await outcomes(mesh, name, 1, payload={}))
-
-
 def test_a_share_is_a_number_of_whole_requests() -> None:
     """With a concurrency of 100, a share of 0.29 is 29, in spite of the rounding of binary fractions."""
     shares = {0.29: 29, 0.57: 57, 0.07: 7, 0.001: 1, 1: 100}
@@ -348,110 +211,6 @@ async def test_streams_and_sends_count(limited: Limited, clock: Clock, name: str
         clock.now += 1
         assert [0] == [number async for number in mesh.stream(name, 1)]
     assert 3 == runs
-
-
-async def test_the_settings_of_an_agent_take_precedence(
-    serve: Serve, mesh: AgentMesh, clock: Clock, name: str
-) -> None:
-    """An agent's table overrides that of all agents, key by key; `inf` is no limit."""
-    toml = f"""
-        [plugins.limits]
-        rate = 1
-        burst = 3
-        [agents."{name}.slow".plugins.limits]
-        burst = 1
-        [agents."{name}.free".plugins.limits]
-        rate = inf
-    """
-    agents = [f"{name}.{kind}" for kind in ("plain", "slow", "free")]
-    async with serve({"a.py": MESH + "".join(map(agent, agents))}, toml):
-        permitted = [5 - len(refused(await outcomes(mesh, each, 5, payload={}))) for each in agents]
-    assert [3, 1, 5] == permitted
-
-
-async def test_new_settings_apply_to_the_counts_so_far(
-    serve: Serve, mesh: AgentMesh, configure: Callable[[str], None], clock: Clock, name: str
-) -> None:
-    """A change of mesh.toml applies from the next request on; previous requests still count."""
-    async with serve({"a.py": MESH + agent(name)}, "plugins.limits = {rate = 0.1, burst = 2}") as host:
-        assert 1 == len(refused(await outcomes(mesh, name, 3, payload={})))
-        configure("plugins.limits = {rate = 0.1, burst = 3}")
-        assert (await host.reload()) is not None
-        assert 2 == len(refused(await outcomes(mesh, name, 3, payload={})))
-        write(host.config.folder / "agents", {"a.py": MESH + agent(name, "'new'")})
-        assert (await host.reload()) is not None
-        assert 1 == len(refused(await outcomes(mesh, name, 1, payload={})))
-        clock.now += 10.01
-        assert "new" == await mesh.call(name, {})
-        configure("plugins.limits = {rate = 0}")
-        outcome = await host.reload()
-        assert outcome is not None
-        assert "plugins.limits.rate" in outcome.error
-        assert 1 == len(refused(await outcomes(mesh, name, 1, payload={})))
-        configure("")
-        assert (await host.reload()) is not None
-        assert not refused(await outcomes(mesh, name, 9, payload={}))
-
-
-@pytest.mark.parametrize(
-    "wrong", ["rate = 0", "burst = 0", "share = 2", "share = 0", "callers = 0", "rates = 1", "rate = nan"]
-)
-async def test_invalid_settings_fail_the_start(serve: Serve, name: str, wrong: str) -> None:
-    """The error names the key."""
-    with pytest.raises(ConfigError, match=r"plugins\.limits\." + wrong.partition(" ")[0]):
-        async with serve({"a.py": MESH + agent(name)}, f"[plugins.limits]\n{wrong}"):
-            pass
-
-
-async def test_the_least_recently_used_callers_are_dropped(
-    serve: Serve, mesh: AgentMesh, clock: Clock, name: str
-) -> None:
-    """As many callers as `callers` are remembered: those with the latest requests."""
-    toml = "plugins.limits = {rate = 0.1, burst = 1, callers = 5}"
-
-    async def is_permitted(subject: str) -> bool:
-        return not refused(await outcomes(mesh, name, 1, payload={}, headers={"X-Subject": subject}))
-
-    async with serve({"a.py": MESH + agent(name)}, toml) as host:
-        assert await is_permitted("regular")
-        for number in range(50):
-            assert await is_permitted(f"guest-{number}")
-            assert not await is_permitted("regular")
-        assert await is_permitted("guest-0")  # dropped
-        limits = host.plugins.all[-1].implementation
-        assert isinstance(limits, Limits)
-        assert 5 == len(limits._callers._backend.get_client())
-        assert {} == limits._running[name]._started
-
-
-async def test_all_instances_of_a_verified_subject_are_one_caller(
-    serve: Serve, new_mesh: Callable[[], AgentMesh], clock: Clock, name: str
-) -> None:
-    """Two instances of a verified subject share its rate; an instance without it has another rate."""
-    limits = "plugins.limits = {rate = 1, burst = 2}"
-    async with serve({"a.py": MESH + agent(name)}, limits), new_mesh() as first, new_mesh() as second:
-        alice: dict[str, Any] = {"payload": {}, "headers": {"X-Subject": "alice"}}
-        assert [["ok"], ["ok"]] == [await outcomes(each, name, 1, **alice) for each in (first, second)]
-        assert 1 == len(refused(await outcomes(first, name, 1, **alice)))
-        assert "ok" == await first.call(name, {})
-
-
-@given(st.text(), st.text())
-def test_instance_ids_are_truncated_and_never_equal_a_subject(instance_id: str, subject: str) -> None:
-    """An unverified caller never shares the limit of a verified subject, and a long id is truncated."""
-    unverified = Call("a", identity=Caller(instance_id))
-    assert len(caller_of(unverified)) < 200
-    if subject:
-        assert caller_of(unverified) != caller_of(call_of(instance_id, subject))
-
-
-def test_requests_without_an_instance_id_are_one_caller() -> None:
-    """All requests without an instance id are one anonymous caller, messages of sources another one."""
-    anonymous = call_of()
-    assert "anonymous" == caller_of(anonymous)
-    anonymous.verb = "source"
-    assert "source" == caller_of(anonymous)
-    assert "instance me" == caller_of(call_of("me"))
 
 
 async def test_messages_of_a_source_count_and_changes_of_keys_do_not(

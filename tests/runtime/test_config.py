@@ -274,7 +274,7 @@ def test_the_default_file_is_optional(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_paths_are_relative_to_the_folder_of_the_file(
     read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The working directory does not matter; absolute paths and `~` are unchanged."""
+    """The working directory does not matter; absolute paths stay, and `~` is the home folder."""
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", "/home/user")
     config = read("")

@@ -3,47 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from openagentmesh import AgentMesh, AgentSpec, Cancelled, Condition, MeshError, MeshMessage, NotAvailable
+from openagentmesh import AgentMesh, AgentSpec, Cancelled, MeshMessage, NotAvailable
 from openagentmesh.protocol import codec, subjects
-from openagentmesh.protocol.errors import InvalidAgent
 from openagentmesh.registry import presence
 from openagentmesh.state.kv import KV
-from openagentmesh.transport.nats_client import Message
 
-from tests.support.meshes import flush, listen, next_log_event, node_of, reconnects, route_of
+from tests.support.gates import call_when_active, declare_gated, is_active, wait_for_event, wait_until
+from tests.support.meshes import flush, listen, node_of
 from tests.support.servers import restartable
 from tests.support.waiting import until
 
-
-@pytest.fixture(autouse=True)
-def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openagentmesh.transport.connection.LINGER_S", 0.01)
-
-
-def declare_gated(mesh: AgentMesh, name: str, condition: Condition) -> None:
-    """Declare an agent with a condition that returns the id of its instance."""
-
-    @mesh.agent(AgentSpec(name=name), active_when=condition)
-    async def agent() -> str:
-        return mesh.instance_id
-
-
-async def wait_for_event(events: asyncio.Queue[Message], event: str) -> None:
-    """Wait for a log event of the level `info`, and skip others."""
-    found: dict[str, Any] = {}
-    while ("info", event) != (found.get("level"), found.get("event")):
-        found = await next_log_event(events)
-
-
-def is_active(mesh: AgentMesh, name: str) -> bool:
-    return route_of(mesh, name).status().active
-
-
-async def wait_until(mesh: AgentMesh, name: str, *, active: bool) -> None:
-    await until(lambda: is_active(mesh, name) == active)
+pytestmark = pytest.mark.usefixtures("short_linger")
 
 
 async def test_a_key_activates_and_deactivates_an_agent(mesh: AgentMesh, name: str) -> None:
@@ -80,23 +52,6 @@ async def test_a_message_activates_and_deactivates_an_agent(mesh: AgentMesh, nam
     assert mesh.instance_id == await mesh.call(name)
     await connection.publish(f"{name}.status", b'{"open": false}')
     await wait_until(mesh, name, active=False)
-
-
-@pytest.mark.parametrize("initial", [True, False])
-async def test_without_a_key_or_message_the_initial_state_applies(
-    mesh: AgentMesh, name: str, *, initial: bool
-) -> None:
-    """A deleted key is the same as a missing one."""
-    declare_gated(
-        mesh, f"{name}.a", mesh.kv_condition(f"{name}.k", lambda text: text == "on", initial=initial)
-    )
-    declare_gated(mesh, f"{name}.b", mesh.subject_condition(name, bool, initial=initial))
-    await mesh.catalog()
-    assert (initial, initial) == (is_active(mesh, f"{name}.a"), is_active(mesh, f"{name}.b"))
-    await mesh.kv.put(f"{name}.k", "off" if initial else "on")
-    await wait_until(mesh, f"{name}.a", active=not initial)
-    await mesh.kv.delete(f"{name}.k")
-    await wait_until(mesh, f"{name}.a", active=initial)
 
 
 async def test_an_agent_that_is_active_at_the_start_is_callable_immediately(
@@ -199,46 +154,6 @@ async def test_a_gate_controls_background_tasks_and_sources(mesh: AgentMesh, nam
     assert handled.empty()
 
 
-async def test_after_a_burst_of_changes_the_last_one_applies(mesh: AgentMesh, name: str) -> None:
-    """However fast the key changes, its last value decides."""
-    evaluated: set[str] = set()
-
-    def is_on(text: str) -> bool:
-        evaluated.add(text)
-        return text.startswith("on")
-
-    declare_gated(mesh, name, mesh.kv_condition(name, is_on))
-    await mesh.catalog()
-    for last in ("on 1", "off 2", "on 3"):
-        for _ in range(10):
-            await mesh.kv.put(name, "on")
-            await mesh.kv.put(name, "off")
-        await mesh.kv.put(name, last)
-        await until(lambda: last in evaluated)  # noqa: B023 - of this iteration
-        await wait_until(mesh, name, active=last.startswith("on"))
-    # The last "off" may still deactivate it for a moment.
-    assert mesh.instance_id == await call_when_active(mesh, name)
-    assert is_active(mesh, name)
-
-
-async def test_a_predicate_that_raises_changes_nothing(
-    mesh: AgentMesh, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log contains the agent; the next value is evaluated."""
-
-    def strict(text: str) -> bool:
-        return {"on": True, "off": False}[text]
-
-    declare_gated(mesh, name, mesh.kv_condition(name, strict))
-    await mesh.kv.put(name, "on")
-    await mesh.catalog()
-    await mesh.kv.put(name, "neither")
-    await until(lambda: f"{name}: condition failed on 'neither'" in caplog.text)
-    assert mesh.instance_id == await mesh.call(name)
-    await mesh.kv.put(name, "off")
-    await wait_until(mesh, name, active=False)
-
-
 @pytest.mark.parametrize("kept", [True, False], ids=["store kept", "store removed"])
 async def test_a_gate_is_correct_after_a_restart_of_the_server(
     name: str, tmp_path: Path, *, kept: bool
@@ -264,17 +179,6 @@ async def test_a_gate_is_correct_after_a_restart_of_the_server(
         for key in ("a", "b"):
             await mesh.kv.put(f"{name}.{key}", "on")
             assert mesh.instance_id == await call_when_active(mesh, f"{name}.{key}")
-
-
-async def call_when_active(mesh: AgentMesh, name: str) -> Any:
-    await mesh.catalog()
-    await wait_until(mesh, name, active=True)
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                return await mesh.call(name)
-            except MeshError:
-                await asyncio.sleep(0.02)
 
 
 async def test_a_new_version_replaces_the_gate(mesh: AgentMesh, name: str) -> None:
@@ -383,45 +287,3 @@ async def test_a_deactivated_publisher_sends_its_end_frame(mesh: AgentMesh, name
         frame = await asyncio.wait_for(frames.get(), 10)
         assert (b"", 1, True, False) == (frame.body, frame.seq, frame.end, frame.error)
         await wait_until(mesh, name, active=False)
-
-
-@pytest.mark.parametrize("kind", ["key", "subject"])
-async def test_a_predicate_may_raise_any_exception(mesh: AgentMesh, name: str, kind: str) -> None:
-    """A CancelledError from it ends neither the watcher of the condition nor the connection."""
-
-    def strict(text: str) -> bool:
-        if text == "neither":
-            raise asyncio.CancelledError
-        return text == "on"
-
-    is_key = kind == "key"
-    condition, change = (mesh.kv_condition, mesh.kv.put) if is_key else (mesh.subject_condition, mesh.publish)
-    declare_gated(mesh, name, condition(name, strict))
-    await mesh.catalog()
-    for text, active in (("on", True), ("neither", True), ("off", False), ("neither", False), ("on", True)):
-        await change(name, text)
-        await wait_until(mesh, name, active=active)
-    assert 0 == reconnects(mesh)
-
-
-@pytest.mark.parametrize("value", ["", "a b", "a..b", ".a", "a.>.b", "x" * 5000, None, 7])
-def test_keys_and_subjects_of_conditions_are_checked(value: Any) -> None:
-    """An invalid key or subject is rejected at its declaration; a key condition accepts no pattern."""
-    mesh = AgentMesh()
-    for make in (mesh.kv_condition, mesh.subject_condition):
-        with pytest.raises(InvalidAgent, match="is invalid"):
-            make(value, bool)
-    with pytest.raises(InvalidAgent, match="is invalid"):
-        mesh.kv_condition("a.*", bool)
-
-
-@pytest.mark.parametrize(
-    ("parameter", "value"), [("predicate", "on"), ("drain_timeout", -1), ("drain_timeout", "30")]
-)
-def test_an_invalid_condition_is_rejected_at_its_declaration(parameter: str, value: Any) -> None:
-    """Values that would fail when the mesh connects or the gate changes raise InvalidAgent."""
-    for make in (AgentMesh().kv_condition, AgentMesh().subject_condition):
-        with pytest.raises(InvalidAgent, match=parameter):
-            make("a", **{"predicate": bool, parameter: value})
-    with pytest.raises(InvalidAgent, match="active_when"):
-        declare_gated(AgentMesh(), "a", value)

@@ -33,6 +33,12 @@ class Text(BaseModel):
     text: str = ""
 
 
+class Number(BaseModel):
+    """An input and output type."""
+
+    value: int = 0
+
+
 def node_of(mesh: AgentMesh) -> Node:
     """The node of a connected mesh."""
     assert mesh._node is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -78,6 +79,11 @@ def reloads_of(host: Host) -> list[ReloadResult]:
     """The last reloads of a host, completed and refused; its status has fewer."""
     assert host._reloader is not None
     return list(host._reloader.history)
+
+
+def off_loop_threads() -> set[threading.Thread]:
+    """The threads in which modules are loaded, those of aborted loads included."""
+    return {thread for thread in threading.enumerate() if thread.name == "oam-off-loop"}
 
 
 def replayable_agent(name: str, result: str, *, more: str = "replayable=True") -> str:

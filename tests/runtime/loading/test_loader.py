@@ -82,7 +82,7 @@ IMPORTS = {
 
 @pytest.mark.parametrize("style", IMPORTS)
 async def test_modules_import_helpers_of_their_own_folder(load: Load, style: str) -> None:
-    """Each folder's modules import the `_common` beside them, as when they are run alone."""
+    """Each module imports the `_common` of its folder, as when it is run alone."""
     files: dict[str, str] = {}
     for folder in ("", "x/", "y/"):
         files |= {
@@ -297,3 +297,5 @@ async def test_a_duplicate_name_in_a_file_is_a_warning(load: Load, caplog: pytes
     [module] = load({"a.py": MESH + agent("twice", "1") + agent("twice", "2")}).values()
     assert [2] == [await answer(module, number) for number in range(len(module.agents))]
     assert "agents/a.py declares the agent 'twice' twice: the one at " in caplog.text
+    assert "a.py:8 serves, not the one at " in caplog.text
+    assert "a.py:4" in caplog.text

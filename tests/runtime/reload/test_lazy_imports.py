@@ -143,7 +143,7 @@ async def test_a_new_version_imports_new_helpers_before_it_serves(
 async def test_two_hosts_of_a_process_stop_in_any_order(
     configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
 ) -> None:
-    """After the first host has stopped, dynamic imports still find helpers beside the files of the second."""
+    """After the first host has stopped, dynamic imports find helpers in the folder of the second."""
     first = Host(configure({"a.py": MESH + agent(f"{name}.first")}, folder=tmp_path / "first"))
     source = MESH + "import importlib\nH = importlib.import_module('_h')\n"
     files = {"a.py": source + agent(name, "(H.N, 1)"), "_h.py": "N = 'helper'\n"}

@@ -14,34 +14,37 @@ from tests.support.modules import MESH, Configure, agent, write
 from tests.support.reloads import reload
 from tests.support.waiting import until
 
-SHAPES = pytest.mark.parametrize("shape", ["publisher", "watcher"])
+KINDS = pytest.mark.parametrize("kind", ["publisher", "watcher"])
 WAITING = """import asyncio, ledger
 from collections.abc import AsyncIterator
 {mesh}
-WORD = {word!r}
+VERSION = {version!r}
 
 @mesh.agent(AgentSpec(name="{name}.call"))
 async def call(req: dict) -> list:
-    before = WORD
+    before = VERSION
     if req:
         ledger.runs.append(before)
         await ledger.gate.wait()
     from _common import LATE
-    return [before, WORD, LATE]
+    return [before, VERSION, LATE]
 
 @mesh.agent(AgentSpec(name="{name}.stream"))
 async def stream(req: dict) -> AsyncIterator[str]:
-    yield WORD
+    yield VERSION
     if req:
-        ledger.runs.append(WORD)
+        ledger.runs.append(VERSION)
         await ledger.gate.wait()
-    yield WORD
+    yield VERSION
 """
 
 
-def waiting_agents(name: str, word: str) -> dict[str, str]:
+def waiting_agents(name: str, version: str) -> dict[str, str]:
     """A responder and a streamer that wait at the gate when their input is not empty."""
-    return {"a.py": WAITING.format(mesh=MESH, word=word, name=name), "_common.py": f"LATE = {word!r}\n"}
+    return {
+        "a.py": WAITING.format(mesh=MESH, version=version, name=name),
+        "_common.py": f"LATE = {version!r}\n",
+    }
 
 
 async def test_requests_finish_on_their_version(
@@ -92,37 +95,37 @@ async def test_requests_on_the_old_version_are_cancelled_after_the_drain_timeout
         await host.wait_retired()
 
 
-def background_agent(name: str, shape: str, body: str, word: str, cleanup: str = "pass") -> str:
+def background_agent(name: str, kind: str, body: str, version: str, cleanup: str = "pass") -> str:
     """A publisher or a watcher that records its start and its end, and runs `body` in between."""
-    is_publisher = shape == "publisher"
+    is_publisher = kind == "publisher"
     return f"""import asyncio, ledger
 from collections.abc import AsyncIterator
 {MESH}
 @mesh.agent(AgentSpec(name={name!r}))
 async def run() -> {"AsyncIterator[str]" if is_publisher else "None"}:
-    ledger.runs.append("+{word}")
+    ledger.runs.append("+{version}")
     try:
-        {"yield " + repr(word) if is_publisher else "pass"}
+        {"yield " + repr(version) if is_publisher else "pass"}
         {body}
     finally:
         {cleanup}
-        ledger.runs.append("-{word}")
+        ledger.runs.append("-{version}")
 """
 
 
 RUN_FOREVER = "await asyncio.Event().wait()"
 
 
-@SHAPES
+@KINDS
 async def test_a_new_background_agent_starts_after_the_old_one_has_ended(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, shape: str
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, kind: str
 ) -> None:
     """Publishers and watchers of two versions never run at the same time; clean-up included."""
     cleanup = "await asyncio.sleep(0.01)"
-    async with Host(configure({"a.py": background_agent(name, shape, RUN_FOREVER, "0", cleanup)})) as host:
+    async with Host(configure({"a.py": background_agent(name, kind, RUN_FOREVER, "0", cleanup)})) as host:
         for number in range(1, 6):
             await until(partial(ledger.runs.__contains__, f"+{number - 1}"))
-            await reload(host, tmp_path, background_agent(name, shape, RUN_FOREVER, str(number), cleanup))
+            await reload(host, tmp_path, background_agent(name, kind, RUN_FOREVER, str(number), cleanup))
         await until(lambda: "+5" in ledger.runs)
     assert [f"{sign}{number}" for number in range(6) for sign in "+-"] == ledger.runs
 
@@ -136,13 +139,13 @@ IGNORE_CANCELLATION = """
 """
 
 
-@SHAPES
+@KINDS
 async def test_a_background_agent_that_ignores_its_cancellation_is_reported(  # noqa: PLR0913, PLR0917 - fixtures
     configure: Configure,
     name: str,
     tmp_path: Path,
     ledger: Ledger,
-    shape: str,
+    kind: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -150,10 +153,10 @@ async def test_a_background_agent_that_ignores_its_cancellation_is_reported(  # 
     monkeypatch.setattr("openagentmesh.serving.background._CANCEL_GRACE_S", 0.05)
     monkeypatch.setattr("openagentmesh.runtime.reload.retirement._PROBATION_S", 0.05)
     async with Host(
-        configure({"a.py": background_agent(name, shape, IGNORE_CANCELLATION.strip(), "old")})
+        configure({"a.py": background_agent(name, kind, IGNORE_CANCELLATION.strip(), "old")})
     ) as host:
         await until(lambda: ledger.runs)
-        result = await reload(host, tmp_path, background_agent(name, shape, RUN_FOREVER, "new"))
+        result = await reload(host, tmp_path, background_agent(name, kind, RUN_FOREVER, "new"))
         await until(lambda: "+new" in ledger.runs)
         assert ["+old", "cancelled", "+new"] == ledger.runs
         await host.wait_retired()
@@ -184,15 +187,15 @@ async def test_a_publisher_that_ignores_its_cancellation_publishes_nothing(
         assert [b'"old"', b'"new"'] == [(await events.get()).body for _ in range(2)]
 
 
-@SHAPES
+@KINDS
 async def test_a_background_agent_that_fails_at_once_is_rolled_back(  # noqa: PLR0913, PLR0917 - fixtures
-    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, shape: str
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger, kind: str
 ) -> None:
     """The old version serves again with its contract, and the reload is reported as refused."""
     spec, with_version = f"name={name!r}", f"name={name!r}, version='9.0.0'"
-    async with Host(configure({"a.py": background_agent(name, shape, RUN_FOREVER, "old")})) as host:
+    async with Host(configure({"a.py": background_agent(name, kind, RUN_FOREVER, "old")})) as host:
         await until(lambda: ledger.runs)
-        broken = background_agent(name, shape, "raise ValueError('not today')", "new").replace(
+        broken = background_agent(name, kind, "raise ValueError('not today')", "new").replace(
             spec, with_version
         )
         await reload(host, tmp_path, broken)
@@ -208,7 +211,7 @@ async def test_a_background_agent_that_fails_at_once_is_rolled_back(  # noqa: PL
         assert result is not None
         assert [f"{name}.other 0.1.0 new"] == result.agents
         assert 5 == len(ledger.runs)
-        fixed = background_agent(name, shape, RUN_FOREVER, "fixed").replace(spec, with_version)
+        fixed = background_agent(name, kind, RUN_FOREVER, "fixed").replace(spec, with_version)
         assert f"{name} 0.1.0 → 9.0.0" in (await reload(host, tmp_path, fixed)).text
         await until(lambda: "+fixed" in ledger.runs)
         assert "9.0.0" == (await mesh.contract(name)).version
