@@ -43,7 +43,7 @@ class Results:
             f"{_number(min(found))} – {_number(max(found))}",
             f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "",
             row.target_text if ours else "",
-            _verdict(row.target, found, ratios) if ours and row.target is not None else "",
+            _assessment(row.target, found, ratios) if ours and row.target is not None else "",
         )
 
     def _ratios(self, row: Row, key: tuple[str, str]) -> list[float]:
@@ -52,7 +52,7 @@ class Results:
         return [a / b for a, b in zip(self.samples[key], base, strict=False)]
 
 
-def _verdict(target: Target, found: list[float], ratios: list[float]) -> str:
+def _assessment(target: Target, found: list[float], ratios: list[float]) -> str:
     """Whether the median reaches the target, and how many of the rounds do."""
     values = ratios if target.of_base else found
     if not values:

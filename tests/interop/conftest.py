@@ -1,7 +1,4 @@
-"""The published SDK from PyPI, and a caller and providers of each SDK.
-
-All processes end with the last test of this folder, so that they do not slow down the tests of other folders.
-"""
+"""The published SDK from PyPI, and a caller and providers of each SDK: started once, also in random order."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,7 +23,7 @@ from tests.support.published_sdk import NotInstalled, install_published
 _INSTALL_TIMEOUT_S = 90.0
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def published_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment with the published SDK."""
     try:
@@ -35,7 +32,7 @@ def published_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(exc))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def callers(published_python: Path, url: str) -> Iterator[dict[str, Peer]]:
     """A caller of each SDK."""
     # Warnings are errors for ours, and ignored for the published SDK.
@@ -46,17 +43,17 @@ def callers(published_python: Path, url: str) -> Iterator[dict[str, Peer]]:
         assert "" == ours.log
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def published(callers: dict[str, Peer]) -> Peer:
     return callers["published"]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ours(callers: dict[str, Peer]) -> Peer:
     return callers["ours"]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pairs(
     callers: dict[str, Peer], published_python: Path, url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Pair]]:
@@ -80,7 +77,7 @@ def pairs(
         assert 0 == hosted.interrupt(), hosted.log
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def publishers(pairs: dict[str, Pair]) -> None:
     """Wait until the publishers of both providers are listed."""
     for pair in pairs.values():
