@@ -55,7 +55,7 @@ async def test_a_server_that_dies_is_restarted(temporary_files: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(15):
         assert f"nats-server (pid {pid}) died with status 137; restarting" == await events.get()
-        assert f"nats-server is back on {url}" == await events.get()
+        assert f"nats-server restarted on {url}" == await events.get()
     assert (url, 2, False) == (embedded.url, embedded.starts, is_closed(url))
     await embedded.stop()
     assert [] == list(temporary_files.iterdir())

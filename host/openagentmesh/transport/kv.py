@@ -145,7 +145,7 @@ class KVBuckets:
                         return
                     revision = entry.revision if entry else None
                     if await self.compare_and_set(bucket, key, value, revision) is None:
-                        raise KVConflict(f"'{key}' of '{bucket}' is changed by others again and again.")
+                        raise KVConflict(f"'{key}' of '{bucket}' was changed by others at each attempt.")
 
     async def read_all(self, bucket: str) -> dict[str, bytes]:
         """All keys with their values."""

@@ -230,7 +230,7 @@ class ObjectStore:
             if exc.err_code != _WRONG_LAST_SEQUENCE:
                 raise
             raise KVConflict(
-                f"'{info.name}' is replaced by others again and again.", details={"key": info.name}
+                f"'{info.name}' was replaced by others at each attempt.", details={"key": info.name}
             ) from exc
 
     async def _last(self, key: str) -> tuple[ObjectInfo | None, int]:

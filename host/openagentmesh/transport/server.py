@@ -1,4 +1,4 @@
-"""The embedded nats-server: found, started, restarted when it dies, and never left behind."""
+"""The embedded nats-server: found, started, restarted when it dies, and stopped with its host."""
 
 import asyncio
 import contextlib
@@ -203,7 +203,7 @@ class EmbeddedServer:
         await cancel_and_wait(self._reading)
 
     async def _launch(self) -> None:
-        find_binary()  # before anything is created that would be left behind
+        find_binary()  # before anything is created that would have to be removed
         scratch = self._scratch = "" if self.store else tempfile.mkdtemp(prefix="oam-nats-")
         arguments = [*server_command(self.port, scratch or self.store), *self.extra_arguments]
         if self.websocket:
@@ -263,4 +263,4 @@ class EmbeddedServer:
             await retry_with_reports(
                 self._launch, lambda exc: self._on_event(f"nats-server did not restart: {exc}")
             )
-            self._on_event(f"nats-server is back on {self.url}")
+            self._on_event(f"nats-server restarted on {self.url}")

@@ -24,7 +24,7 @@ _IGNORED_FOLDERS: Final = frozenset({"__pycache__", "node_modules"})
 def stamp(path: Path | str) -> Stamp | None:
     """A file's stamp; None when it does not exist."""
     try:
-        return stamp_of(os.stat(path))  # noqa: PTH116 - called for thousands of files again and again
+        return stamp_of(os.stat(path))  # noqa: PTH116 - called for thousands of files, repeatedly
     except OSError:
         return None
 
