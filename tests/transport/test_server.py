@@ -147,7 +147,7 @@ async def test_a_store_survives_its_server(tmp_path: Path) -> None:
     restarted = asyncio.Event()
 
     def on_event(event: str) -> None:
-        if "is back" in event:
+        if "restarted on" in event:
             restarted.set()
 
     embedded = EmbeddedServer(store=str(tmp_path), on_event=on_event)

@@ -7,11 +7,12 @@ import pytest
 from openagentmesh import MeshTimeout
 from openagentmesh.mesh import reconciler
 from openagentmesh.mesh.node import Node
-from openagentmesh.registry.presence import Presence
+from openagentmesh.registry.presence import Presence, read_records
 from openagentmesh.registry.registry import Registry
 
 from tests.support.host_bench import Bench
 from tests.support.modules import MESH, agent
+from tests.support.waiting import until
 
 
 class Registration:
@@ -108,7 +109,7 @@ async def test_an_agent_removed_during_the_comparison_of_its_contract_is_not_ref
 async def test_a_failed_registration_is_retried(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails while the connection stays is retried without a reconnect."""
     monkeypatch.setattr(reconciler, "_FIRST_RETRY_S", 0.05)
-    async with bench.serve({"a.py": MESH + agent(f"{bench.name}.a")}):
+    async with bench.serve({"a.py": MESH + agent(f"{bench.name}.a")}) as host:
         restore, failures = Presence.restore, list[int]()
 
         async def fail_once(self: Presence) -> None:
@@ -120,6 +121,12 @@ async def test_a_failed_registration_is_retried(bench: Bench, monkeypatch: pytes
         monkeypatch.setattr(Presence, "restore", fail_once)
         await bench.reloaded({"b.py": MESH + agent(f"{bench.name}.b")})
         await bench.listed(".a", ".b")
+
+        async def is_recorded() -> bool:
+            records = await read_records(host.node.buckets)
+            return f"{bench.name}.b" in records[host.node.instance_id].agents
+
+        await until(is_recorded)
         assert failures
 
 
