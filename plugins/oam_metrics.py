@@ -195,7 +195,7 @@ class StatusCollector(Collector):
     """The node's own counts: read on its event loop, served in the server's thread."""
 
     def __init__(self, instance: Instance, loop: asyncio.AbstractEventLoop) -> None:
-        self._instance, self._loop, self._status = instance, loop, NodeStatus()
+        self._instance, self._loop, self._status = instance, loop, NodeStatus(instance_id="")
 
     async def _read(self) -> None:
         self._status = self._instance.status()

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, InvalidAgent, KVEntry
-from pydantic import Field
+from openagentmesh.agent.handler import TypeCache
+from pydantic import Field, create_model
 
 from tests.support.handlers import Handler, In, Out, declared
 
@@ -244,3 +245,13 @@ def test_the_source_of_an_agent_is_the_location_of_its_function() -> None:
     expected = [f"{__file__}:{f.__code__.co_firstlineno}" for f in (responder, with_prefix, responder)]
     found = (responder, partial(with_prefix, "p"), wrapped(responder))
     assert expected == [declared(function).source for function in found]
+
+
+def test_the_cache_of_types_is_bounded() -> None:
+    """Types that callers create for each call do not add up."""
+    cache, models = TypeCache(), [create_model(f"Model{number}") for number in range(1001)]
+    first = cache.get(models[0])
+    assert first is cache.get(models[0])
+    for model in models[1:]:
+        cache.get(model)
+    assert first is not cache.get(models[0])

@@ -201,7 +201,9 @@ async def test_calls_of_one_mesh_are_concurrent(mesh: AgentMesh, name: str) -> N
 async def test_the_status_of_many_agents_is_shortened_to_one_message(mesh: AgentMesh) -> None:
     """The reply to `oam status` has as many agents as fit, however long their last errors are."""
     node = node_of(mesh)
-    node.status = lambda: NodeStatus(agents=[AgentStatus(name="a", last_error="é" * 1000)] * 1000)
+    node.status = lambda: NodeStatus(
+        instance_id="i", agents=[AgentStatus(name="a", last_error="é" * 1000)] * 1000
+    )
     answer = await node.inbox.request(subjects.host(mesh.instance_id, "info"), timeout=10)
     agents = json.loads(answer.body)["agents"]
     assert 100 < len(agents) < 1000

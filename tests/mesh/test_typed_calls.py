@@ -152,3 +152,49 @@ def test_mypy_reports_what_fails_at_run_time(
     assert errors, out
     number = len(file.read_text().splitlines())
     assert {(str(number), f"[{error}]")} == {(e.split(":")[1], e.rpartition(" ")[2]) for e in errors}, out
+
+
+class Defaults(BaseModel):
+    number: int = 7
+
+
+async def test_none_is_received_as_none(mesh: AgentMesh, name: str) -> None:
+    """A result of None, which is sent as `{}`, is None for a type that accepts it, in chunks too."""
+
+    @mesh.agent(AgentSpec(name=f"{name}.optional"))
+    async def optional(req: bool) -> Defaults | None:
+        return Defaults() if req else None
+
+    @mesh.agent(AgentSpec(name=f"{name}.chunks"))
+    async def chunks(req: int) -> AsyncIterator[int | None]:
+        yield req
+        yield None
+
+    assert await mesh.call(optional, payload=False) is None
+    assert Defaults(number=7) == await mesh.call(optional, payload=True)
+    assert await mesh.call(f"{name}.optional", payload=False, returns=Defaults | None) is None
+    assert [1, None] == [chunk async for chunk in mesh.stream(chunks, 1)]
+
+
+async def test_ambiguous_and_undecorated_functions_are_refused(mesh: AgentMesh, name: str) -> None:
+    """A function that handles two agents stands for neither, and a method has no agent's name."""
+
+    async def handle(req: int) -> int:
+        return req
+
+    mesh.agent(AgentSpec(name=f"{name}.a"))(handle)
+    assert 1 == await mesh.call(handle, 1)
+    mesh.agent(AgentSpec(name=f"{name}.b"))(handle)
+    with pytest.raises(InvalidInput, match="the handler of several agents"):
+        await mesh.call(handle, 1)
+    with pytest.raises(InvalidInput, match="Methods are called by their agent's name"):
+        await mesh.call(Defaults.model_dump_json, Defaults())
+
+
+async def test_a_model_with_a_wrong_value_is_invalid_input(mesh: AgentMesh, name: str) -> None:
+    """A model that got a value of another type by assignment is refused with the agent's name."""
+    agents, question = Agents(mesh, name), Question(text="four")
+    question.text = 4  # type: ignore[assignment]
+    with pytest.raises(InvalidInput) as caught:
+        await mesh.call(agents.measure, question)
+    assert f"{name}.measure" == caught.value.agent

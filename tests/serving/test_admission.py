@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from openagentmesh import AgentMesh, AgentSpec, Call, Endpoint, Middleware, Overloaded, hookimpl
 from openagentmesh.agent.agent import Limits
+from openagentmesh.agent.concurrency import Limiter
 
 from tests.support.meshes import node_of, route_of
 from tests.support.waiting import until
@@ -82,3 +84,86 @@ async def test_a_change_of_a_key_waits_for_capacity(limited_mesh: AgentMesh, nam
     release.set()
     await until(lambda: len(handled) == 3)
     assert ["first", "second", "change"] == handled
+
+
+class CopyingPlugin:
+    """Passes on a copy of each call."""
+
+    @hookimpl
+    def mesh_middleware(self) -> Middleware:
+        def middleware(endpoint: Endpoint) -> Endpoint:
+            async def copy_and_pass(call: Call) -> object:
+                return await endpoint(replace(call))
+
+            return copy_and_pass
+
+        return middleware
+
+
+async def test_a_copied_call_releases_its_permit(url: str, name: str) -> None:
+    """A middleware may pass on a copy of the call: sequential requests never exceed the limits."""
+    async with AgentMesh(url, plugins=[CopyingPlugin()]) as mesh:
+        apply_plugins = node_of(mesh).prepare
+        limits = Limits(concurrency=1, queue=0)
+        node_of(mesh).prepare = lambda agent: apply_plugins(agent.with_limits(limits))
+
+        @mesh.agent(AgentSpec(name=name))
+        async def answer() -> str:
+            return "done"
+
+        assert ["done"] * 5 == [await mesh.call(name) for _ in range(5)]
+
+
+async def test_all_versions_share_the_limits(mesh: AgentMesh, name: str) -> None:
+    """Requests of an older version count after limits have changed; raised limits admit waiting ones."""
+    running, most, release = 0, 0, asyncio.Event()
+
+    @mesh.agent(AgentSpec(name=name))
+    async def hold() -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await release.wait()
+        running -= 1
+        return "done"
+
+    await mesh.catalog()
+    route = route_of(mesh, name)
+    version = route.agent
+    calls: list[asyncio.Task[str]] = []
+
+    async def all_arrived() -> bool:
+        return route.in_flight == len(calls)
+
+    for concurrency in (3, 2, 3, 2):
+        route.swap(version.with_limits(Limits(concurrency=concurrency, queue=10)))
+        calls += [asyncio.create_task(mesh.call(name)) for _ in range(2)]
+        await until(all_arrived)
+    await until(lambda: running == 3)
+    assert 3 == most
+    route.swap(version.with_limits(Limits(concurrency=5, queue=10)))
+    await until(lambda: running == 5)
+    release.set()
+    assert ["done"] * 8 == await asyncio.gather(*calls)
+    assert 0 == route.status().waiting
+
+
+async def test_a_cancelled_waiter_keeps_no_slot() -> None:
+    """Whether it is cancelled while it waits or just as it gets its slot, the next one gets it."""
+    limiter = Limiter(1, 10)
+
+    async def enter() -> None:
+        async with limiter:
+            pass
+
+    for is_granted in (False, True):
+        async with limiter:
+            waiting = asyncio.create_task(enter())
+            await until(lambda: limiter.waiting == 1)
+            if not is_granted:
+                waiting.cancel()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        await asyncio.wait_for(enter(), 5)
+    assert 0 == limiter.waiting

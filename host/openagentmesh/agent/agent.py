@@ -10,7 +10,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Final
 
-from openagentmesh.agent.call import Call, Caller, Endpoint, Middleware, ServedCall, set_current_call
+from openagentmesh.agent.call import (
+    Call,
+    Caller,
+    Endpoint,
+    Middleware,
+    ServedCall,
+    reset_current_call,
+    set_current_call,
+)
 from openagentmesh.agent.concurrency import Limiter
 from openagentmesh.agent.handler import Handler, Kind, TypeCache, inspect_handler, source_location
 from openagentmesh.agent.sources import Condition, KVCondition, Source, SubjectCondition
@@ -158,12 +166,18 @@ class AgentVersion(Agent):
     async def run(self, call: Call) -> Any:  # noqa: ANN401 - the handler's result
         """The endpoint within all middlewares: wait for a slot, check the verb and input, run the handler."""
         assert isinstance(call, ServedCall), "a middleware must pass on the call that it got"
-        limiter = call.limiter
-        if not call.is_admitted:
-            if limiter.is_full:
-                raise self.overloaded()
-            call.admit()
-        async with limiter:
+        if call.is_admitted:
+            return await self._run(call)
+        if call.limiter.is_full:
+            raise self.overloaded()
+        call.limiter.admit()
+        try:
+            return await self._run(call)
+        finally:
+            call.limiter.release()
+
+    async def _run(self, call: ServedCall) -> Any:  # noqa: ANN401 - the handler's result
+        async with call.limiter:
             call.input = self._input(call)
             return await self.endpoint(call)
 
@@ -196,9 +210,12 @@ class AgentVersion(Agent):
         """As in the base class."""
         call = Call(self.name, request.request_id, request.body, request.headers, identity=request.identity)
         call.deadline = asyncio.get_running_loop().time() + timeout
-        set_current_call(call)
-        call.input = self.handler.decode(self.name, request.body)
-        return self.encode(await self.endpoint(call))
+        token = set_current_call(call)
+        try:
+            call.input = self.handler.decode(self.name, request.body)
+            return self.encode(await self.endpoint(call))
+        finally:
+            reset_current_call(token)
 
     def _input(self, call: ServedCall) -> Any:  # noqa: ANN401 - of the author's type
         """Check the verb and decode the input."""

@@ -163,6 +163,7 @@ Middleware = Callable[[Endpoint], Endpoint]
 
 _current: ContextVar[Call] = ContextVar("current_call")
 set_current_call = _current.set
+reset_current_call = _current.reset
 
 
 def current_call() -> Call:

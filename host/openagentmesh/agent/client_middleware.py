@@ -55,9 +55,7 @@ class ClientMiddlewares:
         return bool(self._middlewares)
 
     @asynccontextmanager
-    async def around(
-        self, operation: ClientOperation, timeout: float | None = None
-    ) -> AsyncIterator[ClientOperation]:
+    async def around(self, operation: ClientOperation, timeout: float | None = None) -> AsyncIterator[None]:
         """Run an operation within all middlewares.
 
         Together they have `timeout` seconds before it, and each of them as many after it. A middleware may
@@ -77,7 +75,7 @@ class ClientMiddlewares:
                     async with asyncio.timeout_at(deadline):
                         await entered.__aenter__()
                 stack.push_async_exit(partial(_exit, plugin, entered, operation, timeout))
-            yield operation
+            yield
 
 
 async def _exit(

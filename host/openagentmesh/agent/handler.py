@@ -16,6 +16,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from openagentmesh.agent.call import Call, Endpoint
 from openagentmesh.agent.sources import KVSource, Source, SubjectSource
 from openagentmesh.agent.threads import pool
+from openagentmesh.protocol import codec
 from openagentmesh.protocol.errors import HandlerError, InvalidAgent, InvalidInput, validation_problems
 from openagentmesh.protocol.messages import KVEntry, MeshMessage
 
@@ -24,7 +25,7 @@ Kind = Literal["responder", "streamer", "trigger", "publisher", "watcher", "driv
 Envelope = Literal["", "entry", "message"]
 Function = Callable[..., Any]
 _ITERATORS: Final = (AsyncIterator, AsyncGenerator, AsyncIterable)
-_EMPTY_REPLY: Final = b"{}"
+_MAX_TYPES: Final = 1000
 _EMPTY_BODY: Final = "Field required: the body is empty"
 # The beginning of pydantic's warning about a value that its class does not declare.
 _TYPE_MISMATCH: Final = "Pydantic serializer warnings"
@@ -91,6 +92,8 @@ class TypeCache:
         except TypeError:  # it is not hashable, such as Annotated with a list in it
             return PayloadType(hint)
         if found is None:
+            if len(self._types) >= _MAX_TYPES:
+                self._types.clear()
             found = self._types[hint] = PayloadType(hint)
         return found
 
@@ -157,7 +160,7 @@ class Handler:
             HandlerError: it has another type and cannot be converted.
         """
         if value is None:
-            return _EMPTY_REPLY
+            return codec.NO_RESULT
         try:
             if self.output is None:
                 return to_json(value, inf_nan_mode="null")

@@ -233,17 +233,27 @@ class Plugins:
             yield
 
     @property
-    def check_candidates(self) -> bool:
+    def has_candidate_checks(self) -> bool:
         """Whether a plugin checks new versions."""
         return any("mesh_check_candidate" in self.hooks_of(plugin) for plugin in self.all)
 
-    async def check_candidate(self, agent: AgentVersion, serving: AgentVersion | None) -> list[str]:
+    async def check_candidate(
+        self, agent: AgentVersion, serving: AgentVersion | None, limit_s: float
+    ) -> list[str]:
         """The notes of all plugins on a new version that does not serve yet; a MeshError refuses it."""
         notes: list[str] = []
         for plugin in self.all:
             check = self._call(plugin, "mesh_check_candidate", agent=agent, serving=serving)
+            if check is None:
+                continue
             with _named(plugin.name, "failed in mesh_check_candidate", unchanged=MeshError):
-                notes += [] if check is None else await check
+                try:
+                    async with asyncio.timeout(limit_s) as limit:
+                        notes += await check
+                except TimeoutError:
+                    if limit.expired():
+                        raise TimeoutError(f"no result within {limit_s:g} s, [host] load_timeout") from None
+                    raise
         return notes
 
     def add_commands(self, app: "Typer") -> None:

@@ -97,7 +97,7 @@ class Hooks:
         """Return a function that removes secrets from an agent's requests before plugins store them.
 
         It gets a request's body and returns what may be stored, None for nothing. Called once per agent and
-        version; other plugins get it as `agent.redactor`.
+        version; other plugins get it as `agent.redactor`. An error refuses the agent's module.
         """
 
     @_hookspec

@@ -29,14 +29,17 @@ class AgentReference:
             return None
         try:
             return self.input.encode(payload)
-        except ValidationError as exc:
-            details = {"errors": validation_problems(exc)}
-            raise InvalidInput(f"Input failed validation for agent '{self.name}'", details=details) from exc
+        except ValueError as exc:
+            problems = validation_problems(exc) if isinstance(exc, ValidationError) else [{"msg": str(exc)}]
+            message = f"Input failed validation for agent '{self.name}'"
+            raise InvalidInput(message, agent=self.name, details={"errors": problems}) from exc
 
 
 def set_reference(function: Callable[..., Any], agent: AgentVersion) -> None:
-    """Let a decorated function stand for its agent, unless it is a bound method."""
+    """Let a decorated function stand for its agent, unless it is a method, or the handler of several."""
     reference = AgentReference(agent.name, agent.handler.input, agent.handler.output)
+    if getattr(function, _ATTRIBUTE, reference).name != agent.name:
+        reference = AgentReference("", None, None)
     # On the function, not in a table: types refer to their module, which would then live for ever.
     with suppress(AttributeError):
         setattr(function, _ATTRIBUTE, reference)
@@ -47,8 +50,11 @@ def get_reference(function: object) -> AgentReference:
     reference = getattr(function, _ATTRIBUTE, None)
     if not isinstance(reference, AgentReference):
         raise InvalidInput(
-            f"{function!r} is neither an agent's name nor a function decorated with @mesh.agent(…)."
+            f"{function!r} is neither an agent's name nor a function decorated with @mesh.agent(…). "
+            "Methods are called by their agent's name."
         )
+    if not reference.name:
+        raise InvalidInput(f"{function!r} is the handler of several agents. Call the agent by its name.")
     return reference
 
 
@@ -62,9 +68,10 @@ def decoder(expected: PayloadType) -> Callable[[bytes], Any]:
     """A function that decodes replies, or chunks, of a type; it raises InvalidReply for another one."""
 
     def decode(body: bytes) -> Any:  # noqa: ANN401 - of the expected type
-        adapter = expected.adapter
         try:
-            return adapter.validate_json(body) if body else adapter.validate_python(None)
+            if not body or (body == codec.NO_RESULT and expected.accepts_none):
+                return expected.adapter.validate_python(None)
+            return expected.adapter.validate_json(body)
         except ValidationError as exc:
             problems = validation_problems(exc)
             raise InvalidReply(

@@ -29,7 +29,6 @@ T = TypeVar("T")
 InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
 ChunkT = TypeVar("ChunkT")
-Request = tuple[str, object, Callable[[bytes], Any]]
 
 
 class CallOptions(TypedDict, total=False):
@@ -105,6 +104,14 @@ class Verbs(ABC):
     @overload
     async def call(
         self,
+        name: Callable[[], OutputT],
+        payload: None = None,
+        timeout: float | None = 30.0,
+        **options: Unpack[CallOptions],
+    ) -> OutputT: ...
+    @overload
+    async def call(
+        self,
         name: str,
         payload: object = None,
         timeout: float | None = 30.0,
@@ -136,7 +143,8 @@ class Verbs(ABC):
 
         Args:
             name: the agent's name; or a function decorated with `@mesh.agent`, imported for its types.
-            payload: a pydantic model, bytes, or any JSON value; None sends nothing.
+            payload: a pydantic model, bytes, or any JSON value; None sends nothing. For a function a value of
+                its parameter's type.
             timeout: seconds to wait; None for ever. The host cancels the handler then, too.
             retry: how often the request is repeated when the agent died, is not available or is overloaded;
                 only for agents that are declared idempotent.
@@ -221,7 +229,12 @@ class Verbs(ABC):
             async for chunk in chunks:
                 yield chunk
 
-    def _request(self, name: str | Callable[..., Any], payload: object, returns: Any) -> Request:  # noqa: ANN401 - any annotation
+    def _request(
+        self,
+        name: str | Callable[..., Any],
+        payload: object,
+        returns: Any,  # noqa: ANN401 - any annotation
+    ) -> tuple[str, object, Callable[[bytes], Any]]:
         """The agent's name, the payload, and what decodes replies."""
         if isinstance(name, str):
             return name, payload, codec.decode if returns is None else decoder(self._types.get(returns))

@@ -21,6 +21,8 @@ from openagentmesh.protocol.messages import Usage
 _NO_RESPONDERS: Final = "503"
 ACK: Final = "ack"
 NO_REPLY: Final = "none"
+# The body of a reply without a result.
+NO_RESULT: Final = b"{}"
 # The validator itself: the methods of TypeAdapter take as long again.
 _ANY_JSON: Final = TypeAdapter[Any](Any).validator
 # An error envelope has to fit into a message, whatever its details are.

@@ -10,9 +10,9 @@ _MAX_PROBLEMS: Final = 100
 
 
 def error_text(exc: BaseException) -> str:
-    """The exception's message, or the name of its type when the message is empty."""
+    """The exception's message as valid Unicode, or the name of its type when the message is empty."""
     try:
-        return str(exc) or type(exc).__name__
+        return str(exc).encode("utf-8", "replace").decode() or type(exc).__name__
     except Exception:  # noqa: BLE001 - an author's `__str__` may raise anything
         return f"{type(exc).__name__}: <exception str() failed>"
 

@@ -1,12 +1,12 @@
 """The status of a node or a host: what `oam status`, metrics and other tools read (protocol §10).
 
-Unknown keys are ignored and missing ones have defaults, so that hosts of other versions can be read.
+Unknown keys are ignored and most missing ones have defaults, so that hosts of other versions can be read.
 """
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from openagentmesh.protocol.subjects import is_name
 
@@ -58,7 +58,7 @@ class AgentStatus(_Status):
     seconds: float = 0.0
     last_error: str = ""
     since: float = 0.0
-    limits: dict[str, float] = Field(default_factory=dict)
+    limits: dict[str, int | float] = Field(default_factory=dict)
     active: bool = True
     background: BackgroundStatus | None = None
 
@@ -92,7 +92,7 @@ class NodeStatus(_Status):
         threads: those of blocking handlers.
     """
 
-    instance_id: str = ""
+    instance_id: str
     started_at: float = 0.0
     agent_count: int = 0
     agents: list[AgentStatus] = Field(default_factory=list)
@@ -156,6 +156,12 @@ class ReloadReply(_Status):
     error: str = ""
     reload: ReloadStatus | None = None
     not_loaded: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _has_a_result(self) -> Self:
+        if not self.model_fields_set & {"error", "reload", "not_loaded"}:
+            raise ValueError("it has none of the keys error, reload and not_loaded")
+        return self
 
 
 class InstanceRecord(_Status):

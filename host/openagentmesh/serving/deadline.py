@@ -53,7 +53,7 @@ class RequestDeadline:
             self._task.cancel()
 
     def extend(self) -> None:
-        """Suspend the handler's time limit: a chunk has to wait for its reader, or for the server."""
+        """Move the deadline while a chunk has to wait for its reader, or for the server."""
         self._move(self._loop.time() + self._limit_s + _RECOVERY_S)
         self.reason = _SLOW_READER
 

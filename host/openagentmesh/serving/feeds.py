@@ -95,8 +95,7 @@ class SubjectFeed:
 
     async def _deliver_waiting(self) -> None:
         while self._waiting:
-            while self._route.limiter.is_full:  # a new version may have another limiter
-                await self._route.limiter.wait_for_capacity()
+            await self._route.limiter.wait_for_capacity()
             message = self._pop()
             self._route.trigger(message, message)
 

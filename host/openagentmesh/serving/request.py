@@ -59,12 +59,12 @@ class Destination:
     @classmethod
     def of(cls, message: Message, request: Request, agent: AgentVersion, *, is_trigger: bool) -> Self:
         """The destination of the answer to a request, or to a message of a source (`is_trigger`)."""
+        reply = "" if request.accept == codec.NO_REPLY else message.reply
         if is_trigger:
             # A source may listen where others answer requests; without an output it has nothing to send.
             is_silent = agent.handler.output is None or message.subject.startswith(_RESERVED_PREFIXES)
-            reply = "" if is_silent else message.reply
+            reply = "" if is_silent else reply
             return cls("source", reply, reply, error_is_frame=False)
-        reply = "" if request.accept == codec.NO_REPLY else message.reply
         if request.streaming:
             if not subjects.is_token(request.request_id):  # `_stream` rejects it
                 return cls("stream", reply, "", error_is_frame=False)

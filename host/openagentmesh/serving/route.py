@@ -22,7 +22,7 @@ from openagentmesh.transport.tasks import cancel_and_wait, cancel_within
 
 log = logging.getLogger(__name__)
 
-# Requests that middlewares have not admitted yet; the agent's own limits apply behind them.
+# Running requests besides those within the agent's own limits, which apply behind the middlewares.
 _MAX_IN_MIDDLEWARES: Final = 10_000
 # How long a cancelled handler may take to clean up.
 _CANCEL_GRACE_S: Final = 1.0
@@ -33,7 +33,7 @@ class Route:
 
     Attributes:
         agent: the version for the next request.
-        limiter: of that version, or of an older one with the same limits.
+        limiter: of all its versions.
         sid: of its subscription; None while it has none.
         is_open: it takes requests, unless its condition is false.
         background: runs a publisher or watcher.
@@ -87,7 +87,7 @@ class Route:
         agent, limiter = self.agent, self.limiter
         call, to = request.receive(message, agent, limiter)
         if agent.middlewares:
-            # They decide which requests are admitted, so the agent counts behind them.
+            # They may reject requests, so the limiter counts behind them.
             is_full = len(self._tasks) >= _MAX_IN_MIDDLEWARES + agent.limits.concurrency + agent.limits.queue
         else:
             is_full = limiter.is_full
@@ -151,9 +151,7 @@ class Route:
 
         Unless it `is_synchronized` then, `synchronize` must follow.
         """
-        old, new = self.agent.limits, agent.limits
-        if (old.concurrency, old.queue) != (new.concurrency, new.queue):
-            self.limiter = agent.limits.limiter()
+        self.limiter.resize(agent.limits.concurrency, agent.limits.queue)
         self.agent = agent
         if self.is_synchronized:
             self._synchronized = agent  # releases the old version

@@ -226,10 +226,10 @@ class Reloader:
         generations = [managed.generation for managed in candidate.transaction.executed]
         transfers = [StateTransfer(generation) for generation in generations if generation.previous]
         await transfer_state(transfers, limit)
-        if plugins.check_candidates:
+        if plugins.has_candidate_checks:
             for agent in serve:
                 serving = candidate.serving.agents.get(agent.name)
-                candidate.notes += await plugins.check_candidate(agent, serving)
+                candidate.notes += await plugins.check_candidate(agent, serving, limit)
             await transfer_state(transfers, limit)  # without the effects of the checks
 
     def _commit(
