@@ -7,21 +7,21 @@ them as well, and the result of the reload names the differences. Streams and so
 import asyncio
 import json
 import logging
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic
 from typing import Annotated, Any, Final
 
 from openagentmesh import (
     Agent,
+    AgentContract,
     Call,
     Endpoint,
-    InvocationMismatch,
     MeshError,
     Middleware,
-    Overloaded,
     RecordedRequest,
     ReloadResult,
     hookimpl,
@@ -72,10 +72,18 @@ class Outcome:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Recording:
-    """A recorded request; without `outcome` the serving version handles it once more for the comparison."""
+    """A recorded request, and what a version returned for it.
+
+    Unless that version serves, the one that does handles the request once more for the comparison.
+
+    Attributes:
+        outcome: None when it may contain secrets.
+        contract: identifies the version: each has a contract of its own.
+    """
 
     request: RecordedRequest
     outcome: Outcome | None
+    contract: AgentContract
 
 
 class Replay:
@@ -88,8 +96,7 @@ class Replay:
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()
         self._recordings: dict[str, deque[Recording]] = {}
-        # The versions whose requests are recorded, and how candidates answered during a reload.
-        self._current: dict[str, Agent] = {}
+        # How candidates answered during a reload.
         self._checked: dict[str, tuple[Agent, dict[Recording, Outcome]]] = {}
 
     @hookimpl
@@ -107,44 +114,42 @@ class Replay:
         """The middleware that records the requests of one agent."""
         if not agent.replayable or not agent.contract.invocable or agent.contract.streaming or agent.sources:
             return None
-        self._current.setdefault(agent.name, agent)
 
         def middleware(endpoint: Endpoint) -> Endpoint:
             async def recorded(call: Call) -> Any:  # noqa: ANN401 - the handler's result
-                started = perf_counter()
                 try:
                     result = await endpoint(call)
-                except (Overloaded, InvocationMismatch):  # the handler was not reached
-                    raise
                 except Exception as exc:
-                    self._record(agent, call, Outcome(b"", _error_text(exc), perf_counter() - started))
+                    self._record(agent, call, b"", _error_text(exc))
                     raise
-                self._record(agent, call, Outcome(agent.encode(result), "", perf_counter() - started))
+                self._record(agent, call, agent.encode(result))
                 return result
 
             return recorded
 
         return middleware
 
-    def _record(self, agent: Agent, call: Call, outcome: Outcome) -> None:
-        if call.is_abandoned or len(call.body) + len(outcome.reply) > _MAX_SIZE:
+    def _record(self, agent: Agent, call: Call, reply: bytes, error: str = "") -> None:
+        started = call.handler_started
+        if started is None or call.is_abandoned or len(call.body) + len(reply) > _MAX_SIZE:
             return
         body = _redacted(agent, call.body)
         if body is None:
             return
         headers = {name: value for name, value in call.headers.items() if name.lower() != "authorization"}
-        # A reply may contain secrets too, and the next version is not compared with an old one's reply.
-        is_comparable = agent.redactor is None and self._current.get(agent.name) is agent
-        request = RecordedRequest(body, headers, call.request_id, call.identity)
+        # A reply may contain secrets, too.
+        outcome = Outcome(reply, error, monotonic() - started) if agent.redactor is None else None
+        request = RecordedRequest(body, headers, call.request_id, call.identity, call.instance_id)
         recordings = self._recordings.get(agent.name)
         if recordings is None or recordings.maxlen != self._settings.keep:
             recordings = self._recordings[agent.name] = deque(recordings or (), self._settings.keep)
-        recordings.append(Recording(request, outcome if is_comparable else None))
+        recordings.append(Recording(request, outcome, agent.contract))
 
     @hookimpl
-    def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]]:
-        """Replay the recorded requests of an agent."""
-        return self._check(agent, serving)
+    def mesh_check_candidate(self, agent: Agent, serving: Agent | None) -> Awaitable[Sequence[str]] | None:
+        """Replay the recorded requests of an agent, if it has some."""
+        is_replayable = agent.replayable and self._recordings.get(agent.name)
+        return self._check(agent, serving) if is_replayable else None
 
     async def _check(self, agent: Agent, serving: Agent | None) -> list[str]:
         """The differences between two versions, as notes.
@@ -156,8 +161,6 @@ class Replay:
         notes: list[str] = []
         outcomes: dict[Recording, Outcome] = {}
         self._checked[agent.name] = agent, outcomes
-        if not agent.replayable:
-            return []
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _TIMEOUT_S
         for i, recording in enumerate(recordings):
@@ -165,7 +168,7 @@ class Replay:
                 skipped = f"{len(recordings) - i} of {len(recordings)} requests are not replayed"
                 return [*notes, f"{agent.name}: {skipped}, the limit is {_TIMEOUT_S:g}s for all"]
             before = recording.outcome
-            if before is None and serving is not None:
+            if serving is not None and (before is None or recording.contract is not serving.contract):
                 before = await _run(serving, recording.request, deadline)
             if before is None:
                 continue
@@ -180,11 +183,11 @@ class Replay:
     def mesh_reloaded(self, result: ReloadResult) -> None:
         """Compare the next versions with those that serve now."""
         for name in self._checked.keys() & result.names:
-            self._current[name], outcomes = self._checked[name]
+            agent, outcomes = self._checked[name]
             recordings = self._recordings.get(name, deque())
             for i, recording in enumerate(recordings):
                 if recording.outcome is not None and recording in outcomes:
-                    recordings[i] = Recording(recording.request, outcomes[recording])
+                    recordings[i] = Recording(recording.request, outcomes[recording], agent.contract)
         self._checked.clear()
 
     @hookimpl
@@ -196,7 +199,6 @@ class Replay:
     def mesh_agent_unloaded(self, name: str) -> None:
         """Forget an agent."""
         self._recordings.pop(name, None)
-        self._current.pop(name, None)
 
 
 def _redacted(agent: Agent, body: bytes) -> bytes | None:
@@ -226,18 +228,20 @@ async def _run(agent: Agent, request: RecordedRequest, deadline: float) -> Outco
 
 
 async def _answer(agent: Agent, request: RecordedRequest, timeout: float) -> Outcome:
-    started = perf_counter()
+    started = monotonic()
     try:
-        return Outcome(await agent.answer(request, timeout), "", perf_counter() - started)
+        return Outcome(await agent.answer(request, timeout), "", monotonic() - started)
     # A handler may raise anything, and that is compared; a SystemExit would end the event loop.
     except BaseException as exc:
         if (task := asyncio.current_task()) and task.cancelling():
             raise
-        return Outcome(b"", _error_text(exc), perf_counter() - started)
+        return Outcome(b"", _error_text(exc), monotonic() - started)
 
 
 def _error_text(exc: BaseException) -> str:
-    return f"[{exc.code}] {exc.message}" if isinstance(exc, MeshError) else f"{type(exc).__name__}: {exc}"
+    if isinstance(exc, MeshError):
+        return f"[{exc.code}] {exc.message}"
+    return "".join(traceback.format_exception_only(exc)).strip()  # also when its `__str__` raises
 
 
 def _difference(request: RecordedRequest, before: Outcome, after: Outcome) -> str:

@@ -102,7 +102,7 @@ class _LoopWatch:
         self._skipped = 0
 
     def _record_outer(self) -> None:
-        self._outer = {frame.f_code for frame, _ in islice(traceback.walk_stack(sys._getframe()), 1, None)}  # noqa: SLF001 - made for this
+        self._outer = {frame.f_code for frame, _ in islice(traceback.walk_stack(sys._getframe()), 1, None)}  # noqa: SLF001 - no public access
 
     def run(self) -> None:
         """Check the loop until the watch is stopped."""
@@ -151,7 +151,7 @@ class _LoopWatch:
 
     def _find_blocker(self) -> tuple[str, str]:
         """What runs on the loop, in words, and its stack."""
-        innermost = sys._current_frames().get(self._thread)  # noqa: SLF001 - made for this
+        innermost = sys._current_frames().get(self._thread)  # noqa: SLF001 - no public access
         stack = (frame for frame, _ in traceback.walk_stack(innermost))
         frames = list(takewhile(lambda frame: frame.f_code not in self._outer, stack))
         blocker, outermost = self._running_agent(frames) or self._file_of_agent(frames)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib import import_module
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from openagentmesh import AgentMesh
 from openagentmesh.runtime.config import Config, HostSection, MeshSection
 
+from tests.support.host_bench import Ledger
 from tests.support.modules import Configure, write
 from tests.support.servers import running_server
 
@@ -73,3 +75,11 @@ def configure(tmp_path: Path, url: str) -> Configure:
         return Config(folder=folder, mesh=MeshSection(url=url), host=HostSection(**host), **more)
 
     return configure_
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """A module that agent files import as `ledger`, and share with the test and with their other versions."""
+    created = Ledger()
+    monkeypatch.setitem(sys.modules, "ledger", created)
+    return created

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from textwrap import dedent
 
 import pytest
+from openagentmesh.runtime.loading.imports import Imports
 
 
 def run(program: str) -> str:
@@ -93,3 +95,14 @@ def test_a_host_that_does_not_reload_leaves_no_hooks(tmp_path: object) -> None:
         asyncio.run(main(True))
     """
     assert ["['a'] True 0", "['a'] False 1"] == run(program).splitlines()
+
+
+def test_finding_modules_changes_no_list_that_another_thread_reads() -> None:
+    """With `reload = false` the finder is in `sys.meta_path` for moments; a list in use stays as it is."""
+    imports = Imports(lambda _managed: nullcontext(), tracks_changes=False)
+    before = sys.meta_path
+    content = list(before)
+    with imports.finding(), imports.finding():
+        assert content == before
+        assert imports in sys.meta_path
+    assert content == list(sys.meta_path)

@@ -59,7 +59,7 @@ class AuthState:
         """
         authenticator = self.authenticator
         token = bearer_token(call) if self.issuer.url else ""
-        if token and authenticator.tokens is not None and not authenticator.tokens.has_key_for(token):
+        if token and authenticator.tokens is not None and not authenticator.tokens.is_fetch_useless(token):
             await self.issuer.fetch_for_request()  # the issuer may have a new one
             authenticator = self.authenticator
         identity = authenticator.verify(call)

@@ -60,7 +60,7 @@ class Tokens:
             raise unauthenticated("token.not_yet", "the token is not valid yet")
         return verified.identity
 
-    def has_key_for(self, token: str) -> bool:
+    def is_fetch_useless(self, token: str) -> bool:
         """Whether fetching keys is useless for a token: its key is known, or it is malformed."""
         try:
             return bool(self._candidates(_header_of(token)))

@@ -174,3 +174,18 @@ async def test_a_fast_publisher_with_a_client_middleware_yields_to_the_loop(url:
             if emitted:
                 seen.append(emitted)
     assert 0 < max(later - before for before, later in pairwise(seen)) < 1000
+
+
+async def test_a_client_middleware_may_set_the_request_id(url: str, name: str) -> None:
+    """A stream is received under the id that the request is sent with, and errors have it, too."""
+
+    @asynccontextmanager
+    async def setting(operation: ClientOperation) -> AsyncIterator[None]:
+        operation.headers["X-Mesh-Request-Id"] = "chosen"
+        yield
+
+    async with mesh_with_plugins(url, name, plugin_with(setting)) as mesh:
+        assert [0, 1, 2] == [chunk async for chunk in mesh.stream(f"{name}.streamer", 3, timeout=5)]
+        with pytest.raises(InvalidInput) as caught:
+            await mesh.call(f"{name}.responder", "x")
+        assert "chosen" == caught.value.request_id

@@ -164,7 +164,7 @@ def test_keys_for_other_purposes_verify_nothing(tmp_path: Path) -> None:
 def test_arbitrary_text_is_refused(tokens: Tokens, text: str) -> None:
     """Any text instead of a token is refused with a rule."""
     assert refusal(tokens, text).startswith("token.")
-    assert isinstance(tokens.has_key_for(text), bool)
+    assert isinstance(tokens.is_fetch_useless(text), bool)
 
 
 JSON = st.recursive(

@@ -3,8 +3,20 @@
 from pathlib import Path
 
 import pytest
-from openagentmesh import Agent, AgentMesh, Host, MeshError, MeshTimeout, Redactor, ReloadResult, hookimpl
+from openagentmesh import (
+    Agent,
+    AgentMesh,
+    HandlerError,
+    Host,
+    InvalidInput,
+    MeshError,
+    MeshTimeout,
+    Redactor,
+    ReloadResult,
+    hookimpl,
+)
 
+from tests.support.host_bench import Ledger
 from tests.support.modules import Configure, write
 from tests.support.reloads import replay_settings, replayable_agent
 
@@ -148,3 +160,69 @@ async def test_a_request_that_timed_out_is_not_recorded(
             await mesh.call(name, {"delay": 9}, timeout=0.2)
         outcome = await reloaded(host, tmp_path / "agents/a.py", source.replace("return await", "await"))
         assert [] == outcome.notes
+
+
+async def test_the_serving_version_handles_no_recorded_request_again(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, ledger: Ledger
+) -> None:
+    """Its replies are recorded; only after a rollback it handles older requests once more."""
+    watcher = f"""
+@mesh.agent(AgentSpec(name={name + ".watch"!r}))
+async def watch() -> None:
+    import asyncio
+    await asyncio.Event().wait()
+"""
+
+    def source(version: int) -> str:
+        recorded = f"(ledger.runs.append(f'{version} handles {{req[chr(110)]}}'), req['n'])[1]"
+        return "import ledger\n" + replayable_agent(name, recorded) + watcher
+
+    file = tmp_path / "agents/a.py"
+    async with Host(configure({"a.py": source(1)}, **replay_settings(10))) as host:
+        for version in (2, 3):
+            await mesh.call(name, {"n": version})
+            assert not (await reloaded(host, file, source(version))).error
+        failing = source(4).replace("    import asyncio\n", "    raise ValueError('at once')\n")
+        await reloaded(host, file, failing)
+        await host.wait_retired()
+        await mesh.call(name, {"n": 5})
+        assert not (await reloaded(host, file, source(6))).error
+    by_callers = ["1 handles 2", "2 handles 3", "3 handles 5"]
+    after_rollback = ["3 handles 2", "3 handles 3"]
+    by_candidates = [
+        *("2 handles 2", "3 handles 2", "3 handles 3", "4 handles 2", "4 handles 3"),
+        *("6 handles 2", "6 handles 3", "6 handles 5"),
+    ]
+    assert sorted(by_callers + by_candidates + after_rollback) == sorted(ledger.runs)
+
+
+async def test_a_replayed_request_has_the_caller_of_the_original(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """A handler that depends on its caller and its subject returns the same."""
+    returned = "[current_call().caller.instance_id, current_call().subject]"
+    source = "from openagentmesh import current_call\n" + replayable_agent(name, returned)
+    async with Host(configure({"a.py": source}, **replay_settings(5, strict=True))) as host:
+        assert [mesh.instance_id, f"mesh.agent.{name}"] == await mesh.call(name, {})
+        outcome = await reloaded(host, tmp_path / "agents/a.py", source + "# equivalent\n")
+        assert ([], "") == (outcome.notes, outcome.error)
+
+
+async def test_only_requests_that_reached_the_handler_are_recorded(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path
+) -> None:
+    """Invalid input is not recorded; an error whose text cannot be made is."""
+    declared = "class Odd(Exception):\n    def __str__(self) -> str:\n        raise ValueError\n"
+    source = replayable_agent(name, "req['n']").replace("    return", "    if not req: raise Odd\n    return")
+    source = source.replace("@mesh.agent", f"{declared}\n@mesh.agent")
+    async with Host(configure({"a.py": source}, **replay_settings(5))) as host:
+        for payload in (1, "text"):
+            with pytest.raises(InvalidInput):
+                await mesh.call(name, payload)
+        with pytest.raises(HandlerError):
+            await mesh.call(name, {})
+        assert 1 == await mesh.call(name, {"n": 1})
+        outcome = await reloaded(host, tmp_path / "agents/a.py", source.replace("raise Odd", "return 0"))
+    [note] = outcome.notes
+    assert f"{name}: {{}} → 0 (was " in note
+    assert "Odd: <exception str() failed>" in note

@@ -217,3 +217,14 @@ async def test_invalid_names_in_a_record_are_ignored(
             await asyncio.sleep(0.05)
     await flush(mesh)
     assert 0 == reconnects(mesh)
+
+
+@pytest.mark.parametrize("more", [{"version": None}, {"host": 3}, {"pid": "12a"}, {"answers_pings": "maybe"}])
+async def test_extra_keys_of_a_record_do_not_hide_its_agents(
+    mesh: AgentMesh, name: str, more: dict[str, object]
+) -> None:
+    """A peer may use our own keys for something else: its agents still count as served."""
+    node = node_of(mesh)
+    record = json.dumps({"agents": [name]} | more).encode()
+    await node.buckets.put(subjects.INSTANCES_BUCKET, name, record)
+    assert [name] == (await presence.read_records(node.buckets))[name].agents

@@ -15,7 +15,7 @@ from openagentmesh.runtime.reload.changes import Changes
 from openagentmesh.runtime.reload.reloader import Reloader
 from openagentmesh.transport.connection import Target
 
-from tests.support.host_bench import Bench, Ledger
+from tests.support.host_bench import Bench
 from tests.support.modules import NO_SERVER, Configure, Load, write
 
 
@@ -69,12 +69,4 @@ def bench(
     """A folder of agent files and its host; the files share the module `ledger` with the test."""
     created = Bench(configure, mesh, name, tmp_path.resolve())
     monkeypatch.setitem(sys.modules, "ledger", created.ledger)
-    return created
-
-
-@pytest.fixture
-def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
-    """A module that agent files import as `ledger`, and share with the test and with their other versions."""
-    created = Ledger()
-    monkeypatch.setitem(sys.modules, "ledger", created)
     return created

@@ -1,5 +1,6 @@
 """Starting and stopping a host: what it serves, which modules fail, and its status."""
 
+import asyncio
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from openagentmesh import AgentMesh, ConnectionFailed, Host, MeshError, NotFound
+from openagentmesh import AgentMesh, Cancelled, ConnectionFailed, Host, MeshError, NotFound
 from openagentmesh.runtime.config import (
     AgentSection,
     Config,
@@ -17,7 +18,9 @@ from openagentmesh.runtime.config import (
     ServerSection,
 )
 
+from tests.support.meshes import pending_instance
 from tests.support.modules import MESH, NO_SERVER, Configure, agent, write
+from tests.support.reloads import reload
 
 
 def served_agents(host: Host) -> list[str]:
@@ -248,3 +251,31 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+async def test_errors_that_are_not_valid_unicode_are_reported(
+    configure: Configure, name: str, tmp_path: Path
+) -> None:
+    """The status has the error of a module, and of a reload, that JSON cannot contain as it is."""
+    odd = "raise ValueError('odd \\udcff name')\n"
+    async with Host(configure({"a.py": odd, "b.py": MESH + agent(name)})) as host:
+        await reload(host, tmp_path, odd, "b.py")
+        status = json.loads(host.status().model_dump_json())
+    assert ["ValueError: odd ? name"] * 2 == [module["error"] for module in status["modules"]]
+    assert "odd ? name" in status["reloads"][-1]["error"]
+
+
+async def test_a_reload_by_request_does_not_wait_for_long_requests(
+    configure: Configure, mesh: AgentMesh, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `find_references` the reply says so when requests still run on the old version."""
+    monkeypatch.setattr("openagentmesh.runtime.host._FIND_TIMEOUT_S", 0.1)
+    source = MESH + "import asyncio\n" + agent(name, "await asyncio.sleep(60)")
+    async with Host(configure({"a.py": source}, host={"drain_timeout": 0.5})) as host:
+        call = asyncio.create_task(mesh.call(name, {}))
+        assert host.node.instance_id == await pending_instance(mesh)
+        write(tmp_path / "agents", {"a.py": source + "# changed\n"})
+        reply = json.loads(await host.node.controls["reload"](b'{"find_references": true}'))
+        assert any("requests still run on the old version" in note for note in reply["reload"]["notes"])
+        with pytest.raises(Cancelled):
+            await call

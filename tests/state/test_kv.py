@@ -383,3 +383,18 @@ def test_any_text_is_stored_unchanged(url: str, text: str) -> None:
             assert text == await mesh.kv.get("any.text")
 
     asyncio.run(run())
+
+
+async def test_an_update_does_not_retry_a_conflict_of_its_function(mesh: AgentMesh, name: str) -> None:
+    """A KVConflict that the function itself raises is the caller's; the function runs once."""
+    await mesh.kv.put(name, "0")
+    runs = 0
+
+    def conflicting(text: str) -> str:
+        nonlocal runs
+        runs += 1
+        raise KVConflict(text)
+
+    with pytest.raises(KVConflict, match="0"):
+        await mesh.kv.update(name, conflicting)
+    assert 1 == runs

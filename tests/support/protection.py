@@ -58,7 +58,7 @@ def signed(
     verb: Any = "call", target: str = "nlp.a", body: bytes = b'{"a":1}', signer: Signer = SIGNER
 ) -> Call:
     """A received request that its sender signed."""
-    operation = ClientOperation(verb, target, "r1", body, {"X-Mesh-Request-Id": "r1"})
+    operation = ClientOperation(verb, target, body, {"X-Mesh-Request-Id": "r1"})
     signer.sign(operation)
     received: Any = "source" if verb == "publish" else verb
     return Call(target, "r1", body, dict(operation.headers), verb=received, subject=operation.subject)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from nats.js import JetStreamContext
-from nats.js.api import ConsumerInfo
-from openagentmesh import ConnectionFailed, PayloadTooLarge
+from nats.js.api import ConsumerInfo, KeyValueConfig
+from nats.js.errors import BucketNotFoundError
+from nats.js.kv import KeyValue
+from openagentmesh import AgentMesh, ConnectionFailed, PayloadTooLarge
 from openagentmesh.protocol.subjects import CONTEXT_BUCKET, KV_BUCKETS
 from openagentmesh.transport.connection import Connection, Target
 from openagentmesh.transport.inbox import Inbox
@@ -260,3 +262,26 @@ async def test_a_key_that_is_replaced_while_a_watch_starts_is_not_deleted(
     changes = buckets.changes(CONTEXT_BUCKET, f"{name}.*", seen=seen)
     found = [(entry.key, entry.value, entry.operation) async for entry in changes]
     assert [(deleted, None, "DEL"), (replaced, b"new", None)] == found
+
+
+async def test_a_bucket_that_a_peer_creates_at_the_same_time_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A peer that creates the bucket with another configuration, after it was looked up, fails no start."""
+    key_value, created = JetStreamContext.key_value, list[str]()
+
+    async def raced(self: JetStreamContext, bucket: str) -> KeyValue:
+        try:
+            return await key_value(self, bucket)
+        except BucketNotFoundError:
+            if bucket not in created:
+                created.append(bucket)
+                await self.create_key_value(KeyValueConfig(bucket=bucket, history=5))
+            raise
+
+    monkeypatch.setattr(JetStreamContext, "key_value", raced)
+    with running_server("-js", "-sd", str(tmp_path)) as url:
+        async with AgentMesh(url) as mesh:
+            await mesh.kv.put("key", "value")
+            assert "value" == await mesh.kv.get("key")
+    assert CONTEXT_BUCKET in created

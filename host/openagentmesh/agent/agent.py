@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import iscoroutinefunction
 from pathlib import Path
+from time import monotonic
 from types import FunctionType
 from typing import Any, Final
 
@@ -64,12 +65,13 @@ DEFAULT_LIMITS: Final = Limits()
 
 @dataclass(slots=True, frozen=True)
 class RecordedRequest:
-    """A recorded request; `identity` is its verified caller."""
+    """A recorded request; `identity` is its verified caller, `instance_id` the stated one."""
 
     body: bytes
     headers: Mapping[str, str]
     request_id: str = ""
     identity: Caller | None = None
+    instance_id: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -179,6 +181,7 @@ class AgentVersion(Agent):
     async def _run(self, call: ServedCall) -> Any:  # noqa: ANN401 - the handler's result
         async with call.limiter:
             call.input = self._input(call)
+            call.handler_started = monotonic()
             return await self.endpoint(call)
 
     def overloaded(self) -> Overloaded:
@@ -208,8 +211,17 @@ class AgentVersion(Agent):
 
     async def answer(self, request: RecordedRequest, timeout: float) -> bytes:
         """As in the base class."""
-        call = Call(self.name, request.request_id, request.body, request.headers, identity=request.identity)
-        call.deadline = asyncio.get_running_loop().time() + timeout
+        deadline = asyncio.get_running_loop().time() + timeout
+        call = Call(
+            self.name,
+            request.request_id,
+            request.body,
+            request.headers,
+            request.instance_id,
+            subject=subjects.agent(self.name),
+            identity=request.identity,
+            deadline=deadline,
+        )
         token = set_current_call(call)
         try:
             call.input = self.handler.decode(self.name, request.body)

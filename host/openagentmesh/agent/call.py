@@ -78,6 +78,7 @@ class Call:
         is_sequential: one of a series, such as the changes of a key: the next one is delivered after it, and
             it is not repeated, so it waits where other requests are rejected.
         is_abandoned: the caller does not wait for an answer any more.
+        handler_started: when its handler began, by `time.monotonic`; None before, also for invalid input.
     """
 
     agent: str
@@ -94,6 +95,7 @@ class Call:
     identity: Caller | None = None
     is_sequential: bool = False
     is_abandoned: bool = False
+    handler_started: float | None = None
     _done_callbacks: list[DoneCallback] = field(default_factory=list)
 
     def add_done_callback(self, callback: DoneCallback) -> None:

@@ -22,7 +22,6 @@ class ClientOperation:
     Attributes:
         verb: the verb; `publish` is an event on its way out, `receive` a received one.
         target: the agent's name; for events the subject.
-        request_id: the request's id; events have none.
         body: the body.
         headers: headers besides the protocol's own; a middleware may add to them.
         chunks: how many chunks of a stream have arrived so far.
@@ -30,10 +29,14 @@ class ClientOperation:
 
     verb: Literal["call", "stream", "send", "publish", "receive"]
     target: str
-    request_id: str = ""
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     chunks: int = 0
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, which a middleware may change as a header; events have none."""
+        return self.headers.get(subjects.REQUEST_ID, "")
 
     @property
     def subject(self) -> str:

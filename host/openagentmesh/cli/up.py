@@ -81,6 +81,7 @@ async def _serve(read_config: Callable[[], Config], file: Path, *, is_pretty: bo
     gc.collect()
     gc.freeze()  # what exists now stays; collections examine later objects alone
     async with host:
+        gc.collect()  # the host measures it, to know whether reloads may collect
         # Before any output: its reader may send a signal at once.
         stop = stop_event(lambda: _log_stopping(host))
         _handle_hangup(host, stop)

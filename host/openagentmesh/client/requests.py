@@ -356,8 +356,8 @@ def _operation(
     verb: Literal["call", "stream", "send"], name: str, payload: object, headers: Headers
 ) -> ClientOperation:
     own = dict(headers or {})
-    request_id = own[subjects.REQUEST_ID] = own.get(subjects.REQUEST_ID) or codec.new_id()
-    return ClientOperation(verb, name, request_id, codec.encode(payload), own)
+    own[subjects.REQUEST_ID] = own.get(subjects.REQUEST_ID) or codec.new_id()
+    return ClientOperation(verb, name, codec.encode(payload), own)
 
 
 def _check_token(request_id: str) -> None:

@@ -239,9 +239,12 @@ class Plugins:
 
     async def check_candidate(
         self, agent: AgentVersion, serving: AgentVersion | None, limit_s: float
-    ) -> list[str]:
-        """The notes of all plugins on a new version that does not serve yet; a MeshError refuses it."""
-        notes: list[str] = []
+    ) -> list[str] | None:
+        """The notes of all plugins on a new version that does not serve yet; None when none checks it.
+
+        A MeshError refuses it.
+        """
+        notes: list[str] | None = None
         for plugin in self.all:
             check = self._call(plugin, "mesh_check_candidate", agent=agent, serving=serving)
             if check is None:
@@ -249,7 +252,7 @@ class Plugins:
             with _named(plugin.name, "failed in mesh_check_candidate", unchanged=MeshError):
                 try:
                     async with asyncio.timeout(limit_s) as limit:
-                        notes += await check
+                        notes = [*(notes or []), *await check]
                 except TimeoutError:
                     if limit.expired():
                         raise TimeoutError(f"no result within {limit_s:g} s, [host] load_timeout") from None

@@ -22,7 +22,7 @@ from openagentmesh.mesh.reconciler import Reconciler
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.contract import AgentContract
 from openagentmesh.protocol.errors import MeshError, error_text
-from openagentmesh.protocol.status import ConnectionStatus, HistoryEvent, NodeStatus
+from openagentmesh.protocol.status import ConnectionStatus, NodeStatus
 from openagentmesh.registry.directory import Directory
 from openagentmesh.registry.liveness import served_without_record
 from openagentmesh.registry.nats_services import NatsServices
@@ -287,7 +287,7 @@ class Node:
                 server=connection.server.get("version"),
                 connected=connection.connected,
                 reconnects=connection.reconnects,
-                history=[HistoryEvent(at=event.at, what=event.what) for event in connection.history],
+                history=list(connection.history),
             ),
         )
 

@@ -9,10 +9,15 @@ _MAX_PROBLEMS_TEXT: Final = 16 * 1024
 _MAX_PROBLEMS: Final = 100
 
 
+def valid_text(text: str) -> str:
+    """A text without lone surrogates, which JSON cannot contain."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def error_text(exc: BaseException) -> str:
     """The exception's message as valid Unicode, or the name of its type when the message is empty."""
     try:
-        return str(exc).encode("utf-8", "replace").decode() or type(exc).__name__
+        return valid_text(str(exc)) or type(exc).__name__
     except Exception:  # noqa: BLE001 - an author's `__str__` may raise anything
         return f"{type(exc).__name__}: <exception str() failed>"
 
@@ -102,13 +107,13 @@ class InvalidAgent(MeshError, TypeError):
 
 
 class PluginFailed(MeshError):
-    """A plugin cannot be used, or one of its hooks failed. Raised locally, never sent."""
+    """A plugin cannot be used, or one of its hooks failed."""
 
     code = "plugin_failed"
 
 
 class InvalidReply(MeshError):
-    """A reply does not match the type that the caller expects. Raised by the caller, never sent."""
+    """A reply does not match the type that the caller expects. Raised by the caller, not by the agent."""
 
     code = "invalid_reply"
     hint = "Show the agent's output type: oam agent contract NAME"

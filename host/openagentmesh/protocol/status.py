@@ -4,11 +4,25 @@ Unknown keys are ignored and most missing ones have defaults, so that hosts of o
 """
 
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
+from openagentmesh.protocol.errors import valid_text
 from openagentmesh.protocol.subjects import is_name
+
+# Errors and file names may contain what is not valid Unicode.
+Text = Annotated[str, AfterValidator(valid_text)]
 
 
 class _Status(BaseModel):
@@ -19,15 +33,15 @@ class HistoryEvent(_Status):
     """A past event, `at` in UTC."""
 
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    what: str
+    what: Text
 
 
 class BackgroundStatus(_Status):
     """A publisher or watcher: `state` is running, waiting (to be restarted), done or stopped."""
 
-    state: str
+    state: Text
     restarts: int = 0
-    error: str = ""
+    error: Text = ""
     next_start: datetime | None = None
 
 
@@ -46,19 +60,19 @@ class AgentStatus(_Status):
         background: only of a publisher or watcher.
     """
 
-    name: str
-    version: str = ""
-    kind: str = ""
-    source: str = ""
+    name: Text
+    version: Text = ""
+    kind: Text = ""
+    source: Text = ""
     in_flight: int = 0
     waiting: int = 0
     requests: int = 0
     errors: int = 0
     overloaded: int = 0
     seconds: float = 0.0
-    last_error: str = ""
+    last_error: Text = ""
     since: float = 0.0
-    limits: dict[str, int | float] = Field(default_factory=dict)
+    limits: dict[Text, int | float] = Field(default_factory=dict)
     active: bool = True
     background: BackgroundStatus | None = None
 
@@ -75,8 +89,8 @@ class ThreadPoolStatus(_Status):
 class ConnectionStatus(_Status):
     """The connection: `server` is the version of the NATS server."""
 
-    url: str = ""
-    server: str | None = None
+    url: Text = ""
+    server: Text | None = None
     connected: bool = False
     reconnects: int = 0
     history: list[HistoryEvent] = Field(default_factory=list)
@@ -92,11 +106,11 @@ class NodeStatus(_Status):
         threads: those of blocking handlers.
     """
 
-    instance_id: str
+    instance_id: Text
     started_at: float = 0.0
     agent_count: int = 0
     agents: list[AgentStatus] = Field(default_factory=list)
-    refused: dict[str, str] = Field(default_factory=dict)
+    refused: dict[Text, Text] = Field(default_factory=dict)
     threads: ThreadPoolStatus = ThreadPoolStatus()
     connection: ConnectionStatus = ConnectionStatus()
 
@@ -104,25 +118,25 @@ class NodeStatus(_Status):
 class ModuleStatus(_Status):
     """One module of a host: `state` is serving, failed, or outdated: an older version serves."""
 
-    origin: str
-    state: str = "serving"
+    origin: Text
+    state: Text = "serving"
     agents: int = 0
-    error: str = ""
-    line: str = ""
-    traceback: str = ""
+    error: Text = ""
+    line: Text = ""
+    traceback: Text = ""
 
 
 class ReloadStatus(_Status):
     """One reload, as `ReloadResult` describes it; `text` is the line for a terminal."""
 
-    text: str = ""
-    error: str = ""
-    details: str = ""
-    line: str = ""
-    notes: list[str] = Field(default_factory=list)
-    files: list[str] = Field(default_factory=list)
-    agents: list[str] = Field(default_factory=list)
-    names: list[str] = Field(default_factory=list)
+    text: Text = ""
+    error: Text = ""
+    details: Text = ""
+    line: Text = ""
+    notes: list[Text] = Field(default_factory=list)
+    files: list[Text] = Field(default_factory=list)
+    agents: list[Text] = Field(default_factory=list)
+    names: list[Text] = Field(default_factory=list)
     took_ms: float = 0.0
     in_flight: int = 0
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -131,19 +145,19 @@ class ReloadStatus(_Status):
 class ServerStatus(_Status):
     """The embedded NATS server of a host."""
 
-    url: str = ""
+    url: Text = ""
     pid: int = 0
     starts: int = 0
-    websocket: str = ""
+    websocket: Text = ""
     history: list[HistoryEvent] = Field(default_factory=list)
 
 
 class HostStatus(NodeStatus):
     """A host: a node with modules."""
 
-    host: str = ""
+    host: Text = ""
     pid: int = 0
-    version: str = ""
+    version: Text = ""
     modules: list[ModuleStatus] = Field(default_factory=list)
     reloads: list[ReloadStatus] = Field(default_factory=list)
     embedded_server: ServerStatus | None = None
@@ -152,10 +166,10 @@ class HostStatus(NodeStatus):
 class ReloadReply(_Status):
     """A host's answer to `oam reload`; without `error` and `reload` nothing has changed."""
 
-    host: str = ""
-    error: str = ""
+    host: Text = ""
+    error: Text = ""
     reload: ReloadStatus | None = None
-    not_loaded: list[str] = Field(default_factory=list)
+    not_loaded: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _has_a_result(self) -> Self:
@@ -176,5 +190,14 @@ class InstanceRecord(_Status):
     @field_validator("agents", mode="before")
     @classmethod
     def _names_only(cls, agents: Any) -> Any:  # noqa: ANN401 - validated afterwards
-        # Names become parts of subjects and keys, and records may come from anyone.
+        # Names become parts of subjects and keys, and records are not trusted.
         return [name for name in agents if is_name(name)] if isinstance(agents, list) else agents
+
+    @field_validator("host", "pid", "version", "answers_pings", mode="wrap")
+    @classmethod
+    def _or_default(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:  # noqa: ANN401 - of the field's type
+        """The default for an invalid value: peers may use these keys for something else."""
+        try:
+            return validate(value)
+        except ValidationError:
+            return cls.model_fields[info.field_name or ""].default

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # The contract of an agent that this node serves, by name; None for other agents.
 OwnContracts = Callable[[str], AgentContract | None]
 # A complete copy that receives nothing for this long is up to date: purged revisions never arrive.
-_MAX_SILENCE_S: Final = 1.0
+_CATCH_UP_TIMEOUT_S: Final = 1.0
 
 
 class Directory:
@@ -92,7 +92,7 @@ class Directory:
         while self._revision < newest or not self._is_complete:
             self._changed.clear()
             try:
-                async with asyncio.timeout(_MAX_SILENCE_S):
+                async with asyncio.timeout(_CATCH_UP_TIMEOUT_S):
                     await self._changed.wait()
             except TimeoutError:
                 if self._is_complete:

@@ -30,6 +30,7 @@ class Registry:
         changed = {c.name: c for c in contracts if c.name not in self._own or not c.equals(self._own[c.name])}
         if not changed:
             return
+        previous = {name: self._own[name] for name in changed if name in self._own}
         self._remove(changed)
         self._own |= changed  # before it is written: from here on a removal by a peer is noticed
         try:
@@ -37,6 +38,7 @@ class Registry:
             await self._change_catalog(changed.values())
         except BaseException:
             self._remove(changed)
+            self._own |= previous
             raise
 
     async def conflicts(self, contracts: Iterable[AgentContract]) -> dict[str, list[Change]]:

@@ -112,6 +112,9 @@ class AgentSection(LimitsSection):
     plugins: dict[str, dict[str, Any]] = {}
 
 
+_DEFAULT_AGENT: Final = AgentSection()
+
+
 class Config(_Section):
     """A whole mesh.toml. Relative paths in it start at `folder`, the file's folder."""
 
@@ -126,17 +129,17 @@ class Config(_Section):
 
     def limits_of(self, name: str) -> Limits:
         """The limits of one agent."""
-        section = self.agents.get(name, AgentSection())
+        section = self.agents.get(name, _DEFAULT_AGENT)
         own = section.model_dump(exclude={"enabled", "plugins"}, exclude_unset=True)
         return Limits(**(self.limits.model_dump() | own))
 
     def plugin_tables_of(self, name: str) -> dict[str, dict[str, Any]]:
         """The settings of one agent for plugins, by the plugins' names."""
-        return self.agents.get(name, AgentSection()).plugins
+        return self.agents.get(name, _DEFAULT_AGENT).plugins
 
     def is_enabled(self, name: str) -> bool:
         """Whether an agent is served."""
-        return self.agents.get(name, AgentSection()).enabled
+        return self.agents.get(name, _DEFAULT_AGENT).enabled
 
     def unused(self, modules: Collection[str], agents: Collection[str]) -> Iterator[str]:
         """Warnings about tables that match no agent, no enabled plugin, no key of a module."""

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _MAX_MODULES_IN_STATUS: Final = 200
 _MAX_RELOADS_IN_STATUS: Final = 10
 _MAX_SERVER_EVENTS: Final = 20
+# How long `oam reload --find-references` waits for running requests; less than the command itself.
+_FIND_TIMEOUT_S: Final = 50.0
 
 
 class StartFailed(MeshError):
@@ -122,6 +124,7 @@ class Host:
             reloader.on_result = self._publish_result
             self._running.push_async_callback(lambda: node.stop(self.config.host.drain_timeout))
             self._running.push_async_callback(reloader.close)
+            self._running.enter_context(reloader.retirements.garbage)
             agents = reloader.load_all(origins)
             self._report_modules()
             await node.start(agents, is_host=True)
@@ -186,10 +189,10 @@ class Host:
             raise NotFound(f"The host '{self.name}' has no module '{module}'.", details={"module": module})
         return await self._reloader.reload(module, finds_references=finds_references)
 
-    async def wait_retired(self) -> None:
-        """Wait until all replaced versions are retired."""
+    async def wait_retired(self, timeout: float | None = None) -> None:
+        """Wait until all replaced versions are retired, at most `timeout` seconds."""
         if self._reloader is not None:
-            await self._reloader.retirements.finish()
+            await self._reloader.retirements.wait(timeout)
 
     async def _on_reload_request(self, body: bytes) -> bytes:
         """Answer `oam reload`."""
@@ -198,7 +201,9 @@ class Host:
             module, finds_references = str(request.get("module") or ""), bool(request.get("find_references"))
             result = await self.reload(module, finds_references=finds_references)
             if result is not None and finds_references:
-                await self.wait_retired()  # adds what was found
+                await self.wait_retired(_FIND_TIMEOUT_S)  # adds what was found
+                if self._reloader and self._reloader.retirements.in_progress:
+                    result.notes.append("requests still run on the old version: references to it are unknown")
         except (ValueError, AttributeError) as exc:
             reply = ReloadReply(host=self.name, error=f"malformed reload request: {exc}")
         except NotFound as exc:

@@ -24,6 +24,5 @@ class RouteStats:
         """Count a request that was answered by an error."""
         self.errors += 1
         self.overloaded += error.code == Overloaded.code
-        # Texts of authors may have any content and length.
-        text = f"{error.code}: {error.message}"[:_MAX_ERROR]
-        self.last_error = text.encode("utf-8", "replace").decode()
+        # Texts of authors may have any length.
+        self.last_error = f"{error.code}: {error.message}"[:_MAX_ERROR]

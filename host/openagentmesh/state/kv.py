@@ -4,10 +4,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from inspect import isawaitable
+from operator import not_
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt
 
 from openagentmesh.protocol import subjects
 from openagentmesh.protocol.errors import InvalidInput, KVConflict, KVKeyExists, NotFound, validation_problems
@@ -98,21 +99,23 @@ class KV:
             KVConflict: the key was changed concurrently in all `max_retries` attempts.
         """
         attempts = max(1, max_retries)
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(KVConflict),
+        update = AsyncRetrying(
+            retry=retry_if_result(not_),
             wait=jittered_backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S),
             stop=stop_after_attempt(attempts),
-            reraise=True,
-        ):
-            with attempt:
-                async with self.try_cas(key) as draft:
-                    result = fn(draft.value)
-                    draft.value = await result if isawaitable(result) else result
-                if not draft.committed:
-                    raise KVConflict(
-                        f"The key '{key}' was changed concurrently {attempts} times, so it was not updated.",
-                        details={"key": key, "tries": attempts},
-                    )
+            retry_error_callback=lambda _state: False,
+        )
+        if not await update(self._try_update, key, fn):
+            raise KVConflict(
+                f"The key '{key}' was changed concurrently {attempts} times, so it was not updated.",
+                details={"key": key, "tries": attempts},
+            )
+
+    async def _try_update(self, key: str, fn: Callable[[str], str | Awaitable[str]]) -> bool:
+        async with self.try_cas(key) as draft:
+            result = fn(draft.value)
+            draft.value = await result if isawaitable(result) else result
+        return draft.committed
 
     async def watch(self, key: str) -> AsyncGenerator[str, None]:
         """The text of a key as it is and each time it changes, also across reconnects.

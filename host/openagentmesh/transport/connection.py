@@ -69,7 +69,9 @@ class Connection:
     Attributes:
         is_recovering: the server was unreachable until a moment ago; other clients may not be back yet.
         restore: runs in a task after each reconnect, again when the connection is lost meanwhile.
+        on_disconnected: called when the connection is lost.
         on_closed: called when the connection is closed for good.
+        closed: set when it is closed for good.
     """
 
     def __init__(self, target: Target, name: str) -> None:

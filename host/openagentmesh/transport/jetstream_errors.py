@@ -7,7 +7,7 @@ from typing import Final
 
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, ServiceUnavailableError
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay
 
 from openagentmesh.protocol.errors import ConnectionFailed, MeshTimeout, PayloadTooLarge, error_text
@@ -20,6 +20,7 @@ TIMEOUT_S: Final = 30.0
 _LIMIT_CODES: Final = frozenset({10002, 10023, 10047, 10054, 10077})
 # JetStream is disabled for the account or on the server; None when its API has no responders.
 _NO_JETSTREAM: Final = frozenset({10039, 10076, None})
+_MAX_STREAMS: Final = 10027
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def translated_errors(connection: Connection, action: str) -> Iterator[None]:
 
 
 def retrying(connection: Connection, *errors: type[Exception]) -> AsyncRetrying:
-    """Retry for a while on these errors, or on all of the library that a retry may avoid."""
+    """Retry for TIMEOUT_S on these errors; without any, on errors of the library that may be temporary."""
 
     def is_retried(exc: BaseException) -> bool:
         is_listed = isinstance(exc, errors) if errors else _is_temporary(exc, connection)
@@ -54,11 +55,12 @@ def retrying(connection: Connection, *errors: type[Exception]) -> AsyncRetrying:
 
 
 def _is_temporary(exc: BaseException, connection: Connection) -> bool:
-    """Whether a retry may succeed: not of what the server rejects, nor on a server without JetStream."""
+    """Whether a retry may succeed: not without JetStream, nor when the account may have no more streams."""
     if isinstance(exc, ServiceUnavailableError) and exc.err_code in _NO_JETSTREAM:
         # Right after a server's start its JetStream may not answer yet.
         return exc.err_code is None and bool(connection.server.get("jetstream"))
-    return isinstance(exc, NatsError | TimeoutError) and not isinstance(exc, BadRequestError)
+    is_refused = isinstance(exc, APIError) and exc.err_code == _MAX_STREAMS
+    return isinstance(exc, NatsError | TimeoutError) and not is_refused
 
 
 def _reason(exc: Exception) -> str:

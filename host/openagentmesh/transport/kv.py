@@ -240,7 +240,7 @@ class KVBuckets:
         started: asyncio.Event,
         closing: asyncio.Event,
     ) -> AsyncGenerator[Entry, None]:
-        """Every change of these keys for one member of a group, at least once, also after an absence.
+        """Every change of these keys, once for a group: for one member, also after none was connected.
 
         A change is acknowledged when the next one is requested; after `ack_timeout` seconds another member
         receives it. `started` is set when the group's consumer exists; after `closing` there are no more.

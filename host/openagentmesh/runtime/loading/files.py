@@ -24,13 +24,9 @@ _IGNORED_FOLDERS: Final = frozenset({"__pycache__", "node_modules"})
 def stamp(path: Path | str) -> Stamp | None:
     """A file's stamp; None when it does not exist."""
     try:
-        return stamp_of(os.stat(path))  # noqa: PTH116 - called for thousands of files, repeatedly
+        found = os.stat(path)  # noqa: PTH116 - called for thousands of files, repeatedly
     except OSError:
         return None
-
-
-def stamp_of(found: os.stat_result) -> Stamp:
-    """The stamp from a `stat` result."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import linecache
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ from openagentmesh.runtime.loading.modules import (
 )
 
 _executing: ContextVar[ManagedModule | None] = ContextVar("executing", default=None)
+_finding_lock = threading.Lock()
 _current: ContextVar["ImportTransaction | None"] = ContextVar("import_transaction", default=None)
 Executing = Callable[[ManagedModule], AbstractContextManager[None]]
 
@@ -84,11 +86,16 @@ class Imports(MetaPathFinder):
         if self._tracks_changes:
             yield
             return
-        sys.meta_path.insert(0, self)
+        # New lists: other threads may be iterating over the one in use, and would skip a finder.
+        with _finding_lock:
+            sys.meta_path = [self, *sys.meta_path]
         try:
             yield
         finally:
-            sys.meta_path.remove(self)
+            with _finding_lock:
+                rest = list(sys.meta_path)
+                rest.remove(self)  # once: another thread may be finding, too
+                sys.meta_path = rest
 
     def close(self) -> None:
         """Remove the hooks and all managed modules."""

@@ -21,7 +21,7 @@ from openagentmesh.mesh.module_context import (
     set_current_module,
 )
 from openagentmesh.mesh.node import Node
-from openagentmesh.protocol.errors import MeshError, error_text
+from openagentmesh.protocol.errors import MeshError, error_text, valid_text
 from openagentmesh.protocol.status import ModuleStatus
 from openagentmesh.runtime.config import Config
 from openagentmesh.runtime.loading.imports import Imports, ImportTransaction, no_running_loop
@@ -278,7 +278,7 @@ def _readable_traceback(exc: BaseException) -> str:
     # Errors of the mesh are complete without its frames.
     hidden = (*_IMPORT_FRAMES, _PACKAGE) if isinstance(exc, MeshError) else _IMPORT_FRAMES
     shown.stack = authors_frames(shown.stack, hidden)
-    return "".join(shown.format()).rstrip()
+    return valid_text("".join(shown.format()).rstrip())
 
 
 def _line(exc: BaseException, folders: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from weakref import WeakSet
 
 from openagentmesh.mesh.module_context import Generation
@@ -221,14 +221,13 @@ class _OwnImportlib(ModuleType):
     """`importlib` for one managed module: `import_module` finds the module's siblings."""
 
     def __init__(self, managed: ManagedModule) -> None:
-        super().__init__("importlib", importlib.__doc__)
+        super().__init__("importlib")
+        # The class has its own `import_module`.
+        vars(self).update({name: value for name, value in vars(importlib).items() if name != "import_module"})
         self.managed = managed
 
     def import_module(self, name: str, package: str | None = None) -> ModuleType:
         return self.managed.import_module(name, package)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute
-        return getattr(importlib, name)
 
 
 def record_written(path: object) -> None:

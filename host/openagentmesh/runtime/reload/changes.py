@@ -143,7 +143,6 @@ class Changes:
 
     def find_named(self, modules: list[Module], config: Config, name: str) -> Plan | None:
         """As `find`, for the modules of this name, changed or not, and their changed imports."""
-        self._known_failures()
         origins = find_origins_leniently(config, [module.origin for module in modules])
         named = [module for module in modules if name in names_of(module)]
         imported = imported_by(self._imports.modules, [module.name for module in named])
@@ -175,11 +174,11 @@ class Changes:
     def _causes(self, modules: list[Module], origins: list[Origin], before: Config, after: Config) -> Causes:
         causes = self._changed_files()
         loaded = {module.origin: module for module in modules if module.state != "failed"}
-        for origin in origins:
-            if origin not in loaded:
-                causes[self._file_of(origin)].origins.add(origin)
+        wanted = set(origins)
+        for origin in wanted - loaded.keys():
+            causes[self._file_of(origin)].origins.add(origin)
         for origin, module in loaded.items():
-            if origin not in origins:
+            if origin not in wanted:
                 causes[self._file_of(origin)].names.add(module.name)
             elif before.settings.get(origin.key) != after.settings.get(origin.key) and self.config_file:
                 causes[self.config_file].names.add(module.name)

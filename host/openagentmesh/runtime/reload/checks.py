@@ -4,25 +4,23 @@ import logging
 import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Final
 
 from openagentmesh.agent.agent import AgentVersion
 from openagentmesh.hooks.reload_result import ReloadResult
-from openagentmesh.protocol.errors import MeshError, error_text
+from openagentmesh.protocol.errors import MeshError, error_text, valid_text
 from openagentmesh.protocol.schema_diff import breaking_changes
 from openagentmesh.runtime.config import Config, keys_that_need_restart
 from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
 from openagentmesh.runtime.loading.imports import ImportTransaction
-from openagentmesh.runtime.loading.loader import Module, find_duplicates
+from openagentmesh.runtime.loading.loader import Module, authors_frames, find_duplicates
 from openagentmesh.runtime.loading.modules import ManagedModule, is_written_by_code
 from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.runtime.reload.off_loop import TookTooLong
 from openagentmesh.transport.kv import HEADER_RESERVE
 
 log = logging.getLogger(__name__)
-
-_PACKAGE: Final = str(Path(__file__).parents[2])
 
 
 class ReloadRefused(MeshError):
@@ -61,7 +59,7 @@ class Serving:
     max_payload: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Candidate:
     """A loaded generation that does not serve yet.
 
@@ -81,13 +79,14 @@ class Candidate:
     is_stable: bool
     notes: list[str] = field(default_factory=list)
 
-    @property
+    # Both are computed once `check` has removed the agents of duplicates.
+    @cached_property
     def wanted(self) -> dict[str, AgentVersion]:
         """All agents that serve afterwards."""
         config = self.plan.config
         return {a.name: a for agents in self.agents.values() for a in agents if config.is_enabled(a.name)}
 
-    @property
+    @cached_property
     def changed(self) -> list[AgentVersion]:
         """The agents that serve now in another form, or not at all."""
         return [agent for agent in self.wanted.values() if self._differs(agent)]
@@ -114,7 +113,7 @@ class Candidate:
         return [agent.name for agent in unwanted if agent.name in declared or agent.file in files]
 
 
-def check_willing(modules: Mapping[str, ManagedModule], names: Iterable[str]) -> None:
+def check_not_declined(modules: Mapping[str, ManagedModule], names: Iterable[str]) -> None:
     """Refuse to replace modules that decline it."""
     for module in [modules[name] for name in names if name in modules]:
         if module.generation.declined:
@@ -221,13 +220,17 @@ def explain(exc: BaseException) -> tuple[str, str, str]:
     if isinstance(exc, LoadFailed):
         return exc.module.error, exc.module.traceback, exc.module.line
     if isinstance(exc, TookTooLong):
-        frames = [f for f in exc.stack if not f.filename.startswith(("<frozen", _PACKAGE))]
+        frames = authors_frames(exc.stack)
         line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         message = "it takes too long to load ([host] load_timeout); do slow work in a watcher"
         return message, "".join(exc.stack.format()), line
     if isinstance(exc, MeshError):
         return exc.message, "", ""
-    return f"{type(exc).__name__}: {error_text(exc)}", "".join(traceback.format_exception(exc)), ""
+    return (
+        f"{type(exc).__name__}: {error_text(exc)}",
+        valid_text("".join(traceback.format_exception(exc))),
+        "",
+    )
 
 
 def log_result(result: ReloadResult) -> None:

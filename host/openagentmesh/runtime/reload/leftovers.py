@@ -5,6 +5,7 @@ import gc
 import logging
 import sys
 import threading
+import typing
 import weakref
 from collections.abc import Collection, Iterator
 from inspect import isasyncgen
@@ -139,3 +140,9 @@ def _describe(holder: object) -> str:
     if hasattr(holder, "__qualname__"):
         return f"something that refers to {holder.__qualname__ or repr(holder)}"
     return f"a {type(holder).__module__}.{type(holder).__qualname__}"
+
+
+def clear_typing_caches() -> None:
+    """Clear the caches of `typing`: versions would share annotations, and what names in them mean."""
+    for clear in getattr(typing, "_cleanups", ()):
+        clear()

@@ -103,7 +103,7 @@ def _on_loop_when_done(done: "Future[T]", function: Callable[[], None]) -> None:
 
 
 def _stack_of(thread: threading.Thread) -> traceback.StackSummary:
-    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the only access
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - no public access
     return traceback.extract_stack(frame) if frame else traceback.StackSummary()
 
 

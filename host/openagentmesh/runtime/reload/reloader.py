@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import typing
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from openagentmesh.runtime.loading.plugin_loader import configure
 from openagentmesh.runtime.reload import checks
 from openagentmesh.runtime.reload.changes import Changes, Files, Plan, WatchedPaths, names_of
 from openagentmesh.runtime.reload.checks import Candidate, LoadFailed, ReloadRefused, Serving, UnstableFiles
-from openagentmesh.runtime.reload.leftovers import find_leftovers
+from openagentmesh.runtime.reload.leftovers import clear_typing_caches, find_leftovers
 from openagentmesh.runtime.reload.module_states import load_all, mark_refused, update_failed
 from openagentmesh.runtime.reload.off_loop import run_off_loop
 from openagentmesh.runtime.reload.retirement import Retirements, RetiringVersion, dispose
@@ -144,7 +143,7 @@ class Reloader:
         """The transaction."""
         transaction = ImportTransaction()
         try:
-            checks.check_willing(self._loader.imports.modules, plan.names)
+            checks.check_not_declined(self._loader.imports.modules, plan.names)
             with self._staged(plan) as transaction:
                 new = await self._load(plan, transaction, scanned, is_stable=is_stable)
                 candidate = self._candidate(plan, new, transaction, is_stable=is_stable)
@@ -195,7 +194,7 @@ class Reloader:
         return new
 
     def _load_modules(self, origins: Iterable[Origin], transaction: ImportTransaction) -> list[Module]:
-        _clear_typing_caches()
+        clear_typing_caches()
         modules = []
         for origin in origins:
             if transaction.is_abandoned:
@@ -226,10 +225,13 @@ class Reloader:
         generations = [managed.generation for managed in candidate.transaction.executed]
         transfers = [StateTransfer(generation) for generation in generations if generation.previous]
         await transfer_state(transfers, limit)
-        if plugins.has_candidate_checks:
-            for agent in serve:
-                serving = candidate.serving.agents.get(agent.name)
-                candidate.notes += await plugins.check_candidate(agent, serving, limit)
+        has_effects = False
+        for agent in serve if plugins.has_candidate_checks else []:
+            serving = candidate.serving.agents.get(agent.name)
+            notes = await plugins.check_candidate(agent, serving, limit)
+            has_effects |= notes is not None
+            candidate.notes += notes or []
+        if has_effects:
             await transfer_state(transfers, limit)  # without the effects of the checks
 
     def _commit(
@@ -310,7 +312,7 @@ class Reloader:
         self, plan: Plan, executed: list[ManagedModule], exc: BaseException, *, has_served: bool = False
     ) -> ReloadResult:
         """Remember that a version is refused; leftovers of one that `has_served` are reported later."""
-        _clear_typing_caches()
+        clear_typing_caches()
         files = exc.files if isinstance(exc, LoadFailed) else []
         self._changes.add_failure(plan.causes, executed, files, plan.names)
         error, details, line = checks.explain(exc)
@@ -351,9 +353,3 @@ class Reloader:
 
 
 async def _do_nothing(_result: ReloadResult) -> None: ...
-
-
-def _clear_typing_caches() -> None:
-    """Clear the caches of `typing`: versions would share annotations, and what names in them mean."""
-    for clear in getattr(typing, "_cleanups", ()):
-        clear()

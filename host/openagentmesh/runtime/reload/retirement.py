@@ -4,6 +4,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any, Final
@@ -15,7 +16,8 @@ from openagentmesh.mesh.node import Node
 from openagentmesh.runtime.loading.imports import ImportTransaction
 from openagentmesh.runtime.loading.loader import Module
 from openagentmesh.runtime.reload.changes import Plan
-from openagentmesh.runtime.reload.leftovers import find_leftovers, find_references, mark
+from openagentmesh.runtime.reload.garbage import Garbage
+from openagentmesh.runtime.reload.leftovers import clear_typing_caches, find_leftovers, find_references, mark
 from openagentmesh.serving.route import Route
 from openagentmesh.transport.tasks import cancel_and_wait, cancel_within, retry_forever
 
@@ -82,6 +84,12 @@ class Retirements:
         self._rollback = rollback
         self._running: dict[asyncio.Task[None], RetiringVersion] = {}
         self._unfinished: list[RetiringVersion] = []
+        self.garbage = Garbage()
+
+    @property
+    def in_progress(self) -> int:
+        """How many versions are being retired."""
+        return len(self._running)
 
     def begin(self, retiring: RetiringVersion, drain_timeout: float, result: ReloadResult) -> None:
         """Retire a version, in a task; what it left behind is added to the notes of the result."""
@@ -96,12 +104,16 @@ class Retirements:
         elif exc := task.exception():
             log.error("an old version could not be retired", exc_info=exc)
 
-    async def finish(self, timeout: float | None = None) -> None:
+    async def wait(self, timeout: float | None = None) -> None:
         """Wait until all are retired, at most `timeout` seconds."""
-        while self._running and timeout is None:
-            await asyncio.wait(self._running)
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._running:
+                    await asyncio.wait(self._running)
+
+    async def finish(self, timeout: float | None = None) -> None:
+        """Wait until all are retired; those that are not after `timeout` seconds remain for `dispose`."""
+        await self.wait(timeout)
         await cancel_and_wait(*self._running)
 
     async def dispose(self) -> None:
@@ -125,8 +137,10 @@ class Retirements:
         # From here on nothing of ours refers to the old version.
         retiring.agents, retiring.removed, retiring.modules = [], [], []
         retiring.transaction.clear()
+        clear_typing_caches()
+        await asyncio.sleep(0)  # what has just ended is released in the loop's next turn
+        self.garbage.collect_if_short()
         if marks:
-            await asyncio.sleep(0)  # what has just ended is released in the loop's next turn
             found = find_references(marks)
         result.notes += found
         for what in found:
