@@ -232,6 +232,6 @@ async def test_the_catalog_waits_only_once_for_a_purged_revision(monkeypatch: py
         await node_of(staying).buckets._open[REGISTRY_BUCKET].purge_deletes(olderthan=-1)
         async with reader, asyncio.timeout(10):
             for max_silence in (0.1, 60):
-                monkeypatch.setattr("openagentmesh.registry.directory._MAX_SILENCE_S", max_silence)
+                monkeypatch.setattr("openagentmesh.registry.directory._CATCH_UP_TIMEOUT_S", max_silence)
                 assert ["staying"] == [entry.name for entry in await reader.catalog()]
     await server.stop()

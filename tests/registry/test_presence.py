@@ -76,6 +76,9 @@ async def test_the_agents_of_a_killed_process_are_removed(
     assert "up\n" == await asyncio.to_thread(process.stdout.readline)
     call = asyncio.create_task(mesh.call(name, 1))
     assert "working\n" == await asyncio.to_thread(process.stdout.readline)
+    # The next instance in the order of their ids does not answer pings.
+    peer, record = f"{mesh.instance_id}0", json.dumps({"agents": [f"{name}.peer"]}).encode()
+    await node_of(mesh).buckets.put(subjects.INSTANCES_BUCKET, peer, record)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     async with asyncio.timeout(20):
@@ -86,6 +89,7 @@ async def test_the_agents_of_a_killed_process_are_removed(
     assert [f"{name}.monitor"] == [entry.name for entry in await mesh.catalog(channel=name)]
     records = await presence.read_records(node_of(mesh).buckets)
     assert not [record for record in records.values() if name in record.agents]
+    await node_of(mesh).buckets.delete_all(subjects.INSTANCES_BUCKET, [peer])
 
 
 async def test_an_instance_that_reconnects_keeps_its_record(
@@ -228,3 +232,4 @@ async def test_extra_keys_of_a_record_do_not_hide_its_agents(
     record = json.dumps({"agents": [name]} | more).encode()
     await node.buckets.put(subjects.INSTANCES_BUCKET, name, record)
     assert [name] == (await presence.read_records(node.buckets))[name].agents
+    await node.buckets.delete_all(subjects.INSTANCES_BUCKET, [name])

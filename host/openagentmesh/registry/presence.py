@@ -109,7 +109,9 @@ class Presence:
                 log.debug("other instances could not be checked: %s", exc)
 
     def _neighbour(self, records: Records) -> set[str]:
-        others = sorted(records.keys() - {self._instance_id})
+        # Peers whose instances do not answer pings must not hide those behind them.
+        pinged = {key for key, record in records.items() if record.answers_pings}
+        others = sorted(pinged - {self._instance_id})
         following = [key for key in others if key > self._instance_id]
         return set((following or others)[:1])
 

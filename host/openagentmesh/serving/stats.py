@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Final
 
-from openagentmesh.protocol.errors import MeshError, Overloaded
+from openagentmesh.protocol.errors import MeshError, Overloaded, valid_text
 
 _MAX_ERROR: Final = 500
 
@@ -24,5 +24,5 @@ class RouteStats:
         """Count a request that was answered by an error."""
         self.errors += 1
         self.overloaded += error.code == Overloaded.code
-        # Texts of authors may have any length.
-        self.last_error = f"{error.code}: {error.message}"[:_MAX_ERROR]
+        # Texts of authors may have any content and length.
+        self.last_error = valid_text(f"{error.code}: {error.message}"[:_MAX_ERROR])
