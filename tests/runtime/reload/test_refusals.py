@@ -85,7 +85,7 @@ async def test_a_broken_edit_is_refused(bench: Bench, file: str, defect: str) ->
         "_late.py": "",
     }
     threads = off_loop_threads()
-    async with bench.serve(files, load_timeout=0.3) as host:
+    async with bench.serve(files, load_timeout=0.7) as host:
         before = managed_modules()
         refusing = asyncio.create_task(bench.refused({file: source}))
         answers = 0

@@ -15,7 +15,7 @@ from openagentmesh.runtime.config import Config, keys_that_need_restart
 from openagentmesh.runtime.loading.files import Stamp, file_digest, stamp
 from openagentmesh.runtime.loading.imports import ImportTransaction
 from openagentmesh.runtime.loading.loader import Module, authors_frames, find_duplicates
-from openagentmesh.runtime.loading.modules import ManagedModule, is_written_by_code
+from openagentmesh.runtime.loading.modules import INSTALLED, ManagedModule, is_written_by_code
 from openagentmesh.runtime.reload.changes import Plan
 from openagentmesh.runtime.reload.off_loop import TookTooLong
 from openagentmesh.transport.kv import HEADER_RESERVE
@@ -221,7 +221,8 @@ def explain(exc: BaseException) -> tuple[str, str, str]:
         return exc.module.error, exc.module.traceback, exc.module.line
     if isinstance(exc, TookTooLong):
         frames = authors_frames(exc.stack)
-        line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)] or frames
+        line = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
         message = "it takes too long to load ([host] load_timeout); do slow work in a watcher"
         return message, "".join(exc.stack.format()), line
     if isinstance(exc, MeshError):
