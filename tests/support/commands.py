@@ -77,13 +77,21 @@ class Process:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._readers = [
-            threading.Thread(target=self._read, args=(self._process.stdout, self.out)),
-            threading.Thread(target=self._read, args=(self._process.stderr, self.err)),
+            self._start_reader(self._process.stdout, self.out),
+            self._start_reader(self._process.stderr, self.err),
         ]
-        for reader in self._readers:
-            reader.start()
 
-    def _read(self, pipe: IO[str], lines: list[str]) -> None:
+    def _start_reader(self, pipe: IO[str], lines: list[str]) -> threading.Thread:
+        # One after the other: two threads that start at once may both install the tracer of coverage,
+        # which fails in Python 3.11.
+        is_reading = threading.Event()
+        reader = threading.Thread(target=self._read, args=(pipe, lines, is_reading))
+        reader.start()
+        is_reading.wait()
+        return reader
+
+    def _read(self, pipe: IO[str], lines: list[str], is_reading: threading.Event) -> None:
+        is_reading.set()
         with pipe:
             for line in pipe:
                 with self._changed:
