@@ -119,7 +119,7 @@ def rows(*, quick: bool) -> list[Row]:
         Row(
             "sleep",
             "100 concurrent calls of a handler that sleeps 50 ms: time until all are answered, ms",
-            partial(under_load, "sleep", 100),
+            partial(under_load, "naps", 100),
             (OURS, OURS_FAST, PEER),
             ("sleep", OURS),
             Target(80),
@@ -135,7 +135,7 @@ def rows(*, quick: bool) -> list[Row]:
         Row(
             "slow-reader",
             "an endless stream with a slow reader: growth of both processes' memory, MiB",
-            partial(under_load, "slow_reader", 0),
+            partial(under_load, "slow", 0),
             (OURS,),
             None,
             Target(1),
@@ -159,7 +159,7 @@ def rows(*, quick: bool) -> list[Row]:
         Row(
             "cancel",
             "from the cancellation of a call until its handler is cancelled: longest of 20, ms",
-            partial(under_load, "cancel", 20),
+            partial(under_load, "stop", 20),
             (OURS, OURS_FAST),
             None,
             Target(50),

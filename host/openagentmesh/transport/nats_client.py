@@ -7,6 +7,7 @@ and has a test of its own against the real server.
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from openagentmesh.transport.tasks import cancel_and_wait
 
 log = logging.getLogger(__name__)
 
+_READ_SIZE: Final = 64 * 1024
 _PING: Final = b"PING\r\n"
 # "NATS/1.0" and the line breaks around a header block.
 _HEADER_OVERHEAD: Final = 12
@@ -163,12 +165,19 @@ class NatsClient(Client):
     async def _process_connect_init(self) -> None:
         # Something other than a nats-server may answer at the address while that is down; the base
         # class would stop reconnecting for good.
+        self._set_read_size()
         try:
             await super()._process_connect_init()
         except (OSError, NatsError, TimeoutError):
             raise
         except Exception as exc:
             raise NatsError(f"nats: no NATS server answers: {exc!r}") from exc
+
+    def _set_read_size(self) -> None:
+        # asyncio allocates a buffer for each read, by default of 256 KiB, which the system maps and unmaps
+        # each time. Other event loops and transports have no such attribute.
+        with suppress(AttributeError):
+            self._transport._io_writer.transport.max_size = _READ_SIZE  # type: ignore[union-attr]  # noqa: SLF001
 
     async def _read_loop(self) -> None:
         # The base class logs a parser error and stops reading.
