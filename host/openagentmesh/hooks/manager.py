@@ -184,7 +184,8 @@ class Plugins:
         """An agent within the middlewares of all plugins; `tables` are its own settings of them."""
         self._known_agents.add(agent.name)
         redactors = (self._call(plugin, "mesh_redactor", agent=agent) for plugin in self.all)
-        agent = replace(agent, redactor=next((each for each in redactors if each is not None), None))
+        if redactor := next((each for each in redactors if each is not None), None):
+            agent = replace(agent, redactor=redactor)
         for plugin in self._innermost_first:
             settings = self.agent_settings(plugin, agent.name, tables.get(plugin.name, {}))
             middleware = self._call(plugin, "mesh_middleware", agent=agent, settings=settings)

@@ -6,7 +6,7 @@ import sys
 from time import perf_counter
 from typing import Any, Final, Literal
 
-_MAX_PAUSE_S: Final = 0.01
+_MAX_PAUSE_S: Final = 0.005
 # What a collection takes at most for each block of memory that was allocated since the last one.
 _MAX_S_PER_BLOCK: Final = 0.5e-6
 
