@@ -72,13 +72,10 @@ class Outcome:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Recording:
-    """A recorded request, and what a version returned for it.
+    """A recorded request, and what the version with this `contract` returned for it.
 
-    Unless that version serves, the one that does handles the request once more for the comparison.
-
-    Attributes:
-        outcome: None when it may contain secrets.
-        contract: identifies the version: each has a contract of its own.
+    Unless that version serves, the one that does handles the request once more for the comparison; also
+    without an `outcome`, which may contain secrets.
     """
 
     request: RecordedRequest

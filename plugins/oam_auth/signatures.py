@@ -61,11 +61,9 @@ def _signed(headers: Mapping[str, str], subject: str, body: bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Used:
-    """The nonces that one key has used.
+    """The `nonces` that one key has used: by agent and nonce when it was signed, and until when it is kept.
 
-    Attributes:
-        nonces: by agent and nonce: when it was signed, and until when it is remembered.
-        dropped: when the latest one that is no longer remembered was signed.
+    `dropped` is when the latest one that is no longer kept was signed.
     """
 
     nonces: OrderedDict[tuple[str, str], tuple[float, float]] = field(default_factory=OrderedDict)

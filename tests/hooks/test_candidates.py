@@ -96,5 +96,5 @@ async def test_a_check_that_hangs_refuses_the_reload(
         for result in ("2", "3"):
             reloaded = await reload(host, tmp_path, MESH + agent(name, result))
             assert "The plugin 'hangingcheck' failed in mesh_check_candidate" in reloaded.error
-            assert "load_timeout" in reloaded.error
+            assert "load_timeout is 0.5 s" in reloaded.error
         assert 1 == await mesh.call(name, {})

@@ -157,8 +157,9 @@ class Node:
             return
         await self.reconciler.wait_idle()  # one of them may be about to open
         await asyncio.gather(*[route.close(drain_timeout) for route in routes])
-        names = {route.agent.name for route in routes}
-        await retry_forever(partial(self._deregister, names), "deregistering")
+        await retry_forever(
+            partial(self._deregister, {route.agent.name for route in routes}), "deregistering"
+        )
 
     async def _deregister(self, names: set[str]) -> None:
         async with self._registering:

@@ -4,7 +4,7 @@ Unknown keys are ignored and most missing ones have defaults, so that hosts of o
 """
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -15,7 +15,6 @@ from pydantic import (
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
-    model_validator,
 )
 
 from openagentmesh.protocol.errors import valid_text
@@ -49,7 +48,6 @@ class AgentStatus(_Status):
     """One agent of a node, with the number of its requests since `since`.
 
     Attributes:
-        kind: responder, streamer, trigger, publisher, watcher or driven.
         source: file and line of its handler.
         in_flight: requests being answered, those waiting for a slot included.
         errors: requests answered with an error; `overloaded`: those with that code.
@@ -103,7 +101,6 @@ class NodeStatus(_Status):
         started_at: in seconds since 1970.
         agents: the agents that it serves, or as many of them as fit into one message.
         refused: agents that are not served because of their contracts, with the reason.
-        threads: those of blocking handlers.
     """
 
     instance_id: Text
@@ -170,12 +167,6 @@ class ReloadReply(_Status):
     error: Text = ""
     reload: ReloadStatus | None = None
     not_loaded: list[Text] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _has_a_result(self) -> Self:
-        if not self.model_fields_set & {"error", "reload", "not_loaded"}:
-            raise ValueError("it has none of the keys error, reload and not_loaded")
-        return self
 
 
 class InstanceRecord(_Status):

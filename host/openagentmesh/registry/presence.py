@@ -109,9 +109,8 @@ class Presence:
                 log.debug("other instances could not be checked: %s", exc)
 
     def _neighbour(self, records: Records) -> set[str]:
-        # Peers whose instances do not answer pings must not hide those behind them.
-        pinged = {key for key, record in records.items() if record.answers_pings}
-        others = sorted(pinged - {self._instance_id})
+        # Instances that do not answer pings must not hide those behind them.
+        others = sorted({key for key in records if records[key].answers_pings} - {self._instance_id})
         following = [key for key in others if key > self._instance_id]
         return set((following or others)[:1])
 

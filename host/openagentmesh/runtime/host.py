@@ -57,8 +57,7 @@ class Host:
     Use it as an async context manager, or call `start` and `stop`.
 
     Args:
-        config: the settings.
-        config_file: their file; a change of it is applied while the host runs.
+        config_file: the file of the settings; a change of it is applied while the host runs.
         read_config: reads it again.
         watch: reload files as soon as they are saved.
         plugins: objects or modules that implement hooks, in addition to those of mesh.toml.
@@ -189,10 +188,9 @@ class Host:
             raise NotFound(f"The host '{self.name}' has no module '{module}'.", details={"module": module})
         return await self._reloader.reload(module, finds_references=finds_references)
 
-    async def wait_retired(self, timeout: float | None = None) -> None:
-        """Wait until all replaced versions are retired, at most `timeout` seconds."""
-        if self._reloader is not None:
-            await self._reloader.retirements.wait(timeout)
+    async def wait_retired(self, timeout: float | None = None) -> bool:
+        """Wait until replaced versions are retired, at most `timeout` seconds; returns whether they are."""
+        return self._reloader is None or await self._reloader.retirements.wait(timeout)
 
     async def _on_reload_request(self, body: bytes) -> bytes:
         """Answer `oam reload`."""
@@ -200,10 +198,9 @@ class Host:
             request = from_json(body) if body else {}
             module, finds_references = str(request.get("module") or ""), bool(request.get("find_references"))
             result = await self.reload(module, finds_references=finds_references)
-            if result is not None and finds_references:
-                await self.wait_retired(_FIND_TIMEOUT_S)  # adds what was found
-                if self._reloader and self._reloader.retirements.in_progress:
-                    result.notes.append("requests still run on the old version: references to it are unknown")
+            # Until then what was found is added to the notes.
+            if result is not None and finds_references and not await self.wait_retired(_FIND_TIMEOUT_S):
+                result.notes.append("requests still run on the old version: references to it are unknown")
         except (ValueError, AttributeError) as exc:
             reply = ReloadReply(host=self.name, error=f"malformed reload request: {exc}")
         except NotFound as exc:

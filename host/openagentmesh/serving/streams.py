@@ -149,7 +149,6 @@ class ChunkReader:
     """Receives the frames of one stream and checks their order (protocol §7).
 
     It waits `timeout` seconds for each frame, and `total` seconds from now for all of them; None is for ever.
-    Errors name the `agent` and the `request_id`.
 
     Attributes:
         ended: whether the last frame was read.

@@ -165,19 +165,16 @@ class NatsClient(Client):
     async def _process_connect_init(self) -> None:
         # Something other than a nats-server may answer at the address while that is down; the base
         # class would stop reconnecting for good.
-        self._set_read_size()
+        # asyncio allocates 256 KiB for each read, which the system maps and unmaps each time; other event
+        # loops have no such attribute.
+        with suppress(AttributeError):
+            self._transport._io_writer.transport.max_size = _READ_SIZE  # type: ignore[union-attr]  # noqa: SLF001 - no option
         try:
             await super()._process_connect_init()
         except (OSError, NatsError, TimeoutError):
             raise
         except Exception as exc:
             raise NatsError(f"nats: no NATS server answers: {exc!r}") from exc
-
-    def _set_read_size(self) -> None:
-        # asyncio allocates a buffer for each read, by default of 256 KiB, which the system maps and unmaps
-        # each time. Other event loops and transports have no such attribute.
-        with suppress(AttributeError):
-            self._transport._io_writer.transport.max_size = _READ_SIZE  # type: ignore[union-attr]  # noqa: SLF001
 
     async def _read_loop(self) -> None:
         # The base class logs a parser error and stops reading.

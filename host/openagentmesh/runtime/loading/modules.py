@@ -68,8 +68,6 @@ class ManagedModule:
     """One file as it was executed: its content, what it read, and what it imported.
 
     Attributes:
-        name: the module's full name.
-        importer: what executes it.
         digest: of the file's content; None before it was read.
         data: the digests of the files that it read while it was executed, None of missing ones.
         imports: the full names of the managed modules that it imported.

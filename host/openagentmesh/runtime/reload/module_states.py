@@ -47,7 +47,8 @@ def load_all(
 
 def update_failed(modules: Iterable[Module], changes: Changes) -> list[Module]:
     """Clear the error of modules that match their files again; drop failed ones without a file."""
-    kept = [module for module in modules if module.state != "failed" or _has_file(module)]
+    paths = {module: module.origin.path for module in modules if module.state == "failed"}
+    kept = [module for module in modules if (path := paths.get(module)) is None or path.exists()]
     if outdated := [module for module in kept if module.state == "outdated"]:
         failed = [attempt.names for attempt in changes.failed_attempts]
         changed = changes.changed_modules().union(*failed)
@@ -55,10 +56,6 @@ def update_failed(modules: Iterable[Module], changes: Changes) -> list[Module]:
             module.clear_error()
             log.info("%s: file matches the running version again", module.origin.display_name)
     return kept
-
-
-def _has_file(module: Module) -> bool:
-    return module.origin.path is None or module.origin.path.exists()
 
 
 def mark_refused(

@@ -80,13 +80,9 @@ class Reloader:
     ) -> ReloadResult | None:
         """Load what differs from disk, or the module `name` in any case; None when nothing does.
 
-        Never raises for what is on disk: a failure is a result, and changes nothing else.
-
-        Args:
-            name: a module; empty for all changes.
-            is_stable: the files have not changed for long, so that an incomplete save is excluded.
-            scanned: the stamps of the files when they were scanned.
-            finds_references: report what keeps the old version in memory, which blocks the loop.
+        Never raises for what is on disk: a failure is a result, and changes nothing else. Files that changed
+        since `scanned` are unstable; of files that are stable no save is incomplete. With `finds_references`
+        what keeps the old version in memory is reported, which blocks the loop.
 
         Raises:
             UnstableFiles: a save may be incomplete, or a file changed since it was scanned.
@@ -226,7 +222,7 @@ class Reloader:
         transfers = [StateTransfer(generation) for generation in generations if generation.previous]
         await transfer_state(transfers, limit)
         has_effects = False
-        for agent in serve if plugins.has_candidate_checks else []:
+        for agent in serve:
             serving = candidate.serving.agents.get(agent.name)
             notes = await plugins.check_candidate(agent, serving, limit)
             has_effects |= notes is not None

@@ -36,10 +36,8 @@ class RetiringVersion:
 
     Attributes:
         agents: routes, and the versions that they pointed at.
-        removed: the routes of agents that do not exist any more.
-        added: the names of agents that did not exist before.
+        removed: the routes of agents that do not exist any more; `added`: the names of new agents.
         transaction: the old modules, and what was executed in their place.
-        modules: the old modules with their agents.
         finds_references: search for what keeps the old modules in memory, which blocks the loop.
     """
 
@@ -86,11 +84,6 @@ class Retirements:
         self._unfinished: list[RetiringVersion] = []
         self.garbage = Garbage()
 
-    @property
-    def in_progress(self) -> int:
-        """How many versions are being retired."""
-        return len(self._running)
-
     def begin(self, retiring: RetiringVersion, drain_timeout: float, result: ReloadResult) -> None:
         """Retire a version, in a task; what it left behind is added to the notes of the result."""
         task = asyncio.create_task(self._retire(retiring, drain_timeout, result))
@@ -104,12 +97,13 @@ class Retirements:
         elif exc := task.exception():
             log.error("an old version could not be retired", exc_info=exc)
 
-    async def wait(self, timeout: float | None = None) -> None:
-        """Wait until all are retired, at most `timeout` seconds."""
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all are retired, at most `timeout` seconds; returns whether they are."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self._running:
                     await asyncio.wait(self._running)
+        return not self._running
 
     async def finish(self, timeout: float | None = None) -> None:
         """Wait until all are retired; those that are not after `timeout` seconds remain for `dispose`."""

@@ -140,8 +140,7 @@ async def transfer_state(transfers: Sequence[StateTransfer], limit_s: float) -> 
     are those of the current state.
 
     Raises:
-        MeshError: a migration takes too long, or requests change the state faster than it runs; or an
-            object cannot be taken over.
+        MeshError: a migration takes too long, requests change the state faster, or an object does not fit.
         BaseException: whatever a migration raises.
     """
     migrations = 0
