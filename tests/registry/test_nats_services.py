@@ -137,6 +137,7 @@ async def test_stats_count_requests_errors_and_time(serving: AgentMesh, client: 
     )
 
 
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")  # in that library
 async def test_replicas_and_services_of_the_official_library_are_listed_together(
     serving: AgentMesh, client: Client, name: str
 ) -> None:
