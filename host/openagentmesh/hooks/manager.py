@@ -197,12 +197,10 @@ class Plugins:
     @cached_property
     def _innermost_first(self) -> list[Plugin]:
         """The reverse order; with `trylast` a plugin is next to the handler, wherever it is listed."""
-        in_reverse = self.all[::-1]
-        return sorted(in_reverse, key=lambda plugin: not self._tries_last(plugin))
-
-    def _tries_last(self, plugin: Plugin) -> bool:
-        implementations = self._manager.hook.mesh_middleware.get_hookimpls()
-        return any(each.trylast and each.plugin is plugin.implementation for each in implementations)
+        last = [
+            id(each.plugin) for each in self._manager.hook.mesh_middleware.get_hookimpls() if each.trylast
+        ]
+        return sorted(self.all[::-1], key=lambda plugin: id(plugin.implementation) not in last)
 
     def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
         """One agent's settings of one plugin, validated by its model; None when it has no model."""

@@ -103,8 +103,9 @@ class Imports(MetaPathFinder):
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         packages = {root.package for root in self.roots if root.is_folder}
-        for name in [*self.modules, *[name for name in sys.modules if name.partition(".")[0] in packages]]:
-            sys.modules.pop(name, None)
+        for name in list(sys.modules):
+            if name in self.modules or name.partition(".")[0] in packages:
+                sys.modules.pop(name, None)
         self.modules.clear()
 
     def folder(self, path: Path) -> ModuleRoot:
@@ -204,8 +205,9 @@ class Imports(MetaPathFinder):
     def _clear_path_caches(self) -> None:
         """Make Python list these folders once more: it compares their times, which two changes may share."""
         own = tuple(f"{root.path}{os.sep}" for root in self.roots)
-        for path in [path for path in sys.path_importer_cache if f"{path}{os.sep}".startswith(own)]:
-            del sys.path_importer_cache[path]
+        for path in list(sys.path_importer_cache):  # a copy: other threads may import meanwhile
+            if f"{path}{os.sep}".startswith(own):
+                sys.path_importer_cache.pop(path, None)
 
     def _restore(self, transaction: ImportTransaction) -> None:
         """Undo `_take_out`, and all imports since."""
