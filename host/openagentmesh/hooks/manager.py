@@ -197,10 +197,9 @@ class Plugins:
     @cached_property
     def _innermost_first(self) -> list[Plugin]:
         """The reverse order; with `trylast` a plugin is next to the handler, wherever it is listed."""
-        last = [
-            id(each.plugin) for each in self._manager.hook.mesh_middleware.get_hookimpls() if each.trylast
-        ]
-        return sorted(self.all[::-1], key=lambda plugin: id(plugin.implementation) not in last)
+        in_reverse, hooks = self.all[::-1], self._manager.hook.mesh_middleware.get_hookimpls()
+        last = [id(each.plugin) for each in hooks if each.trylast]
+        return sorted(in_reverse, key=lambda plugin: id(plugin.implementation) not in last)
 
     def agent_settings(self, plugin: Plugin, agent: str, table: dict[str, Any]) -> BaseModel | None:
         """One agent's settings of one plugin, validated by its model; None when it has no model."""
