@@ -167,3 +167,23 @@ async def test_a_cancelled_waiter_keeps_no_slot() -> None:
         assert waiting.cancelled()
         await asyncio.wait_for(enter(), 5)
     assert 0 == limiter.waiting
+
+
+async def test_a_closed_waiter_lets_no_other_one_in() -> None:
+    """A coroutine that is closed while it waits, as at the end of a loop, takes and frees no slot."""
+    limiter = Limiter(1, 10)
+
+    async def enter() -> None:
+        async with limiter:
+            pass
+
+    async with limiter:
+        first = asyncio.create_task(enter())
+        await until(lambda: limiter.waiting == 1)
+        closed = enter()
+        closed.send(None)
+        closed.close()
+        await asyncio.sleep(0)
+        assert (1, False) == (limiter.waiting, first.done())
+    await asyncio.wait_for(first, 5)
+    assert 0 == limiter.waiting

@@ -60,10 +60,10 @@ class Limiter:
         try:
             await waiter
         except BaseException:
-            if not waiter.cancelled():  # it got the slot before its task was cancelled
-                self._leave()
-            elif waiter in self._waiters:
+            if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            elif not waiter.cancelled():  # it got the slot before its task was cancelled
+                self._leave()
             raise
 
     async def __aexit__(self, kind: object, exc: object, traceback: object) -> None:
